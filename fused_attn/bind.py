@@ -1,0 +1,166 @@
+"""Binding: the words of `attention`, checked one by one and made into a Problem.
+
+Every error names the argument, what it was and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import (
+    ALIGNMENTS,
+    DTYPES,
+    Dropout,
+    Mask,
+    Problem,
+    check_broadcastable,
+    check_window,
+    describe,
+    diagonal_offset,
+)
+
+
+def _parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
+    """A tensor parameter of an allowed shape, dtype and device."""
+    if shapes and tuple(x.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, q.dtype):
+        raise TypeError(f"{name}: expected float32 or q's {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+    return x
+
+
+def _number(name: str, x: Any) -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a float or a tensor, got {describe(x)}")
+    return float(x) if isinstance(x, (int, float)) else x
+
+
+def check_qkv(q: Any, k: Any, v: Any) -> None:
+    """Shapes, dtypes and devices of heads-first q, k, v."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected q's {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: expected q's batch size {q.shape[0]}, got shape {tuple(x.shape)}")
+        if x.shape[3] == 0:
+            raise ValueError(f"{name}: the head dim must be at least 1, got shape {tuple(x.shape)}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k: expected q's head dim {q.shape[3]}, got shape {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: expected k's batch, heads and length {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"k: {kv_heads} key-value heads do not divide the {heads} query heads")
+
+
+def bind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+) -> Problem:
+    """Heads-first tensors and the words of `attention`, checked and made into a Problem."""
+    check_qkv(q, k, v)
+    heads = q.shape[1]
+    shape = (*q.shape[:3], k.shape[2])
+
+    if alignment is not None and alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {alignment!r}")
+    offset = 0
+    if alibi_slopes is not None:
+        if not isinstance(alibi_slopes, Tensor):
+            raise TypeError(f"alibi_slopes: expected a tensor, got {describe(alibi_slopes)}")
+        _parameter("alibi_slopes", alibi_slopes, q, (heads,), (q.shape[0], heads))
+        offset = diagonal_offset(alignment, *shape[2:], "alibi_slopes")
+
+    if mask is None:
+        mask = Mask()
+    elif isinstance(mask, Tensor):
+        mask = Mask.tensor(mask)
+    elif not isinstance(mask, Mask):
+        raise TypeError(f"mask: expected a bool tensor or a fused_attn.Mask, got {describe(mask)}")
+    if causal:
+        mask = mask & Mask.causal(alignment)
+    if window is not None:
+        mask = mask & Mask.window(*check_window(window), alignment)
+    span, allowed = mask.resolve(shape)
+    for x in (allowed, span.lo, span.hi):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"mask: expected q's device {q.device}, got {x.device}")
+
+    if isinstance(scale, Tensor):
+        _parameter("scale", scale, q, (), (heads,))
+    else:
+        scale = q.shape[3] ** -0.5 if scale is None else _number("scale", scale)
+    if isinstance(softcap, Tensor):
+        _parameter("softcap", softcap, q, ())
+    elif softcap is not None:
+        softcap = _number("softcap", softcap)
+        if not softcap > 0:
+            raise ValueError(f"softcap: must be > 0, got {softcap}")
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias: expected a tensor, got {describe(bias)}")
+        bias = check_broadcastable("bias", _parameter("bias", bias, q), shape)
+    if sink is not None:
+        if not isinstance(sink, Tensor):
+            raise TypeError(f"sink: expected a tensor, got {describe(sink)}")
+        _parameter("sink", sink, q, (heads,))
+
+    return Problem(
+        q, k, v, scale, softcap, bias, alibi_slopes, sink, allowed, span, offset,
+        _dropout(dropout_p, seed, q), bool(return_lse), _deterministic(deterministic),
+    )  # fmt: skip
+
+
+def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
+    p = _number("dropout_p", p)
+    if not 0.0 <= p <= 1.0 or math.isnan(p):
+        raise ValueError(f"dropout_p: must lie in [0, 1], got {p}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0:
+            raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {describe(seed)}")
+        seed = seed.to(q.device)
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed: expected None, an int or a 0-d int64 tensor, got {describe(seed)}")
+    if p == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return Dropout(p, torch.stack((seed, torch.zeros_like(seed))))
+    if seed is None:
+        # From the device's default generator, without a synchronisation, so that manual_seed and checkpoints hold.
+        return Dropout(p, torch.randint(2**63 - 1, (2,), device=q.device))
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: must fit int64, got {seed}")
+    return Dropout(p, torch.tensor((seed, 0), device=q.device))
+
+
+def _deterministic(asked: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() or asked is None or bool(asked)

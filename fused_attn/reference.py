@@ -1,0 +1,83 @@
+"""The oracle: attention written as it is defined, with the whole score matrix in memory and plain autograd.
+
+It runs any Problem in any floating dtype, so the same lines in float64 judge every other backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spec import HALF, Problem
+
+
+def why_not(p: Problem) -> list[str]:
+    """Nothing stops the reference."""
+    return []
+
+
+def scores(p: Problem, dtype: torch.dtype) -> Tensor:
+    """(B, Hq, M, N): every modifier applied, -inf where the mask forbids."""
+    q, k = p.q.to(dtype), _every_head(p.k, p).to(dtype)
+    s = q @ k.mT * _number(p.scale, dtype)
+    if p.softcap is not None:
+        cap = _number(p.softcap, dtype)
+        s = cap * torch.tanh(s / cap)
+    if p.bias is not None:
+        s = s + p.bias.to(dtype)
+    i, j = _positions(p)
+    if p.slopes is not None:
+        s = s - p.slopes.to(dtype)[..., None, None] * (i[:, None] + p.offset - j).abs()
+    allowed = p.span.materialize(i, j, p.shape[3])
+    s = s.masked_fill(~allowed, -torch.inf)
+    return s if p.mask is None else s.masked_fill(~p.mask, -torch.inf)
+
+
+def attention(p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse), computed in dtype; half precision is computed in float32 unless dtype says otherwise."""
+    dtype = dtype or (torch.float32 if p.q.dtype in HALF else p.q.dtype)
+    s = scores(p, dtype)
+    peak = s.detach().amax(-1) if p.shape[3] else s.new_full(s.shape[:-1], -torch.inf)
+    if p.sink is not None:
+        sink = p.sink.to(dtype)[:, None].expand(s.shape[:-1])
+        peak = torch.maximum(peak, sink.detach())
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    weights = torch.exp(s - peak[..., None])
+    total = weights.sum(-1)
+    if p.sink is not None:
+        total = total + torch.exp(sink - peak)
+    # A row that sees nothing has total 0: its weights stay 0, its lse is -inf, and no 0 / 0 reaches a gradient.
+    seen = total != 0
+    total = torch.where(seen, total, 1.0)
+    lse = torch.where(seen, peak + torch.log(total), -torch.inf)
+    weights = weights / total[..., None]
+    if p.dropout is not None:
+        i, j = _positions(p)
+        heads = torch.arange(p.shape[0] * p.shape[1], device=i.device).view(p.shape[:2])
+        weights = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
+    return p.in_order(weights @ _visible_values(p).to(dtype)), lse.to(p.lse_dtype)
+
+
+def _visible_values(p: Problem) -> Tensor:
+    """v (B, Hq, N, Dv) with keys that lie outside every row's interval as zeros: they never matter, even as NaN."""
+    v = _every_head(p.v, p)
+    if p.span.unbounded:
+        return v
+    i, j = _positions(p)
+    reached = p.span.materialize(i, j, p.shape[3]).any(-2)
+    return torch.where(reached[..., None], v, 0.0)
+
+
+def _every_head(x: Tensor, p: Problem) -> Tensor:
+    """k or v with each head repeated for its group of query heads."""
+    return x if p.group == 1 else x.repeat_interleave(p.group, dim=1)
+
+
+def _number(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A float as it is; a tensor () or (Hq,) shaped to multiply (B, Hq, M, N)."""
+    return x.to(dtype).view(-1, 1, 1) if isinstance(x, Tensor) else x
+
+
+def _positions(p: Problem) -> tuple[Tensor, Tensor]:
+    m, n = p.shape[2:]
+    return torch.arange(m, device=p.q.device), torch.arange(n, device=p.q.device)

@@ -1,0 +1,32 @@
+"""The algebra of partial attention: a state (out, lse) is an average of values and the log of its total weight.
+
+Merging states over disjoint keys gives the state over their union; `empty` is its identity. With m = max of the lses,
+    lse = m + log(sum exp(lse_i - m)),   out = sum exp(lse_i - lse) * out_i.
+Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. LSEs are natural logs and hold no sink.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill with the state that has seen no key: zeros with log-weight -inf."""
+    return out.zero_(), lse.fill_(-torch.inf)
+
+
+def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Join states over disjoint keys, in the order given. out (..., Dv), lse (...)."""
+    stacked = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in lses])
+    peak = stacked.detach().amax(0)
+    # Where nothing has been seen, exp(-inf - -inf) would be NaN; any finite peak gives the zero that is meant.
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    weights = torch.exp(stacked - peak)
+    total = weights.sum(0)
+    seen = total > 0
+    lse = torch.where(seen, peak + torch.log(torch.where(seen, total, 1.0)), -torch.inf)
+    lse = torch.where(torch.isnan(total), total, lse)
+    share = weights / torch.where(seen | torch.isnan(total), total, 1.0)
+    out = sum(share[i][..., None] * x.to(share.dtype) for i, x in enumerate(outs))
+    return out.to(outs[0].dtype), lse
