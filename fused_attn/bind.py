@@ -41,28 +41,42 @@ def _number(name: str, x: Any) -> float:
     return float(x) if isinstance(x, (int, float)) else x
 
 
-def check_qkv(q: Any, k: Any, v: Any) -> None:
-    """Shapes, dtypes and devices of heads-first q, k, v."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+NAMES = {"sdpa": ("query", "key", "value")}
+HEADS = {"bshd": 2}
+
+
+def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd") -> None:
+    """Types, devices and shapes of q, k and v; layout "sdpa" has any rank and only the last dims are judged."""
+    names = NAMES.get(layout, ("q", "k", "v"))
+    for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.ndim != 4:
-            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(x.shape)}")
+            raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
+        if x.is_nested:
+            raise NotImplementedError(f"{name}: nested tensors are not built yet")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
         if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected q's {q.dtype}, got {x.dtype}")
+            raise TypeError(f"{name}: expected {names[0]}'s {q.dtype}, got {x.dtype}")
         if x.device != q.device:
-            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+            raise ValueError(f"{name}: expected {names[0]}'s device {q.device}, got {x.device}")
+        if x.ndim != 4 if layout != "sdpa" else x.ndim < 2:
+            allowed = "4 dimensions" if layout != "sdpa" else "at least 2 dimensions"
+            raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}")
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: the head dim must be at least 1, got shape {tuple(x.shape)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{names[1]}: expected {names[0]}'s head dim {q.shape[-1]}, got shape {tuple(k.shape)}")
+    if layout == "sdpa":
+        if v.shape[-2] != k.shape[-2]:
+            raise ValueError(f"{names[2]}: expected {names[1]}'s length {k.shape[-2]}, got shape {tuple(v.shape)}")
+        return
+    for name, x in (("k", k), ("v", v)):
         if x.shape[0] != q.shape[0]:
             raise ValueError(f"{name}: expected q's batch size {q.shape[0]}, got shape {tuple(x.shape)}")
-        if x.shape[3] == 0:
-            raise ValueError(f"{name}: the head dim must be at least 1, got shape {tuple(x.shape)}")
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k: expected q's head dim {q.shape[3]}, got shape {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: expected k's batch, heads and length {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}")
-    heads, kv_heads = q.shape[1], k.shape[1]
+        raise ValueError(f"v: expected k's batch, heads and length, got {tuple(v.shape)} beside k {tuple(k.shape)}")
+    at = HEADS.get(layout, 1)
+    heads, kv_heads = q.shape[at], k.shape[at]
     if heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(f"k: {kv_heads} key-value heads do not divide the {heads} query heads")
 

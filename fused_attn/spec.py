@@ -256,7 +256,9 @@ class Dropout:
         """bool (*heads.shape, rows, cols), True where the weight lives; heads holds b * Hq + h."""
         i, j = rows.long()[:, None], cols.long()
         words = _philox(self.rng, j & ~8, i & ~8, heads.long()[..., None, None])
-        word = torch.where((i >> 3 & 1).bool(), *(torch.where((j >> 3 & 1).bool(), words[a + 1], words[a]) for a in (2, 0)))
+        word = torch.where(
+            (i >> 3 & 1).bool(), *(torch.where((j >> 3 & 1).bool(), words[a + 1], words[a]) for a in (2, 0))
+        )
         return word >= self.threshold
 
 

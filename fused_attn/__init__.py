@@ -1,0 +1,63 @@
+"""Fused attention for every device, with every derivative: score, softmax and weighted sum in one pass over the keys.
+
+>>> import torch, fused_attn
+>>> q, k, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
+>>> out = fused_attn.attention(q, k, v, causal=True)
+"""
+
+import pathlib as _pathlib
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
+# In a checkout the device code stands beside this package, as kernels/; an installed package holds it inside.
+_root = _pathlib.Path(__file__).resolve().parent.parent
+if not (_root / "fused_attn" / "kernels").is_dir() and (_root / "kernels").is_dir() and (_root / "setup.py").is_file():
+    __path__.append(str(_root))
+
+from .api import attention, explain, merge_states, scaled_dot_product_attention, warmup  # noqa: E402
+from .dispatch import BACKENDS, Explanation  # noqa: E402
+from .spec import BackendError, Mask, TransformError  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "Explanation",
+    "Mask",
+    "TransformError",
+    "attention",
+    "compat",
+    "explain",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "testing",
+    "warmup",
+]
+
+_LATER = (
+    "attention_decode", "attention_map", "attention_stats", "attention_varlen", "debug", "modules", "PagedKVCache",
+    "parallel", "scores", "viz",
+)  # fmt: skip
+
+
+class _NotBuilt:
+    """A public name whose work is not built yet: using it in any way says so."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = self.__qualname__ = name
+
+    def __call__(self, *args: _Any, **kwargs: _Any) -> _Any:
+        raise NotImplementedError(f"fused_attn.{self.__name__} is not built yet")
+
+    def __getattr__(self, name: str) -> _Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotImplementedError(f"fused_attn.{self.__name__}.{name} is not built yet")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in ("compat", "testing"):
+        return _import_module(f".{name}", __name__)
+    if name in _LATER:
+        return _NotBuilt(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

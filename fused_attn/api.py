@@ -1,0 +1,297 @@
+"""The public calls: bind the arguments, dispatch the problem, shape the answer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, state
+from .bind import bind, check_qkv
+from .spec import Mask, describe
+
+LAYOUTS = ("bhsd", "bshd")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    score: Any = "dot",
+    scale: float | Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    normalizer: str = "softmax",
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in one pass over the keys: softmax(score(q, k)) averages v.
+
+    With P_ij = exp(s_ij) / (sum_j exp(s_ij) + exp(sink)), out_i = sum_j P_ij v_j and lse_i is the natural log of the
+    denominator. The score is, in this order,
+    s_ij = softcap(scale * q_i . k_j) + bias_ij - slope * |i + offset - j|, and -inf where the mask forbids.
+    Vaswani et al., "Attention is all you need", 2017; Dao, "FlashAttention-2", 2023.
+
+    Args:
+        q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). float16, bfloat16, float32; float64 on `tiled` and
+            `reference`. Any strides.
+        k: (B, Hkv, N, D); Hkv divides Hq, and query head h reads head h // (Hq // Hkv).
+        v: (B, Hkv, N, Dv).
+        score: "dot".
+        scale: multiplies q . k; D ** -0.5 when None. A float, or a tensor () or (Hq,) that may need a gradient.
+        mask: bool, True = may attend, broadcastable to (B, Hq, M, N); or a `Mask`.
+        causal: row i sees keys j <= i + offset.
+        window: (left, right) keys around the diagonal that a row sees; None is unbounded.
+        alignment: where the diagonal j = i + offset lies: "top_left" (offset 0) or "bottom_right" (N - M). Needed
+            where M != N and causal, window or alibi_slopes is used.
+        bias: added to the scores, broadcastable to (B, Hq, M, N). Its gradient has its own shape.
+        alibi_slopes: (Hq,) or (B, Hq). Press et al., "Train short, test long", 2022.
+        softcap: c > 0 makes a score c * tanh(s / c); a float or a 0-d tensor.
+        sink: (Hq,) logits that join each row's denominator and no value. Xiao et al., "Efficient streaming language
+            models with attention sinks", 2024.
+        dropout_p: probability that a weight is dropped, in [0, 1]; survivors are scaled by 1 / (1 - p).
+        seed: pins the dropout mask: an int or a 0-d int64 tensor. None draws one from the device's generator.
+        normalizer: "softmax".
+        layout: of q, k, v and out: "bhsd" or "bshd". mask, bias and lse are heads-first in both.
+        return_lse: also return lse (B, Hq, M), float32 (float64 for float64), differentiable.
+        deterministic: None and True give the same bits run to run; False allows a faster unordered backward.
+        backend: "hopper", "triton", "sdpa", "tiled" or "reference"; None takes the first that can run the call. An
+            explicit choice never falls back. The environment variable FUSED_ATTN_BACKEND counts as explicit.
+
+    Returns:
+        out (B, Hq, M, Dv) (or bshd) in q's dtype, its memory order following q's; or (out, lse). A row that may see
+        nothing gives zeros and lse -inf.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name. BackendError: the backend asked for cannot run this; every
+        reason is listed. NotImplementedError: not built yet.
+
+    >>> import torch, fused_attn
+    >>> q, k, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
+    >>> fused_attn.attention(q, k, v, causal=True, softcap=30.0).shape
+    torch.Size([2, 8, 128, 64])
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+    if score != "dot":
+        raise NotImplementedError(f'score: only "dot" is built, got {describe(score)}')
+    if normalizer != "softmax":
+        raise NotImplementedError(f'normalizer: only "softmax" is built, got {normalizer!r}')
+    q, k, v = _autocast(q, k, v)
+    if layout == "bshd":
+        check_qkv(q, k, v, layout)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    with _no_autocast(q):
+        problem = bind(
+            q, k, v, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
+            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
+            return_lse=return_lse, deterministic=deterministic,
+        )  # fmt: skip
+        out, lse = dispatch.run(problem, backend)
+    out = out.transpose(1, 2) if layout == "bshd" else out
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bhsd", backend: str | None = None, **options: Any
+) -> dispatch.Explanation:
+    """Which backend `attention` would take for this call, and every reason why the ones before it cannot.
+
+    Takes the arguments of `attention`. Runs nothing.
+
+    >>> import torch, fused_attn
+    >>> x = torch.randn(1, 2, 16, 8)
+    >>> fused_attn.explain(x, x, x, sink=torch.zeros(2)).backend
+    'tiled'
+    """
+    q, k, v = _autocast(q, k, v)
+    if layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return dispatch.explain(bind(q, k, v, **options), backend)
+
+
+def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd") -> tuple[Tensor, Tensor]:
+    """Join attention over disjoint sets of keys: (out, lse) as if all keys had been seen at once. Differentiable.
+
+    outs: tensors (B, H, M, Dv), or (B, M, H, Dv) with layout "bshd"; lses: as many (B, H, M), natural logs, computed
+    without a sink.
+
+    >>> import torch, fused_attn
+    >>> q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
+    >>> halves = [fused_attn.attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(8), slice(8, 16))]
+    >>> out, lse = fused_attn.merge_states([h[0] for h in halves], [h[1] for h in halves])
+    >>> torch.testing.assert_close(out, fused_attn.attention(q, k, v))
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"lses: expected one for each of the {len(outs)} outs (at least one), got {len(lses)}")
+    swap = layout == "bshd"
+    heads_first = [x.transpose(1, 2) if swap else x for x in outs]
+    for i, (x, lse) in enumerate(zip(heads_first, lses, strict=True)):
+        if x.shape != heads_first[0].shape or lse.shape != x.shape[:-1]:
+            raise ValueError(f"outs[{i}], lses[{i}]: shapes {tuple(outs[i].shape)}, {tuple(lse.shape)} do not fit")
+    out, lse = state.merge(heads_first, list(lses))
+    return (out.transpose(1, 2) if swap else out), lse
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    enable_gqa: bool = False,
+    *,
+    softcap: float | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, with the modifiers that it lacks.
+
+    query (..., M, D), key (..., N, D), value (..., N, Dv) with leading dims that broadcast; with enable_gqa the third
+    last dim counts heads and key's must divide query's. attn_mask: bool (True = may attend) or float (added),
+    broadcastable to (..., M, N). is_causal and window are aligned top-left, as torch's. A row that may see nothing
+    gives zeros. softcap, window, alibi_slopes, sink and backend mean what they mean in `attention`.
+
+    Returns (..., M, Dv). Raises TypeError and ValueError that name the argument.
+
+    >>> import torch, fused_attn
+    >>> x = torch.randn(2, 8, 128, 64)
+    >>> fused_attn.scaled_dot_product_attention(x, x, x, is_causal=True).shape
+    torch.Size([2, 8, 128, 64])
+    """
+    query, key, value = _autocast(query, key, value)
+    check_qkv(query, key, value, "sdpa")
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask: must be None when is_causal is True")
+    lead = _lead(query, key, value, enable_gqa)
+    q, k, v = (_four_dims(x, lead, enable_gqa) for x in (query, key, value))
+    mask = bias = None
+    if attn_mask is not None:
+        attn_mask = _four_dim_mask(attn_mask, query, (*lead, query.shape[-2], key.shape[-2]))
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    with _no_autocast(q):
+        problem = bind(
+            q, k, v, scale=scale, mask=mask, causal=is_causal, window=window, alignment="top_left", bias=bias,
+            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
+        )  # fmt: skip
+        out, _ = dispatch.run(problem, backend)
+    return out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
+
+
+def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The leading dims of the answer: broadcast, but for query's heads under enable_gqa."""
+    tail = 3 if enable_gqa else 2
+    try:
+        lead = torch.broadcast_shapes(*(x.shape[:-tail] for x in (query, key, value)))
+    except RuntimeError:
+        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("query", query), ("key", key), ("value", value)))
+        raise ValueError(f"query, key, value: leading dims do not broadcast: {shapes}") from None
+    return (*lead, query.shape[-3]) if enable_gqa else tuple(lead)
+
+
+def _four_dims(x: Tensor, lead: tuple[int, ...], enable_gqa: bool) -> Tensor:
+    """x as (B, H, length, dim): leading dims broadcast, all but the last of them folded into B."""
+    if x.ndim == 4 and x.shape[: 2 - enable_gqa] == lead[: 2 - enable_gqa]:
+        return x
+    lead = (*lead[:-1], x.shape[-3]) if enable_gqa else lead
+    x = x.expand(*lead, *x.shape[-2:])
+    if len(lead) < 2:
+        return x[None, None] if not lead else x[:, None]
+    return x.reshape(-1 if 0 not in lead else _product(lead[:-1]), *x.shape[-3:])
+
+
+def _product(sizes: Iterable[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """attn_mask as a 4-d view of the folded problem, its broadcast dims kept at size 1 wherever that is possible."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask: expected a tensor, got {describe(mask)}")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"attn_mask: expected bool, float32 or query's {query.dtype}, got {mask.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask: expected query's device {query.device}, got {mask.device}")
+    fits = mask.ndim <= len(shape) and all(
+        have in (1, want) for have, want in zip(mask.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {shape}")
+    mask = mask[(None,) * (len(shape) - mask.ndim)]
+    if len(shape) <= 4:
+        # (M, N), (B, M, N) and (B, H, M, N): the folded problem has heads at its second dim.
+        return mask[:, None] if len(shape) == 3 else mask[(None,) * (4 - len(shape))]
+    if _product(mask.shape[:-3]) == 1:
+        return mask.reshape(1, *mask.shape[-3:])
+    return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, q, k and v in its dtype, as torch's own ops take them."""
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), None)
+    if device is None or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
+
+
+def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast has done its work on the inputs; inside, it would change the types of the products."""
+    if torch.is_autocast_enabled(q.device.type):
+        return torch.autocast(q.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def warmup(
+    shapes: Iterable[tuple[int, ...]],
+    *,
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    device: torch.device | str = "cuda",
+    backward: bool = True,
+    backend: str | None = None,
+    **options: Any,
+) -> None:
+    """Compile ahead of the first real call, by running the given problems once on random inputs.
+
+    shapes: of (B, Hq, Hkv, M, N, D) or (B, Hq, Hkv, M, N, D, Dv). Kernels do not depend on lengths, so one small
+    length serves all. options: as for `attention`, the same for every shape (causal, window, ...).
+
+    >>> import torch, fused_attn
+    >>> fused_attn.warmup([(1, 8, 2, 64, 64, 32)], dtypes=[torch.float32], device="cpu", causal=True)
+    """
+    for shape in shapes:
+        if len(shape) not in (6, 7):
+            raise ValueError(f"shapes: expected (B, Hq, Hkv, M, N, D) or (..., D, Dv), got {tuple(shape)}")
+        b, heads, kv_heads, m, n, d, dv = (*shape, shape[5])[:7]
+        for dtype in dtypes:
+            q, k, v = (
+                torch.randn(size, dtype=dtype, device=device, requires_grad=backward)
+                for size in ((b, heads, m, d), (b, kv_heads, n, d), (b, kv_heads, n, dv))
+            )
+            result = attention(q, k, v, backend=backend, **options)
+            if backward:
+                (result[0] if isinstance(result, tuple) else result).sum().backward()

@@ -1,0 +1,107 @@
+"""Derivatives of the operators: one Function for eager mode, and the same formula registered for compilers.
+
+What is saved for backward: the inputs, out and lse, through `save_for_backward` alone, so that hooks can move them.
+A backend that can also be written in plain autograd (it has `attention`) can be differentiated again; the others say
+that they cannot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .spec import DIFFERENTIABLE, Problem, TransformError
+
+
+def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the operator, with a derivative where one is wanted."""
+    args = ops.flatten(p, backend)
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(_wants(x) for x in args[: len(DIFFERENTIABLE)])
+    ):
+        return _apply(*args)
+    # Compilers differentiate the operator itself, by the formula registered below.
+    return torch.ops.fused_attn.forward(*args)
+
+
+def _wants(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[: ops.TENSORS], *output)
+    ctx.settings = inputs[ops.TENSORS :]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+    absent = (None,) * (len(tensors) + len(ctx.settings) - len(DIFFERENTIABLE))
+    if dout is None and dlse is None:
+        return (None,) * len(DIFFERENTIABLE) + absent
+    if dout is None:
+        dout = out.new_zeros(()).expand(out.shape)  # one zero in memory; nobody writes to it
+    args = (*tensors, *ctx.settings)
+    if torch.is_grad_enabled():
+        grads = _differentiable(args, out, lse, dout, dlse, needs)
+    else:
+        grads = torch.ops.fused_attn.backward(*args, out, lse, dout, dlse, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + absent
+
+
+def _differentiable(
+    args: tuple[Any, ...], out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients as functions that can be differentiated again, or that say so when somebody tries."""
+    p, backend = ops.rebuild(args)
+    plain = getattr(ops.launcher(backend), "attention", None)
+    if plain is None:
+        return _Once.apply(backend, *args, out, lse, dout, dlse, needs)
+    results = plain(p)
+    kept = [(y, g) for y, g in zip(results, (dout, dlse), strict=True) if g is not None]
+    wanted = [x for x, need in zip(args[: len(DIFFERENTIABLE)], needs, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in kept], wanted, [g for _, g in kept], create_graph=True, materialize_grads=True
+        )
+    )
+    return tuple(next(found) if need else None for need in needs)
+
+
+class Attention(torch.autograd.Function):
+    """Flat arguments of `ops.flatten` -> (out, lse)."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.fused_attn.forward(*args)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+class _Once(torch.autograd.Function):
+    """The backward operator, differentiable once less than asked."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        ctx.backend = backend
+        return torch.ops.fused_attn.backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise TransformError(
+            f'double backward is not built for backend="{ctx.backend}"; backend="tiled" and "reference" have it'
+        )
+
+
+# `Function.apply` binds default arguments in Python at every call; the method below it does the same work without.
+# Under functorch it must not be used, and dispatch sends no transformed tensor here.
+_apply = super(torch.autograd.Function, Attention).apply
+
+torch.library.register_autograd("fused_attn::forward", _backward, setup_context=_setup_context)

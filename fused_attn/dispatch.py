@@ -1,0 +1,94 @@
+"""Which backend runs a problem: an ordered list, each with its reasons, and no fallback from an explicit choice."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from . import autograd, native, ops, reference, tiled
+from .spec import BackendError, Problem, TransformError
+
+BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
+PLAIN = {"sdpa": native, "tiled": tiled, "reference": reference}  # backends made of torch's own differentiable ops
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call (None: none can), and every reason why another does not."""
+
+    backend: str | None
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"]
+        for name, reasons in self.reasons.items():
+            lines += [f"  {name}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+def transformed(p: Problem) -> str | None:
+    """The transform of torch that these tensors are under, if any."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in p.tensors().values()
+    ):
+        return "forward-mode AD"
+    return None
+
+
+def why_not(name: str, p: Problem, by_name: bool, transform: str | None) -> list[str]:
+    """Every reason why a backend cannot run p; by_name, when it was asked for explicitly."""
+    if name in PLAIN:
+        reasons = PLAIN[name].why_not(p)
+    else:
+        reasons = ops.launcher(name).why_not(p)
+    if transform and name not in ("tiled", "reference"):
+        reasons = [*reasons, f"{transform} is not built for it"]
+    if name == "triton" and not by_name and p.q.device.type == "cpu":
+        reasons = [*reasons, "on the CPU it is an interpreter, reached only by name"]
+    if name == "sdpa" and not reasons and p.q.device.type == "cpu" and not p.empty:
+        # Asked last, because it reads the inputs: torch's CPU kernel cleans NaN and Inf.
+        if _tracing():
+            reasons = ["while tracing, the inputs cannot be checked for NaN and Inf, which torch's CPU kernel cleans"]
+        elif not native.finite(p):
+            reasons = ["the inputs hold NaN or Inf, which torch's CPU kernel cleans"]
+    return reasons
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def explain(p: Problem, backend: str | None = None) -> Explanation:
+    """The backend that runs p, and the reasons against those tried before it."""
+    asked = backend or os.environ.get("FUSED_ATTN_BACKEND") or None
+    if asked is not None and asked not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {asked!r}")
+    transform = transformed(p)
+    refused: dict[str, list[str]] = {}
+    for name in BACKENDS if asked is None else (asked,):
+        reasons = why_not(name, p, asked is not None, transform)
+        if not reasons:
+            return Explanation(name, refused)
+        refused[name] = reasons
+    return Explanation(None, refused)
+
+
+def run(p: Problem, backend: str | None = None) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) by the first backend that can, or by the one asked for."""
+    choice = explain(p, backend)
+    name = choice.backend
+    if name is None:
+        asked, reasons = next(reversed(choice.reasons.items()))
+        error = TransformError if transformed(p) else BackendError
+        raise error(f"backend {asked!r} cannot run this call: " + "; ".join(reasons))
+    if name in ("sdpa", "reference"):
+        return PLAIN[name].attention(p)
+    if name == "tiled" and transformed(p):
+        return tiled.attention(p)
+    return autograd.attend(p, name)

@@ -1,0 +1,126 @@
+"""torch.library: one pair of operators that every linear-memory backend serves.
+
+`forward` and `backward` carry a Problem as flat arguments; `flatten` and `rebuild` are the only two places that know
+their order. The launcher is looked up by name when the operator runs, so that importing this file needs torch alone,
+and so that a compiler sees an opaque operator whatever stands behind it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+from .spec import DIFFERENTIABLE, Dropout, Problem, Span
+
+LAUNCHERS = {
+    "hopper": "fused_attn.launch.hopper",
+    "triton": "fused_attn.launch.portable",
+    "tiled": "fused_attn.tiled",
+}
+
+PROBLEM = (
+    "Tensor q, Tensor k, Tensor v, Tensor? scale, Tensor? softcap, Tensor? bias, Tensor? slopes, Tensor? sink, "
+    "Tensor? mask, Tensor? lo, Tensor? hi, Tensor? rng, float scale_value, float? softcap_value, float dropout_p, "
+    "SymInt? left, SymInt? right, SymInt offset, bool deterministic, str backend"
+)
+TENSORS = 12  # how many of the problem's arguments are tensors; they come first
+
+_library = torch.library.Library("fused_attn", "DEF")
+_library.define(f"forward({PROBLEM}) -> (Tensor out, Tensor lse)")
+_library.define(
+    f"backward({PROBLEM}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] needs) -> "
+    f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
+)
+
+
+def launcher(backend: str) -> ModuleType:
+    """The module that computes forward and backward for a backend."""
+    return importlib.import_module(LAUNCHERS[backend])
+
+
+def flatten(p: Problem, backend: str) -> tuple[Any, ...]:
+    """A Problem as the operators' arguments."""
+    scale_is_tensor, cap_is_tensor = isinstance(p.scale, Tensor), isinstance(p.softcap, Tensor)
+    span, dropout = p.span, p.dropout
+    return (
+        p.q, p.k, p.v, p.scale if scale_is_tensor else None, p.softcap if cap_is_tensor else None,
+        p.bias, p.slopes, p.sink, p.mask, span.lo, span.hi, None if dropout is None else dropout.rng,
+        1.0 if scale_is_tensor else p.scale, None if cap_is_tensor else p.softcap,
+        0.0 if dropout is None else dropout.p, span.left, span.right, p.offset, p.deterministic, backend,
+    )  # fmt: skip
+
+
+def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
+    """The inverse of flatten."""
+    q, k, v, scale, cap, bias, slopes, sink, mask, lo, hi, rng = args[:TENSORS]
+    scale_value, cap_value, dropout_p, left, right, offset, deterministic, backend = args[TENSORS:]
+    problem = Problem(
+        q, k, v, scale_value if scale is None else scale, cap_value if cap is None else cap,
+        bias, slopes, sink, mask, Span(left, right, lo, hi), offset,
+        None if rng is None else Dropout(dropout_p, rng), True, deterministic,
+    )  # fmt: skip
+    return problem, backend
+
+
+def _serving(p: Problem, backend: str) -> ModuleType:
+    # With no score to compute there is nothing to launch: a loop over no tiles gives every backend's answer.
+    return launcher("tiled" if p.empty else backend)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    p, backend = rebuild(args)
+    return _serving(p, backend).forward(p)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    *problem, out, lse, dout, dlse, needs = args
+    p, backend = rebuild(tuple(problem))
+    wanted = frozenset(name for name, need in zip(DIFFERENTIABLE, needs, strict=True) if need)
+    # backward() may be called under autocast, which would change the types of the products inside.
+    with torch.autocast(p.q.device.type, enabled=False):
+        found = _serving(p, backend).backward(p, out, lse, dout, dlse, wanted)
+    return tuple(found[name] if name in wanted else p.q.new_empty(0) for name in DIFFERENTIABLE)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    p, _ = rebuild(args)
+    return p.empty_out(), p.q.new_empty(p.q.shape[:3], dtype=p.lse_dtype)
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    *problem, _, _, _, _, needs = args
+    p, _ = rebuild(tuple(problem))
+    tensors = p.tensors()
+    return tuple(
+        torch.empty_like(tensors[name]) if need else p.q.new_empty(0)
+        for name, need in zip(DIFFERENTIABLE, needs, strict=True)
+    )
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_attn::forward", _forward_fake)
+torch.library.register_fake("fused_attn::backward", _backward_fake)
+
+
+@register_flop_formula(torch.ops.fused_attn.forward)
+def _forward_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Two products a score, as if nothing were masked; the convention of torch's own attention."""
+    return sdpa_flop_count(q, _heads_like(q, k), _heads_like(q, v))
+
+
+@register_flop_formula(torch.ops.fused_attn.backward)
+def _backward_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Five products a score."""
+    dout = (*q[:3], v[3])
+    return sdpa_backward_flop_count(dout, q, _heads_like(q, k), _heads_like(q, v))
+
+
+def _heads_like(q: Any, x: Any) -> tuple[int, ...]:
+    """The shape of k or v with its heads repeated to q's."""
+    return (x[0], q[1], *x[2:])
