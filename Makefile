@@ -1,0 +1,52 @@
+# `make demo` and `make test` are the first two commands of README.md; the others serve whoever works on the code.
+.PHONY: demo test lint mutants static bench gpu
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
+PINNED := $(INSTALL) --constraint constraints.txt
+
+demo: $(VENV)/demo.stamp
+	$(RUN) examples/minilm.py
+
+# One thread a worker: the workers share the cores. The triton 3.6.0 subset is one of the tests.
+test: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
+
+lint: $(VENV)/test.stamp
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+# Breaks one line at a time and shows a test going red for each.
+mutants: $(VENV)/test.stamp
+	$(RUN) tests/mutants.py
+
+# Compiles every shipped kernel and configuration for six targets, without a GPU, under the GPU reference's triton.
+static: $(VENV)/test.stamp
+	PYTHONPATH=$(VENV)/triton36 $(RUN) -m bench.static
+
+bench: $(VENV)/test.stamp
+	$(RUN) -m bench.cpu
+
+# For a GPU machine: uses its own torch and triton and installs nothing.
+gpu:
+	$(PYTHON) -m bench.gpu
+
+# torch by its exact pin and before everything else: an open range may bring several GB of CUDA packages.
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PINNED) torch setuptools
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp setup.py pyproject.toml
+	$(PINNED) --no-build-isolation --editable '.[triton,demo]'
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PINNED) --no-build-isolation --editable '.[triton,demo,test,bench]'
+	$(INSTALL) --upgrade --no-deps --target $(VENV)/triton36 triton==3.6.0
+	touch $@
