@@ -1,0 +1,283 @@
+"""The one tolerance rule, and the parity check that every backend, test and benchmark shares.
+
+`CASES` are named problems, `make_inputs` gives a case its tensors, `check_parity` runs one forward and through every
+gradient. A project that depends on fused_attn can run them in its own CI:
+
+>>> from fused_attn import testing
+>>> print(testing.check_parity("causal", backend="tiled").case.name)
+causal
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .cases import CASES, PARAMETERS, Case, Inputs, make_inputs
+from .spec import HALF, Problem
+
+__all__ = [
+    "CASES",
+    "Case",
+    "Expected",
+    "Inputs",
+    "Parity",
+    "Row",
+    "assert_within_budget",
+    "check_parity",
+    "compare",
+    "expect",
+    "make_inputs",
+    "run_module",
+    "run_public",
+    "why_not",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one tensor fared: its largest error, and the largest share of its budget that any element used."""
+
+    error: float
+    budget: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The verdict on one case."""
+
+    case: Case
+    backend: str
+    dtype: torch.dtype
+    rows: dict[str, Row]
+
+
+def assert_within_budget(
+    name: str,
+    got: Tensor,
+    oracle: Tensor,
+    plain: Tensor,
+    absolute: Tensor,
+    dtype: torch.dtype,
+    *,
+    rounded: bool = False,
+) -> Row:
+    """The one tolerance rule: |got - oracle| <= 2 E + 8 eps(dtype) max|oracle| + 8 eps(float32) A, elementwise.
+
+    oracle is float64 on the same rounded inputs. E is the largest error of `plain`, the same formula in plain PyTorch
+    and in dtype. A, elementwise, is the quantity with every term taken absolute: cancellation noise grows with it.
+    `rounded` adds eps(dtype) to the last term, for parameter sums in half precision, where delta sees the rounded
+    output. In float64 eps(float64) stands for eps(float32). NaN must be NaN, an infinity the same infinity, and a
+    quantity none of whose terms is nonzero must be exactly zero.
+    """
+    if got.shape != oracle.shape:
+        raise AssertionError(f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}")
+    got, plain = got.detach().double(), plain.detach().double()
+    finite = oracle.isfinite()
+    wrong = torch.where(finite, ~got.isfinite(), ~((got == oracle) | (got.isnan() & oracle.isnan())))
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: {got[where].item()} where the oracle has {oracle[where].item()}, at {where}"
+            f" and {int(wrong.sum()) - 1} other places of {wrong.numel()}"
+        )
+    error = torch.where(finite, (got - oracle).abs(), 0.0)
+    allowance = torch.where(finite & plain.isfinite(), (plain - oracle).abs(), 0.0)
+    peak = torch.where(finite, oracle.abs(), 0.0)
+    if error.numel() == 0:
+        return Row(0.0, 0.0, 0.0)
+    eps, fine = torch.finfo(dtype).eps, min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    noise = 8 * (fine + eps if rounded else fine) * absolute.nan_to_num(0.0)
+    budget = 2 * allowance.amax() + 8 * eps * peak.amax() + noise
+    budget = torch.where(absolute == 0, 0.0, budget)
+    share = torch.where(error == 0, 0.0, error / budget)
+    worst = int(share.argmax())
+    row = Row(error.max().item(), budget.flatten()[worst].item(), share.max().item())
+    if row.share > 1:
+        where = tuple(torch.unravel_index(torch.tensor(worst), share.shape))
+        where = tuple(int(x) for x in where)
+        raise AssertionError(
+            f"{name}: {got[where].item():.9g} where the oracle has {oracle[where].item():.9g}, at {where};"
+            f" error {error[where].item():.3g}, budget {row.budget:.3g}, over budget at"
+            f" {int((share > 1).sum())} of {share.numel()} places"
+        )
+    return row
+
+
+def results(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """out, lse and every gradient by plain autograd through the reference, computed in dtype."""
+    out, lse = reference.attention(problem, dtype)
+    return {"out": out, "lse": lse} | gradients(out, lse, problem.tensors(), inputs)
+
+
+def gradients(out: Tensor, lse: Tensor | None, leaves: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """The gradient of each leaf that wants one, by name; zero where no path leads to it. out is heads-first."""
+    leaves = {name: x for name, x in leaves.items() if x.requires_grad}
+    pairs = [(y, g) for y, g in ((out, inputs.dout), (lse, inputs.dlse)) if g is not None and y.requires_grad]
+    if not leaves or not pairs:
+        return {name: torch.zeros_like(x) for name, x in leaves.items()}
+    outputs, cotangents = zip(*((y, g.to(y.dtype)) for y, g in pairs), strict=True)
+    found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
+
+
+@torch.no_grad()
+def absolutes(p: Problem, lse: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+    """A of the tolerance rule for each result: the same sums over absolute terms. p and lse are in float64."""
+    b, h, m, n = p.shape
+    zero = p.q.new_zeros(())
+    q, k, v = p.q.abs(), p.k.repeat_interleave(p.group, 1).abs(), p.v.repeat_interleave(p.group, 1).abs()
+    scale = torch.as_tensor(p.scale).to(p.q).reshape(-1, 1, 1).abs()
+    i, j = torch.arange(m, device=q.device), torch.arange(n, device=q.device)
+    distance = (i[:, None] + p.offset - j).abs().double()
+    weights = (reference.scores(p, torch.float64) - torch.where(lse.isinf(), torch.inf, lse)[..., None]).exp()
+    kept = weights
+    if p.dropout is not None:
+        heads = torch.arange(b * h, device=q.device).view(b, h)
+        kept = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
+    to_sink = zero if p.sink is None else (p.sink[:, None] - torch.where(lse.isinf(), torch.inf, lse)).exp()
+
+    product = q @ k.mT
+    u = product * scale
+    terms, slope, bend = u, torch.ones_like(u), u
+    if p.softcap is not None:
+        signed = p.q @ p.k.repeat_interleave(p.group, 1).mT * torch.as_tensor(p.scale).to(p.q).reshape(-1, 1, 1)
+        bent = torch.tanh(signed / p.softcap)
+        terms, slope = p.softcap * bent.abs(), 1 - bent**2
+        bend = bent.abs() + (signed / p.softcap).abs() * slope
+    if p.bias is not None:
+        terms = terms + p.bias.abs()
+    if p.slopes is not None:
+        terms = terms + p.slopes.abs()[..., None, None] * distance
+    out = kept @ v
+    found = {"out": out, "lse": torch.where(weights > 0, weights * terms, 0.0).sum(-1) + lse.abs()}
+    if p.sink is not None:
+        found["lse"] += to_sink * p.sink.abs()[:, None]
+
+    dout = torch.zeros_like(out) if inputs.dout is None else inputs.dout.double().abs()
+    delta = (dout * out).sum(-1) + (0.0 if inputs.dlse is None else inputs.dlse.double().abs())
+    ds = weights * (delta[..., None]) + kept * (dout @ v.mT)
+    du = ds * slope * scale
+
+    def by_kv_head(x: Tensor) -> Tensor:
+        return x.view(b, p.k.shape[1], p.group, *x.shape[2:]).sum(2)
+
+    found |= {"q": du @ k, "k": by_kv_head(du.mT @ q), "v": by_kv_head(kept.mT @ dout)}
+    per_parameter = {
+        "scale": ds * slope * product,
+        "softcap": ds * bend,
+        "bias": ds,
+        "slopes": ds * distance,
+        "sink": (to_sink * delta).reshape(b, h, m, 1) if p.sink is not None else ds,
+    }
+    for name in PARAMETERS & p.tensors().keys():
+        shape = getattr(p, name).shape
+        target = shape if name == "bias" else (*shape, 1, 1)
+        found[name] = per_parameter[name].sum_to_size(target).reshape(shape)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a case's results must be: by name, the float64 oracle, plain PyTorch in dtype, and A."""
+
+    oracle: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    absolute: dict[str, Tensor]
+
+
+def expect(inputs: Inputs) -> Expected:
+    """The three columns of the tolerance rule, computed on the inputs' own device."""
+    dtype = inputs.tensors["q"].dtype
+    exact = inputs.clean_problem(torch.float64)
+    oracle = results(exact, inputs, torch.float64)
+    plain = results(inputs.clean_problem(dtype), inputs, dtype)
+    return Expected(oracle, plain, absolutes(exact, oracle["lse"].detach(), inputs))
+
+
+def compare(inputs: Inputs, got: dict[str, Tensor], expected: Expected, label: str) -> dict[str, Row]:
+    """Every result against its budget; the error lists every tensor that failed."""
+    dtype = inputs.tensors["q"].dtype
+    columns = (expected.oracle, expected.plain, expected.absolute)
+    rows, failures = {}, []
+    for name, x in got.items():
+        shown = name if name in ("out", "lse") else f"d{name}"
+        own = torch.promote_types(dtype, torch.float32) if name == "lse" else dtype
+        oracle, plain, absolute = (column[name].detach() for column in columns)
+        x = x.reshape(oracle.shape) if name == "bias" else x
+        try:
+            rounded = name in PARAMETERS and dtype in HALF
+            rows[shown] = assert_within_budget(shown, x, oracle, plain, absolute, own, rounded=rounded)
+        except AssertionError as failure:
+            failures.append(str(failure))
+    if failures:
+        raise AssertionError(f"{label}: " + "; ".join(failures))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------- runners
+
+
+def run_public(inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
+    """out, lse (where asked) and every gradient through `fused_attn.attention`."""
+    from .api import attention
+
+    out = attention(*inputs.qkv, **inputs.kwargs, backend=backend)
+    out, lse = out if inputs.case.return_lse else (out, None)
+    out = out.transpose(1, 2) if inputs.case.layout == "bshd" else out
+    got = {"out": out} if lse is None else {"out": out, "lse": lse}
+    return got | (gradients(out, lse, inputs.tensors, inputs) if inputs.case.backward else {})
+
+
+@torch.no_grad()
+def run_module(inputs: Inputs, module: ModuleType) -> dict[str, Tensor]:
+    """The same by a linear-memory backend's own forward and backward, beneath autograd."""
+    p = inputs.problem()
+    out, lse = module.forward(p)
+    got = {"out": out, "lse": lse}
+    needs = frozenset(inputs.leaves)
+    if needs:
+        dout = torch.zeros_like(out) if inputs.dout is None else inputs.dout
+        got |= module.backward(p, out, lse, dout, inputs.dlse, needs)
+    return got
+
+
+def why_not(case: Case | str, backend: str, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> list[str]:
+    """Every reason why a backend cannot run a case; empty where it can."""
+    from .api import explain
+
+    inputs = make_inputs(case, dtype, device)
+    return explain(*inputs.qkv, **inputs.kwargs, backend=backend).reasons.get(backend, [])
+
+
+def check_parity(
+    case: Case | str,
+    backend: str | ModuleType | None,
+    dtype: torch.dtype = torch.float32,
+    device: Any = "cpu",
+    *,
+    seed: int = 0,
+) -> Parity:
+    """Run a case forward and through every gradient, and hold each result to its budget.
+
+    backend is a name, taken through the public `attention`, or a module with forward and backward, called directly.
+    Raises AssertionError naming every tensor that failed; what the backend itself raises passes through.
+    """
+    inputs = make_inputs(case, dtype, device, seed)
+    direct = isinstance(backend, ModuleType)
+    name = backend.__name__.rpartition(".")[2] if direct else str(backend)
+    label = f"{inputs.case.name} on {name} in {str(dtype).removeprefix('torch.')}"
+    expected = expect(inputs)
+    got = run_module(inputs, backend) if direct else run_public(inputs, backend)
+    inputs.check_untouched()
+    for x, g in got.items():
+        own = inputs.tensors.get(x)
+        if own is not None and g.dtype != own.dtype:
+            raise AssertionError(f"{label}: d{x} is {g.dtype}, expected {own.dtype}")
+    return Parity(inputs.case, name, dtype, compare(inputs, got, expected, label))
