@@ -1,0 +1,60 @@
+"""A configuration is data: frozen, hashable, and pinned through a scope, never by editing a global."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is cut and scheduled.
+
+    BLOCK_M counts query rows, BLOCK_N keys; the tile that a program owns and the tile that its loop visits follow from
+    the kernel. overlap: the products of the next tile (forward) or both products of this one (backward) are issued
+    before the exponentials, at the price of registers.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("BLOCK_M", "BLOCK_N"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"{name}: must be a power of two and at least 16, got {size}")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps: must be 1, 2, 4, 8 or 16, got {self.num_warps}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages: must be at least 1, got {self.num_stages}")
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Config:
+        """A table row may hold more than the configuration: who validated it, and where the result lies."""
+        return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
+
+    def to_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_overrides: ContextVar[dict[str, Config]] = ContextVar("fused_attn_config_overrides", default={})  # noqa: B039
+
+
+@contextlib.contextmanager
+def override(**configs: Config) -> Iterator[None]:
+    """Pin the configuration of kernels by name inside a `with`: override(forward=Config(...), dq=Config(...))."""
+    token = _overrides.set({**_overrides.get(), **configs})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def overridden(kernel: str) -> Config | None:
+    return _overrides.get().get(kernel)

@@ -1,0 +1,128 @@
+"""The choice of a configuration: override scope -> the architecture's table -> heuristic.
+
+A table, tables/<architecture>.json, maps `key(...)` to a row: the fields of Config, and what else is known of it
+("validated", "result"). A key is "<kernel>/<class>/<D>" or "<kernel>/<class>/<D>/<variant>":
+
+    kernel   forward, dkdv, dq, dbias, delta
+    class    half (float16, bfloat16) or single (float32)
+    D        the larger of the padded head dims of q and v: 16, 32, 64, 128, 256, 512
+    variant  rich: a modifier, tensor mask or dropout shares the registers. Without such a row the plain one serves,
+             one step smaller where it would not fit.
+
+Sequence lengths are no part of a key, so that a new length never compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import replace
+from importlib import resources
+from typing import Any
+
+import torch
+
+from ..spec import HALF
+from .config import Config, overridden
+
+KERNELS = ("forward", "dkdv", "dq", "dbias", "delta")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+# Bytes of shared memory that one program may use.
+SHARED = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+def padded(dim: int) -> int:
+    """The head dim that a tile has: a power of two, at least what a matrix product takes."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def key(kernel: str, dtype: torch.dtype, d: int, dv: int, rich: bool = False) -> str:
+    """The name of a table row."""
+    kind = "half" if dtype in HALF else "single"
+    return f"{kernel}/{kind}/{max(padded(d), padded(dv))}" + ("/rich" if rich else "")
+
+
+def architecture(device: torch.device) -> str:
+    """The table that serves a device; "interpreter" on the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    return _architecture(torch.cuda._get_device_index(device, optional=True))
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_89"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80" if major < 8 else "sm_120")
+
+
+@functools.cache
+def table(arch: str) -> dict[str, dict[str, Any]]:
+    """The rows of an architecture; empty where nobody has written any."""
+    file = resources.files(__package__) / "tables" / f"{arch}.json"
+    return json.loads(file.read_text())["rows"] if file.is_file() else {}
+
+
+def config(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, *, rich: bool = False) -> Config:
+    """The configuration that a kernel runs with. rich: see `key`."""
+    pinned = overridden(kernel)
+    return pinned if pinned is not None else _chosen(kernel, arch, dtype, d, dv, rich)
+
+
+@functools.cache
+def _chosen(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, rich: bool) -> Config:
+    rows = table(arch)
+    for name in (key(kernel, dtype, d, dv, rich), key(kernel, dtype, d, dv)):
+        if name in rows:
+            return Config.from_row(rows[name])
+    return heuristic(kernel, arch, dtype, max(padded(d), padded(dv)), rich)
+
+
+def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) -> Config:
+    """What a table does not say: small enough for the shared memory and registers of the architecture."""
+    if arch == "interpreter":
+        # A tile costs about as much whatever its size, so few large ones; several, so that the loops are walked.
+        size = int(os.environ.get("FUSED_ATTN_INTERPRETER_BLOCK", 64))
+        return Config(size // 2, size // 2, 1, 1, overlap=True) if d > 128 else Config(size, size // 2, 1, 1, True)
+    if kernel == "delta":
+        return Config(32 if d > 128 else 64, 16, 4, 1)
+    half = dtype in HALF
+    roomy = SHARED[arch] > 200 * 1024
+    if not half:
+        small = {16: (64, 32), 32: (64, 32), 64: (64, 32), 128: (32, 32), 256: (32, 16), 512: (16, 16)}[d]
+        return Config(*small, num_warps=4 if d < 256 else 8, num_stages=1)
+    if kernel == "forward":
+        m, n, warps, stages = {
+            16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2),
+            256: (64, 32, 8, 2), 512: (32, 16, 8, 1),
+        }[d]  # fmt: skip
+        chosen = Config(m, n, warps, stages, overlap=arch == "sm_90")
+    elif kernel == "dq":
+        m, n, warps, stages = {
+            16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2),
+            256: (32, 32, 8, 1), 512: (16, 16, 8, 1),
+        }[d]  # fmt: skip
+        chosen = Config(m, n, warps, stages)
+    else:
+        m, n, warps, stages = {
+            16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2),
+            256: (16, 32, 8, 1), 512: (16, 16, 8, 1),
+        }[d]  # fmt: skip
+        chosen = Config(m, n, warps, stages)
+    if not roomy and d >= 128:
+        chosen = replace(chosen, num_stages=1)
+    if rich:
+        chosen = replace(chosen, overlap=False, num_stages=min(chosen.num_stages, 2))
+    return chosen
