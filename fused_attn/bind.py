@@ -5,7 +5,6 @@ Every error names the argument, what it was and what is allowed.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -156,7 +155,7 @@ def bind(
 
 def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
     p = _number("dropout_p", p)
-    if not 0.0 <= p <= 1.0 or math.isnan(p):
+    if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p: must lie in [0, 1], got {p}")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim != 0:

@@ -14,6 +14,8 @@ from .spec import BackendError, Problem, TransformError
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
 PLAIN = {"sdpa": native, "tiled": tiled, "reference": reference}  # backends made of torch's own differentiable ops
+for _name in ops.LAUNCHERS:
+    ops.launcher(_name)  # now, because a compiler that traces a call cannot import
 
 
 @dataclass(frozen=True)

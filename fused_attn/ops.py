@@ -38,9 +38,14 @@ _library.define(
 )
 
 
+_loaded: dict[str, ModuleType] = {}
+
+
 def launcher(backend: str) -> ModuleType:
     """The module that computes forward and backward for a backend."""
-    return importlib.import_module(LAUNCHERS[backend])
+    if backend not in _loaded:
+        _loaded[backend] = importlib.import_module(LAUNCHERS[backend])
+    return _loaded[backend]
 
 
 def flatten(p: Problem, backend: str) -> tuple[Any, ...]:
