@@ -511,7 +511,8 @@ CASES: dict[str, Case] = _table(
     *_family("values", "values", ("small_integers", "one_hot", "constant", "ramps"), "half", scale=0.25, m=97, hq=1),
     _case("values_huge_equal", "half", values="huge_equal", m=97, hq=1, d=16, backward=False,
           dtypes=(torch.bfloat16, *FLOAT_ONLY)),
-    _case("values_very_negative", "core", values="very_negative", m=97, hq=1, return_lse=True),
+    # At such logits one rounding of a float32 LSE is as large as a probability, so these two are about the forward.
+    _case("values_very_negative", "core", values="very_negative", m=97, hq=1, backward=False, return_lse=True),
     *_family("values", "values", ("nan_q", "nan_k", "nan_v", "inf_q"), m=97, return_lse=True),
     # who needs a gradient
     *(_case(f"only_{x}", needs=(x,), b=2, m=63, bias="b11n", sink=True, softcap=3.0, softcap_tensor=True,

@@ -1,0 +1,156 @@
+"""Every backend against every case, forward and every gradient, by the one tolerance rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn import testing
+from fused_attn.testing import CASES
+
+HALF = (torch.float16, torch.bfloat16)
+# What only some backends are asked for; everything else is asked of all.
+BACKENDS = ("triton", "sdpa", "tiled", "reference")
+DOUBLE = ("tiled", "reference")
+# The plainest cases, which torch's own operator must not be refused.
+NATIVE = ("plain", "one_query", "dv_smaller", "head_dim_5", "causal", "causal_wide_top_left", "mask_bhmn", "mask_11mn")
+
+
+def _dtypes(backend: str, case: testing.Case) -> list[torch.dtype]:
+    wanted = [torch.float32]
+    wanted += HALF if "half" in case.tags else ()
+    wanted += [torch.float64] if backend in DOUBLE else []
+    return [dtype for dtype in wanted if dtype in case.dtypes]
+
+
+PARAMETERS = [
+    pytest.param(backend, name, dtype, id=f"{backend}-{name}-{str(dtype).removeprefix('torch.')}")
+    for backend in BACKENDS
+    for name, case in CASES.items()
+    for dtype in _dtypes(backend, case)
+    if not (backend == "triton" and "large" in case.tags)
+]
+
+
+@pytest.fixture
+def nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a backend allocates holds NaN (or a large integer) until it is written."""
+
+    def filled(allocate: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            x = allocate(*args, **kwargs)
+            if x.is_floating_point():
+                return x.fill_(torch.nan)
+            return x if x.dtype == torch.bool or x.is_complex() else x.fill_(torch.iinfo(x.dtype).max)
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
+                        (torch.Tensor, "new_empty_strided")):  # fmt: skip
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.mark.parametrize(("backend", "name", "dtype"), PARAMETERS)
+@pytest.mark.usefixtures("nan_outputs")
+def test_attention(backend: str, name: str, dtype: torch.dtype) -> None:
+    """Forward and every gradient; skipped exactly where why_not speaks, after the call has said the same."""
+    reasons = testing.why_not(name, backend, dtype)
+    if reasons:
+        with pytest.raises(fused_attn.BackendError) as refusal:
+            testing.run_public(testing.make_inputs(name, dtype), backend)
+        assert all(reason in str(refusal.value) for reason in reasons)
+        pytest.skip(reasons[0])
+    testing.check_parity(name, backend, dtype)
+
+
+@pytest.mark.parametrize("backend", ("tiled", "reference"))
+def test_nothing_is_refused(backend: str) -> None:
+    """The PyTorch backends take every case; a skip above would otherwise hide a backend that runs nothing."""
+    assert {name: why for name in CASES if (why := testing.why_not(name, backend))} == {}
+
+
+def test_triton_refuses_nothing() -> None:
+    pytest.importorskip("triton")
+    assert {name: why for name in CASES if (why := testing.why_not(name, "triton"))} == {}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_sdpa_takes_the_plain_cases(name: str) -> None:
+    assert testing.why_not(name, "sdpa") == []
+
+
+# ------------------------------------------------------------------------------------------ the rule itself can fail
+
+
+@pytest.mark.parametrize("name", ("out", "q", "k", "v", "sink", "bias", "slopes", "lse"))
+def test_a_small_fault_is_seen(name: str) -> None:
+    """One part in two thousand of one element of one result, in float32."""
+    inputs = testing.make_inputs("everything")
+    expected = testing.expect(inputs)
+    got = testing.run_public(inputs, "reference")
+    testing.compare(inputs, got, expected, "right")
+    flat = got[name].detach().clone().reshape(-1)
+    worst = flat.nan_to_num(posinf=0, neginf=0).abs().argmax()
+    flat[worst] *= 1.0005
+    got[name] = flat.view(got[name].shape)
+    with pytest.raises(AssertionError, match=name):
+        testing.compare(inputs, got, expected, "wrong")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    ((torch.nan, "nan where the oracle has"), (torch.inf, "inf where"), (1e-12, "budget 0")),
+)
+def test_nan_infinity_and_nonzero_are_seen(bad: float, message: str) -> None:
+    oracle = torch.zeros(4, dtype=torch.float64)
+    got = torch.tensor([0.0, 0.0, bad, 0.0])
+    with pytest.raises(AssertionError, match=message):
+        testing.assert_within_budget("out", got, oracle, oracle.float(), oracle, torch.float32)
+
+
+def test_shape_is_seen() -> None:
+    oracle = torch.ones(4, 1, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="shape"):
+        testing.assert_within_budget("out", torch.ones(4), oracle, oracle, oracle, torch.float32)
+
+
+def test_a_write_into_a_gap_is_seen() -> None:
+    inputs = testing.make_inputs("plain")
+    inputs.check_untouched()
+    inputs.buffers[0][0][-1] = 0.0
+    with pytest.raises(AssertionError, match="written to"):
+        inputs.check_untouched()
+
+
+def test_poison_is_there() -> None:
+    """The cases hold what they promise: NaN around every tensor, and in keys that nobody may see."""
+    inputs = testing.make_inputs("lengths")
+    assert inputs.tensors["k"].isnan().any() and not inputs.clean["k"].isnan().any()
+    for name in "qkv":
+        home = inputs.tensors[name]
+        assert home.storage_offset() == 0 and home.untyped_storage().nbytes() > home.numel() * home.element_size()
+    assert testing.make_inputs("memory_corrupt").tensors["q"].stride(0) > 2**33
+
+
+def test_every_modifier_has_its_case() -> None:
+    """Each keyword of `attention` is used by a case, so that a new one cannot arrive without."""
+    used = set()
+    for name, case in CASES.items():
+        if "large" not in case.tags:
+            used |= {
+                key
+                for key, value in testing.make_inputs(name).kwargs.items()
+                if isinstance(value, torch.Tensor) or value not in (None, False)
+            }
+    assert used >= {
+        "scale", "mask", "causal", "window", "alignment", "bias", "alibi_slopes", "softcap", "sink", "dropout_p",
+        "seed", "layout", "return_lse",
+    }  # fmt: skip
+
+
+def test_memory_holds_nan(nan_outputs: None) -> None:
+    assert torch.empty(3).isnan().all() and torch.ones(3).new_empty(2).isnan().all()
