@@ -1,0 +1,102 @@
+"""From tensors to the nouns of kernels/types.py: strides as codes, alignment, and the int64 decision."""
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+
+from ..kernels.types import Dropout, Scalar, Score, Span, Vector, View
+from ..spec import Problem
+from ..spec import Span as Interval
+
+# A tile is at most this long, so offsets inside it fit int32 up to a stride of 2**31 divided by it.
+LONGEST_TILE = 512
+FAR = 2**28
+
+
+def code(x: int) -> int:
+    """An integer whose class never changes: odd, and never 1. `memory.number` undoes it."""
+    return 4 * x + 3
+
+
+_constants = {n: tl.constexpr(n) for n in (False, True, 1, 2, 4, 8, 16)}
+
+
+def _view(x: Tensor, strides: list[int | None]) -> View:
+    per = 16 // x.element_size()
+    last = strides[3]
+    packed = last == 1
+    others = strides[:3] if packed else strides
+    aligned = packed and x.data_ptr() % 16 == 0 and all(s is None or s % per == 0 for s in others)
+    unit = per if aligned else 1
+    wide = any(s is not None and s * LONGEST_TILE >= 2**31 for s in strides[2:])
+    if packed:
+        strides = [*others, None]
+    codes = tuple(None if s is None else code(s // unit) for s in strides)
+    return View(x, codes, _constants[unit], tl.constexpr(packed), tl.constexpr(wide))
+
+
+def view(x: Tensor) -> View:
+    """A tensor (B, H, rows, columns). A dim of size 1 gets the stride that costs no class of its own."""
+    b, h, m, d = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+    return _view(x, [b, h, m, 1 if x.shape[3] == 1 else d])
+
+
+def broadcast_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
+    """A tensor that broadcasts to `shape`: the dims in which it does are absent."""
+    if x is None:
+        return None
+    strides: list[int | None] = []
+    for size, want, s in zip(x.shape, shape, x.stride(), strict=True):
+        strides.append(None if size == 1 and want != 1 else 0 if size == 1 else s)
+    if strides[3] == 0 and x.shape[3] == 1:
+        strides[3] = 1
+    return _view(x, strides)
+
+
+def scalar(x: float | Tensor) -> Scalar:
+    """A float, or a tensor (), (H,) or (B, H)."""
+    if not isinstance(x, Tensor):
+        return Scalar(float(x))
+    b, h = (0, 0, *(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)))[-2:]
+    return Scalar(x, (code(b), code(h)))
+
+
+def vector(x: Tensor | None) -> Vector | None:
+    """int32 (B or 1, length)."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return Vector(x, code(0 if x.shape[0] == 1 else x.shape[1]))
+
+
+def _bound(x: int | None) -> int | None:
+    return None if x is None else code(max(-FAR, min(FAR, x)))
+
+
+def span(s: Interval) -> Span:
+    """Rows over keys."""
+    return Span(_bound(s.left), _bound(s.right), vector(s.lo), vector(s.hi))
+
+
+def transposed_span(s: Interval, n: int) -> Span:
+    """Keys over rows: j sees j - right <= i <= j - left, and the rows between its start and its stop."""
+    start, stop = s.columns(n)
+    left, right = (None if x is None else _bound(-x) for x in (s.right, s.left))
+    return Span(left, right, vector(start), vector(stop))
+
+
+def score(p: Problem) -> Score:
+    return Score(
+        scalar(p.scale),
+        None if p.softcap is None else scalar(p.softcap),
+        broadcast_view(p.bias, p.shape),
+        None if p.slopes is None else scalar(p.slopes),
+        None if p.slopes is None else code(p.offset),
+    )
+
+
+def dropout(p: Problem) -> Dropout | None:
+    if p.dropout is None:
+        return None
+    return Dropout(p.dropout.rng.contiguous(), p.dropout.threshold - 2**31, p.dropout.rescale)

@@ -1,0 +1,30 @@
+"""Constants, elementary functions, and the one matrix product."""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b, plus acc unless it is None, in float32. PRECISION speaks of float32 operands only."""
+    if acc is None:
+        return tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """1 - 2 / (1 + exp(2x)), and near zero, where that cancels, the odd series to x**9."""
+    y = x * x
+    series = x * (1.0 + y * (-0.33333334 + y * (0.13333334 + y * (-0.05396825 + y * 0.021869488))))
+    return tl.where(tl.abs(x) < 0.25, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
+
+
+@triton.jit
+def power_of_two(x):
+    """The largest power of two that is <= x, for x >= 0 and normal; 0 for 0."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)

@@ -1,0 +1,80 @@
+"""The nouns that cross the border between host and device. What is absent is None, and vanishes at compile time.
+
+Triton specialises the integers of a tuple on being 1 and on divisibility by 16, whatever the kernel's own marks say,
+so a length that shows in a stride would compile anew. Integers here therefore travel as codes, 4 * x + 3: never 1,
+never divisible, for every x. `memory.number` reads them.
+"""
+
+from typing import Any, NamedTuple
+
+
+class View(NamedTuple):
+    """A tensor (batch, head, row, column). strides: one code a dim, in `unit` elements; None, the dim is broadcast.
+
+    unit: elements in 16 bytes where the pointer and every stride allow it, else 1; the kernel multiplies, which is how
+    the compiler learns that rows are aligned. packed: columns are adjacent. wide: offsets inside a tile need int64.
+    """
+
+    ptr: Any
+    strides: tuple
+    unit: Any
+    packed: Any
+    wide: Any
+
+
+class Scalar(NamedTuple):
+    """A number, or a pointer to numbers with the codes of its batch and head strides."""
+
+    value: Any
+    strides: Any = None
+
+
+class Vector(NamedTuple):
+    """int32 (batch, index), with the code of its batch stride."""
+
+    ptr: Any
+    stride: Any
+
+
+class Span(NamedTuple):
+    """Index x may see y where x + left <= y <= x + right and lo[x] <= y < hi[x]; see `fused_attn.Mask`.
+
+    x is a row and y a key; for the key-major kernel the host passes the transpose, with x a key and y a row.
+    """
+
+    left: Any = None
+    right: Any = None
+    lo: Any = None
+    hi: Any = None
+
+
+class Score(NamedTuple):
+    """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see."""
+
+    scale: Scalar
+    softcap: Any = None
+    bias: Any = None
+    slopes: Any = None
+    offset: Any = None
+
+
+class Dropout(NamedTuple):
+    """rng: pointer to int64 seed and offset. threshold: of the 32-bit word, less 2**31. rescale: of a survivor."""
+
+    rng: Any
+    threshold: Any
+    rescale: Any
+
+
+class Visit(NamedTuple):
+    """The tiles that a program visits: `head` partial ones, `full` full ones, and partial ones again, `total` in all.
+
+    first and last bound what any live index of the program may see.
+    """
+
+    origin: Any
+    head: Any
+    full: Any
+    total: Any
+    first: Any
+    last: Any

@@ -1,0 +1,11 @@
+"""Kernels run in Triton's interpreter here, repaired; the choice is made before anything imports triton."""
+
+import importlib.util
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+    from tests import interpreter
+
+    interpreter.install()
