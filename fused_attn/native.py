@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+# Taken now: `compat.sdpa` puts our own function in its place, and that one may come here.
+from torch.nn.functional import scaled_dot_product_attention
 
 from .spec import Problem
 
@@ -87,5 +89,5 @@ def finite(p: Problem) -> bool:
 
 def attention(p: Problem) -> tuple[Tensor, None]:
     """out by torch's op, differentiable once by its own backward; it returns no log-sum-exp."""
-    out = F.scaled_dot_product_attention(p.q, p.k, p.v, is_causal=not _full(p), scale=p.scale, enable_gqa=p.group > 1)
+    out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=not _full(p), scale=p.scale, enable_gqa=p.group > 1)
     return p.in_order(out), None
