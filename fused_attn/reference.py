@@ -18,7 +18,7 @@ def why_not(p: Problem) -> list[str]:
 
 def scores(p: Problem, dtype: torch.dtype) -> Tensor:
     """(B, Hq, M, N): every modifier applied, -inf where the mask forbids."""
-    q, k = p.q.to(dtype), _every_head(p.k, p).to(dtype)
+    q, k = p.q.to(dtype), _reached(p.k, p).to(dtype)
     s = q @ k.mT * _number(p.scale, dtype)
     if p.softcap is not None:
         cap = _number(p.softcap, dtype)
@@ -55,22 +55,19 @@ def attention(p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Ten
         i, j = _positions(p)
         heads = torch.arange(p.shape[0] * p.shape[1], device=i.device).view(p.shape[:2])
         weights = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
-    return p.in_order(weights @ _visible_values(p).to(dtype)), lse.to(p.lse_dtype)
+    return p.in_order(weights @ _reached(p.v, p).to(dtype)), lse.to(p.lse_dtype)
 
 
-def _visible_values(p: Problem) -> Tensor:
-    """v (B, Hq, N, Dv) with keys that lie outside every row's interval as zeros: they never matter, even as NaN."""
-    v = _every_head(p.v, p)
+def _reached(x: Tensor, p: Problem) -> Tensor:
+    """k or v, each head repeated for its group of query heads.
+
+    Keys that lie outside every row's interval are zeros: they never matter, even as NaN.
+    """
+    x = x if p.group == 1 else x.repeat_interleave(p.group, dim=1)
     if p.span.unbounded:
-        return v
-    i, j = _positions(p)
-    reached = p.span.materialize(i, j, p.shape[3]).any(-2)
-    return torch.where(reached[..., None], v, 0.0)
-
-
-def _every_head(x: Tensor, p: Problem) -> Tensor:
-    """k or v with each head repeated for its group of query heads."""
-    return x if p.group == 1 else x.repeat_interleave(p.group, dim=1)
+        return x
+    reached = p.span.materialize(*_positions(p), p.shape[3]).any(-2)
+    return torch.where(reached[..., None], x, 0.0)
 
 
 def _number(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
