@@ -17,7 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 BACKENDS = ("triton", "sdpa", "tiled", "reference")
 DOUBLE = ("tiled", "reference")
 # The plainest cases, which torch's own operator must not be refused.
-NATIVE = ("plain", "one_query", "dv_smaller", "head_dim_5", "causal", "causal_wide_top_left", "mask_bhmn", "mask_11mn")
+NATIVE = ("plain", "one_query", "tall", "wide", "gqa_3", "head_dim_5", "causal", "causal_203", "values_ramps")
 
 
 def _dtypes(backend: str, case: testing.Case) -> list[torch.dtype]:

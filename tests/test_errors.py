@@ -1,0 +1,283 @@
+"""Bad input: the error is of the promised type and names the argument, what it was and what is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn import BackendError, Mask, attention, scaled_dot_product_attention
+
+B, HQ, HKV, M, N, D, DV = 2, 4, 2, 5, 7, 8, 6
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def call(**changed: Any) -> Any:
+    """A right call of `attention`, with something changed."""
+    given = {"q": zeros(B, HQ, M, D), "k": zeros(B, HKV, N, D), "v": zeros(B, HKV, N, DV)} | changed
+    return attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+def test_the_call_is_right_when_nothing_is_changed() -> None:
+    assert call().shape == (B, HQ, M, DV)
+
+
+# argument, the bad value, the error, and words that its message holds: what it was and what is allowed
+ATTENTION = [
+    ("q", [1.0], TypeError, "expected a tensor, got list"),
+    ("k", None, TypeError, "expected a tensor, got NoneType"),
+    ("v", "v", TypeError, "expected a tensor, got str"),
+    ("q", zeros(HQ, M, D), ValueError, "expected 4 dimensions, got shape (4, 5, 8)"),
+    ("k", zeros(1, B, HKV, N, D), ValueError, "expected 4 dimensions, got shape (1, 2, 2, 7, 8)"),
+    ("q", zeros(B, HQ, M, D, dtype=torch.int64), TypeError, "torch.int64"),
+    ("q", zeros(B, HQ, M, D, dtype=torch.complex64), TypeError, "torch.complex64"),
+    ("k", zeros(B, HKV, N, D, dtype=torch.float16), TypeError, "expected q's torch.float32, got torch.float16"),
+    ("v", zeros(B, HKV, N, DV, dtype=torch.float64), TypeError, "expected q's torch.float32, got torch.float64"),
+    ("k", zeros(B, HKV, N, D, device="meta"), ValueError, "expected q's device cpu, got meta"),
+    ("k", zeros(3, HKV, N, D), ValueError, "expected q's batch size 2, got shape (3, 2, 7, 8)"),
+    ("v", zeros(3, HKV, N, DV), ValueError, "(3, 2, 7, 6)"),
+    ("k", zeros(B, HKV, N, D + 1), ValueError, "expected q's head dim 8, got shape (2, 2, 7, 9)"),
+    ("v", zeros(B, HKV, N + 1, DV), ValueError, "(2, 2, 8, 6)"),
+    ("v", zeros(B, HQ, N, DV), ValueError, "(2, 4, 7, 6)"),
+    ("v", zeros(B, HKV, N, 0), ValueError, "head dim must be at least 1, got shape (2, 2, 7, 0)"),
+    ("scale", "big", TypeError, "expected a float or a tensor, got str 'big'"),
+    ("scale", True, TypeError, "expected a float or a tensor, got bool True"),
+    ("scale", zeros(3), ValueError, "expected shape () or (4,), got (3,)"),
+    ("scale", zeros(4, dtype=torch.float64), TypeError, "expected float32 or q's torch.float32, got torch.float64"),
+    ("scale", zeros(4, device="meta"), ValueError, "expected q's device cpu, got meta"),
+    ("softcap", 0.0, ValueError, "must be > 0, got 0.0"),
+    ("softcap", -3, ValueError, "must be > 0, got -3"),
+    ("softcap", torch.nan, ValueError, "must be > 0, got nan"),
+    ("softcap", zeros(4), ValueError, "expected shape (), got (4,)"),
+    ("softcap", "hard", TypeError, "expected a float or a tensor, got str 'hard'"),
+    ("bias", 1.0, TypeError, "expected a tensor, got float 1.0"),
+    ("bias", zeros(M, N + 1), ValueError, "shape (5, 8) does not broadcast to (B, Hq, M, N) = (2, 4, 5, 7)"),
+    ("bias", zeros(1, B, HQ, M, N), ValueError, "does not broadcast"),
+    ("bias", zeros(M, N, dtype=torch.bool), TypeError, "got torch.bool"),
+    ("bias", zeros(M, N, device="meta"), ValueError, "got meta"),
+    ("sink", zeros(HKV), ValueError, "expected shape (4,), got (2,)"),
+    ("sink", 0.0, TypeError, "expected a tensor, got float 0.0"),
+    ("sink", zeros(HQ, dtype=torch.float16), TypeError, "got torch.float16"),
+    ("mask", zeros(M, N), TypeError, "expected a bool tensor, got torch.float32 tensor of shape (5, 7)"),
+    ("mask", "causal", TypeError, "expected a bool tensor or a fused_attn.Mask, got str 'causal'"),
+    ("mask", zeros(M, 1, 1, 1, N, dtype=torch.bool), ValueError, "does not broadcast"),
+    ("mask", zeros(3, N, dtype=torch.bool), ValueError, "shape (3, 7) does not broadcast to (B, Hq, M, N)"),
+    ("mask", zeros(M, N, dtype=torch.bool, device="meta"), ValueError, "expected q's device cpu, got meta"),
+    ("window", 3, TypeError, "expected a pair (left, right), got 3"),
+    ("window", (1, 2, 3), TypeError, "expected a pair (left, right), got (1, 2, 3)"),
+    ("dropout_p", 1.5, ValueError, "must lie in [0, 1], got 1.5"),
+    ("dropout_p", -0.1, ValueError, "must lie in [0, 1], got -0.1"),
+    ("dropout_p", torch.nan, ValueError, "must lie in [0, 1], got nan"),
+    ("dropout_p", "half", TypeError, "got str 'half'"),
+    ("seed", 1.0, TypeError, "expected None, an int or a 0-d int64 tensor, got float 1.0"),
+    ("seed", zeros(2, dtype=torch.int64), TypeError, "0-d int64 tensor"),
+    ("seed", torch.tensor(1.0), TypeError, "0-d int64 tensor"),
+    ("layout", "sbhd", ValueError, "expected one of ('bhsd', 'bshd'), got 'sbhd'"),
+    ("backend", "cuda", ValueError, "expected None or one of ('hopper', 'triton', 'sdpa', 'tiled', 'reference')"),
+    ("alignment", "top", ValueError, "('top_left', 'bottom_right'), got 'top'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"), ATTENTION, ids=[f"{x[0]}-{i}" for i, x in enumerate(ATTENTION)]
+)
+def test_attention(name: str, value: Any, error: type[Exception], words: str) -> None:
+    """CHECKLIST 38."""
+    with pytest.raises(error, match=f"{name}: .*{re.escape(words)}"):
+        call(**{name: value} | ({"dropout_p": 0.5} if name == "seed" else {}))
+
+
+COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("causal needs an alignment", {"causal": True}, ValueError, "alignment: .*M = 5 and N = 7.*got None"),
+    ("a window needs one", {"window": (1, 0)}, ValueError, "alignment: .*M = 5 and N = 7.*got None"),
+    ("ALiBi needs one", {"alibi_slopes": zeros(HQ)}, ValueError, "alignment: alibi_slopes with M = 5 and N = 7"),
+    ("a mask object needs one", {"mask": Mask.causal()}, ValueError, "alignment: .*M = 5 and N = 7.*got None"),
+    ("ALiBi of a wrong shape", {"alibi_slopes": zeros(3), "alignment": "top_left"}, ValueError,
+     r"alibi_slopes: expected shape \(4,\) or \(2, 4\), got \(3,\)"),
+    ("ALiBi that is no tensor", {"alibi_slopes": 0.1, "alignment": "top_left"}, TypeError,
+     "alibi_slopes: expected a tensor, got float 0.1"),
+    ("window below zero", {"window": (-1, 0), "alignment": "top_left"}, ValueError, "window: left .*>= 0, got -1"),
+    ("window of floats", {"window": (1, 0.5), "alignment": "top_left"}, TypeError, "window: right .*int, got 0.5"),
+    ("lengths of another batch", {"mask": Mask.lengths(torch.ones(3, dtype=torch.int32))}, ValueError,
+     r"kv: expected one length for each of the 2 batches, got shape \(3,\)"),
+    ("prefix lengths of another batch", {"mask": Mask.prefix(torch.ones(3, dtype=torch.int32), "top_left")}, ValueError,
+     r"lengths: expected one length for each of the 2 batches, got shape \(3,\)"),
+    ("ids of another length", {"mask": Mask.segments(torch.arange(M))}, ValueError,
+     r"kv_ids: expected shape \(7,\) or \(2, 7\), got \(5,\)"),
+    ("groups that do not divide", {"q": zeros(B, 3, M, D)}, ValueError,
+     "k: 2 key-value heads do not divide the 3 query heads"),
+    ("no key-value heads", {"k": zeros(B, 0, N, D), "v": zeros(B, 0, N, DV)}, ValueError,
+     "k: 0 key-value heads do not divide the 4 query heads"),
+    ("no channels", {"q": zeros(B, HQ, M, 0), "k": zeros(B, HKV, N, 0)}, ValueError,
+     r"q: the head dim must be at least 1, got shape \(2, 4, 5, 0\)"),
+    ("a seed too large", {"dropout_p": 0.5, "seed": 2**63}, ValueError, "seed: must fit int64, got 92233720368547"),
+    ("heads of the bshd layout", {"q": zeros(B, M, 3, D), "k": zeros(B, N, 2, D), "v": zeros(B, N, 2, DV),
+     "layout": "bshd"}, ValueError, "k: 2 key-value heads do not divide the 3 query heads"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "changed", "error", "words"), COMBINED, ids=[x[0] for x in COMBINED])
+def test_combinations(what: str, changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    """CHECKLIST 38 and 19: what is wrong only together with something else."""
+    with pytest.raises(error, match=words):
+        call(**changed)
+
+
+MASKS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: Mask.tensor(zeros(2, 2)), TypeError, "mask: expected a bool tensor, got torch.float32"),
+    (lambda: Mask.causal() & zeros(2, 2), TypeError, "mask: expected a bool tensor"),
+    (lambda: Mask.lengths(torch.ones(2)), TypeError, "kv: expected an integer tensor, got torch.float32"),
+    (lambda: Mask.lengths([1, 2]), TypeError, r"kv: expected an integer tensor, got list \[1, 2\]"),
+    (lambda: Mask.lengths(torch.ones(2, 2, dtype=torch.int32)), ValueError, r"kv: expected rank 1, got shape \(2, 2\)"),
+    (lambda: Mask.lengths(torch.arange(2), torch.ones(2)), TypeError, "q: expected an integer tensor"),
+    (lambda: Mask.prefix(torch.ones(2, dtype=torch.bool)), TypeError, "lengths: expected an integer tensor"),
+    (lambda: Mask.segments(torch.tensor([1, 0])), ValueError, "q_ids: segment ids must not decrease"),
+    (lambda: Mask.segments(torch.tensor([0, 1]), torch.tensor([[0, 2, 1]])), ValueError, "kv_ids: .* not decrease"),
+    (lambda: Mask.segments(torch.tensor(3)), ValueError, r"q_ids: expected rank 1 or 2, got shape \(\)"),
+    (lambda: Mask.window(-1, 0), ValueError, "window: left must be None or >= 0, got -1"),
+    (lambda: Mask.window(True, 0), TypeError, "window: left must be None or an int, got True"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "words"), MASKS, ids=range(len(MASKS)))
+def test_masks(make: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()
+
+
+def sdpa(**changed: Any) -> Any:
+    given = {"query": zeros(B, HQ, M, D), "key": zeros(B, HQ, N, D), "value": zeros(B, HQ, N, DV)} | changed
+    return scaled_dot_product_attention(**given)
+
+
+SDPA: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("mask and causal", {"attn_mask": zeros(M, N, dtype=torch.bool), "is_causal": True}, ValueError,
+     "attn_mask: must be None when is_causal"),
+    ("lengths of key and value", {"value": zeros(B, HQ, N - 1, DV)}, ValueError,
+     r"value: expected key's length 7, got shape \(2, 4, 6, 6\)"),
+    ("a mask on meta", {"attn_mask": zeros(M, N, dtype=torch.bool, device="meta")}, ValueError,
+     "attn_mask: expected query's device cpu, got meta"),
+    ("a mask of integers", {"attn_mask": zeros(M, N, dtype=torch.int32)}, TypeError, "attn_mask: .*got torch.int32"),
+    ("a mask of doubles", {"attn_mask": zeros(M, N, dtype=torch.float64)}, TypeError, "attn_mask: .*got torch.float64"),
+    ("a mask that is no tensor", {"attn_mask": [[True]]}, TypeError, "attn_mask: expected a tensor"),
+    ("a mask that does not fit", {"attn_mask": zeros(M, M)}, ValueError,
+     r"attn_mask: shape \(5, 5\) does not broadcast to \(2, 4, 5, 7\)"),
+    ("rank 1", {"query": zeros(D)}, ValueError, r"query: expected at least 2 dimensions, got shape \(8,\)"),
+    ("mixed dtypes", {"key": zeros(B, HQ, N, D, dtype=torch.float16)}, TypeError,
+     "key: expected query's torch.float32, got torch.float16"),
+    ("integers", {"query": zeros(B, HQ, M, D, dtype=torch.int32)}, TypeError, "query: .*got torch.int32"),
+    ("key on meta", {"key": zeros(B, HQ, N, D, device="meta")}, ValueError, "key: expected query's device cpu"),
+    ("head dims", {"key": zeros(B, HQ, N, D + 1)}, ValueError,
+     r"key: expected query's head dim 8, got shape \(2, 4, 7, 9\)"),
+    ("heads without enable_gqa", {"key": zeros(B, HKV, N, D), "value": zeros(B, HKV, N, DV)}, ValueError,
+     r"query, key, value: .*do not broadcast.*\(2, 2, 7, 8\)"),
+    ("batches", {"key": zeros(3, HQ, N, D)}, ValueError, r"query, key, value: .*do not broadcast.*key \(3, 4, 7, 8\)"),
+    ("groups that do not divide", {"key": zeros(B, 3, N, D), "value": zeros(B, 3, N, DV), "enable_gqa": True},
+     ValueError, "3 key-value heads do not divide the 4 query heads"),
+    ("groups at rank 2", {"query": zeros(M, D), "key": zeros(N, D), "value": zeros(N, DV), "enable_gqa": True},
+     ValueError, r"query: .*enable_gqa.*got shape \(5, 8\)"),
+    ("dropout above one", {"dropout_p": 2.0}, ValueError, r"dropout_p: must lie in \[0, 1\], got 2.0"),
+    ("value that is no tensor", {"value": 3}, TypeError, "value: expected a tensor, got int 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "changed", "error", "words"), SDPA, ids=[x[0] for x in SDPA])
+def test_sdpa(what: str, changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    """CHECKLIST 38: the door of F.scaled_dot_product_attention, which itself lets several of these pass."""
+    assert sdpa().shape == (B, HQ, M, DV)
+    with pytest.raises(error, match=words):
+        sdpa(**changed)
+
+
+# ---------------------------------------------------------------------------------------------------- explicit choice
+
+
+@pytest.mark.parametrize("backend", ("hopper", "sdpa"))
+def test_an_explicit_backend_never_falls_back(backend: str) -> None:
+    """BackendError, a ValueError, lists every reason; explain lists the same."""
+    x = zeros(1, 2, 4, 8)
+    options = {"softcap": 1.0, "sink": zeros(2), "return_lse": True, "backend": backend}
+    reasons = fused_attn.explain(x, x, x, **options).reasons[backend]
+    assert len(reasons) >= (3 if backend == "sdpa" else 1)
+    with pytest.raises(BackendError) as refusal:
+        attention(x, x, x, **options)
+    assert isinstance(refusal.value, ValueError) and all(reason in str(refusal.value) for reason in reasons)
+
+
+def test_float64_on_triton_is_refused() -> None:
+    x = zeros(1, 2, 4, 8, dtype=torch.float64)
+    with pytest.raises(BackendError, match="float64"):
+        attention(x, x, x, backend="triton")
+
+
+def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = zeros(1, 2, 4, 8)
+    monkeypatch.setenv("FUSED_ATTN_BACKEND", "sdpa")
+    assert fused_attn.explain(x, x, x).backend == "sdpa"
+    with pytest.raises(BackendError, match="sdpa"):
+        attention(x, x, x, sink=zeros(2))
+    assert attention(x, x, x, sink=zeros(2), backend="tiled").shape == x.shape
+    monkeypatch.setenv("FUSED_ATTN_BACKEND", "fastest")
+    with pytest.raises(ValueError, match=r"backend: expected None or one of .*got 'fastest'"):
+        attention(x, x, x)
+
+
+# ------------------------------------------------------------------------------------------------------ not built yet
+
+LATER: dict[str, Callable[[], Any]] = {
+    "score": lambda: call(score=object()),
+    "score_name": lambda: call(score="additive"),
+    "normalizer": lambda: call(normalizer="sigmoid"),
+    "normalizer_1": lambda: call(normalizer="softmax1"),
+    "attention_varlen": lambda: fused_attn.attention_varlen(None, None, None, None, None),
+    "attention_decode": lambda: fused_attn.attention_decode(None, None, None),
+    "attention_stats": lambda: fused_attn.attention_stats(None, None),
+    "attention_map": lambda: fused_attn.attention_map(None, None),
+    "scores": lambda: fused_attn.scores.Bilinear(zeros(2, 2)),
+    "PagedKVCache": lambda: fused_attn.PagedKVCache(),
+    "viz": lambda: fused_attn.viz.heatmap(None),
+    "debug": lambda: fused_attn.debug(),
+    "modules": lambda: fused_attn.modules.MultiheadAttention(8, 2),
+    "parallel": lambda: fused_attn.parallel.ring_attention(None),
+    "nested": lambda: attention(*[torch.nested.nested_tensor([zeros(2, 3)], layout=torch.jagged)] * 3),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_not_built_says_so(name: str) -> None:
+    with pytest.raises(NotImplementedError, match="built"):
+        LATER[name]()
+
+
+@pytest.mark.parametrize("name", ("flash_attn", "bert_padding"))
+def test_doors_that_are_not_built_say_so(name: str) -> None:
+    with pytest.raises((NotImplementedError, AttributeError)) as error:
+        getattr(fused_attn.compat, name).flash_attn_func  # noqa: B018
+    assert isinstance(error.value, NotImplementedError) or name in str(error.value)
+
+
+def test_an_unknown_keyword_is_not_ignored() -> None:
+    with pytest.raises(TypeError, match="temperature"):
+        call(temperature=2.0)
+
+
+def test_merge_states() -> None:
+    out, lse = zeros(1, 2, 3, 4), zeros(1, 2, 3)
+    with pytest.raises(ValueError, match="lses: expected one for each of the 2 outs"):
+        fused_attn.merge_states([out, out], [lse])
+    with pytest.raises(ValueError, match=r"outs\[1\].*\(1, 2, 3, 5\)"):
+        fused_attn.merge_states([out, zeros(1, 2, 3, 5)], [lse, lse])
+    with pytest.raises(ValueError, match="layout: expected one of"):
+        fused_attn.merge_states([out], [lse], layout="sbhd")
+
+
+def test_warmup() -> None:
+    with pytest.raises(ValueError, match=r"shapes: .*got \(1, 2, 3\)"):
+        fused_attn.warmup([(1, 2, 3)], device="cpu")
