@@ -10,89 +10,53 @@ import triton
 import triton.language as tl
 
 from .memory import head_pointer, load_rows, schedule, store_rows
-from .modifiers import Parameters, allowed, capped, is_linear, keep, parameters, value
+from .modifiers import Plane, keep, parameters, saturation, value
 from .numerics import LOG2E, dot
 from .scores import products
 from .softmax import finish, init, update
-from .spans import interval, seen, sees, sweep, visit
-from .types import Score, Span, View, Visit
+from .spans import Reach, interval, live, sweep, visible, visit
+from .types import View
 
 
 class Rows(NamedTuple):
-    """A tile of query rows, and everything that a step of its sweep over the keys asks for."""
+    """A tile of query rows at m, and what a step of its sweep over the keys asks for."""
 
     q: Any
-    k: View
-    v: View
-    k_head: Any
-    v_head: Any
-    score: Score
-    own: Parameters
-    factor: Any
-    mask: Any
-    dropout: Any
-    head: Any
-    span: Span
-    visit: Visit
-    lo: Any
-    hi: Any
     m: Any
-    M: Any
-    N: Any
+    k: View
+    k_head: Any
+    v: View
+    v_head: Any
+    plane: Plane
+    reach: Reach
+    factor: Any
     D: Any
     DV: Any
-    BLOCK_M: Any
-    BLOCK_N: Any
     BLOCK_D: Any
     BLOCK_DV: Any
     PRECISION: Any
 
 
 @triton.jit
-def live_keys(c, n, MASKED: tl.constexpr):
-    """Keys of the tile at n that may be read, [BLOCK_N]; None in a full tile."""
-    if MASKED:
-        return seen(c.span, c.lo, c.hi, c.visit, n + tl.arange(0, c.BLOCK_N))
-    else:
-        return None
-
-
-@triton.jit
 def issue(c, n, MASKED: tl.constexpr):
     """q k^T, [BLOCK_M, BLOCK_N]."""
-    k = load_rows(c.k, c.k_head, n, live_keys(c, n, MASKED), c.BLOCK_N, c.D, c.BLOCK_D)
-    return products(c.q, k, c.PRECISION)
-
-
-@triton.jit
-def visible(c, n, MASKED: tl.constexpr):
-    """The predicate of the tile at n, [BLOCK_M, BLOCK_N], or None where every row sees every key."""
-    see = None
-    if MASKED:
-        see = sees(c.lo, c.hi, n + tl.arange(0, c.BLOCK_N))
-    if c.mask is not None:
-        by_tensor = allowed(c.mask, c.own, c.m, n, c.M, c.N, c.BLOCK_M, c.BLOCK_N, False)
-        if MASKED:
-            see = see & by_tensor
-        else:
-            see = by_tensor
-    return see
+    keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
+    return products(c.q, load_rows(c.k, c.k_head, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D), c.PRECISION)
 
 
 @triton.jit
 def absorb(c, state, s, n, MASKED: tl.constexpr):
     """Weigh the values of the tile at n."""
     m_i, l_i, acc = state
-    x = s
-    if not is_linear(c.score):
-        t = None
-        if c.score.softcap is not None:
-            t = capped(s, c.own)
-        x = value(s, t, c.score, c.own, c.m, n, c.M, c.N, c.BLOCK_M, c.BLOCK_N, False)
-    p, alpha, m_i, l_i = update(m_i, l_i, x, visible(c, n, MASKED), c.factor)
-    if c.dropout is not None:
-        p = tl.where(keep(c.dropout, c.head, c.m, n, c.BLOCK_M, c.BLOCK_N, False), p, 0.0)
-    v = load_rows(c.v, c.v_head, n, live_keys(c, n, MASKED), c.BLOCK_N, c.DV, c.BLOCK_DV)
+    if c.plane.score.folds:
+        x = s
+    else:
+        x = value(c.plane, s, saturation(c.plane, s), c.m, n, False)
+    p, alpha, m_i, l_i = update(m_i, l_i, x, visible(c.reach, c.plane, c.m, n, MASKED, False), c.factor)
+    if c.plane.dropout is not None:
+        p = tl.where(keep(c.plane, c.m, n, False), p, 0.0)
+    keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
+    v = load_rows(c.v, c.v_head, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
     acc = dot(p.to(v.dtype), v, acc * alpha[:, None], c.PRECISION)
     return m_i, l_i, acc
 
@@ -103,7 +67,7 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out: View; lse: pointer (B, Hq, M); score: Score; span: Span; mask: View; sink: Scalar; Dropout."""
+    """q, k, v, out, mask: View; lse, sink: pointers (B, Hq, M) and (Hq,)."""
     tiles = tl.cdiv(M, BLOCK_M)
     tile, head = schedule(tiles, BATCHED_HEADS, WAVE)
     m = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last rows take longest
@@ -116,15 +80,18 @@ def forward_kernel(
     own = parameters(score, mask, b, h)
     q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
     factor = tl.full([], LOG2E, tl.float32)
-    if is_linear(score):
-        # The sign of the scale goes to q, so that the largest product is the largest score.
-        q_tile = tl.where(own.scale < 0, -q_tile, q_tile)
-        factor = tl.abs(own.scale) * LOG2E
-    c = Rows(
-        q_tile, k, v, head_pointer(k, b, h // GROUP), head_pointer(v, b, h // GROUP), score, own, factor, mask, dropout,
-        head, span, reach, lo, hi, m, M, N, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    if score.folds:
+        factor *= own.scale
+    # The context is built inside the call: an assignment would turn the constants in it into run-time values.
+    m_i, l_i, acc = sweep(
+        issue, absorb,
+        Rows(
+            q_tile, m, k, head_pointer(k, b, h // GROUP), v, head_pointer(v, b, h // GROUP),
+            Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+            factor, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        ),
+        init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP,
     )  # fmt: skip
-    m_i, l_i, acc = sweep(issue, absorb, c, init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP)
 
     logit = None
     if sink is not None:

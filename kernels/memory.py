@@ -46,23 +46,27 @@ def pointers(view, head, row, col, rows, cols):
     ptr = head
     if view.wide:
         rows, cols = rows.to(tl.int64), cols.to(tl.int64)
-    near = rows * 0 + cols * 0
-    if view.strides[2] is not None:
+    if view.strides[2] is None:
+        rows = rows * 0
+    else:
         ptr += row.to(tl.int64) * stride(view, 2)
-        near += rows * stride(view, 2)
-    if view.packed:
+        rows = rows * stride(view, 2)
+    if not view.packed:
+        if view.strides[3] is None:
+            cols = cols * 0
+        else:
+            if col is not None:
+                ptr += col.to(tl.int64) * stride(view, 3)
+            cols = cols * stride(view, 3)
+    elif col is not None:
         ptr += col
-        near += cols
-    elif view.strides[3] is not None:
-        ptr += col.to(tl.int64) * stride(view, 3)
-        near += cols * stride(view, 3)
-    return ptr + near
+    return ptr + (rows + cols)
 
 
 @triton.jit
 def row_pointers(view, head, start, ROWS: tl.constexpr, COLS: tl.constexpr):
     """To whole rows [ROWS, COLS] from row `start`."""
-    return pointers(view, head, start, start * 0, tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :])
+    return pointers(view, head, start, None, tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :])
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
     u = product * scale      y = cap * tanh(u / cap)      x = y + bias - slope * |i + offset - j|
 
-Each modifier stands here with its value, its derivative and the gradient of its parameter. Positions i and j are
-shaped to broadcast, so the same lines serve a tile and its transpose. A score in base 2 is x * factor.
+Each modifier stands here with its value, its derivative and the gradient of its parameter. A tile is at row m and key
+n of a Plane, and TRANSPOSED makes it [BLOCK_N, BLOCK_M]; the same lines serve both.
 """
 
 from typing import Any, NamedTuple
@@ -13,10 +13,11 @@ import triton.language as tl
 
 from .memory import head_pointer, number, pair_pointers, read_scalar
 from .numerics import tanh
+from .types import Score
 
 
 class Parameters(NamedTuple):
-    """One head's parameters, in registers. bias and mask point to the head's plane."""
+    """One head's parameters, in registers; bias and mask point to the head's plane."""
 
     scale: Any
     cap: Any
@@ -25,14 +26,27 @@ class Parameters(NamedTuple):
     mask: Any
 
 
+class Plane(NamedTuple):
+    """The scores of one head, (M, N), and what makes them. head is b * Hq + h."""
+
+    score: Score
+    own: Parameters
+    mask: Any
+    dropout: Any
+    head: Any
+    M: Any
+    N: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+
+
 @triton.jit
 def parameters(score, mask, b, h):
     """What the head (b, h) needs of a Score and a bool mask."""
-    scale = read_scalar(score.scale, b, h)
     cap = None
     slope = None
     bias = None
-    allowed = None
+    plane = None
     if score.softcap is not None:
         cap = read_scalar(score.softcap, b, h)
     if score.slopes is not None:
@@ -40,69 +54,97 @@ def parameters(score, mask, b, h):
     if score.bias is not None:
         bias = head_pointer(score.bias, b, h)
     if mask is not None:
-        allowed = head_pointer(mask, b, h)
-    return Parameters(scale, cap, slope, bias, allowed)
+        plane = head_pointer(mask, b, h)
+    return Parameters(read_scalar(score.scale, b, h), cap, slope, bias, plane)
 
 
 @triton.jit
-def is_linear(score):
-    """A score that is product * scale and nothing more: the scale then folds into the exponential."""
-    return (score.softcap is None) and (score.bias is None) and (score.slopes is None)
-
-
-@triton.jit
-def distance(score, i, j):
-    """|i + offset - j| in float32."""
-    return tl.abs(i + number(score.offset) - j).to(tl.float32)
-
-
-@triton.jit
-def capped(s, own):
-    """tanh(u / cap), for products s."""
-    return tanh(s * (own.scale / own.cap))
-
-
-@triton.jit
-def value(s, t, score, own, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """x for products s of the tile at (m, n), given t = capped(s, own) where there is a softcap."""
-    if score.softcap is None:
-        x = s * own.scale
+def positions(plane, m, n, TRANSPOSED: tl.constexpr):
+    """Row and key indices of the tile, shaped to broadcast."""
+    if TRANSPOSED:
+        return (m + tl.arange(0, plane.BLOCK_M))[None, :], (n + tl.arange(0, plane.BLOCK_N))[:, None]
     else:
-        x = t * own.cap
-    if score.bias is not None:
-        ptrs = pair_pointers(score.bias, own.bias, m, n, M, N, BLOCK_M, BLOCK_N, TRANSPOSED)
-        x += tl.load(ptrs).to(tl.float32)
-    if score.slopes is not None:
-        i, j = positions(m, n, BLOCK_M, BLOCK_N, TRANSPOSED)
-        x -= own.slope * distance(score, i, j)
+        return (m + tl.arange(0, plane.BLOCK_M))[:, None], (n + tl.arange(0, plane.BLOCK_N))[None, :]
+
+
+@triton.jit
+def tile_pointers(view, start, plane, m, n, TRANSPOSED: tl.constexpr):
+    """To the tile of something (M, N)."""
+    return pair_pointers(view, start, m, n, plane.M, plane.N, plane.BLOCK_M, plane.BLOCK_N, TRANSPOSED)
+
+
+@triton.jit
+def distance(plane, m, n, TRANSPOSED: tl.constexpr):
+    """|i + offset - j| in float32."""
+    i, j = positions(plane, m, n, TRANSPOSED)
+    return tl.abs(i + number(plane.score.offset) - j).to(tl.float32)
+
+
+@triton.jit
+def saturation(plane, s):
+    """tanh(u / cap) of products s, or s where there is no softcap."""
+    if plane.score.softcap is None:
+        return s
+    else:
+        return tanh(s * (plane.own.scale / plane.own.cap))
+
+
+@triton.jit
+def value(plane, s, t, m, n, TRANSPOSED: tl.constexpr):
+    """x of products s, with t = saturation(s)."""
+    if plane.score.softcap is None:
+        x = s * plane.own.scale
+    else:
+        x = t * plane.own.cap
+    if plane.score.bias is not None:
+        x += tl.load(tile_pointers(plane.score.bias, plane.own.bias, plane, m, n, TRANSPOSED)).to(tl.float32)
+    if plane.score.slopes is not None:
+        x -= plane.own.slope * distance(plane, m, n, TRANSPOSED)
     return x
 
 
 @triton.jit
-def positions(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Row and key indices of the tile at (m, n), shaped to broadcast."""
-    if TRANSPOSED:
-        return (m + tl.arange(0, BLOCK_M))[None, :], (n + tl.arange(0, BLOCK_N))[:, None]
+def backward(plane, dx, t):
+    """du, given dx."""
+    if plane.score.softcap is None:
+        return dx
     else:
-        return (m + tl.arange(0, BLOCK_M))[:, None], (n + tl.arange(0, BLOCK_N))[None, :]
+        return dx * (1.0 - t * t)
 
 
 @triton.jit
-def allowed(mask, own, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The bool mask's tile at (m, n)."""
-    return tl.load(pair_pointers(mask, own.mask, m, n, M, N, BLOCK_M, BLOCK_N, TRANSPOSED)) != 0
+def softcap_gradient(plane, dx, s, t):
+    """d cap, a summand for each element."""
+    return dx * (t - s * (plane.own.scale / plane.own.cap) * (1.0 - t * t))
 
 
 @triton.jit
-def keep(dropout, head, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Which weights of the tile at (m, n) live; head is b * Hq + h. See `fused_attn.spec.Dropout`."""
-    i, j = positions(m, n, BLOCK_M, BLOCK_N, TRANSPOSED)
-    seed = tl.load(dropout.rng)
-    offset = tl.load(dropout.rng + 1).to(tl.uint32)
+def slope_gradient(plane, dx, m, n, TRANSPOSED: tl.constexpr):
+    """d slope, a summand for each element."""
+    return -dx * distance(plane, m, n, TRANSPOSED)
+
+
+@triton.jit
+def allowed(plane, m, n, TRANSPOSED: tl.constexpr):
+    """The bool mask's tile."""
+    return tl.load(tile_pointers(plane.mask, plane.own.mask, plane, m, n, TRANSPOSED)) != 0
+
+
+@triton.jit
+def keep(plane, m, n, TRANSPOSED: tl.constexpr):
+    """Which weights of the tile live; see `fused_attn.spec.Dropout`."""
+    i, j = positions(plane, m, n, TRANSPOSED)
+    seed = tl.load(plane.dropout.rng)
+    offset = tl.load(plane.dropout.rng + 1).to(tl.uint32)
     zero = (i * 0 + j * 0).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(
-        seed, zero + (j & ~8).to(tl.uint32), zero + (i & ~8).to(tl.uint32), zero + head.to(tl.uint32), zero + offset, 7
+        seed,
+        zero + (j & ~8).to(tl.uint32),
+        zero + (i & ~8).to(tl.uint32),
+        zero + plane.head.to(tl.uint32),
+        zero + offset,
+        7,
     )
     odd_i, odd_j = (i & 8) != 0, (j & 8) != 0
     word = tl.where(odd_i, tl.where(odd_j, w3, w2), tl.where(odd_j, w1, w0))
-    return (word ^ 0x80000000).to(tl.int32, bitcast=True) >= dropout.threshold
+    return (word ^ 0x80000000).to(tl.int32, bitcast=True) >= plane.dropout.threshold

@@ -13,57 +13,57 @@ HUGE: tl.constexpr = tl.constexpr(1073741824.0)  # 2**30
 
 @triton.jit
 def init(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """(m, l, acc) of a row that has seen nothing."""
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    return m, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    """(m_i, l_i, acc) of a row that has seen nothing."""
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return m_i, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
 
 @triton.jit
-def reference_point(m, factor):
-    """(factor, c) for each row: weights are exp2(x * factor - c), with c near m * factor.
+def reference_point(m_i, factor):
+    """(factor, c) for each row: weights are exp2(x * factor - c), with c near m_i * factor.
 
     One multiply-add does it, and rounds once; c is rounded on its own. The difference cancels in out and lse, unless it
     overflows exp2: from 2**30 the scores of a row are all ties or worlds apart, and a power of two, whose products are
     exact, tells them apart as well. A row of -inf gets c = 0, so that its weights are 0 and not NaN.
     """
-    scaled = tl.where(tl.abs(m) * factor >= HUGE, power_of_two(factor), factor)
-    c = m * scaled
+    scaled = tl.where(tl.abs(m_i) * factor >= HUGE, power_of_two(factor), factor)
+    c = m_i * scaled
     return scaled, tl.where(c > float("-inf"), c, 0.0)
 
 
 @triton.jit
-def update(m, l, x, allowed, factor):
-    """(p [BLOCK_M, BLOCK_N], alpha, m, l): the weights of a tile, what to multiply earlier ones by, and the new sums.
+def update(m_i, l_i, x, allowed, factor):
+    """(p [BLOCK_M, BLOCK_N], alpha, m_i, l_i): the weights of a tile, what to multiply earlier ones by, and the new sums.
 
-    The maximum skips NaN and the weights do not, so a NaN score reaches l and the accumulator.
+    The maximum skips NaN and the weights do not, so a NaN score reaches l_i and the accumulator.
     """
     if allowed is not None:
         x = tl.where(allowed, x, float("-inf"))
-    peak = tl.maximum(m, tl.max(x, 1))
+    peak = tl.maximum(m_i, tl.max(x, 1))
     scaled, c = reference_point(peak, factor)
     p = tl.exp2(x * scaled[:, None] - c[:, None])
     if allowed is not None:
         p = tl.where(allowed, p, 0.0)
-    alpha = tl.where(m == float("-inf"), 0.0, tl.exp2((m - peak) * factor))
-    return p, alpha, peak, l * alpha + tl.sum(p, 1)
+    alpha = tl.where(m_i == float("-inf"), 0.0, tl.exp2((m_i - peak) * factor))
+    return p, alpha, peak, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
-def finish(m, l, acc, factor, sink, some):
+def finish(m_i, l_i, acc, factor, sink, some):
     """(out, lse): the average and the natural log of the denominator, a sink's share included.
 
     some: rows that may see anything; the others end as if they had seen nothing. sink: a float32 logit, or None.
     """
-    l = tl.where(some, l, 0.0)
-    c = tl.where(some & (m > float("-inf")), m * factor, float("-inf"))
-    c = tl.where(l == 0.0, float("-inf"), c)
+    l_i = tl.where(some, l_i, 0.0)
+    c = tl.where(some & (m_i > float("-inf")), m_i * factor, float("-inf"))
+    c = tl.where(l_i == 0.0, float("-inf"), c)
     if sink is not None:
         # The state (0, sink): it joins the denominator and brings no value.
         top = tl.maximum(c, sink * LOG2E)
         safe = tl.where(top > float("-inf"), top, 0.0)
         share = tl.exp2(c - safe)
-        l = l * share + tl.exp2(sink * LOG2E - safe)
+        l_i = l_i * share + tl.exp2(sink * LOG2E - safe)
         acc = acc * share[:, None]
         c = safe
-    out = tl.where((l == 0.0)[:, None] | (some == 0)[:, None], 0.0, acc / tl.where(l == 0.0, 1.0, l)[:, None])
-    return out, (c + tl.log2(l)) * LN2
+    out = tl.where((l_i == 0.0)[:, None] | (some == 0)[:, None], 0.0, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])
+    return out, (c + tl.log2(l_i)) * LN2

@@ -4,11 +4,35 @@ A program owns a tile of indices and sweeps over tiles of the other side: rows o
 rows. Tiles that every live index sees whole need no mask; those at both ends of the interval do.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .memory import number
-from .types import Visit
+from .modifiers import allowed
+from .types import Span
+
+
+class Visit(NamedTuple):
+    """The tiles that a program visits, from index `origin` on: `head` partial ones, `full` full ones, and partial ones
+    again, `total` in all. first and last bound what any index of the program sees."""
+
+    origin: Any
+    head: Any
+    full: Any
+    total: Any
+    first: Any
+    last: Any
+
+
+class Reach(NamedTuple):
+    """How far the indices of a program look: their intervals [BLOCK], and the tiles these make it visit."""
+
+    span: Span
+    lo: Any
+    hi: Any
+    visit: Visit
 
 
 @triton.jit
@@ -45,18 +69,44 @@ def visit(lo, hi, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sees(lo, hi, y):
+def sees(reach, y):
     """The mask predicate, [BLOCK, len(y)]."""
-    return (y[None, :] >= lo[:, None]) & (y[None, :] < hi[:, None])
+    return (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])
 
 
 @triton.jit
-def seen(span, lo, hi, visit, y):
-    """Which y some index of the program sees; nothing else may reach a product, for it may be NaN."""
-    if (span.lo is None) and (span.hi is None):
-        return (y >= visit.first) & (y < visit.last)
+def live(reach, start, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Which y of the tile some index of the program sees; nothing else may reach a product, for it may be NaN.
+
+    None in a full tile.
+    """
+    if not MASKED:
+        return None
     else:
-        return tl.max(sees(lo, hi, y).to(tl.int32), 0) > 0
+        y = start + tl.arange(0, BLOCK)
+        if (reach.span.lo is None) and (reach.span.hi is None):
+            return (y >= reach.visit.first) & (y < reach.visit.last)
+        else:
+            return tl.max(sees(reach, y).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def visible(reach, plane, m, n, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The predicate of the tile at (m, n), the bool mask included; None where every row sees every key."""
+    if TRANSPOSED:
+        y = m + tl.arange(0, plane.BLOCK_M)
+    else:
+        y = n + tl.arange(0, plane.BLOCK_N)
+    if plane.mask is None:
+        if MASKED:
+            return sees(reach, y)
+        else:
+            return None
+    else:
+        if MASKED:
+            return sees(reach, y) & allowed(plane, m, n, TRANSPOSED)
+        else:
+            return allowed(plane, m, n, TRANSPOSED)
 
 
 @triton.jit

@@ -49,9 +49,14 @@ class Span(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see."""
+    """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see.
+
+    folds: the scale is known not to be negative, and nothing follows it, so the largest product is the largest score,
+    and the forward kernel multiplies inside the exponential.
+    """
 
     scale: Scalar
+    folds: Any
     softcap: Any = None
     bias: Any = None
     slopes: Any = None
@@ -66,15 +71,19 @@ class Dropout(NamedTuple):
     rescale: Any
 
 
-class Visit(NamedTuple):
-    """The tiles that a program visits: `head` partial ones, `full` full ones, and partial ones again, `total` in all.
+class KeyGradients(NamedTuple):
+    """What the key-major kernel is asked for. dk, dv: View. bias: pointer to column sums (B, Hq, N) float32."""
 
-    first and last bound what any live index of the program may see.
-    """
+    dk: Any = None
+    dv: Any = None
+    bias: Any = None
 
-    origin: Any
-    head: Any
-    full: Any
-    total: Any
-    first: Any
-    last: Any
+
+class RowGradients(NamedTuple):
+    """What the row-major kernel is asked for. dq, bias: View, the second dense. The others: pointers to row sums."""
+
+    dq: Any = None
+    bias: Any = None
+    scale: Any = None
+    softcap: Any = None
+    slopes: Any = None

@@ -8,6 +8,7 @@ numpy warns where hardware is silent (log 0, inf - inf). Drop each repair when i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -84,6 +85,14 @@ def _patch_language_once_a_launch() -> None:
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
+def _skip_overflow_checks() -> None:
+    """Compiled kernels have none, and each integer operation costs four with them."""
+    for builder in {
+        id(b): b for b in (interpreter.interpreter_builder, interpreter.interpreter_semantic.builder)
+    }.values():
+        builder.options = replace(builder.options, sanitize_overflow=False)
+
+
 def _silence_numpy() -> None:
     run = interpreter.GridExecutor.__call__
 
@@ -103,3 +112,4 @@ def install() -> None:
     _repair_loop_bounds()
     _patch_language_once_a_launch()
     _silence_numpy()
+    _skip_overflow_checks()

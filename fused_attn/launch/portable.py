@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import launch as seam
 from ..spec import HALF, Problem
-from ..tuning import architecture, config
+from ..tuning import Config, architecture, config
 from ..tuning.select import padded
 
 MAX_HEAD_DIM = 512
@@ -24,10 +24,17 @@ def _device_code() -> Any:
     """The kernels and the views they take; imported when first asked for, because they import triton."""
     from types import SimpleNamespace
 
-    from ..kernels import forward
+    from ..kernels import backward, forward
     from . import views
 
-    return SimpleNamespace(forward=forward.forward_kernel, views=views)
+    return SimpleNamespace(
+        forward=forward.forward_kernel,
+        delta=backward.delta_kernel,
+        dkdv=backward.dkdv_kernel,
+        dq=backward.dq_kernel,
+        dbias=backward.dbias_kernel,
+        views=views,
+    )
 
 
 def interpreted() -> bool:
@@ -68,10 +75,31 @@ def _rich(p: Problem) -> bool:
 
 
 def _wave(p: Problem, heads: int) -> int:
-    """How many heads run side by side: as many as have their keys and values in the cache together."""
-    _, _, _, n = p.shape
-    per_head = n * (p.q.shape[3] + p.v.shape[3]) * p.q.element_size()
-    return max(1, min(heads, CACHE // max(per_head, 1) * (p.group if heads == p.q.shape[0] * p.q.shape[1] else 1)))
+    """How many of B * heads heads run side by side: as many as have their keys and values in the cache together."""
+    b, _, _, n = p.shape
+    pair = n * (p.q.shape[3] + p.v.shape[3]) * p.q.element_size()
+    return max(1, min(b * heads, CACHE // pair * (heads // p.k.shape[1])))
+
+
+def _shapes(p: Problem) -> dict[str, Any]:
+    """What every kernel that multiplies is compiled for."""
+    d, dv = p.q.shape[3], p.v.shape[3]
+    return {
+        "GROUP": p.group,
+        "D": d,
+        "DV": dv,
+        "BLOCK_D": padded(d),
+        "BLOCK_DV": padded(dv),
+        "PRECISION": _precision(p),
+    }
+
+
+def _config(kernel: str, p: Problem) -> Config:
+    return config(kernel, architecture(p.q.device), p.q.dtype, p.q.shape[3], p.v.shape[3], rich=_rich(p))
+
+
+def _options(c: Config) -> dict[str, int]:
+    return {"BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "num_warps": c.num_warps, "num_stages": c.num_stages}
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -79,10 +107,9 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     code = _device_code()
     views = code.views
     b, hq, m, n = p.shape
-    d, dv = p.q.shape[3], p.v.shape[3]
     out = p.empty_out()
     lse = p.q.new_empty((b, hq, m), dtype=torch.float32)
-    c = config("forward", architecture(p.q.device), p.q.dtype, d, dv, rich=_rich(p))
+    c = _config("forward", p)
     with torch.cuda.device_of(p.q):
         seam.launch(
             code.forward,
@@ -94,9 +121,175 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             views.broadcast_view(p.mask, p.shape),
             None if p.sink is None else p.sink.contiguous(),
             views.dropout(p),
-            m, n, hq, b * hq, _wave(p, b * hq),
-            GROUP=p.group, D=d, DV=dv, BLOCK_D=padded(d), BLOCK_DV=padded(dv),
-            BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, OVERLAP=c.overlap, PRECISION=_precision(p),
-            num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
+            *(m, n, hq, b * hq, _wave(p, hq)),
+            **_shapes(p),
+            **_options(c),
+            OVERLAP=c.overlap,
+        )
     return out, lse
+
+
+def backward(
+    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients that needs names, under no_grad. Deterministic: no atomics, and every sum in a fixed order."""
+    with torch.cuda.device_of(p.q):
+        return _Backward(p, out, lse.contiguous(), dout, dlse, needs).run()
+
+
+class _Backward:
+    """One backward pass: which kernels run, and what each writes, follows from needs."""
+
+    def __init__(
+        self, p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+    ) -> None:
+        self.p, self.out, self.lse, self.dout, self.needs = p, out, lse, dout, needs
+        self.dlse = None if dlse is None else dlse.contiguous()
+        self.code = _device_code()
+        self.views = self.code.views
+        self.grads: dict[str, Tensor] = {}
+        tensors = p.tensors()
+        for name in needs & {"q", "k", "v"}:
+            self.grads[name] = torch.empty_like(tensors[name])
+
+    def run(self) -> dict[str, Tensor]:
+        p, needs = self.p, self.needs
+        self.delta = self._delta() if needs - {"v"} else None
+        form = self._bias_form() if "bias" in needs else None
+        if needs & {"k", "v"} or form == "columns":
+            self._dkdv(form == "columns")
+        if needs & {"q", "scale", "softcap", "slopes"} or form == "dense":
+            self._dq(form == "dense")
+        if form == "shared":
+            self._dbias()
+        if form == "rows":
+            self._keep("bias", _sum_to(self._row_gradient()[..., None], p.bias.shape))
+        if "sink" in needs:
+            self._keep("sink", -(self._sink_weights() * self.delta).sum((0, 2)))
+        return self.grads
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        """In the parameter's own dtype and memory order."""
+        own = self.p.tensors()[name]
+        self.grads[name] = torch.empty_like(own).copy_(value.view(own.shape))
+
+    def _bias_form(self) -> str:
+        """How the bias's gradient is had: contract by contract, the cheapest that is exact."""
+        b, hq, m, n = self.p.shape
+        have = self.p.bias.shape
+        if have[3] != n:
+            return "rows"  # one value a row or less: in closed form
+        if have[2] != m:
+            return "columns"  # one value a key: sums in the key-major kernel
+        return "dense" if (have[0], have[1]) == (b, hq) else "shared"
+
+    def _delta(self) -> Tensor:
+        p = self.p
+        b, hq, m, _ = p.shape
+        delta = torch.empty_like(self.lse)
+        c = _config("delta", p)
+        seam.launch(
+            self.code.delta,
+            -(-m // c.BLOCK_M) * b * hq,
+            self.views.view(self.out),
+            self.views.view(self.dout),
+            self.dlse,
+            delta,
+            *(m, hq, b * hq),
+            DV=p.v.shape[3],
+            BLOCK_DV=padded(p.v.shape[3]),
+            BLOCK_M=c.BLOCK_M,
+            num_warps=c.num_warps,
+        )
+        return delta
+
+    def _inputs(self, span: Any) -> tuple[Any, ...]:
+        """What the kernels that compute weights again begin with."""
+        p, views = self.p, self.views
+        return (
+            *(views.view(x) for x in (p.q, p.k, p.v, self.dout)),
+            self.lse,
+            self.delta,
+            views.score(p),
+            span,
+            views.broadcast_view(p.mask, p.shape),
+            views.dropout(p),
+        )
+
+    def _wanted(self, name: str) -> Any:
+        return self.views.view(self.grads[name]) if name in self.needs else None
+
+    def _dkdv(self, columns: bool) -> None:
+        p = self.p
+        b, hq, m, n = p.shape
+        hkv = p.k.shape[1]
+        sums = p.q.new_empty((b, hq, n), dtype=torch.float32) if columns else None
+        c = _config("dkdv", p)
+        seam.launch(
+            self.code.dkdv,
+            -(-n // c.BLOCK_N) * b * hkv,
+            *self._inputs(self.views.transposed_span(p.span, n)),
+            self.views.KeyGradients(self._wanted("k"), self._wanted("v"), sums),
+            *(m, n, hkv, b * hkv, _wave(p, hkv)),
+            **_shapes(p),
+            **_options(c),
+        )
+        if sums is not None:
+            self._keep("bias", _sum_to(sums[:, :, None], p.bias.shape))
+
+    def _dq(self, dense: bool) -> None:
+        p, needs = self.p, self.needs
+        b, hq, m, n = p.shape
+        sums = {x: torch.empty_like(self.lse) for x in ("scale", "softcap", "slopes") if x in needs}
+        bias = None
+        if dense:
+            # Tiles that no row sees are never visited.
+            self.grads["bias"] = (torch.empty_like if p.span.unbounded else torch.zeros_like)(p.bias)
+            bias = self.views.broadcast_view(self.grads["bias"], p.shape)
+        c = _config("dq", p)
+        seam.launch(
+            self.code.dq,
+            -(-m // c.BLOCK_M) * b * hq,
+            *self._inputs(self.views.span(p.span)),
+            self.views.RowGradients(self._wanted("q"), bias, *map(sums.get, ("scale", "softcap", "slopes"))),
+            *(m, n, hq, b * hq, _wave(p, hq)),
+            **_shapes(p),
+            **_options(c),
+        )
+        for name, rows in sums.items():
+            own = p.tensors()[name]
+            self._keep(name, rows.sum() if own.ndim == 0 else rows.sum(2) if own.ndim == 2 else rows.sum((0, 2)))
+
+    def _dbias(self) -> None:
+        p = self.p
+        b, hq, m, n = p.shape
+        self.grads["bias"] = torch.empty_like(p.bias)
+        shared = p.bias.shape[:2]
+        c = _config("dbias", p)
+        seam.launch(
+            self.code.dbias,
+            -(-m // c.BLOCK_M) * -(-n // c.BLOCK_N) * shared.numel(),
+            *self._inputs(self.views.span(p.span)),
+            self.views.broadcast_view(self.grads["bias"], p.shape),
+            *(m, n, b, hq, *shared),
+            **_shapes(p),
+            **_options(c),
+        )
+
+    def _sink_weights(self) -> Tensor:
+        """(B, Hq, M): the share of the sink in each row's denominator."""
+        share = torch.exp(self.p.sink.float()[:, None] - self.lse)
+        return torch.where(self.lse == -torch.inf, 0.0, share)
+
+    def _row_gradient(self) -> Tensor:
+        """(B, Hq, M): the sum of dx over a row, dlse + delta * P_sink, because weights and sink add up to one."""
+        total = torch.zeros_like(self.lse) if self.dlse is None else self.dlse.float()
+        if self.p.sink is not None:
+            return total + self.delta * self._sink_weights()
+        return torch.where(self.lse == -torch.inf, 0.0, total)
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """x summed over the dims in which shape is 1, and broadcast where x is."""
+    dims = [i for i, (have, want) in enumerate(zip(x.shape, shape, strict=True)) if have != want and want == 1]
+    return x.sum(dims, keepdim=True) if dims else x

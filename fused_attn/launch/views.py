@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.types import Dropout, Scalar, Score, Span, Vector, View
+from ..kernels.types import Dropout, KeyGradients, RowGradients, Scalar, Score, Span, Vector, View
 from ..spec import Problem
 from ..spec import Span as Interval
 
@@ -87,8 +87,10 @@ def transposed_span(s: Interval, n: int) -> Span:
 
 
 def score(p: Problem) -> Score:
+    alone = p.softcap is None and p.bias is None and p.slopes is None
     return Score(
         scalar(p.scale),
+        _constants[alone and isinstance(p.scale, float) and p.scale >= 0],
         None if p.softcap is None else scalar(p.softcap),
         broadcast_view(p.bias, p.shape),
         None if p.slopes is None else scalar(p.slopes),

@@ -1,0 +1,357 @@
+"""Backward: dq, dk, dv and every parameter's gradient, from out and lse, with the weights computed again.
+
+    p = exp(x - lse)    dp = keep * (dout v^T)    dx = p * (dp - delta)    delta = sum(dout * out) - dlse
+
+Four kernels, none with an atomic: delta; dk, dv (a program owns keys, and adds up its group's query heads in order);
+dq with what sums over a row; and dbias, for a bias that is broadcast over batch or heads (a program owns a tile of it).
+Grids are flat: tiles x heads. lse, delta and the row sums are (B, Hq, M) float32; lse is a natural log.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .memory import head_pointer, load_rows, schedule, store_rows
+from .modifiers import (
+    Plane,
+    backward,
+    keep,
+    parameters,
+    positions,
+    saturation,
+    slope_gradient,
+    softcap_gradient,
+    tile_pointers,
+    value,
+)
+from .numerics import LOG2E, dot
+from .scores import products
+from .spans import Reach, interval, live, sweep, visible, visit
+from .types import KeyGradients, RowGradients, View
+
+
+@triton.jit
+def load_lse(lse, head, rows, seeing, M):
+    """In base 2. A row that sees nothing gets +inf, and with it weights of 0, without a mask."""
+    found = tl.load(lse + head.to(tl.int64) * M + rows, mask=seeing, other=float("inf")) * LOG2E
+    return tl.where(found == float("-inf"), float("inf"), found)
+
+
+@triton.jit
+def load_delta(delta, head, rows, seeing, M):
+    return tl.load(delta + head.to(tl.int64) * M + rows, mask=seeing, other=0.0)
+
+
+@triton.jit
+def weights(plane, s, t, lse, see, m, n, TRANSPOSED: tl.constexpr):
+    """p of products s; lse is shaped to broadcast."""
+    if plane.score.folds:
+        p = tl.exp2(s * (plane.own.scale * LOG2E) - lse)
+    else:
+        p = tl.exp2(value(plane, s, t, m, n, TRANSPOSED) * LOG2E - lse)
+    if see is not None:
+        p = tl.where(see, p, 0.0)
+    return p
+
+
+@triton.jit
+def score_gradient(plane, p, dp, delta, kept):
+    """dx; kept is dropout's tile, or None."""
+    if kept is not None:
+        dp = tl.where(kept, dp * plane.dropout.rescale, 0.0)
+    return p * (dp - delta)
+
+
+@triton.jit
+def dropped(plane, m, n, TRANSPOSED: tl.constexpr):
+    """Dropout's tile, or None."""
+    if plane.dropout is None:
+        return None
+    else:
+        return keep(plane, m, n, TRANSPOSED)
+
+
+@triton.jit(do_not_specialize=["M", "HEADS", "BATCHED_HEADS"])
+def delta_kernel(
+    out, dout, dlse, delta, M, HEADS, BATCHED_HEADS,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta (B, Hq, M); dlse is a pointer to the same shape, or None."""
+    tile, head = schedule(tl.cdiv(M, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
+    b = head // HEADS
+    h = head % HEADS
+    m = tile * BLOCK_M
+    rows = m + tl.arange(0, BLOCK_M)
+    o = load_rows(out, head_pointer(out, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
+    do = load_rows(dout, head_pointer(dout, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
+    total = tl.sum(o * do, 1)
+    at = head.to(tl.int64) * M + rows
+    if dlse is not None:
+        total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)
+    tl.store(delta + at, total, mask=rows < M)
+
+
+class Keys(NamedTuple):
+    """A tile of keys at n, and what a step of its sweep over one head's rows asks for."""
+
+    k: Any
+    v: Any
+    n: Any
+    q: View
+    q_head: Any
+    dout: View
+    do_head: Any
+    lse: Any
+    delta: Any
+    plane: Plane
+    reach: Reach
+    gradients: KeyGradients
+    D: Any
+    DV: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    PRECISION: Any
+
+
+@triton.jit
+def issue_rows(c, m, MASKED: tl.constexpr):
+    """k q^T and v dout^T, [BLOCK_N, BLOCK_M], and the tiles they came from."""
+    rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)
+    q = load_rows(c.q, c.q_head, m, rows, c.plane.BLOCK_M, c.D, c.BLOCK_D)
+    do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
+    return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do
+
+
+@triton.jit
+def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
+    """Add what the rows of the tile at m send to the keys."""
+    dk, dv, columns = state
+    s, dp, q, do = issued
+    rows = m + tl.arange(0, c.plane.BLOCK_M)
+    lse = load_lse(c.lse, c.plane.head, rows, rows < c.plane.M, c.plane.M)
+    t = saturation(c.plane, s)
+    p = weights(c.plane, s, t, lse[None, :], visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)
+    kept = dropped(c.plane, m, c.n, True)
+    if c.gradients.dv is not None:
+        if kept is None:
+            sent = p
+        else:
+            sent = tl.where(kept, p, 0.0)
+        dv = dot(sent.to(do.dtype), do, dv, c.PRECISION)
+    if (c.gradients.dk is not None) or (c.gradients.bias is not None):
+        delta = load_delta(c.delta, c.plane.head, rows, rows < c.plane.M, c.plane.M)
+        dx = score_gradient(c.plane, p, dp, delta[None, :], kept)
+        if c.gradients.bias is not None:
+            columns += tl.sum(dx, 1)
+        if c.gradients.dk is not None:
+            du = backward(c.plane, dx, t)
+            if c.plane.score.scale.strides is not None:
+                du *= c.plane.own.scale  # it may differ between the heads of a group
+            dk = dot(du.to(q.dtype), q, dk, c.PRECISION)
+    return dk, dv, columns
+
+
+@triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
+def dkdv_kernel(
+    q, k, v, dout, lse, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads. Keys nobody sees get zeros."""
+    tile, head = schedule(tl.cdiv(N, BLOCK_N), BATCHED_HEADS, WAVE)
+    n = tile * BLOCK_N  # under a causal mask the first keys take longest
+    b = head // HEADS
+    h = head % HEADS
+    keys = n + tl.arange(0, BLOCK_N)
+    lo, hi = interval(span, b, keys, N, M)
+    seen = lo < hi
+    reach = visit(lo, hi, M, BLOCK_M)
+    k_tile = load_rows(k, head_pointer(k, b, h), n, seen, BLOCK_N, D, BLOCK_D)
+    v_tile = load_rows(v, head_pointer(v, b, h), n, seen, BLOCK_N, DV, BLOCK_DV)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in range(GROUP):
+        row_head = head * GROUP + member
+        row_h = h * GROUP + member
+        own = parameters(score, mask, b, row_h)
+        dk, dv, columns = sweep(
+            issue_rows, absorb_rows,
+            Keys(
+                k_tile, v_tile, n, q, head_pointer(q, b, row_h), dout, head_pointer(dout, b, row_h), lse, delta,
+                Plane(score, own, mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+                gradients, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            ),
+            (dk, dv, tl.zeros([BLOCK_N], tl.float32)), reach, BLOCK_M, False,
+        )  # fmt: skip
+        if gradients.bias is not None:
+            at = gradients.bias + row_head.to(tl.int64) * N + keys
+            tl.store(at, tl.where(seen, columns, 0.0), mask=keys < N)
+    if gradients.dk is not None:
+        if score.scale.strides is None:
+            dk *= score.scale.value
+        dk = tl.where(seen[:, None], dk, 0.0)
+        store_rows(gradients.dk, head_pointer(gradients.dk, b, h), n, keys < N, dk, BLOCK_N, D, BLOCK_D)
+    if gradients.dv is not None:
+        if dropout is not None:
+            dv *= dropout.rescale
+        dv = tl.where(seen[:, None], dv, 0.0)
+        store_rows(gradients.dv, head_pointer(gradients.dv, b, h), n, keys < N, dv, BLOCK_N, DV, BLOCK_DV)
+
+
+class Rows(NamedTuple):
+    """A tile of query rows at m, and what a step of its sweep over the keys asks for."""
+
+    q: Any
+    do: Any
+    m: Any
+    lse: Any
+    delta: Any
+    k: View
+    k_head: Any
+    v: View
+    v_head: Any
+    plane: Plane
+    reach: Reach
+    gradients: RowGradients
+    bias_head: Any
+    D: Any
+    DV: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    PRECISION: Any
+
+
+@triton.jit
+def issue_keys(c, n, MASKED: tl.constexpr):
+    """q k^T and dout v^T, [BLOCK_M, BLOCK_N], and the keys."""
+    keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
+    k = load_rows(c.k, c.k_head, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
+    v = load_rows(c.v, c.v_head, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
+    return products(c.q, k, c.PRECISION), products(c.do, v, c.PRECISION), k
+
+
+@triton.jit
+def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
+    """Add what the keys of the tile at n send to the rows."""
+    dq, caps, slopes = state
+    s, dp, k = issued
+    t = saturation(c.plane, s)
+    p = weights(c.plane, s, t, c.lse[:, None], visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    dx = score_gradient(c.plane, p, dp, c.delta[:, None], dropped(c.plane, c.m, n, False))
+    if c.gradients.bias is not None:
+        i, j = positions(c.plane, c.m, n, False)
+        ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, c.m, n, False)
+        tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=(i < c.plane.M) & (j < c.plane.N))
+    if c.gradients.slopes is not None:
+        slopes += tl.sum(slope_gradient(c.plane, dx, c.m, n, False), 1)
+    if c.gradients.softcap is not None:
+        caps += tl.sum(softcap_gradient(c.plane, dx, s, t), 1)
+    if (c.gradients.dq is not None) or (c.gradients.scale is not None):
+        dq = dot(backward(c.plane, dx, t).to(k.dtype), k, dq, c.PRECISION)
+    return dq, caps, slopes
+
+
+@triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
+def dq_kernel(
+    q, k, v, dout, lse, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What sums over the keys: dq, each row's share of the scalar gradients, and dx itself for a dense bias."""
+    tiles = tl.cdiv(M, BLOCK_M)
+    tile, head = schedule(tiles, BATCHED_HEADS, WAVE)
+    m = (tiles - 1 - tile) * BLOCK_M
+    b = head // HEADS
+    h = head % HEADS
+    rows = m + tl.arange(0, BLOCK_M)
+    lo, hi = interval(span, b, rows, M, N)
+    reach = visit(lo, hi, N, BLOCK_N)
+    own = parameters(score, mask, b, h)
+    q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
+    do_tile = load_rows(dout, head_pointer(dout, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV)
+    lse_tile = load_lse(lse, head, rows, lo < hi, M)
+    delta_tile = load_delta(delta, head, rows, lo < hi, M)
+    bias_head = None
+    if gradients.bias is not None:
+        bias_head = head_pointer(gradients.bias, b, h)
+    zeros = tl.zeros([BLOCK_M], tl.float32)
+    dq, caps, slopes = sweep(
+        issue_keys, absorb_keys,
+        Rows(
+            q_tile, do_tile, m, lse_tile, delta_tile,
+            k, head_pointer(k, b, h // GROUP), v, head_pointer(v, b, h // GROUP),
+            Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+            gradients, bias_head, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        ),
+        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros), reach, BLOCK_N, False,
+    )  # fmt: skip
+    at = head.to(tl.int64) * M + rows
+    if gradients.scale is not None:
+        tl.store(gradients.scale + at, tl.sum(q_tile.to(tl.float32) * dq, 1), mask=rows < M)
+    if gradients.softcap is not None:
+        tl.store(gradients.softcap + at, caps, mask=rows < M)
+    if gradients.slopes is not None:
+        tl.store(gradients.slopes + at, slopes, mask=rows < M)
+    if gradients.dq is not None:
+        store_rows(gradients.dq, head_pointer(gradients.dq, b, h), m, rows < M, dq * own.scale, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["M", "N", "BATCH", "HEADS", "BIAS_BATCH", "BIAS_HEADS"])
+def dbias_kernel(
+    q, k, v, dout, lse, delta, score, span, mask, dropout, dbias, M, N, BATCH, HEADS, BIAS_BATCH, BIAS_HEADS,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dbias: View (1 or B, 1 or Hq, M, N). Adds dx over the batches and heads that share a tile, in order."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    tile, owner = schedule(tiles, BIAS_BATCH * BIAS_HEADS, BIAS_BATCH * BIAS_HEADS)
+    m = tile // tl.cdiv(N, BLOCK_N) * BLOCK_M
+    n = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N
+    rows = m + tl.arange(0, BLOCK_M)
+    keys = n + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    shared_heads = HEADS // BIAS_HEADS
+    for sharer in tl.range(0, BATCH // BIAS_BATCH * shared_heads):
+        b = owner // BIAS_HEADS + sharer // shared_heads
+        h = owner % BIAS_HEADS + sharer % shared_heads
+        head = b * HEADS + h
+        lo, hi = interval(span, b, rows, M, N)
+        reach = visit(lo, hi, N, BLOCK_N)
+        total += tile_gradient(
+            q, k, v, dout,
+            load_lse(lse, head, rows, lo < hi, M),
+            load_delta(delta, head, rows, lo < hi, M),
+            Plane(score, parameters(score, mask, b, h), mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach), m, n, b, h,
+            GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+    ptrs = tile_pointers(
+        dbias,
+        head_pointer(dbias, owner // BIAS_HEADS, owner % BIAS_HEADS),
+        Plane(score, None, mask, dropout, owner, M, N, BLOCK_M, BLOCK_N),
+        m,
+        n,
+        False,
+    )
+    tl.store(ptrs, total.to(ptrs.dtype.element_ty), mask=(rows < M)[:, None] & (keys < N)[None, :])
+
+
+@triton.jit
+def tile_gradient(
+    q, k, v, dout, lse, delta, plane, reach, m, n, b, h,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx of one tile of one head, [BLOCK_M, BLOCK_N]."""
+    rows = m + tl.arange(0, plane.BLOCK_M) < plane.M
+    keys = live(reach, n, plane.BLOCK_N, True)
+    q_tile = load_rows(q, head_pointer(q, b, h), m, rows, plane.BLOCK_M, D, BLOCK_D)
+    k_tile = load_rows(k, head_pointer(k, b, h // GROUP), n, keys, plane.BLOCK_N, D, BLOCK_D)
+    v_tile = load_rows(v, head_pointer(v, b, h // GROUP), n, keys, plane.BLOCK_N, DV, BLOCK_DV)
+    do_tile = load_rows(dout, head_pointer(dout, b, h), m, rows, plane.BLOCK_M, DV, BLOCK_DV)
+    s = products(q_tile, k_tile, PRECISION)
+    dp = products(do_tile, v_tile, PRECISION)
+    see = visible(reach, plane, m, n, True, False)
+    p = weights(plane, s, saturation(plane, s), lse[:, None], see, m, n, False)
+    return score_gradient(plane, p, dp, delta[:, None], dropped(plane, m, n, False))
