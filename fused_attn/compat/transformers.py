@@ -1,7 +1,7 @@
 """Transformers' attention interface: after `register()`, any model takes attn_implementation="fused_attn".
 
-A mask that is handed over says everything: causality, window and padding. Without one the call is causal when it has
-more than one query and is said to be, and then the sliding window, if any, is an interval here.
+A mask that is handed over says everything: causality, window and padding. Without one, causality and
+the sliding window, if any, are intervals here.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def attention_forward(
         warnings.warn(
             'output_attentions: fused attention forms no weights; use attn_implementation="eager"', stacklevel=2
         )
-    m = query.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = attention_mask is None and m > 1 and bool(is_causal)
+    causal = attention_mask is None and bool(is_causal)
     mask, bias = None, options.get("position_bias")
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         mask = attention_mask
@@ -75,8 +74,8 @@ def attention_forward(
         mask=mask,
         causal=causal,
         window=window,
-        # A single query is the last of its sequence; more than one start where the keys do.
-        alignment="bottom_right" if m == 1 else "top_left",
+        # A single query is the last of its sequence, and causal or not it sees all; several start where the keys do.
+        alignment="bottom_right" if query.shape[2] == 1 else "top_left",
         bias=bias,
         softcap=options.get("softcap"),
         sink=options.get("s_aux"),
