@@ -255,14 +255,14 @@ class Dropout:
     def materialize(self, heads: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """bool (*heads.shape, rows, cols), True where the weight lives; heads holds b * Hq + h."""
         i, j = rows.long()[:, None], cols.long()
-        words = _philox(self.rng, j & ~8, i & ~8, heads.long()[..., None, None])
+        words = philox(self.rng, j & ~8, i & ~8, heads.long()[..., None, None])
         word = torch.where(
             (i >> 3 & 1).bool(), *(torch.where((j >> 3 & 1).bool(), words[a + 1], words[a]) for a in (2, 0))
         )
         return word >= self.threshold
 
 
-def _philox(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
+def philox(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
     """Four uint32 words, held in int64."""
     low = 0xFFFFFFFF
     seed, c3 = rng[0], rng[1] & low

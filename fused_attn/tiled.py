@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import state
-from .spec import HALF, Problem, Span
+from .spec import HALF, Problem, Span, philox
 
 TILE_ROWS, TILE_KEYS = 128, 512
 
@@ -99,6 +99,11 @@ def _tiles(p: Problem, size: int) -> list[list[Tile]]:
     ]
 
 
+def _tile_elements(device: torch.device) -> int:
+    """How many scores to hold at once: about a core's cache for each thread, or enough to fill an accelerator."""
+    return 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**24
+
+
 class Share(NamedTuple):
     """The part of the batch and of the heads that one round of tiles works on."""
 
@@ -113,8 +118,7 @@ def _shares(p: Problem) -> Iterator[Share]:
     b, _, m, n = p.shape
     kv_heads = p.k.shape[1]
     rows = max(1, min(m, max(16, TILE_ROWS // p.group)))
-    budget = 2**18 * torch.get_num_threads() if p.q.device.type == "cpu" else 2**24
-    heads = max(1, budget // (p.group * rows * min(n, TILE_KEYS))) if n else 1
+    heads = max(1, _tile_elements(p.q.device) // (p.group * rows * min(n, TILE_KEYS))) if n else 1
     per_head, tiles = min(kv_heads, heads), _tiles(p, rows)
     # Lists of tiles that differ between batches are walked one batch at a time, so that each skips its own.
     per_batch = max(1, min(b, heads // kv_heads)) if kv_heads and len(tiles) == 1 else 1
@@ -226,12 +230,26 @@ def _partial(tile: Tile, keys: slice) -> list[slice]:
 
 
 def _kept(p: Problem, share: Share, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
-    """(B, Hq, M, N): 1 where dropout lets a weight live, 0 elsewhere."""
+    """(B, Hq, M, N): 1 where dropout lets a weight live, 0 elsewhere; `Dropout.materialize` at a quarter of its cost.
+
+    Four elements share a call of Philox, so that is made for the first half of each 16 rows and of each 16 keys alone.
+    """
+
+    def firsts(x: slice) -> Tensor:
+        blocks = torch.arange(x.start & ~15, (x.stop + 15) & ~15, device=p.q.device)
+        return blocks.view(-1, 2, 8)[:, 0].reshape(-1)
+
     b, h = p.shape[:2]
-    heads = torch.arange(b * h, device=p.q.device).view(b, h)[share.batch, share.heads]
-    i = torch.arange(rows.start, rows.stop, device=p.q.device)
-    j = torch.arange(keys.start, keys.stop, device=p.q.device)
-    return p.dropout.materialize(heads, i, j).to(dtype)
+    heads = torch.arange(b * h, device=p.q.device).view(b, h)[share.batch, share.heads, None, None]
+    i, j = firsts(rows), firsts(keys)
+    blocks = (*heads.shape[:2], len(i) // 8, 2, 8, len(j) // 8, 2, 8)
+    kept = torch.empty(blocks, dtype=dtype, device=p.q.device)
+    for n, word in enumerate(philox(p.dropout.rng, j, i[:, None], heads)):
+        part = kept[:, :, :, n >> 1, :, :, n & 1]
+        part.copy_((word >= p.dropout.threshold).view(part.shape))
+    top, left = rows.start & 15, keys.start & 15
+    whole = kept.view(*heads.shape[:2], 2 * len(i), 2 * len(j))
+    return whole[..., top : top + rows.stop - rows.start, left : left + keys.stop - keys.start]
 
 
 def _key_tiles(tile: Tile) -> Iterator[slice]:
