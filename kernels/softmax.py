@@ -33,7 +33,7 @@ def reference_point(m_i, factor):
 
 @triton.jit
 def update(m_i, l_i, x, allowed, factor):
-    """(p [BLOCK_M, BLOCK_N], alpha, m_i, l_i): the weights of a tile, what to multiply earlier ones by, and the new sums.
+    """(p [BLOCK_M, BLOCK_N], alpha, m_i, l_i): a tile's weights, what to multiply earlier sums by, and the new sums.
 
     The maximum skips NaN and the weights do not, so a NaN score reaches l_i and the accumulator.
     """

@@ -24,7 +24,7 @@ def _device_code() -> Any:
     """The kernels and the views they take; imported when first asked for, because they import triton."""
     from types import SimpleNamespace
 
-    from ..kernels import backward, forward
+    from ..kernels import backward, forward, types
     from . import views
 
     return SimpleNamespace(
@@ -33,6 +33,7 @@ def _device_code() -> Any:
         dkdv=backward.dkdv_kernel,
         dq=backward.dq_kernel,
         dbias=backward.dbias_kernel,
+        types=types,
         views=views,
     )
 
@@ -229,7 +230,7 @@ class _Backward:
             self.code.dkdv,
             -(-n // c.BLOCK_N) * b * hkv,
             *self._inputs(self.views.transposed_span(p.span, n)),
-            self.views.KeyGradients(self._wanted("k"), self._wanted("v"), sums),
+            self.code.types.KeyGradients(self._wanted("k"), self._wanted("v"), sums),
             *(m, n, hkv, b * hkv, _wave(p, hkv)),
             **_shapes(p),
             **_options(c),
@@ -251,7 +252,7 @@ class _Backward:
             self.code.dq,
             -(-m // c.BLOCK_M) * b * hq,
             *self._inputs(self.views.span(p.span)),
-            self.views.RowGradients(self._wanted("q"), bias, *map(sums.get, ("scale", "softcap", "slopes"))),
+            self.code.types.RowGradients(self._wanted("q"), bias, *map(sums.get, ("scale", "softcap", "slopes"))),
             *(m, n, hq, b * hq, _wave(p, hq)),
             **_shapes(p),
             **_options(c),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.types import Dropout, KeyGradients, RowGradients, Scalar, Score, Span, Vector, View
+from ..kernels.types import Dropout, Scalar, Score, Span, Vector, View
 from ..spec import Problem
 from ..spec import Span as Interval
 
