@@ -85,16 +85,11 @@ def attention(
     >>> fused_attn.attention(q, k, v, causal=True, softcap=30.0).shape
     torch.Size([2, 8, 128, 64])
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
     if score != "dot":
         raise NotImplementedError(f'score: only "dot" is built, got {describe(score)}')
     if normalizer != "softmax":
         raise NotImplementedError(f'normalizer: only "softmax" is built, got {normalizer!r}')
-    q, k, v = _autocast(q, k, v)
-    if layout == "bshd":
-        check_qkv(q, k, v, layout)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = _heads_first(q, k, v, layout)
     with _no_autocast(q):
         problem = bind(
             q, k, v, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
@@ -118,10 +113,16 @@ def explain(
     >>> fused_attn.explain(x, x, x, sink=torch.zeros(2)).backend
     'tiled'
     """
+    return dispatch.explain(bind(*_heads_first(q, k, v, layout), **options), backend)
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
     q, k, v = _autocast(q, k, v)
-    if layout == "bshd":
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return dispatch.explain(bind(q, k, v, **options), backend)
+    check_qkv(q, k, v, layout)
+    return (q, k, v) if layout == "bhsd" else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
 
 def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd") -> tuple[Tensor, Tensor]:
@@ -195,29 +196,39 @@ def scaled_dot_product_attention(
             alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
         )  # fmt: skip
         out, _ = dispatch.run(problem, backend)
-    return out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
 def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
-    """The leading dims of the answer: broadcast, but for query's heads under enable_gqa."""
+    """The leading dims of the answer: broadcast, but for the heads under enable_gqa, which are query's."""
+    if enable_gqa and min(query.ndim, key.ndim, value.ndim) < 3:
+        shapes = tuple(tuple(x.shape) for x in (query, key, value))
+        raise ValueError(f"query, key, value: enable_gqa needs at least 3 dimensions, got shapes {shapes}")
     tail = 3 if enable_gqa else 2
     try:
         lead = torch.broadcast_shapes(*(x.shape[:-tail] for x in (query, key, value)))
     except RuntimeError:
         shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("query", query), ("key", key), ("value", value)))
         raise ValueError(f"query, key, value: leading dims do not broadcast: {shapes}") from None
-    return (*lead, query.shape[-3]) if enable_gqa else tuple(lead)
+    if not enable_gqa:
+        return tuple(lead)
+    heads, kv_heads = query.shape[-3], key.shape[-3]
+    if value.shape[-3] != kv_heads:
+        raise ValueError(f"value: expected key's {kv_heads} heads, got shape {tuple(value.shape)}")
+    if heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"key: {kv_heads} key-value heads do not divide the {heads} query heads")
+    return (*lead, heads)
 
 
 def _four_dims(x: Tensor, lead: tuple[int, ...], enable_gqa: bool) -> Tensor:
-    """x as (B, H, length, dim): leading dims broadcast, all but the last of them folded into B."""
-    if x.ndim == 4 and x.shape[: 2 - enable_gqa] == lead[: 2 - enable_gqa]:
-        return x
-    lead = (*lead[:-1], x.shape[-3]) if enable_gqa else lead
-    x = x.expand(*lead, *x.shape[-2:])
-    if len(lead) < 2:
-        return x[None, None] if not lead else x[:, None]
-    return x.reshape(-1 if 0 not in lead else _product(lead[:-1]), *x.shape[-3:])
+    """x as (B, H, length, dim): leading dims broadcast, the last of them the heads and the others folded into B."""
+    if enable_gqa:
+        lead = (*lead[:-1], x.shape[-3])
+    if x.shape[:-2] != lead:
+        x = x.expand(*lead, *x.shape[-2:])
+    if len(lead) > 2:
+        return x.reshape(_product(lead[:-1]), *x.shape[-3:])
+    return x[(None,) * (2 - len(lead))]
 
 
 def _product(sizes: Iterable[int]) -> int:
@@ -240,13 +251,12 @@ def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
     if not fits:
         raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {shape}")
-    mask = mask[(None,) * (len(shape) - mask.ndim)]
-    if len(shape) <= 4:
-        # (M, N), (B, M, N) and (B, H, M, N): the folded problem has heads at its second dim.
-        return mask[:, None] if len(shape) == 3 else mask[(None,) * (4 - len(shape))]
+    mask = mask[(None,) * (max(4, len(shape)) - mask.ndim)]
     if _product(mask.shape[:-3]) == 1:
         return mask.reshape(1, *mask.shape[-3:])
-    return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    if mask.ndim == 4:
+        return mask
+    return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(_product(shape[:-3]), *mask.shape[-3:])
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:

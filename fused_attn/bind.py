@@ -99,8 +99,7 @@ def bind(
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> Problem:
-    """Heads-first tensors and the words of `attention`, checked and made into a Problem."""
-    check_qkv(q, k, v)
+    """Heads-first tensors that `check_qkv` has passed and the words of `attention`, checked and made into a Problem."""
     heads = q.shape[1]
     shape = (*q.shape[:3], k.shape[2])
 
