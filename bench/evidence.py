@@ -1,0 +1,435 @@
+"""The kinds of evidence that bench.gpu gathers: for each, its cases, how one is checked and how one is measured.
+
+A part yields (name, core, arguments) for every case; `check` and `measure` take the arguments in a worker process and
+return what the record keeps, or raise. A case is measured, alone on the device, only after its check has passed;
+`measure` is told what the check found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fused_attn
+from bench import providers
+from bench.providers import Provider, Sample, ours
+from fused_attn import testing, tuning
+from fused_attn.launch import portable
+from fused_attn.testing import CASES, Case
+from fused_attn.tuning import Config
+from fused_attn.tuning.select import KERNELS
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEPT = ("forward", "dkdv", "dq")  # the kernels whose tiles decide the speed
+CLASSES = {"half": torch.bfloat16, "single": torch.float32}
+Listed = tuple[str, bool, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the cases run and how large they are. The orders matter: the most telling sizes come first."""
+
+    device: str = "cuda"
+    arch: str = ""
+    dims: tuple[int, ...] = (128, 64, 256)
+    lengths: tuple[int, ...] = (4096, 16384, 1024, 8192, 2048, 512)
+    tokens: int = 16384  # B * S of a timed problem
+    width: int = 2048  # H * D of a timed problem
+    large: int = 2000  # lengths of the larger parity problems, at most
+    odd: int = 333  # lengths of the problems that judge a configuration
+    repeats: int = 200
+    rounds: int = 3
+    matmul: int = 8192
+    memory: int = 65536
+    rivals: int | None = None  # neighbours of each configuration that are tried, None for all
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    classes: tuple[str, ...] = ("half", "single")
+    tiles: tuple[int, ...] = (64, 128, 256, 16, 32, 512)  # head dims that the tuning tables tell apart
+
+    @property
+    def half(self) -> torch.dtype:
+        """What is timed."""
+        return torch.bfloat16 if "bfloat16" in self.dtypes else torch.float32
+
+    def sample(self, d: int, length: int, causal: bool) -> Sample:
+        heads = max(1, self.width // d)
+        return Sample.draw((max(1, self.tokens // length), heads, length, d), causal, self.half, self.device)
+
+
+TINY = Setting(
+    dims=(16, 32), lengths=(48,), tokens=48, width=32, large=97, odd=65, repeats=3, rounds=1, matmul=64, memory=64,
+    rivals=1, dtypes=("float32",), classes=("single",), tiles=(16, 32),
+)  # fmt: skip
+
+
+class Refused(Exception):
+    """A case that cannot run here, and need not."""
+
+
+def judged(s: Setting, case: Case, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Forward and every gradient of a case against float64: what each result used of its budget."""
+    with poisoned():
+        parity = testing.check_parity(case, backend, dtype, s.device)
+    return {name: asdict(row) for name, row in parity.rows.items()}
+
+
+class Parity:
+    """Every case of `testing.CASES`, and larger ones, through the public call: forward and every gradient."""
+
+    share, measure = 30, None
+
+    def all_cases(self, s: Setting) -> dict[str, Case]:
+        large = {}
+        for d in s.dims:
+            sizes = {
+                "full": {"m": s.large // 2 + 1, "n": s.large - 1},
+                "causal": {"m": s.large - 1, "causal": True},
+                "window": {"m": s.large * 7 // 8, "window": (s.large // 6, s.large // 9)},
+            }
+            for kind, fields in sizes.items():
+                tags = {"half", "core"} if d == s.dims[0] else {"half"}
+                name = f"large_{kind}_{d}"
+                large[name] = Case(name, frozenset(tags), hq=4, hkv=2, d=d, return_lse=True, **fields)
+        # Tens of thousands of programs are nothing to a GPU and hours to an interpreter.
+        return large | {name: c for name, c in CASES.items() if s.device == "cuda" or "large" not in c.tags}
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        for name, case in self.all_cases(s).items():
+            for dtype in s.dtypes:
+                allowed = getattr(torch, dtype) in case.dtypes
+                if allowed and (dtype == "float32" or "half" in case.tags):
+                    yield f"{name}/{dtype}", "core" in case.tags, {"case": name, "dtype": dtype}
+
+    def check(self, s: Setting, case: str, dtype: str) -> dict[str, Any]:
+        return {"rows": judged(s, self.all_cases(s)[case], "triton", getattr(torch, dtype))}
+
+
+class Configs:
+    """Parity under the configuration of every row that the tuning tables can give, and under its neighbours.
+
+    The kernels are called beneath autograd, where the override scope of this thread holds for the backward too.
+    """
+
+    share, measure = 15, None
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        for kind in s.classes:
+            for d in s.tiles:
+                for rich in (False, True):
+                    name = f"chosen/{kind}/{d}" + ("/rich" if rich else "")
+                    yield name, d == s.tiles[0] and not rich, {"kind": kind, "d": d, "rich": rich}
+        for kernel, d, config in rivals(s):
+            yield spelled(kernel, d, config), False, {"kernel": kernel, "d": d, "config": config.to_row()}
+
+    def check(
+        self, s: Setting, d: int, kind: str = "", rich: bool = False, kernel: str = "", config: Any = None
+    ) -> dict[str, Any]:
+        dtype = CLASSES[kind] if kind else s.half
+        if config is None:
+            pins = {name: tuning.config(name, s.arch, dtype, d, d, rich=rich) for name in KERNELS}
+        else:
+            pins = {kernel: Config.from_row(config)}
+        case = Case("odd", hq=2, hkv=1, m=s.odd, d=d, causal=True, return_lse=True)
+        if rich:
+            case = replace(CASES["everything"], m=s.odd // 2, n=s.odd, d=d, dv=d)
+        try:
+            with tuning.override(**pins):
+                rows = judged(s, case, portable, dtype)
+        except Exception as error:
+            if config is not None and type(error).__name__ == "OutOfResources":
+                raise Refused(str(error)) from error
+            raise
+        return {"configs": {name: c.to_row() for name, c in pins.items()}, "rows": rows}
+
+
+class Races:
+    """The same bits from every repeat of a forward and backward, parameter gradients included."""
+
+    share, measure = 7, None
+
+    def problems(self, s: Setting) -> dict[str, Case]:
+        everything, m = CASES["everything"], s.large // 2
+        cases = (
+            Case("full_64", hq=4, hkv=2, m=m, n=s.large, d=64),
+            Case("causal_128", hq=4, m=s.large, d=128, causal=True, return_lse=True),
+            Case("window_256", hq=2, m=s.large, d=256, window=(m // 2, m // 3)),
+            Case("bias_broadcast", b=2, hq=4, m=m // 2, d=64, bias="11mn", sink=True, scale_tensor="h"),
+            Case("bias_keys", b=2, hq=4, m=m // 2, d=128, bias="b11n", softcap=4.0, softcap_tensor=True),
+            replace(everything, name="everything_64", m=m // 2, n=m, d=64, dv=64),
+            replace(everything, name="everything_128", m=m // 2, n=m, d=128, dv=128),
+        )
+        small = {"d": s.dims[0], "dv": s.dims[0]} if max(s.dims) < 64 else {}
+        return {c.name: replace(c, **small) for c in cases}
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        dtype = str(s.half).removeprefix("torch.")
+        for i, name in enumerate(self.problems(s)):
+            yield f"{name}/{dtype}", i == 0, {"case": name}
+
+    def check(self, s: Setting, case: str) -> dict[str, Any]:
+        inputs = testing.make_inputs(self.problems(s)[case], s.half, s.device)
+        with poisoned():
+            first = {name: bits(x) for name, x in testing.run_public(inputs, "triton").items()}
+            for repeat in range(1, s.repeats):
+                for name, x in testing.run_public(inputs, "triton").items():
+                    if not torch.equal(bits(x), first[name]):
+                        raise AssertionError(f"{case}: {name} differs at repeat {repeat}")
+        return {"repeats": s.repeats, "compared": list(first)}
+
+
+class Overlap:
+    """Is it faster to issue products before the exponentials? Each kernel with its `overlap` flipped."""
+
+    share = 12
+
+    def wanted(self, chosen: Config, rival: Config) -> bool:
+        return rival == replace(chosen, overlap=not chosen.overlap)
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        for kernel, d, config in rivals(s):
+            if self.wanted(tuning.config(kernel, s.arch, s.half, d, d), config):
+                yield spelled(kernel, d, config), d == s.dims[0], {"kernel": kernel, "d": d, "config": config.to_row()}
+
+    def check(self, s: Setting, kernel: str, d: int, config: Any) -> dict[str, Any]:
+        answer = Configs().check(s, d, kernel=kernel, config=config)
+        rival = ours(name="rival", **{kernel: Config.from_row(config)})
+        for causal in (False, True):
+            providers.start(rival, s.sample(d, s.lengths[0], causal), s.device)  # compiled beside others, not alone
+        return answer
+
+    def measure(self, s: Setting, checked: dict[str, Any], kernel: str, d: int, config: Any) -> dict[str, Any]:
+        chosen = tuning.config(kernel, s.arch, s.half, d, d)
+        pair = [ours(name="chosen", **{kernel: chosen}), ours(name="rival", **{kernel: Config.from_row(config)})]
+        direction = "forward" if kernel == "forward" else "backward"
+        found: dict[str, Any] = {"chosen": chosen.to_row()}
+        ratios = []
+        for mask, causal in (("full", False), ("causal", True)):
+            x = s.sample(d, s.lengths[0], causal)
+            for provider in pair:
+                verify(provider, x, f"{provider.name} {kernel} {d} {mask}")
+            found[mask] = compared(pair, x, s, (direction,), [p.name for p in pair])
+            old, new = (found[mask]["providers"][p.name][direction] for p in pair)
+            ratios.append(old["ms"] / new["ms"])
+        return found | {"speedup": math.sqrt(math.prod(ratios))}
+
+
+class Tune(Overlap):
+    """Every other neighbour of the chosen configurations, each timed beside the one it would replace."""
+
+    share = 100
+
+    def wanted(self, chosen: Config, rival: Config) -> bool:
+        return True
+
+
+class Costs:
+    """What is paid once: the first call with a cold and with a warm cache (P13); and the memory held (P16)."""
+
+    share = 8
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        yield f"memory/{s.dims[0]}/{s.memory}", False, {"d": s.dims[0], "length": s.memory}
+        for d in s.dims:
+            yield f"first_call/{d}", d == s.dims[0], {"d": d}
+
+    def check(self, s: Setting, d: int, length: int = 0) -> dict[str, Any]:
+        return {"rows": judged(s, Case("odd", m=s.odd, d=d, causal=True), "triton", s.half)}
+
+    def measure(self, s: Setting, checked: dict[str, Any], d: int, length: int = 0) -> dict[str, Any]:
+        if length:
+            x = replace(s, tokens=length).sample(d, length, False)
+            inputs = sum(t.untyped_storage().nbytes() for t in (x.q, x.k, x.v, x.dout))
+            _, found = providers.start(ours(), x, s.device)
+            if any("refused" in found[direction] for direction in providers.DIRECTIONS):
+                raise RuntimeError(f"ours did not run: {found}")
+            return {"input_bytes": inputs, "beyond": found}
+        dtype = str(s.half).removeprefix("torch.")
+        with tempfile.TemporaryDirectory() as cache:
+            environ = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, "-c", FIRST_CALL, s.device, dtype, str(d)]
+            found = {}
+            for state in ("cold", "warm"):
+                done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=ROOT)
+                if done.returncode:
+                    raise RuntimeError(f"{state}: {done.stderr[-2000:]}")
+                found[state] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+
+FIRST_CALL = """
+import json, sys, time
+import torch, fused_attn
+device, dtype, d = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+settle = torch.cuda.synchronize if device == "cuda" else lambda: None
+q, k, v = (torch.randn(1, 2, 64, d, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+(q @ k.mT).sum().item()
+settle(); began = time.perf_counter()
+out = fused_attn.attention(q, k, v, causal=True, backend="triton")
+settle(); forward = time.perf_counter()
+torch.autograd.grad(out.sum(), (q, k, v))
+settle(); both = time.perf_counter()
+print(json.dumps({"forward_s": forward - began, "forward_backward_s": both - began}))
+"""
+
+
+class Timing:
+    """Ours beside every peer, forward and backward, over head dims, masks and lengths."""
+
+    share = 40
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        for length in s.lengths:
+            for d in s.dims:
+                for mask in ("causal", "full"):
+                    args = {"d": d, "causal": mask == "causal", "length": length}
+                    yield f"d{d}/{mask}/{length}", length == s.lengths[0] and d == s.dims[0], args
+
+    def check(self, s: Setting, d: int, causal: bool, length: int) -> dict[str, Any]:
+        """Compile, beside others, what the timing will find in the caches; and remember who cannot run."""
+        x = s.sample(d, length, causal)
+        refused, seconds = {}, {}
+        for provider in providers.COMPILED:
+            began = time.perf_counter()
+            _, found = providers.start(provider, x, s.device)
+            seconds[provider.name] = round(time.perf_counter() - began, 2)
+            if "refused" in found["forward"]:
+                refused[provider.name] = found["forward"]["refused"]
+        return {"refused": refused, "first_run_seconds": seconds}
+
+    def measure(self, s: Setting, checked: dict[str, Any], d: int, causal: bool, length: int) -> dict[str, Any]:
+        x, refused = s.sample(d, length, causal), checked["refused"]
+        right = {}
+        for name in providers.OURS:
+            if not fused_attn.explain(x.q, x.k, x.v, causal=causal, backend=name).reasons:
+                right[name] = verify(ours(name), x, f"{name} d{d} {length}")
+        willing = [p for p in providers.PROVIDERS if p.name not in refused or p.name in right]
+        found = compared(willing, x, s, providers.DIRECTIONS, list(right))
+        for name in refused.keys() - right.keys():
+            found["providers"][name] = {direction: {"refused": refused[name]} for direction in providers.DIRECTIONS}
+        return found | {"rows": right, "shape": list(x.q.shape)}
+
+
+PARTS: dict[str, Any] = {
+    "parity": Parity(), "configs": Configs(), "races": Races(), "overlap": Overlap(), "costs": Costs(),
+    "timing": Timing(), "tune": Tune(),
+}  # fmt: skip
+
+
+def neighbours(c: Config) -> list[Config]:
+    """Configurations one step from c: another tile, warps, stages or order; another tile with other warps."""
+    other = {"num_warps": 4 if c.num_warps != 4 else 8}
+    tiles = [
+        {name: size}
+        for name in ("BLOCK_M", "BLOCK_N")
+        for size in (getattr(c, name) // 2, getattr(c, name) * 2)
+        if 16 <= size <= 256
+    ]
+    steps = [{"overlap": not c.overlap}, *tiles, other, {"num_stages": c.num_stages + 1}]
+    steps += [{"num_stages": c.num_stages - 1}] if c.num_stages > 1 else []
+    return [replace(c, **step) for step in [*steps, *(tile | other for tile in tiles)]]
+
+
+def rivals(s: Setting) -> Iterator[tuple[str, int, Config]]:
+    for d in s.dims:
+        for kernel in SWEPT:
+            for config in neighbours(tuning.config(kernel, s.arch, s.half, d, d))[: s.rivals]:
+                yield kernel, d, config
+
+
+def spelled(kernel: str, d: int, c: Config) -> str:
+    return f"{kernel}/{d}/{c.BLOCK_M}x{c.BLOCK_N}w{c.num_warps}s{c.num_stages}" + ("o" if c.overlap else "")
+
+
+def compared(
+    some: list[Provider], x: Sample, s: Setting, directions: tuple[str, ...], needed: list[str]
+) -> dict[str, Any]:
+    """Timings of some providers, of which ours may not be missing."""
+    found = providers.compare(some, x, s.device, s.rounds, directions, s.matmul)
+    for name, direction in ((n, d) for n in needed for d in directions):
+        if "ms" not in found["providers"][name][direction]:
+            raise RuntimeError(f"{name}, {direction}: {found['providers'][name][direction]}")
+    return found
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def verify(provider: Provider, x: Sample, label: str) -> dict[str, Any]:
+    """Hold one head of the very tensors that are timed to the tolerance rule, forward and backward."""
+    with provider.scope():
+        out = provider.bind(x)()
+        found = {"out": out, **dict(zip("qkv", x.gradients(out), strict=True))}
+    last = {name: t.detach()[-1:, -1:].contiguous() for name, t in (("q", x.q), ("k", x.k), ("v", x.v))}
+    case = Case(label, hq=1, m=x.q.shape[2], d=x.q.shape[3], causal=x.causal)
+    leaves = {name: t.clone().requires_grad_() for name, t in last.items()}
+    inputs = testing.Inputs(case, leaves, {"causal": x.causal}, last, x.dout[-1:, -1:], None)
+    got = {name: t.detach()[-1:, -1:] for name, t in found.items()}
+    return {name: asdict(row) for name, row in testing.compare(inputs, got, testing.expect(inputs), label).items()}
+
+
+# ----------------------------------------------------------------------------------------------- in a worker process
+
+
+def probe(device: str) -> dict[str, Any]:
+    """The machine as torch sees it."""
+    arch = tuning.architecture(torch.device(device))
+    if device != "cuda":
+        return {"arch": arch, "device": "cpu", "cores": os.cpu_count()}
+    x = torch.cuda.get_device_properties(0)
+    names = {"device": x.name, "capability": f"{x.major}.{x.minor}", "multiprocessors": x.multi_processor_count}
+    return names | {"arch": arch, "memory_bytes": x.total_memory, "cudnn": torch.backends.cudnn.version()}
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element that nobody writes is seen. torch does it in deterministic mode."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def handle(s: Setting, request: dict[str, Any]) -> dict[str, Any]:
+    """Run one stage of one case; what it raises becomes its status."""
+    began = time.perf_counter()
+    stage = request["stage"]
+    try:
+        if stage == "probe":
+            answer = probe(s.device)
+        else:
+            answer = getattr(PARTS[request["part"]], stage)(s, **request["args"])
+        answer = {"status": "passed"} | answer
+    except (Refused, fused_attn.BackendError) as error:
+        answer = {"status": "refused", "error": str(error)[:1000]}
+    except Exception as error:
+        answer = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+        answer["traceback"] = traceback.format_exc()[-4000:]
+    if s.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            # Asynchronous faults surface here; the case that has just run is the one to blame.
+            answer = {"status": "failed", "error": str(error)[:2000]} | {
+                k: answer[k] for k in ("traceback",) if k in answer
+            }
+            answer["context_lost"] = True
+    return answer | {f"{stage}_seconds": round(time.perf_counter() - began, 3)}

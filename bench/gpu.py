@@ -1,0 +1,270 @@
+"""Evidence from a GPU in one command: parity, tile configurations, races, experiments, timings, tuning.
+
+    python -m bench.gpu                          all but tune, cheapest evidence first, in under ten minutes
+    python -m bench.gpu parity races             some parts
+    python -m bench.gpu timing --only 'd128/*'   some cases, by patterns joined with commas; "core" is a quick look
+    python -m bench.gpu tune --write-tables      sweep neighbouring configurations and write the winners
+    python -m bench.gpu --tiny --device cpu      a rehearsal at tiny sizes in the interpreter
+
+Needs python3 with torch, triton and numpy, and a bare checkout. The result is one JSON file under --out ($OUT, else
+bench/results), written anew after every case; a case that time did not allow stands in it as "not reached", one that
+nobody wanted as "not asked". Exit code 1 when a case failed or none passed. A case is checked before it is timed, and
+one that is wrong is not timed. Checks share the GPU, each process compiling its own kernels; timings have it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.evidence import PARTS, TINY, Setting, handle
+from bench.workers import Pool
+from fused_attn.tuning import Config, key
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = [name for name in PARTS if name != "tune"]
+SECONDS = 540.0
+START_SECONDS = 120.0  # for a process to start and to find its device
+CHECK_SHARE = 0.4  # of a part's time, where its cases are also measured
+WORTH = 1.02  # how much faster a neighbour must be to replace a configuration
+
+Entry = dict[str, Any]
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on. A digest names the source too, because a copied tree may hold no commit."""
+    import triton
+
+    digest = hashlib.sha256()
+    files = [file for folder in ("fused_attn", "kernels") for file in (ROOT / folder).rglob("*")]
+    for file in sorted(x for x in files if x.suffix in (".py", ".json")):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    query = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "nvidia_smi": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
+        "commit": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "source_sha256": digest.hexdigest(),
+        "command": sys.argv,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def output_of(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def entries(setting: Setting, asked: list[str], only: str) -> list[Entry]:
+    """Every case of every part, the telling ones of each part first."""
+    found = []
+    for part, noun in PARTS.items():
+        listed = sorted(noun.cases(setting), key=lambda case: not case[1])
+        for name, core, args in listed:
+            wanted = part in asked and any(fnmatch.fnmatch(name, x) or (core and x == "core") for x in only.split(","))
+            status = "not reached" if wanted else "not asked"
+            found.append({"part": part, "name": name, "status": status, "core": core, "args": args})
+    return found
+
+
+def gather(part: str, cases: list[Entry], pool: Pool, width: int, deadline: float, save: Callable[[], None]) -> None:
+    """Check the cases of one part side by side, then measure one by one those that passed, where there is a measure."""
+    timed = PARTS[part].measure is not None
+    now = time.monotonic()
+    until = now + (deadline - now) * (CHECK_SHARE if timed else 1.0)
+    requests = [{"part": part, "stage": "check", "args": x["args"]} for x in cases]
+    passed = []
+    for index, answer in pool.run(requests, width, until):
+        entry = cases[index]
+        if timed and answer["status"] == "passed":
+            passed.append((entry, answer))
+            answer = answer | {"status": "not reached"}
+        keep(entry, answer, save)
+    if not timed:
+        return
+    passed.sort(key=lambda pair: cases.index(pair[0]))
+    requests = [{"part": part, "stage": "measure", "args": e["args"] | {"checked": a}} for e, a in passed]
+    for index, answer in pool.run(requests, 1, deadline):
+        keep(passed[index][0], answer, save)
+
+
+def keep(entry: Entry, answer: dict[str, Any], save: Callable[[], None]) -> None:
+    entry |= answer
+    save()
+    if answer["status"] == "failed":
+        print(f"FAILED {entry['part']}/{entry['name']}: {answer['error'][:300]}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- reporting
+
+
+def summary(record: dict[str, Any]) -> str:
+    """What came out, in a page."""
+    cases = record["cases"]
+    lines = [
+        "",
+        f"{record['machine']['device']}  {record['machine']['arch']}  commit {record['environment']['commit']}",
+    ]
+    for part in PARTS:
+        counts = Counter(x["status"] for x in cases if x["part"] == part)
+        lines.append(f"  {part:8} " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+    shares = [(row["share"], f"{x['part']}/{x['name']} {name}") for x in cases for name, row in flat_rows(x)]
+    if shares:
+        share, where = max(shares)
+        lines.append(f"  closest to its budget: {where}, {share:.2f} of it")
+    for x in cases:
+        if x["part"] in ("overlap", "tune") and "speedup" in x:
+            lines.append(f"  {x['part']:8} {x['name']:32} {x['speedup']:.3f} times as fast as the chosen one")
+        if x["part"] == "costs" and "cold" in x:
+            lines.append(
+                f"  {x['name']}: {x['cold']['forward_s']:.2f} s forward, {x['cold']['forward_backward_s']:.2f} s with"
+                f" backward; warm cache {x['warm']['forward_backward_s']:.2f} s"
+            )
+    lines += timing_table([x for x in cases if x["part"] == "timing" and "providers" in x])
+    lines += [f"FAILED {x['part']}/{x['name']}: {x['error'][:200]}" for x in cases if x["status"] == "failed"][:20]
+    return "\n".join(lines)
+
+
+def flat_rows(entry: Entry) -> list[tuple[str, dict[str, Any]]]:
+    """The tolerance rows of an entry; those of a timing are one level deeper."""
+    found = []
+    for name, row in entry.get("rows", {}).items():
+        found += [(name, row)] if "share" in row else list(row.items())
+    return found
+
+
+def timing_table(cases: list[Entry]) -> list[str]:
+    """TFLOP/s of each provider, forward and backward, and ours as a share of the matmul."""
+    if not cases:
+        return []
+    names = list(cases[0]["providers"])
+    lines = ["TFLOP/s".ljust(26) + "".join(f"{name[:8]:>9}" for name in names) + "   of matmul"]
+    for x in sorted(cases, key=lambda x: (x["args"]["d"], x["args"]["causal"], x["args"]["length"])):
+        for direction in ("forward", "backward"):
+            found = {name: x["providers"].get(name, {}).get(direction, {}) for name in names}
+            cells = "".join(f"{y['tflops']:9.4g}" if "tflops" in y else f"{'-':>9}" for y in found.values())
+            best = found["triton"].get("of_matmul")
+            lines.append(f"{x['name']:17}{direction:9}{cells}" + (f"{best:9.3f}" if best else ""))
+    return lines
+
+
+def write_tables(record: dict[str, Any], result: Path) -> list[str]:
+    """Put the winner of each sweep, or the configuration that no neighbour beat, into the architecture's table."""
+    from bench import tune
+
+    setting = record["setting"]
+    dtype = torch.bfloat16 if "bfloat16" in setting["dtypes"] else torch.float32
+    swept: dict[tuple[str, int], list[Entry]] = {}
+    for x in record["cases"]:
+        if x["part"] == "tune" and x["status"] == "passed":
+            swept.setdefault((x["args"]["kernel"], x["args"]["d"]), []).append(x)
+    rows = tune.load(setting["arch"])["rows"]
+    said = []
+    for (kernel, d), tried in swept.items():
+        best = max(tried, key=lambda x: x["speedup"])
+        row = best["args"]["config"] if best["speedup"] > WORTH else best["chosen"]
+        rows[key(kernel, dtype, d, d)] = Config.from_row(row).to_row() | {"validated": True, "result": result.name}
+        said.append(f"  {key(kernel, dtype, d, d)}: {row}")
+    tune.save(setting["arch"], rows)
+    shutil.copy(tune.TABLES / f"{setting['arch']}.json", result.parent)
+    return said
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all but tune")
+    parser.add_argument("--only", default="*", metavar="PATTERNS", help='shell patterns of case names, or "core"')
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for the whole command, shared by its parts")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench" / "results"))
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that check")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: the same parts at tiny sizes")
+    parser.add_argument("--write-tables", action="store_true", help="write what tune found into the tuning table")
+    args = parser.parse_args(argv)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.device == "cpu" and not args.tiny:
+        parser.error("--device cpu interprets the kernels and needs --tiny")
+    if args.write_tables and args.tiny:
+        parser.error("--write-tables needs timings of real sizes, not --tiny")
+    args.parts = [name for name in PARTS if name in (args.parts or DEFAULT)]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    end = time.monotonic() + args.seconds
+    # Read by triton when a worker imports it; one thread each, because the workers are as many as the cores.
+    os.environ["TRITON_INTERPRET"] = "1" if args.device == "cpu" else "0"
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    setting = replace(TINY if args.tiny else Setting(), device=args.device)
+    scout = Pool(handle, setting)
+    machine = next(
+        (x for _, x in scout.run([{"stage": "probe"}], 1, time.monotonic() + START_SECONDS)),
+        {"status": "failed", "error": "it does not answer"},
+    )
+    scout.trim()
+    if machine["status"] != "passed":
+        print(f"no {args.device} device to use: {machine['error']}", file=sys.stderr)
+        return 2
+
+    setting = replace(setting, arch=machine["arch"])
+    cases = entries(setting, args.parts, args.only)
+    record = {"environment": environment(), "machine": machine, "setting": asdict(setting), "cases": cases}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"gpu-{machine['arch']}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
+
+    def save() -> None:
+        record["seconds"] = round(args.seconds - (end - time.monotonic()), 1)
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(record, indent=1))
+        draft.replace(path)
+
+    save()
+    pool = Pool(handle, setting)
+    for i, part in enumerate(args.parts):
+        now = time.monotonic()
+        share = PARTS[part].share / sum(PARTS[x].share for x in args.parts[i:])
+        mine = [x for x in cases if x["part"] == part and x["status"] == "not reached"]
+        gather(part, mine, pool, args.workers, now + (end - now) * share, save)
+        done = sum(x["status"] != "not reached" for x in mine)
+        print(f"{part}: {done} of {len(mine)} cases in {time.monotonic() - now:.0f} s", flush=True)
+    pool.trim()
+    save()
+    print(summary(record))
+    if args.write_tables:
+        print("\n".join(write_tables(record, path)))
+    print(path)
+    counts = Counter(x["status"] for x in cases)
+    return int(counts["failed"] > 0 or counts["passed"] == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

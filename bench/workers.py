@@ -1,0 +1,109 @@
+"""Processes that run cases one at a time, so that a case that crashes or hangs costs nothing but itself.
+
+A fault on a GPU poisons the context of its process for good: the process says so, ends, and another takes its place.
+The parent never touches the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from typing import Any
+
+HANG_SECONDS = 180.0
+
+Request = dict[str, Any]
+Handler = Callable[[Any, Request], dict[str, Any]]
+
+
+def serve(pipe: connection.Connection, handler: Handler, setting: Any) -> None:
+    """The child's side: requests until the pipe closes, or until an answer says that the context is lost."""
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        answer = handler(setting, request)
+        pipe.send(answer)
+        if answer.get("context_lost"):
+            return
+
+
+class Worker:
+    def __init__(self, handler: Handler, setting: Any):
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(theirs, handler, setting), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.index, self.began = -1, 0.0
+
+    def take(self, index: int, request: Request) -> None:
+        self.index, self.began = index, time.monotonic()
+        with contextlib.suppress(OSError):  # a process that has died meanwhile shows in the answer
+            self.pipe.send(request)
+
+    def answer(self) -> dict[str, Any] | None:
+        """What came back, None while there is nothing."""
+        try:
+            if self.pipe.poll():
+                return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return lost(f"the process ended with code {self.process.exitcode}")
+        if time.monotonic() - self.began > HANG_SECONDS:
+            return lost(f"no answer in {HANG_SECONDS:.0f} s")
+        return None
+
+    def end(self, gently: bool = True) -> None:
+        """Close the pipe, which ends a process that waits; kill one that does not."""
+        self.pipe.close()
+        if gently:
+            self.process.join(10)
+        self.process.kill()
+        self.process.join()
+
+
+def lost(why: str) -> dict[str, Any]:
+    return {"status": "failed", "error": why, "context_lost": True}
+
+
+class Pool:
+    """Up to `width` workers, started when there is work for them and kept for the next call."""
+
+    def __init__(self, handler: Handler, setting: Any):
+        self.handler, self.setting = handler, setting
+        self.idle: list[Worker] = []
+
+    def run(self, requests: list[Request], width: int, deadline: float) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(index, answer) as they come, until all are done or time.monotonic() passes the deadline."""
+        waiting, busy = deque(enumerate(requests)), []
+        self.trim(width)
+        while waiting or busy:
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            while waiting and len(busy) < width:
+                worker = self.idle.pop() if self.idle else Worker(self.handler, self.setting)
+                busy.append(worker)
+                worker.take(*waiting.popleft())
+            connection.wait([x.pipe for x in busy], timeout=min(left, 1.0))
+            for worker in list(busy):
+                if (answer := worker.answer()) is None:
+                    continue
+                busy.remove(worker)
+                if answer.pop("context_lost", False):
+                    worker.end(gently=False)
+                else:
+                    self.idle.append(worker)
+                yield worker.index, answer
+        for worker in busy:
+            worker.end(gently=False)
+
+    def trim(self, width: int = 0) -> None:
+        """End idle workers beyond width: beside a timing there must be none."""
+        while len(self.idle) > width:
+            self.idle.pop().end()

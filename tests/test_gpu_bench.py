@@ -1,0 +1,212 @@
+"""The GPU command, rehearsed in the interpreter: it lists every case, sees a wrong kernel, outlives crashes.
+
+Worker processes import this file for `obey`, so what is heavy is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import workers
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# Workers import the main script again, so what it changes holds in them too.
+SCRIPT = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+from tests import interpreter
+interpreter.install()
+from bench import gpu
+from fused_attn.launch import portable
+{change}
+if __name__ == "__main__":
+    sys.exit(gpu.main())
+"""
+WRONG_BACKWARD = """
+backward = portable.backward
+def wrong(*args):
+    grads = backward(*args)
+    grads["k"][..., -1, 0] += 0.01
+    return grads
+portable.backward = wrong
+"""
+
+
+def rehearse(folder: Path, *arguments: str, change: str = "") -> tuple[int, dict[str, Any], str]:
+    """(exit code, the record, what was printed) of a run at tiny sizes on the CPU."""
+    script = folder / "rehearsal.py"
+    script.write_text(SCRIPT.format(change=change))
+    command = [sys.executable, str(script), *arguments, "--tiny", "--device", "cpu", "--workers", "2"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OUT": str(folder / "out")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=300)
+    (path,) = (folder / "out").iterdir()
+    return done.returncode, json.loads(path.read_text()), done.stdout + done.stderr
+
+
+def statuses(record: dict[str, Any], part: str = "") -> Counter:
+    return Counter(x["status"] for x in record["cases"] if part in ("", x["part"]))
+
+
+def by_name(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {f"{x['part']}/{x['name']}": x for x in record["cases"]}
+
+
+def every_case() -> dict[str, bool]:
+    """Every case of every part at tiny sizes, and whether it is core."""
+    from bench.evidence import PARTS, TINY
+
+    setting = replace(TINY, device="cpu", arch="interpreter")
+    return {f"{part}/{name}": core for part, noun in PARTS.items() for name, core, _ in noun.cases(setting)}
+
+
+@needs_triton
+def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
+    parts = ("parity", "configs", "races", "overlap", "costs", "timing", "tune")
+    code, record, said = rehearse(tmp_path, *parts, "--only", "core")
+    assert code == 0, said
+    expected = every_case()
+    found = by_name(record)
+    assert found.keys() == expected.keys() and len(record["cases"]) == len(expected)
+    assert {name for name, x in found.items() if x["status"] == "passed"} == {n for n, core in expected.items() if core}
+    assert statuses(record).keys() == {"passed", "not asked"}
+    assert {name.split("/")[0] for name, core in expected.items() if core} == set(parts)
+
+    assert {"torch", "triton", "python", "cuda", "commit", "source_sha256"} <= record["environment"].keys()
+    assert record["machine"]["arch"] == "interpreter"
+    everything = found["parity/everything/float32"]["rows"]
+    assert {"out", "lse", "dq", "dk", "dv", "dbias", "dsink", "dslopes"} <= everything.keys()
+    assert all(0 <= row["share"] <= 1 for row in everything.values())
+
+    timing = found["timing/d16/causal/48"]
+    assert set(timing["rows"]["triton"]) == {"out", "dq", "dk", "dv"}
+    for name in ("triton", "flash", "math", "naive"):
+        for direction in ("forward", "backward"):
+            entry = timing["providers"][name][direction]
+            assert len(entry["samples_ms"]) == record["setting"]["rounds"] and entry["of_matmul"] > 0
+    forward = timing["providers"]["naive"]["forward"]
+    flops = 4 * 1 * 2 * 48 * 48 * 16 / 2  # causal, B1 H2
+    assert forward["tflops"] == pytest.approx(flops / forward["ms"] * 1e-9)
+    backward = timing["providers"]["naive"]["backward"]
+    assert backward["tflops"] == pytest.approx(2.5 * flops / backward["ms"] * 1e-9)
+    assert "viable backend" in timing["providers"]["cudnn"]["forward"]["refused"]
+    assert "not built yet" in timing["providers"]["hopper"]["forward"]["refused"]
+    assert all("speedup" in x for name, x in found.items() if expected[name] and x["part"] in ("overlap", "tune"))
+
+
+@needs_triton
+def test_a_wrong_kernel_fails_and_is_not_timed(tmp_path: Path) -> None:
+    only = "one_query/float32,one_key/float32,d16/full/48"
+    code, record, said = rehearse(tmp_path, "parity", "timing", "--only", only, change=WRONG_BACKWARD)
+    assert code == 1
+    found = by_name(record)
+    assert statuses(record, "parity")["failed"] == 2 and "dk" in found["parity/one_query/float32"]["error"]
+    timing = found["timing/d16/full/48"]
+    assert timing["status"] == "failed" and "dk" in timing["error"] and "providers" not in timing
+    assert "FAILED timing/d16/full/48" in said
+
+
+@needs_triton
+def test_time_runs_out(tmp_path: Path) -> None:
+    code, record, _ = rehearse(tmp_path, "--only", "core", "--seconds", "0.01")
+    assert statuses(record).keys() == {"not reached", "not asked"}
+    assert by_name(record).keys() == every_case().keys()
+    assert code == 1, "a run that shows nothing does not pass"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (["--device", "cpu"], "needs --tiny"),
+        (["speed"], "unknown part speed"),
+        (["--tiny", "--write-tables"], "needs timings of real sizes"),
+    ),
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import gpu
+
+    with pytest.raises(SystemExit, match="2"):
+        gpu.arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_no_gpu_is_said(tmp_path: Path) -> None:
+    """The command as it is documented, on a machine that cannot obey it."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and "no cuda device to use" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ processes that fail
+
+
+def obey(setting: str, request: dict[str, Any]) -> dict[str, Any]:
+    """A handler for the tests below; it runs in a worker."""
+    if request["do"] == "crash":
+        os._exit(3)
+    if request["do"] == "hang":
+        time.sleep(60)
+    return {"status": "passed", "setting": setting, "process": os.getpid(), "context_lost": request["do"] == "lose"}
+
+
+def run(pool: workers.Pool, *orders: str, width: int = 1, seconds: float = 60) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = [{} for _ in orders]
+    for index, answer in pool.run([{"do": x} for x in orders], width, time.monotonic() + seconds):
+        answers[index] = answer
+    return answers
+
+
+def test_a_crash_costs_one_case() -> None:
+    pool = workers.Pool(obey, "here")
+    first, crashed, after, lost, last = run(pool, "work", "crash", "work", "lose", "work")
+    assert crashed == {"status": "failed", "error": "the process ended with code 3"}
+    assert first["setting"] == "here" and all(x["status"] == "passed" for x in (first, after, lost, last))
+    assert after["process"] == lost["process"] and len({x["process"] for x in (first, after, last)}) == 3
+    pool.trim()
+
+
+def test_a_hang_costs_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = workers.Pool(obey, None)
+    run(pool, "work")
+    monkeypatch.setattr(workers, "HANG_SECONDS", 0.5)
+    (hung,) = run(pool, "hang")
+    monkeypatch.undo()
+    (after,) = run(pool, "work")
+    assert "no answer" in hung["error"] and after["status"] == "passed"
+    pool.trim()
+
+
+def test_the_deadline_ends_what_runs() -> None:
+    pool = workers.Pool(obey, None)
+    run(pool, "work")
+    began = time.monotonic()
+    done, hung, never = run(pool, "work", "hang", "work", seconds=2)
+    assert done["status"] == "passed" and hung == never == {}
+    assert time.monotonic() - began < 10 and pool.idle == []
+
+
+def test_trim_leaves_the_device_to_one() -> None:
+    pool = workers.Pool(obey, None)
+    run(pool, *["work"] * 4, width=2)
+    assert len(pool.idle) == 2
+    (alone,) = run(pool, "work", width=1)
+    assert alone["status"] == "passed" and len(pool.idle) == 1
+    pool.trim()
+    assert pool.idle == []
