@@ -67,7 +67,7 @@ def score_gradient(plane, p, dp, delta, kept):
 def dropped(plane, m, n, TRANSPOSED: tl.constexpr):
     """Dropout's tile, or None."""
     if plane.dropout is None:
-        return None
+        return
     else:
         return keep(plane, m, n, TRANSPOSED)
 
@@ -146,7 +146,7 @@ def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
             columns += tl.sum(dx, 1)
         if c.gradients.dk is not None:
             du = backward(c.plane, dx, t)
-            if c.plane.score.scale.strides is not None:
+            if c.plane.score.scale.pointer:
                 du *= c.plane.own.scale  # it may differ between the heads of a group
             dk = dot(du.to(q.dtype), q, dk, c.PRECISION)
     return dk, dv, columns
@@ -188,7 +188,7 @@ def dkdv_kernel(
             at = gradients.bias + row_head.to(tl.int64) * N + keys
             tl.store(at, tl.where(seen, columns, 0.0), mask=keys < N)
     if gradients.dk is not None:
-        if score.scale.strides is None:
+        if not score.scale.pointer:
             dk *= score.scale.value
         dk = tl.where(seen[:, None], dk, 0.0)
         store_rows(gradients.dk, head_pointer(gradients.dk, b, h), n, keys < N, dk, BLOCK_N, D, BLOCK_D)

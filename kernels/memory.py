@@ -14,10 +14,10 @@ def number(code):
 def read_scalar(x, b, h):
     """A Scalar as a float32 tensor ()."""
     zero = tl.full([], 0.0, tl.float32)
-    if x.strides is None:
-        return zero + x.value
-    else:
+    if x.pointer:
         return zero + tl.load(x.value + b * number(x.strides[0]) + h * number(x.strides[1])).to(tl.float32)
+    else:
+        return zero + x.value
 
 
 @triton.jit
@@ -32,12 +32,7 @@ def stride(view, dim: tl.constexpr):
 @triton.jit
 def head_pointer(view, b, h):
     """To row 0 of one batch and head; int64 before the first multiply."""
-    ptr = view.ptr
-    if view.strides[0] is not None:
-        ptr += b.to(tl.int64) * number(view.strides[0]) * view.unit
-    if view.strides[1] is not None:
-        ptr += h.to(tl.int64) * number(view.strides[1]) * view.unit
-    return ptr
+    return view.ptr + (b.to(tl.int64) * number(view.strides[0]) + h.to(tl.int64) * number(view.strides[1])) * view.unit
 
 
 @triton.jit
@@ -46,27 +41,25 @@ def pointers(view, head, row, col, rows, cols):
     ptr = head
     if view.wide:
         rows, cols = rows.to(tl.int64), cols.to(tl.int64)
-    if view.strides[2] is None:
+    if view.rows == 0:
         rows = rows * 0
     else:
         ptr += row.to(tl.int64) * stride(view, 2)
         rows = rows * stride(view, 2)
-    if not view.packed:
-        if view.strides[3] is None:
-            cols = cols * 0
-        else:
-            if col is not None:
-                ptr += col.to(tl.int64) * stride(view, 3)
-            cols = cols * stride(view, 3)
-    elif col is not None:
+    if view.columns == 0:
+        cols = cols * 0
+    elif view.columns == 1:
         ptr += col
+    else:
+        ptr += col.to(tl.int64) * stride(view, 3)
+        cols = cols * stride(view, 3)
     return ptr + (rows + cols)
 
 
 @triton.jit
 def row_pointers(view, head, start, ROWS: tl.constexpr, COLS: tl.constexpr):
     """To whole rows [ROWS, COLS] from row `start`."""
-    return pointers(view, head, start, None, tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :])
+    return pointers(view, head, start, start * 0, tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :])
 
 
 @triton.jit

@@ -42,11 +42,14 @@ class Plane(NamedTuple):
 
 @triton.jit
 def parameters(score, mask, b, h):
-    """What the head (b, h) needs of a Score and a bool mask."""
-    cap = None
-    slope = None
-    bias = None
-    plane = None
+    """What the head (b, h) needs of a Score and a bool mask; zeros, not None, for what is absent.
+
+    A function must not return None beside values, nor spell `return None`: triton 3.6 refuses both.
+    """
+    cap = 0.0
+    slope = 0.0
+    bias = 0
+    plane = 0
     if score.softcap is not None:
         cap = read_scalar(score.softcap, b, h)
     if score.slopes is not None:

@@ -81,7 +81,7 @@ def live(reach, start, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     None in a full tile.
     """
     if not MASKED:
-        return None
+        return
     else:
         y = start + tl.arange(0, BLOCK)
         if (reach.span.lo is None) and (reach.span.hi is None):
@@ -101,7 +101,7 @@ def visible(reach, plane, m, n, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr):
         if MASKED:
             return sees(reach, y)
         else:
-            return None
+            return
     else:
         if MASKED:
             return sees(reach, y) & allowed(plane, m, n, TRANSPOSED)

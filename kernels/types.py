@@ -1,4 +1,8 @@
-"""The nouns that cross the border between host and device. What is absent is None, and vanishes at compile time.
+"""The nouns that cross the border between host and device.
+
+What is absent is None, and vanishes at compile time. Two faults of triton 3.6 shape these tuples. It cannot ask whether
+a tuple `is None` when there is a None inside, so View, Scalar, Vector and Dropout hold none. It forgets the constants of
+a tuple inside a tuple, unless a constant follows them in the outer one, so what holds Views ends in a constant.
 
 Triton specialises the integers of a tuple on being 1 and on divisibility by 16, whatever the kernel's own marks say,
 so a length that shows in a stride would compile anew. Integers here therefore travel as codes, 4 * x + 3: never 1,
@@ -9,24 +13,27 @@ from typing import Any, NamedTuple
 
 
 class View(NamedTuple):
-    """A tensor (batch, head, row, column). strides: one code a dim, in `unit` elements; None, the dim is broadcast.
+    """A tensor (batch, head, row, column). strides: one code a dim, in `unit` elements.
 
     unit: elements in 16 bytes where the pointer and every stride allow it, else 1; the kernel multiplies, which is how
-    the compiler learns that rows are aligned. packed: columns are adjacent. wide: offsets inside a tile need int64.
+    the compiler learns that rows are aligned. rows: 0 where all are the same one, else 1. columns: 0 likewise, 1 where
+    they are adjacent, 2 where they are apart. wide: offsets inside a tile need int64.
     """
 
     ptr: Any
     strides: tuple
     unit: Any
-    packed: Any
+    rows: Any
+    columns: Any
     wide: Any
 
 
 class Scalar(NamedTuple):
-    """A number, or a pointer to numbers with the codes of its batch and head strides."""
+    """A number; or, when pointer, a pointer to numbers, with the codes of its batch and head strides."""
 
     value: Any
-    strides: Any = None
+    strides: tuple
+    pointer: Any
 
 
 class Vector(NamedTuple):
@@ -56,11 +63,11 @@ class Score(NamedTuple):
     """
 
     scale: Scalar
+    softcap: Any
+    bias: Any
+    slopes: Any
+    offset: Any
     folds: Any
-    softcap: Any = None
-    bias: Any = None
-    slopes: Any = None
-    offset: Any = None
 
 
 class Dropout(NamedTuple):
@@ -77,6 +84,7 @@ class KeyGradients(NamedTuple):
     dk: Any = None
     dv: Any = None
     bias: Any = None
+    end: None = None
 
 
 class RowGradients(NamedTuple):
@@ -87,3 +95,4 @@ class RowGradients(NamedTuple):
     scale: Any = None
     softcap: Any = None
     slopes: Any = None
+    end: None = None

@@ -19,47 +19,45 @@ def code(x: int) -> int:
     return 4 * x + 3
 
 
-_constants = {n: tl.constexpr(n) for n in (False, True, 1, 2, 4, 8, 16)}
+_constants = {n: tl.constexpr(n) for n in (0, 1, 2, 4, 8, 16)}
+_booleans = {x: tl.constexpr(x) for x in (False, True)}
 
 
-def _view(x: Tensor, strides: list[int | None]) -> View:
+def _view(x: Tensor, strides: tuple[int, ...], rows: int, columns: int) -> View:
     per = 16 // x.element_size()
-    last = strides[3]
-    packed = last == 1
-    others = strides[:3] if packed else strides
-    aligned = packed and x.data_ptr() % 16 == 0 and all(s is None or s % per == 0 for s in others)
+    aligned = columns == 1 and x.data_ptr() % 16 == 0 and all(s % per == 0 for s in strides[:3])
     unit = per if aligned else 1
-    wide = any(s is not None and s * LONGEST_TILE >= 2**31 for s in strides[2:])
-    if packed:
-        strides = [*others, None]
-    codes = tuple(None if s is None else code(s // unit) for s in strides)
-    return View(x, codes, _constants[unit], tl.constexpr(packed), tl.constexpr(wide))
+    wide = max(strides[2:]) * LONGEST_TILE >= 2**31
+    codes = tuple(code(s // unit) for s in strides)
+    return View(x, codes, _constants[unit], _constants[rows], _constants[columns], _booleans[wide])
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """A dim of size 1 gets the stride that costs no class of its own."""
+    return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
 
 
 def view(x: Tensor) -> View:
-    """A tensor (B, H, rows, columns). A dim of size 1 gets the stride that costs no class of its own."""
-    b, h, m, d = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-    return _view(x, [b, h, m, 1 if x.shape[3] == 1 else d])
+    """A tensor (B, H, rows, columns)."""
+    strides = _strides(x)
+    return _view(x, strides, 1, 1 if strides[3] == 1 or x.shape[3] == 1 else 2)
 
 
 def broadcast_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
-    """A tensor that broadcasts to `shape`: the dims in which it does are absent."""
+    """A tensor that broadcasts to `shape`."""
     if x is None:
         return None
-    strides: list[int | None] = []
-    for size, want, s in zip(x.shape, shape, x.stride(), strict=True):
-        strides.append(None if size == 1 and want != 1 else 0 if size == 1 else s)
-    if strides[3] == 0 and x.shape[3] == 1:
-        strides[3] = 1
-    return _view(x, strides)
+    strides = _strides(x)
+    rows = 0 if x.shape[2] != shape[2] else 1
+    columns = 0 if x.shape[3] != shape[3] else 1 if strides[3] == 1 or shape[3] == 1 else 2
+    return _view(x, strides, rows, columns)
 
 
 def scalar(x: float | Tensor) -> Scalar:
     """A float, or a tensor (), (H,) or (B, H)."""
     if not isinstance(x, Tensor):
-        return Scalar(float(x))
-    b, h = (0, 0, *(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)))[-2:]
-    return Scalar(x, (code(b), code(h)))
+        return Scalar(float(x), (code(0), code(0)), _booleans[False])
+    return Scalar(x, tuple(code(s) for s in (0, 0, *_strides(x))[-2:]), _booleans[True])
 
 
 def vector(x: Tensor | None) -> Vector | None:
@@ -90,11 +88,11 @@ def score(p: Problem) -> Score:
     alone = p.softcap is None and p.bias is None and p.slopes is None
     return Score(
         scalar(p.scale),
-        _constants[alone and isinstance(p.scale, float) and p.scale >= 0],
         None if p.softcap is None else scalar(p.softcap),
         broadcast_view(p.bias, p.shape),
         None if p.slopes is None else scalar(p.slopes),
         None if p.slopes is None else code(p.offset),
+        _booleans[alone and isinstance(p.scale, float) and p.scale >= 0],
     )
 
 
