@@ -181,7 +181,7 @@ VALUES: dict[str, Callable] = {
     "constant": _constant(0.75),
     "ramps": _ramps,
     "huge_equal": _constant(133120.0),
-    "negative": _leaning(64.0),
+    "negative": _leaning(32.0),
     "very_negative": _leaning(640.0),
     "nan_q": _put("q", torch.nan),
     "nan_k": _put("k", torch.nan),

@@ -9,6 +9,7 @@ numpy warns where hardware is silent (log 0, inf - inf). Drop each repair when i
 from __future__ import annotations
 
 from dataclasses import replace
+import warnings
 from types import FunctionType
 from typing import Any
 
@@ -97,7 +98,10 @@ def _silence_numpy() -> None:
     run = interpreter.GridExecutor.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "All-NaN slice", RuntimeWarning
+            )
             return run(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = call
