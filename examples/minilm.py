@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -109,21 +110,23 @@ def attention_weights(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tens
     return fused_attn.attention(query, key, torch.eye(key.shape[2])[None, None])[0, 0]
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 7) -> float:
-    """The median of some runs."""
-    times = []
-    for _ in range(repeats + 2):
+def milliseconds(run: Callable[[], object], seconds: float = 1.0) -> float:
+    """The median over about so many seconds, of three runs at least."""
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < 1e3 * seconds:
         start = time.perf_counter()
         run()
         times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[2:])[repeats // 2]
+    return statistics.median(times)
 
 
 def interpreted(sentence: str) -> tuple[Tensor, float]:
     """(embedding, seconds) by the Triton kernels: in a process of its own, which Triton must find set up at import."""
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, __file__, "--interpreted", sentence],
+        # The interpreter computes with numpy, which warns of what a kernel then selects away, as -inf minus -inf.
+        [sys.executable, "-W", "ignore::RuntimeWarning", __file__, "--interpreted", sentence],
         env={**os.environ, "TRITON_INTERPRET": "1", "FUSED_ATTN_BACKEND": "triton"},
         stdout=subprocess.PIPE,
         check=True,

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,9 @@ def main() -> int:
     device = torch.device(options.device)
     if os.environ.pop("FUSED_ATTN_BACKEND", None) is not None:
         print("FUSED_ATTN_BACKEND is left aside here: every backend is asked by name.", file=sys.stderr)
+
+    # The interpreter computes with numpy, which warns of what a kernel then selects away, as -inf minus -inf.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
 
     def say(*lines: str) -> None:
         if not options.json:
