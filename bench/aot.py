@@ -1,0 +1,256 @@
+"""Ahead-of-time compilation without a GPU, through the package's own launch path.
+
+A driver that knows only its target stands in for the machine, CPU tensors for the device's, and `JITFunction.run`
+compiles instead of launching; so argument binding, specialisation and options are those of a real call. Interpreted
+and compiled kernels cannot share a process: `python -m bench.aot` is a worker that reads one request a line from
+stdin and answers one line, and `Pool` keeps a few of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.device_model import DEVICES, Device, clocks
+from bench.machine_code import Listing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def triton_version(path: Path | None = None) -> str:
+    """The version of the triton that stands in `path`, or of the one that this process would import."""
+    if path is None:
+        spec = importlib.util.find_spec("triton")
+        if spec is None or spec.origin is None:
+            raise RuntimeError("triton is not installed")
+        path = Path(spec.origin).parent.parent
+    text = (path / "triton" / "__init__.py").read_text()
+    return re.search(r"__version__ = ['\"]([^'\"]+)['\"]", text)[1]
+
+
+class Compiler:
+    """The worker's side: triton with a driver that is told its target, and every launch turned into a compilation."""
+
+    def __init__(self) -> None:
+        import torch
+        from triton import knobs
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+
+        import fused_attn.launch
+        from fused_attn.launch import portable
+
+        knobs.nvidia.dump_ptxas_log = True
+        compiler = self
+        numbers = {arch: i for i, arch in enumerate(DEVICES)}
+
+        class Driver:
+            """One device number per target, because a JITFunction keeps one binder for each device."""
+
+            def get_current_device(self) -> int:
+                return numbers[compiler.arch]
+
+            def get_current_stream(self, device: int) -> int:
+                return 0
+
+            def get_current_target(self) -> GPUTarget:
+                arch = compiler.arch
+                return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+            def get_active_torch_device(self) -> torch.device:
+                return torch.device("cpu")
+
+        driver.set_active(Driver())
+        fused_attn.launch.launch = self._warmup
+        portable.architecture = lambda device: self.arch
+        self.arch = "sm_90"
+        self.wanted: frozenset[str] | None = None
+        self.compiled: list[dict[str, Any]] = []
+
+    def _warmup(self, kernel: Any, grid: int, *args: Any, **options: Any) -> None:
+        name = kernel_name(kernel.fn)
+        if self.wanted is not None and name not in self.wanted:
+            return
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            compiled = kernel.warmup(*args, grid=(grid,), **options)
+        # A kernel met before comes from the process's cache, and ptxas says nothing.
+        compiled.log = log.getvalue() or getattr(compiled, "log", "")
+        self.compiled.append(figures(name, compiled, DEVICES[self.arch]))
+
+    def compile(
+        self, arch: str, launch: Callable[[], Any], wanted: Iterable[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """What every kernel that `launch` launches becomes on that target; `wanted` names the kernels to compile."""
+        self.arch, self.wanted, self.compiled = arch, None if wanted is None else frozenset(wanted), []
+        launch()
+        return self.compiled
+
+
+def kernel_name(function: Any) -> str:
+    return function.__name__.removesuffix("_kernel")
+
+
+def figures(name: str, kernel: Any, device: Device) -> dict[str, Any]:
+    """What one compiled kernel asks of the machine."""
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    columns = getattr(kernel.metadata, "tmem_size", None) or 0
+    if device.amd:
+        text = kernel.asm["amdgcn"]
+
+        def note(key: str) -> int:
+            return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+        listing = Listing.gcn(text)
+        registers, stack = note("vgpr_count"), note("private_segment_fixed_size")
+        spills = 4 * note("vgpr_spill_count")
+    else:
+        listing = Listing.sass(disassemble(kernel.asm["cubin"]))
+        registers = int(re.search(r"Used (\d+) registers", kernel.log)[1])
+        stack = int(re.search(r"(\d+) bytes stack frame", kernel.log)[1])
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", kernel.log)))
+    loads = [x.load_bytes for loop in listing.product_loops for x in loop.body if x.load_bytes]
+    sweep = listing.full_sweep
+    found = {
+        "kernel": name,
+        "warps": warps,
+        "registers": registers,
+        "shared": shared,
+        "spills": spills,
+        "stack": stack,
+        "local": listing.local,
+        "local_in_loops": listing.local_in_loops,
+        "loads": len(loads),
+        "wide_loads": sum(x == 16 for x in loads),
+        "bulk_loads": sum(x.op.startswith("UTMALDG") for loop in listing.product_loops for x in loop.body),
+        "load_bytes": round(sum(loads) / len(loads), 1) if loads else None,
+        "programs": device.occupancy(registers, shared, warps, columns),
+        "wgmma": sum(x.op.startswith("HGMMA") for loop in listing.product_loops for x in loop.body),
+        "serialised": ",".join(sorted(set(re.findall(r"\((C75\d\d)\)", kernel.log)))) if not device.amd else "",
+    }
+    if sweep is not None:
+        trip = clocks(sweep, device, warps)
+        found |= {
+            "sweeps": len(listing.product_loops),
+            "instructions": len(sweep.body),
+            "hidden": round(sweep.hidden, 3),
+            "tensor_clocks": round(trip.tensor, 1),
+            "mufu_clocks": round(trip.mufu, 1),
+            "issue_clocks": round(trip.issue, 1),
+            "tensor_share": round(trip.tensor / trip.trip(sweep.hidden, found["programs"]), 3),
+        }
+    return found
+
+
+def disassemble(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def serve() -> None:
+    """Answer requests {"target", "case", "kernels", "configs"} until stdin ends."""
+    # Whatever a compiler prints goes to stderr; only answers go to stdout.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from bench.cases import Case
+
+    compiler = Compiler()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            launch = Case(**request["case"]).launcher(request.get("configs", {}))
+            answer: dict[str, Any] = {"kernels": compiler.compile(request["target"], launch, request.get("kernels"))}
+        except Exception as error:
+            # A compilation error names the call in the outermost function; its cause names the fault.
+            chain = [error]
+            while chain[-1].__cause__ is not None:
+                chain.append(chain[-1].__cause__)
+            answer = {"error": " <- ".join(f"{type(x).__name__}: {str(x)[-300:]}" for x in reversed(chain))}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+class Pool:
+    """Worker processes. `path` is a folder that holds another triton, put first on their PYTHONPATH."""
+
+    def __init__(self, workers: int = 2, path: Path | None = None):
+        self.workers, self.path = workers, path
+        self._scratch = tempfile.TemporaryDirectory(prefix="fused_attn_aot_")
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._scratch.cleanup()
+
+    def _start(self, i: int) -> subprocess.Popen:
+        paths = [str(x) for x in (self.path, ROOT, os.environ.get("PYTHONPATH")) if x]
+        environ = os.environ | {
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": os.path.join(self._scratch.name, str(i)),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+        # A fresh cache, because a kernel read from a cache has no assembler log.
+        errors = open(os.path.join(self._scratch.name, f"{i}.log"), "a+")  # noqa: SIM115 - lives as long as the worker
+        return subprocess.Popen(
+            [sys.executable, "-m", "bench.aot"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environ,
+        )  # fmt: skip
+
+    def map(self, requests: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(index, answer) as they come. A request that kills its worker is answered with the worker's last words."""
+        waiting: queue.Queue = queue.Queue()
+        for item in enumerate(requests):
+            waiting.put(item)
+        total, done = waiting.qsize(), queue.Queue()
+
+        def work(i: int) -> None:
+            process = None
+            while True:
+                try:
+                    index, request = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                try:
+                    process = process or self._start(i)
+                    process.stdin.write(json.dumps(request) + "\n")
+                    process.stdin.flush()
+                    answer = json.loads(process.stdout.readline())
+                except (OSError, ValueError):
+                    code = process.wait() if process else None
+                    log = Path(self._scratch.name, f"{i}.log").read_text().strip().splitlines()
+                    answer, process = {"error": f"the worker ended with {code}: " + " | ".join(log[-3:])}, None
+                done.put((index, answer))
+            if process:
+                process.stdin.close()
+                process.wait()
+
+        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(min(self.workers, total))]
+        for thread in threads:
+            thread.start()
+        for _ in range(total):
+            yield done.get()
+        for thread in threads:
+            thread.join()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,108 @@
+"""The problems that static analysis compiles: small CPU tensors with the strides and alignment of real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn.bind import bind
+from fused_attn.spec import Mask, Problem
+from fused_attn.tuning import Config, config, override
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+MODIFIED = ("mask", "bias", "bias_batch", "bias_keys", "softcap", "alibi", "dropout")
+BATCH, HEADS, LENGTH = 2, 4, 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """One direction of one problem. `feature` names what it has beside the scaled dot product."""
+
+    direction: str
+    dtype: str
+    d: int
+    feature: str = "plain"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that it launches."""
+        if self.direction == "forward":
+            return ("forward",)
+        return ("delta", "dkdv", "dq", *(("dbias",) if self.feature == "bias_batch" else ()))
+
+    @property
+    def rich(self) -> bool:
+        """Which variant of the tuning tables serves it."""
+        return self.feature in MODIFIED
+
+    def config(self, kernel: str, arch: str) -> Config:
+        """What the tables give one of its kernels."""
+        return config(kernel, arch, getattr(torch, DTYPES[self.dtype]), self.d, self.d, rich=self.rich)
+
+    def launcher(self, configs: dict[str, dict[str, Any]]) -> Callable[[], Any]:
+        """A call of the launch path; configs overrides what the tables say, by kernel."""
+        from fused_attn.launch import portable
+
+        p = self.problem()
+        scope = {kernel: Config.from_row(row) for kernel, row in configs.items()}
+
+        def forward() -> Any:
+            with override(**scope):
+                return portable.forward(p)
+
+        def backward() -> Any:
+            out = p.empty_out()
+            lse = torch.zeros(p.shape[:3])
+            with override(**scope):
+                return portable.backward(p, out, lse, torch.zeros_like(out), None, frozenset(p.tensors()))
+
+        return torch.no_grad()(forward if self.direction == "forward" else backward)
+
+    def problem(self) -> Problem:
+        dtype = getattr(torch, DTYPES[self.dtype])
+        kv_heads = 2 if self.feature == "gqa" else HEADS
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype)
+
+        q = zeros(BATCH, HEADS, LENGTH, self.d)
+        k, v = (zeros(BATCH, kv_heads, LENGTH, self.d) for _ in range(2))
+        lengths = torch.full((BATCH,), LENGTH)
+        ids = torch.arange(LENGTH) // 100
+        options: dict[str, Callable[[], dict[str, Any]]] = {
+            "plain": dict,
+            "gqa": dict,
+            "causal": lambda: {"causal": True},
+            "window": lambda: {"window": (128, 128)},
+            "lengths": lambda: {"mask": Mask.lengths(lengths)},
+            "segments": lambda: {"mask": Mask.segments(ids)},
+            "mask": lambda: {"mask": torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)},
+            "bias": lambda: {"bias": zeros(BATCH, HEADS, LENGTH, LENGTH)},
+            "bias_batch": lambda: {"bias": zeros(1, HEADS, LENGTH, LENGTH)},
+            "bias_keys": lambda: {"bias": zeros(BATCH, 1, 1, LENGTH)},
+            "softcap": lambda: {"softcap": 30.0},
+            "alibi": lambda: {"alibi_slopes": zeros(HEADS, dtype=torch.float32)},
+            "sink": lambda: {"sink": zeros(HEADS, dtype=torch.float32)},
+            "dropout": lambda: {"dropout_p": 0.1, "seed": 7},
+        }
+        return bind(q, k, v, return_lse=True, **options[self.feature]())
+
+
+DIMS = (16, 32, 64, 128, 256, 512)
+RICH = ("bias", "bias_batch", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "gqa", "window", "segments")
+
+
+def cases(target: str) -> list[Case]:
+    """What is compiled for a target: every row of its tuning table, and the features where they matter."""
+    heads = [("bf16", d, "plain") for d in DIMS] + [("fp32", d, "plain") for d in DIMS]
+    heads += [("bf16", d, "plain") for d in (40, 72, 88)]
+    heads += [("bf16", d, feature) for d in DIMS for feature in ("causal", "bias")]
+    heads += [("bf16", 128, "bias_batch")]
+    if target in ("sm_80", "sm_90"):
+        heads += [("bf16", d, feature) for d in (64, 128) for feature in RICH] + [("fp16", 128, "plain")]
+    unique = dict.fromkeys(heads)
+    return [Case(direction, *rest) for rest in unique for direction in ("forward", "backward")]

@@ -1,0 +1,246 @@
+"""Machine code as a graph: SASS (NVIDIA) and GCN (AMD) listings, their loops, and what runs inside them.
+
+A loop is a natural loop: the blocks that reach a branch back to a block which dominates it. Code that the assembler
+moved out of line (the spin on a barrier) is thereby found in its loop, and a jump back from there makes no loop of
+its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+SASS_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+SASS_LINE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
+SASS_TARGET = re.compile(r"(\.L_x_\d+)")
+GCN_LABEL = re.compile(r"(\.?L?BB\d+_\d+):")
+GCN_LINE = re.compile(r"\s+([a-z]+_[a-z0-9_]+)\b\s*([^;]*)")
+PRODUCTS = ("HGMMA", "QGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
+EXPONENTIALS = ("MUFU.EX2", "v_exp_f32")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    op: str
+    args: str = ""
+    predicate: str = ""
+
+    @property
+    def is_product(self) -> bool:
+        return self.op.startswith(PRODUCTS)
+
+    @property
+    def is_exponential(self) -> bool:
+        return self.op.startswith(EXPONENTIALS)
+
+    @property
+    def is_local(self) -> bool:
+        """Reads or writes memory that registers were spilled to."""
+        return self.op.startswith(("LDL", "STL", "scratch_"))
+
+    @property
+    def load_bytes(self) -> int:
+        """Bytes a lane fetches from global memory; 0 for every other instruction, bulk copies among them."""
+        op = self.op
+        if op.startswith(("LDGSTS", "LDG.", "LDG")) and not op.startswith("LDGDEPBAR"):
+            if match := re.search(r"\.(128|64)\b", op):
+                return int(match[1]) // 8
+            return 1 if re.search(r"\.[US]8\b", op) else 2 if re.search(r"\.[US]16\b", op) else 4
+        if match := re.match(r"(?:buffer|global|flat)_load_(dwordx?\d*|[us]byte|[us]?short)", op):
+            width = match[1]
+            if width.startswith("dword"):
+                return 4 * int(width[6:] or 1)
+            return 1 if "byte" in width else 2
+        return 0
+
+
+@dataclass(frozen=True)
+class Loop:
+    body: tuple[Instruction, ...]
+    innermost: bool
+
+    @cached_property
+    def products(self) -> int:
+        return sum(x.is_product for x in self.body)
+
+    @cached_property
+    def exponentials(self) -> int:
+        return sum(x.is_exponential for x in self.body)
+
+    @cached_property
+    def ops(self) -> Counter[str]:
+        return Counter(x.op.split(".")[0] for x in self.body)
+
+    @property
+    def hidden(self) -> float:
+        """Share of the exponentials issued while a wgmma is in flight. Walked twice: a loop begins where it ends."""
+        flying, count, hidden = False, 0, 0
+        for x in self.body * 2:
+            if x.op.startswith(("HGMMA", "QGMMA")):
+                flying = True
+            elif x.op.startswith("WARPGROUP.DEPBAR"):
+                flying = not x.args.endswith(" 0x0")
+            elif x.is_exponential:
+                count, hidden = count + 1, hidden + flying
+        return hidden / count if count else 1.0
+
+
+class Listing:
+    """One kernel's machine code."""
+
+    def __init__(self, instructions: list[Instruction], labels: dict[str, int]):
+        self.instructions = instructions
+        self.labels = labels
+
+    @classmethod
+    def sass(cls, text: str) -> Listing:
+        """The output of `nvdisasm -c`."""
+        return cls._parse(text, SASS_LABEL, SASS_LINE, lambda m: Instruction(m[2], m[3], m[1] or ""))
+
+    @classmethod
+    def gcn(cls, text: str) -> Listing:
+        """The assembly that LLVM prints."""
+        return cls._parse(text, GCN_LABEL, GCN_LINE, lambda m: Instruction(m[1], m[2].strip()))
+
+    @classmethod
+    def _parse(cls, text: str, label: re.Pattern, line: re.Pattern, make) -> Listing:
+        instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        for row in text.splitlines():
+            if match := label.match(row):
+                labels[match[1]] = len(instructions)
+            elif match := line.match(row):
+                instructions.append(make(match))
+        return cls(instructions, labels)
+
+    def _targets(self, i: int) -> tuple[list[int], bool]:
+        """Where instruction i may jump to, and whether it may fall through."""
+        x = self.instructions[i]
+        op = x.op.split(".")[0]
+        if op.startswith("s_") and (op.startswith("s_cbranch") or op in ("s_branch", "s_endpgm")):
+            found = [self.labels[x.args]] if x.args in self.labels else []
+            return found, op.startswith("s_cbranch")
+        if op in ("EXIT", "RET", "BPT"):
+            return [], bool(x.predicate)
+        if op == "BRA":
+            match = SASS_TARGET.search(x.args)
+            found = [self.labels[match[1]]] if match and match[1] in self.labels else []
+            # A uniform condition may stand among the arguments (BRA.U UP0, label).
+            return found, bool(x.predicate) or bool(re.match(r"!?U?P\d", x.args))
+        if op == "BSYNC":
+            ends = [y for y in self._reconvergence[x.args.split(",")[0]] if y != i + 1]
+            return ([], True) if i + 1 in self.labels.values() or not ends else (ends, False)
+        return [], True
+
+    @cached_property
+    def _reconvergence(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = defaultdict(list)
+        for x in self.instructions:
+            if x.op.startswith("BSSY") and (match := SASS_TARGET.search(x.args)) and match[1] in self.labels:
+                found[x.args.split(",")[0]].append(self.labels[match[1]])
+        return found
+
+    def _blocks(self) -> tuple[list[tuple[int, int]], list[list[int]]]:
+        """Basic blocks as [start, stop), and the successors of each."""
+        n = len(self.instructions)
+        jumps = {}
+        starts = {0, *(x for x in self.labels.values() if x < n)}
+        for i in range(n):
+            targets, falls = self._targets(i)
+            if targets or not falls:
+                jumps[i] = (targets, falls)
+                starts.update(t for t in (*targets, i + 1) if t < n)
+        order = sorted(starts)
+        blocks = list(zip(order, [*order[1:], n], strict=True))
+        where = {start: b for b, (start, _) in enumerate(blocks)}
+        successors = []
+        for _, stop in blocks:
+            targets, falls = jumps.get(stop - 1, ([], True))
+            successors.append([where[t] for t in (*targets, *([stop] if falls else [])) if t in where])
+        return blocks, successors
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """Every natural loop, in the order of their code."""
+        if not self.instructions:
+            return []
+        blocks, successors = self._blocks()
+        dominators = _dominators(successors)
+        predecessors: dict[int, set[int]] = defaultdict(set)
+        for b in dominators:
+            for s in successors[b]:
+                predecessors[s].add(b)
+        members: dict[int, set[int]] = {}
+        for b in dominators:
+            for head in successors[b]:
+                if head in dominators[b]:
+                    inside, stack = members.setdefault(head, {head}), [b]
+                    while stack:
+                        if (x := stack.pop()) not in inside:
+                            inside.add(x)
+                            stack.extend(predecessors[x])
+        found = []
+        for head in sorted(members):
+            inside = members[head]
+            body = tuple(x for b in sorted(inside) for x in self.instructions[slice(*blocks[b])])
+            busy = [h for h in members if h != head and h in inside and self._has_products(blocks, members[h])]
+            found.append(Loop(body, innermost=not busy))
+        return found
+
+    def _has_products(self, blocks: list[tuple[int, int]], inside: set[int]) -> bool:
+        return any(x.is_product for b in inside for x in self.instructions[slice(*blocks[b])])
+
+    @property
+    def product_loops(self) -> list[Loop]:
+        """The sweeps: innermost loops that hold matrix products."""
+        return [x for x in self.loops if x.innermost and x.products]
+
+    @property
+    def full_sweep(self) -> Loop | None:
+        """The sweep over tiles that need no mask: the one with the fewest instructions."""
+        return min(self.product_loops, key=lambda x: len(x.body), default=None)
+
+    @property
+    def local_in_loops(self) -> int:
+        """Spill traffic inside any loop. An inner loop's counts again in the loop around it, as it runs more often."""
+        return sum(x.is_local for loop in self.loops for x in loop.body)
+
+    @property
+    def local(self) -> int:
+        return sum(x.is_local for x in self.instructions)
+
+
+def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:
+    """For every block that can be reached from block 0, the blocks that each path to it must pass."""
+    order, seen = [], set()
+
+    def visit(root: int) -> None:
+        stack = [(root, iter(successors[root]))]
+        seen.add(root)
+        while stack:
+            rest = stack[-1][1]
+            step = next((s for s in rest if s not in seen), None)
+            if step is None:
+                order.append(stack.pop()[0])
+            else:
+                seen.add(step)
+                stack.append((step, iter(successors[step])))
+
+    visit(0)
+    order.reverse()
+    predecessors: dict[int, list[int]] = defaultdict(list)
+    for b in order:
+        for s in successors[b]:
+            predecessors[s].append(b)
+    dominators = {b: set(order) for b in order}
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for b in order[1:]:
+            new = set.intersection(*(dominators[p] for p in predecessors[b])) | {b}
+            if new != dominators[b]:
+                dominators[b], changed = new, True
+    return dominators

@@ -1,0 +1,291 @@
+"""What the compiler makes of every shipped kernel on every target, without a GPU: a table, its gates, its freshness.
+
+    python -m bench.static                 compile what is stale and write bench/results/static.csv
+    python -m bench.static --check         verify hashes and gates of the committed table
+    python -m bench.static --only sm_90    restrict either to rows whose name holds the word
+
+A row is one kernel of one case on one target, with the configuration that the tuning tables give it. Its hash covers
+the kernel's source files without comments and docstrings, the configuration, the case and the compiler's version;
+only rows whose hash changed are compiled again. Columns:
+
+    registers, stack, spills      per thread; bytes; bytes stored and loaded by register spills
+    local, local_in_loops         instructions that touch spill memory, anywhere and inside loops
+    loads, wide_loads             global loads inside the sweeps, and those of 16 bytes a lane; bulk_loads are TMA's
+    programs                      programs resident on a multiprocessor
+    wgmma, serialised             sm_90: wgmma instructions in sweeps; messages C7511/C7512 of ptxas
+    hidden                        sm_90: share of the full sweep's exponentials issued while a product is in flight
+    tensor/mufu/issue_clocks      clocks of a multiprocessor for one trip of the full sweep (bench/device_model.py)
+    tensor_share                  of the modelled trip, how much the tensor cores are busy
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench.aot import ROOT, Pool, triton_version
+from bench.cases import cases
+from bench.device_model import DEVICES
+from fused_attn.tuning import Config
+from fused_attn.tuning.select import padded
+
+TABLE = ROOT / "bench" / "results" / "static.csv"
+KERNELS = ROOT / "kernels"
+TRITON = "3.6.0"  # of the reference GPU machine; the table speaks of its compiler
+HIDDEN = ((64, 0.85), (128, 0.95))  # head dim up to which that share of a lone program's exponentials is hidden
+COLUMNS = (
+    "kernel", "target", "dtype", "d", "feature", "config", "warps", "registers", "shared", "stack", "spills", "local",
+    "local_in_loops", "loads", "wide_loads", "bulk_loads", "load_bytes", "programs", "sweeps", "wgmma", "serialised",
+    "instructions", "hidden", "tensor_clocks", "mufu_clocks", "issue_clocks", "tensor_share", "triton", "hash",
+)  # fmt: skip
+
+
+# Freshness
+
+
+def _stripped(source: str) -> str:
+    """The source without comments and docstrings, in one formatting."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                body[0].value = ast.Constant(None)
+    return ast.unparse(tree)
+
+
+def _imported(source: str) -> set[str]:
+    """The kernel modules that a kernel file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            inside = node.level > 0 or (node.module or "").startswith("fused_attn.kernels")
+            module = (node.module or "").removeprefix("fused_attn.kernels").strip(".")
+            if inside:
+                found.update([module.split(".")[0]] if module else [x.name for x in node.names])
+    return found
+
+
+@cache
+def kernel_file(kernel: str) -> str:
+    """The stem of the file that defines a kernel."""
+    for path in sorted(KERNELS.glob("*.py")):
+        if any(
+            isinstance(x, ast.FunctionDef) and x.name == f"{kernel}_kernel" for x in ast.parse(path.read_text()).body
+        ):
+            return path.stem
+    raise KeyError(f"no file of {KERNELS} defines {kernel!r}")
+
+
+@cache
+def source_hash(stem: str) -> str:
+    """Of one kernel file and of every kernel file that it imports, directly or not."""
+    texts, waiting = {}, [stem]
+    while waiting:
+        name = waiting.pop()
+        path = KERNELS / f"{name}.py"
+        if name not in texts and path.exists():
+            source = path.read_text()
+            texts[name] = _stripped(source)
+            waiting.extend(_imported(source))
+    return hashlib.sha256(json.dumps(sorted(texts.items())).encode()).hexdigest()
+
+
+def row_hash(kernel: str, target: str, case: dict[str, Any], config: str, version: str) -> str:
+    parts = [source_hash(kernel_file(kernel)), kernel, target, sorted(case.items()), config, version]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+# Gates
+
+
+def gated(row: dict[str, Any]) -> bool:
+    return row["dtype"] != "fp32" and int(row["d"]) <= 256
+
+
+def needed_loads(row: dict[str, Any]) -> int:
+    """16-byte loads of one thread, if the two tiles that every trip fetches come in such loads."""
+    m, n, warps = map(int, re.match(r"(\d+)x(\d+) w(\d+)", row["config"]).groups())
+    swept = {"forward": n, "dq": n, "dkdv": m}.get(row["kernel"], min(m, n))
+    tile = swept * padded(int(row["d"])) * (4 if row["dtype"] == "fp32" else 2)
+    return int(row["sweeps"]) * 2 * -(-tile // (16 * warps * DEVICES[row["target"]].lanes))
+
+
+def gates(row: dict[str, Any]) -> list[str]:
+    """Every promise that a row breaks. Rows of float32 and of larger head dims promise nothing and are only listed."""
+    if not gated(row):
+        return []
+    device, found = DEVICES[row["target"]], []
+
+    def number(column: str) -> float:
+        return float(row[column] or 0)
+
+    if number("shared") > device.shared_per_program:
+        found.append(f"{row['shared']} bytes of shared memory, and a program may have {device.shared_per_program}")
+    if number("sweeps") and not number("bulk_loads") and number("wide_loads") < needed_loads(row):
+        found.append(f"{row['wide_loads']} loads of 16 bytes in the sweeps, and the tiles need {needed_loads(row)}")
+    if device.amd:
+        return found
+    if number("local_in_loops"):
+        found.append(f"{row['local_in_loops']} accesses to local memory inside loops")
+    if row["target"] == "sm_90" and number("sweeps"):
+        if not number("wgmma"):
+            found.append("the sweeps hold no wgmma")
+        if row["serialised"]:
+            found.append(f"ptxas serialises wgmma: {row['serialised']}")
+        needed = next((share for d, share in HIDDEN if int(row["d"]) <= d), 0.0)
+        if number("hidden") < needed and number("programs") < 2:
+            found.append(
+                f"{number('hidden'):.0%} of the exponentials are hidden, {needed:.0%} needed by a lone program"
+            )
+    return found
+
+
+# The rows that should exist
+
+
+def requests(only: str = "") -> list[dict[str, Any]]:
+    """One request per target and case, with the rows that it makes: {kernel: row without figures}."""
+    version, found = TRITON, []
+    for target in DEVICES:
+        for case in cases(target):
+            rows = {}
+            for kernel in case.kernels:
+                config = case.config(kernel, target)
+                identity = {
+                    "kernel": kernel, "target": target, "dtype": case.dtype, "d": case.d, "feature": case.feature,
+                    "config": spell(config),
+                }  # fmt: skip
+                if only in name(identity):
+                    rows[kernel] = identity | {
+                        "triton": version,
+                        "hash": row_hash(kernel, target, asdict(case), identity["config"], version),
+                    }
+            if rows:
+                found.append({"target": target, "case": asdict(case), "rows": rows})
+    return found
+
+
+def name(row: dict[str, Any]) -> str:
+    return "/".join(str(row[x]) for x in ("target", "kernel", "dtype", "d", "feature"))
+
+
+def spell(config: Config) -> str:
+    """128x64 w8 s2 overlap: BLOCK_M x BLOCK_N, warps, stages."""
+    text = f"{config.BLOCK_M}x{config.BLOCK_N} w{config.num_warps} s{config.num_stages}"
+    return text + (" overlap" if config.overlap else "")
+
+
+def read(path: Path = TABLE) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {name(row): row for row in csv.DictReader(file)}
+
+
+def write(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    order = list(DEVICES)
+    with path.open("w", newline="") as file:
+        out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        out.writeheader()
+        key = lambda x: (order.index(x["target"]), x["kernel"], x["dtype"], int(x["d"]), x["feature"])  # noqa: E731
+        out.writerows(sorted(rows, key=key))
+
+
+def compile_rows(
+    wanted: list[dict[str, Any]], pool: Pool, progress: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
+    """A row for each that the requests name; one that would not compile carries an "error"."""
+    sent = [x | {"kernels": list(x["rows"])} for x in wanted]
+    for index, answer in pool.map(sent):
+        rows = wanted[index]["rows"]
+        figures = {x["kernel"]: x for x in answer.get("kernels", ())}
+        for kernel, row in rows.items():
+            if kernel in figures:
+                yield row | figures[kernel]
+            else:
+                yield row | {"error": answer.get("error", f"the launch did not reach {kernel!r}")}
+        progress()
+
+
+def stale(wanted: list[dict[str, Any]], table: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The requests, narrowed to rows that the table lacks or holds under another hash."""
+    found = []
+    for request in wanted:
+        rows = {k: x for k, x in request["rows"].items() if table.get(name(x), {}).get("hash") != x["hash"]}
+        if rows:
+            found.append(request | {"rows": rows})
+    return found
+
+
+def check(only: str = "") -> list[str]:
+    """What is wrong with the committed table."""
+    table, wanted = read(), requests(only)
+    names = {name(x) for request in wanted for x in request["rows"].values()}
+    problems = [f"{name(x)}: stale or missing" for request in stale(wanted, table) for x in request["rows"].values()]
+    problems += [f"{x}: no such row is made any more" for x in table if only in x and x not in names]
+    return problems + [f"{x}: {problem}" for x in table if x in names for problem in gates(table[x])]
+
+
+def build(only: str = "", workers: int = 2, path: Path | None = None) -> list[str]:
+    """Compile what is stale and write the table after every 20 requests, so that a build may be resumed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if (version := triton_version(path)) != TRITON:
+        raise SystemExit(f"the table is made by triton {TRITON}; this is {version}: put {TRITON} on PYTHONPATH first")
+    table, wanted = read(), requests(only)
+    names = {name(x) for request in requests() for x in request["rows"].values()}
+    table = {x: row for x, row in table.items() if x in names}
+    todo, failures = stale(wanted, table), []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress, Pool(workers, path) as pool:
+        task = progress.add_task("compiling", total=len(todo))
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress.update(task, advance=1)
+            if done % 20 == 0:
+                write(table.values())
+
+        for row in compile_rows(todo, pool, advance):
+            if "error" in row:
+                failures.append(f"{name(row)} ({row['config']}): {row['error']}")
+                table.pop(name(row), None)
+            else:
+                table[name(row)] = row
+    write(table.values())
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="verify the committed table; compile nothing")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="rows whose target/kernel/dtype/d/feature holds WORD"
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    problems = [] if args.check else build(args.only, args.workers)
+    problems += check(args.only)
+    for problem in problems:
+        print(problem)
+    print(f"{len(read())} rows in {TABLE.relative_to(ROOT)}, {len(problems)} problems")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
