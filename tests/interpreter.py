@@ -8,8 +8,8 @@ numpy warns where hardware is silent (log 0, inf - inf). Drop each repair when i
 
 from __future__ import annotations
 
-from dataclasses import replace
 import warnings
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -99,9 +99,7 @@ def _silence_numpy() -> None:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "All-NaN slice", RuntimeWarning
-            )
+            warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
             return run(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = call
