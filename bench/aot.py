@@ -209,11 +209,18 @@ class Pool:
             "PYTHONPATH": os.pathsep.join(paths),
         }
         # A fresh cache, because a kernel read from a cache has no assembler log.
-        errors = open(os.path.join(self._scratch.name, f"{i}.log"), "a+")  # noqa: SIM115 - lives as long as the worker
-        return subprocess.Popen(
-            [sys.executable, "-m", "bench.aot"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environ,
-        )  # fmt: skip
+        with open(os.path.join(self._scratch.name, f"{i}.log"), "a") as errors:
+            return subprocess.Popen(
+                [sys.executable, "-m", "bench.aot"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environ,
+            )  # fmt: skip
+
+    @staticmethod
+    def _stop(process: subprocess.Popen) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+        return process.wait()
 
     def map(self, requests: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(index, answer) as they come. A request that kills its worker is answered with the worker's last words."""
@@ -235,13 +242,12 @@ class Pool:
                     process.stdin.flush()
                     answer = json.loads(process.stdout.readline())
                 except (OSError, ValueError):
-                    code = process.wait() if process else None
+                    code = self._stop(process) if process else None
                     log = Path(self._scratch.name, f"{i}.log").read_text().strip().splitlines()
                     answer, process = {"error": f"the worker ended with {code}: " + " | ".join(log[-3:])}, None
                 done.put((index, answer))
             if process:
-                process.stdin.close()
-                process.wait()
+                self._stop(process)
 
         threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(min(self.workers, total))]
         for thread in threads:

@@ -100,8 +100,9 @@ class Choice:
         found = []
         for m, n, warps in tiles:
             for overlap in overlaps:
-                stages = self._stages(m, n, device.shared_per_program)
-                if stages:
+                most = self._stages(m, n, device.shared_per_program)
+                # Where the assembler decides what to hide behind a product, its choice may turn on any detail.
+                for stages in range(2 if overlap and most > 2 else most, most + 1):
                     found.append(Config(m, n, warps, stages, overlap))
         if plain is not None:
             first = Config.from_row(plain)
