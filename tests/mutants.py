@@ -1,0 +1,261 @@
+"""Break one line at a time and see the suite go red: python tests/mutants.py [words of names to run].
+
+Each mutation is applied in a copy of the tree and faced with the tests that claim to attack its line of the checklist.
+Exit status 1 if one survives, if its text is gone, or if its tests cannot run or are red without it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "out", "results", "*.egg-info")
+GREEN, RED = 0, 1  # pytest's exit statuses: all passed; some failed
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """lines: of the checklist. tests: a file of tests/ and an expression for -k."""
+
+    lines: tuple[int, ...]
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{','.join(map(str, self.lines)):>5}  {self.what}"
+
+
+def _checklist(expression: str) -> tuple[str, str]:
+    return "test_checklist.py", expression
+
+
+def _operators(expression: str) -> tuple[str, str]:
+    return "test_operators.py", expression
+
+
+MUTANTS = (
+    # 1-4: rows that see nothing, or nothing at first
+    Mutant((1,), "a masked row's LSE is taken as it is in the backward", "kernels/backward.py",
+           'return tl.where(found == float("-inf"), float("inf"), found)', "return found",
+           _checklist("line_1_ and triton and bool")),
+    Mutant((1,), "a row without weight is divided by it", "fused_attn/tiled.py",
+           "o.div_(total.masked_fill(total == 0, 1))", "o.div_(total)", _checklist("line_1_ and tiled")),
+    Mutant((1,), "the oracle divides by zero", "fused_attn/reference.py",
+           "seen = total != 0", "seen = total == total", _checklist("line_1_ and reference")),
+    Mutant((2,), "-inf minus -inf in the running maximum", "kernels/softmax.py",
+           'return scaled, tl.where(c > float("-inf"), c, 0.0)', "return scaled, c",
+           _checklist("line_2_ and triton")),
+    Mutant((2,), "-inf minus -inf, tiled", "fused_attn/tiled.py",
+           "peak = _finite_peak(new)", "peak = new", _checklist("line_1_ and tiled or line_2_ and tiled")),
+    Mutant((3,), "the running maximum starts at 0", "kernels/softmax.py",
+           'm_i = tl.full([BLOCK_M], float("-inf"), tl.float32)', "m_i = tl.full([BLOCK_M], 0.0, tl.float32)",
+           _checklist("line_3_ and triton")),
+    Mutant((4,), "a finite minus infinity", "kernels/softmax.py",
+           'm_i = tl.full([BLOCK_M], float("-inf"), tl.float32)', "m_i = tl.full([BLOCK_M], -50000.0, tl.float32)",
+           _checklist("line_4_ and triton")),
+    # 5-8: numbers at the edge
+    Mutant((5,), "huge logits keep a factor that rounds", "kernels/softmax.py",
+           "scaled = tl.where(tl.abs(m_i) * factor >= HUGE, power_of_two(factor), factor)",
+           "scaled = tl.where(tl.abs(m_i) * factor >= HUGE, factor, factor)", _checklist("line_5_ and triton")),
+    Mutant((6,), "keys that no row sees are loaded", "kernels/spans.py",
+           "return (y >= reach.visit.first) & (y < reach.visit.last)", "return (y >= 0) & (y < reach.visit.last + 64)",
+           _checklist("line_6_ and triton and (window or causal)")),
+    Mutant((6,), "padding is loaded", "kernels/spans.py",
+           "return tl.max(sees(reach, y).to(tl.int32), 0) > 0", "return y >= 0",
+           _checklist("line_6_ and triton and (lengths or segments)")),
+    Mutant((6,), "the oracle multiplies padding", "fused_attn/reference.py",
+           "return torch.where(reached[..., None], x, 0.0)", "return x", _checklist("line_6_ and reference")),
+    Mutant((7,), "a NaN score is skipped", "kernels/softmax.py",
+           "    peak = tl.maximum(m_i, tl.max(x, 1))\n",
+           '    x = tl.where(x == x, x, float("-inf"))\n    peak = tl.maximum(m_i, tl.max(x, 1))\n',
+           _checklist("line_7_ and triton")),
+    Mutant((7,), "torch's kernel is trusted with NaN", "fused_attn/dispatch.py",
+           "elif not native.finite(p):", "elif False:", _checklist("line_7_ and sdpa")),
+    Mutant((8,), "a negative scale is folded into the maximum", "fused_attn/launch/views.py",
+           "isinstance(p.scale, float) and p.scale >= 0", "isinstance(p.scale, float)",
+           _checklist("line_8_ and triton")),
+    # 9, 10, 12, 13: extents
+    Mutant((9,), "the tile that holds the tail counts as full", "kernels/spans.py",
+           "full_last = tl.min(tl.where(some, hi, limit)) // BLOCK * BLOCK",
+           "full_last = tl.cdiv(tl.min(tl.where(some, hi, limit)), BLOCK) * BLOCK", _checklist("line_9_ and triton")),
+    Mutant((9,), "rows past the end are stored", "kernels/forward.py",
+           "store_rows(out, head_pointer(out, b, h), m, rows < M, out_tile",
+           "store_rows(out, head_pointer(out, b, h), m, rows < M + 1, out_tile", _checklist("line_9_ and triton")),
+    Mutant((10,), "the batch offset stays int32", "kernels/memory.py",
+           "b.to(tl.int64) * number(view.strides[0])", "b * number(view.strides[0]).to(tl.int32)",
+           _checklist("line_10")),
+    Mutant((10,), "offsets inside a tile stay int32", "fused_attn/launch/views.py",
+           "wide = max(strides[2:]) * LONGEST_TILE >= 2**31", "wide = False", _checklist("line_10")),
+    Mutant((12,), "an empty problem is launched", "fused_attn/ops.py",
+           'launcher("tiled" if p.empty else backend)', "launcher(backend)", _checklist("line_12_ and triton")),
+    Mutant((12,), "no keys, no sink", "fused_attn/tiled.py",
+           "        lse.copy_(p.sink[:, None])\n", "        pass\n", _checklist("line_12_ and tiled")),
+    Mutant((13,), "the diagonal itself is hidden", "kernels/spans.py",
+           "hi = tl.minimum(hi, index + number(span.right) + 1)", "hi = tl.minimum(hi, index + number(span.right))",
+           _checklist("line_13_ and triton")),
+    Mutant((13,), "the alignments are exchanged", "fused_attn/spec.py",
+           'return 0 if alignment == "top_left" else n - m', 'return n - m if alignment == "top_left" else 0',
+           _checklist("line_13_where")),
+    # 14, 15, 17-20: memory, dims and tiles
+    Mutant((14,), "dout is taken for contiguous", "fused_attn/launch/portable.py",
+           "p, self.out, self.lse, self.dout, self.needs = p, out, lse, dout, needs",
+           "p, self.out, self.lse, self.dout, self.needs = p, out, lse, torch.as_strided(dout, out.shape, out.stride())"
+           ", needs", _checklist("line_14_ and triton")),
+    Mutant((15,), "a stride of 0 becomes 1", "fused_attn/launch/views.py",
+           "0 if n == 1 else s for n, s", "0 if n == 1 else max(s, 1) for n, s", _checklist("line_15_ and triton")),
+    Mutant((17,), "unaligned strides are counted in 16 bytes", "fused_attn/launch/views.py",
+           "all(s % per == 0 for s in strides[:3])", "True", _checklist("line_17_ and triton")),
+    Mutant((17, 18), "stores pass the inner extent", "kernels/memory.py",
+           "mask = live[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]\n    tl.store",
+           "mask = live[:, None] & (tl.arange(0, BLOCK_D) < BLOCK_D)[None, :]\n    tl.store",
+           _checklist("line_17_ and triton or line_18_ and triton")),
+    Mutant((18,), "the default scale is of a padded head dim", "fused_attn/bind.py",
+           "scale = q.shape[3] ** -0.5", "scale = max(16, q.shape[3]) ** -0.5", _checklist("line_18_ and triton")),
+    Mutant((19,), "a group's query heads read each their own", "kernels/backward.py",
+           "row_head = head * GROUP + member", "row_head = head + member", _checklist("line_19_ and triton")),
+    Mutant((19,), "groups are not added up", "kernels/forward.py",
+           "head_pointer(k, b, h // GROUP)", "head_pointer(k, b, h * 0)", _checklist("line_19_ and triton")),
+    Mutant((20,), "the loop that looks ahead forgets its last tile", "kernels/spans.py",
+           "state = absorb(context, state, ahead, begin + (visit.full - 1) * BLOCK, False)",
+           "state = absorb(context, state, ahead, begin, False)", _checklist("line_20_ and overlap")),
+    Mutant((20,), "a tile is taken for 32 keys", "kernels/modifiers.py",
+           "return (m + tl.arange(0, plane.BLOCK_M))[:, None], (n + tl.arange(0, plane.BLOCK_N))[None, :]",
+           "return (m + tl.arange(0, plane.BLOCK_M))[:, None], "
+           "(n + tl.arange(0, plane.BLOCK_N) % 32)[None, :]", _checklist("line_20_ and plain")),
+    # 21-25: gradients, modifiers, dropout
+    Mutant((21,), "delta only where q or k asks", "fused_attn/launch/portable.py",
+           'if needs - {"v"} else None', 'if needs & {"q", "k"} else None', _checklist("line_21_ and triton")),
+    Mutant((21,), "only one of the operators' needs is passed on", "fused_attn/autograd.py",
+           "needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])",
+           "needs = [ctx.needs_input_grad[0]] * len(DIFFERENTIABLE)", _checklist("line_21_ and tiled")),
+    Mutant((22,), "the cap's slope is left out", "kernels/modifiers.py",
+           "return dx * (1.0 - t * t)", "return dx", _checklist("line_22_ and triton")),
+    Mutant((22,), "the mask is capped", "fused_attn/reference.py",
+           "return s if p.mask is None else s.masked_fill(~p.mask, -torch.inf)",
+           "return s if p.mask is None else s.masked_fill(~p.mask, -1.0)", _checklist("line_22_ and reference")),
+    Mutant((22,), "the bias is added before the cap's scale", "kernels/modifiers.py",
+           "x = t * plane.own.cap", "x = t * plane.own.cap * plane.own.cap", _checklist("line_22_ and triton")),
+    Mutant((23,), "the sink's gradient has the wrong sign", "fused_attn/launch/portable.py",
+           "-(self._sink_weights() * self.delta)", "(self._sink_weights() * self.delta)",
+           _checklist("line_23_ and triton")),
+    Mutant((23,), "the sink brings no weight", "kernels/softmax.py",
+           "l_i = l_i * share + tl.exp2(sink * LOG2E - safe)", "l_i = l_i * share", _checklist("line_23_ and triton")),
+    Mutant((24,), "the LSE is in base 2", "kernels/softmax.py",
+           "return out, (c + tl.log2(l_i)) * LN2", "return out, c + tl.log2(l_i)", _checklist("line_24_ and triton")),
+    Mutant((24,), "the LSE's gradient is dropped", "kernels/backward.py",
+           "total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)", "total -= 0.0",
+           _checklist("line_24_ and triton or line_23_ and triton")),
+    Mutant((25,), "dropout's backward keeps every weight for dv", "kernels/backward.py",
+           "sent = tl.where(kept, p, 0.0)", "sent = p", _checklist("line_25_backward and triton")),
+    Mutant((25,), "philox takes ten rounds", "kernels/modifiers.py",
+           "zero + offset,\n        7,\n", "zero + offset,\n        10,\n",
+           _checklist("line_25_dropout_is and triton")),
+    Mutant((25,), "the seed is a constant", "fused_attn/bind.py",
+           "torch.randint(2**63 - 1, (2,), device=q.device)", "torch.tensor((1, 2), device=q.device)",
+           _checklist("line_25_dropout_from and tiled")),
+    Mutant((25,), "the head is left out of the counter", "kernels/modifiers.py",
+           "zero + plane.head.to(tl.uint32)", "zero", _checklist("line_25_dropout_is and triton")),
+    Mutant((25,), "the documented generator changes", "fused_attn/spec.py",
+           "0xD2511F53 * c0", "0xD2511F55 * c0", ("test_spec.py", "philox or dropout_is")),
+    # 27, 30
+    Mutant((27,), "earlier sums are not rescaled", "kernels/softmax.py",
+           "return p, alpha, peak, l_i * alpha + tl.sum(p, 1)", "return p, alpha, peak, l_i + tl.sum(p, 1)",
+           _checklist("line_27_ and triton")),
+    Mutant((27,), "the largest of a tile is left out", "fused_attn/tiled.py",
+           "total = total * shrink + s.sum(-1, keepdim=True)",
+           "total = total * shrink + s.sum(-1, keepdim=True) - 1", _checklist("line_27_ and tiled")),
+    Mutant((30,), "heads are numbered along the grid's second axis", "fused_attn/launch/__init__.py",
+           "kernel[(grid,)]", "kernel[(1, grid)]", _checklist("line_30_many_heads and not pytorch")),
+    # 32-36, 38: the operators and the doors
+    Mutant((32,), "the fake out is contiguous", "fused_attn/ops.py",
+           "return p.empty_out(), p.q.new_empty(", "return p.empty_out().contiguous(), p.q.new_empty(",
+           _operators("line_32_fake and tiled and bshd")),
+    Mutant((33,), "out is q", "fused_attn/ops.py",
+           "    return _serving(p, backend).forward(p)\n",
+           "    return p.q, _serving(p, backend).forward(p)[1]\n", _operators("line_33_ and tiled and plain")),
+    Mutant((34,), "lengths are specialised", "kernels/forward.py",
+           '@triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])', "@triton.jit",
+           _operators("line_34_")),
+    Mutant((35,), "backward computes under autocast", "fused_attn/ops.py",
+           "with torch.autocast(p.q.device.type, enabled=False):", "with torch.enable_grad():",
+           _operators("line_35_backward and tiled")),
+    Mutant((35,), "float32 is left out of autocast", "fused_attn/api.py",
+           "castable = (torch.float16, torch.bfloat16, torch.float32)", "castable = (torch.float16, torch.bfloat16)",
+           _operators("line_35_autocast and tiled")),
+    Mutant((36,), "out and lse are kept on the context", "fused_attn/autograd.py",
+           "ctx.save_for_backward(*inputs[: ops.TENSORS], *output)",
+           "ctx.kept = output; ctx.save_for_backward(*inputs[: ops.TENSORS], *output)",
+           _operators("line_36_nothing_leaks and tiled")),
+    Mutant((38,), "mask and is_causal together pass", "fused_attn/api.py",
+           "if attn_mask is not None and is_causal:", "if False:", ("test_errors.py", "mask and causal")),
+    Mutant((38,), "value may be of another length", "fused_attn/bind.py",
+           "if v.shape[-2] != k.shape[-2]:", "if False:", ("test_errors.py", "lengths of key and value")),
+    Mutant((38, 19), "heads that do not divide pass", "fused_attn/bind.py",
+           "if heads and (kv_heads == 0 or heads % kv_heads):", "if False:", ("test_errors.py", "groups that do not")),
+)  # fmt: skip
+
+
+def run(tests: tuple[str, str], root: Path) -> tuple[int, str]:
+    """pytest's exit status, and its last lines."""
+    file, expression = tests
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", expression]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, check=False)
+    return done.returncode, "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+
+
+def face(mutant: Mutant | None, tests: tuple[str, str]) -> tuple[int, str, float]:
+    """The tests' verdict on a copy of the tree, with the mutation made in it."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory) / "tree"
+        shutil.copytree(ROOT, root, ignore=LEFT_BEHIND)
+        if mutant is not None:
+            file = root / mutant.file
+            text = file.read_text()
+            if text.count(mutant.old) != 1:
+                return -1, f"{mutant.file} holds the text {text.count(mutant.old)} times", 0.0
+            file.write_text(text.replace(mutant.old, mutant.new))
+        status, tail = run(tests, root)
+    return status, tail, time.monotonic() - began
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not words or any(word in m.name or word in m.file for word in words)]
+    jobs = int(os.environ.get("JOBS", "2"))
+    wrong = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        suites = list(dict.fromkeys(m.tests for m in chosen))
+        print(f"{len(suites)} selections of tests without a mutation")
+        for tests, (status, tail, seconds) in zip(suites, pool.map(lambda t: face(None, t), suites), strict=True):
+            if status != GREEN:
+                wrong += 1
+                print(f"NOT GREEN  {seconds:5.1f} s  {tests[0]} -k {tests[1]!r}\n{tail}")
+        print(f"{len(chosen)} mutations")
+        verdicts = pool.map(lambda m: face(m, m.tests), chosen)
+        for mutant, (status, tail, seconds) in zip(chosen, verdicts, strict=True):
+            # A crash of the interpreter by a wild pointer is a red test as well; an error of collection is not.
+            red = status == RED or status < -1
+            verdict = "red" if red else "SURVIVED" if status == GREEN else "NOT RUN"
+            print(f"{verdict:9}  {seconds:5.1f} s  {mutant.name}", flush=True)
+            if not red:
+                wrong += 1
+                print(tail)
+    print(f"{len(chosen)} mutations, {wrong} wrong")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
