@@ -8,7 +8,6 @@ return what the record keeps, or raise. A case is measured, alone on the device,
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import os
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +34,7 @@ from fused_attn.tuning.select import KERNELS
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEPT = ("forward", "dkdv", "dq")  # the kernels whose tiles decide the speed
+OVERLAPPING = ("forward",)  # those that read Config.overlap
 CLASSES = {"half": torch.bfloat16, "single": torch.float32}
 Listed = tuple[str, bool, dict[str, Any]]
 
@@ -72,13 +71,21 @@ class Setting:
 
 
 TINY = Setting(
-    dims=(16, 32), lengths=(48,), tokens=48, width=32, large=97, odd=65, repeats=3, rounds=1, matmul=64, memory=64,
+    dims=(16, 32), lengths=(48,), tokens=48, width=32, large=65, odd=65, repeats=3, rounds=1, matmul=64, memory=64,
     rivals=1, dtypes=("float32",), classes=("single",), tiles=(16, 32),
 )  # fmt: skip
 
 
+STAGES = ("check", "measure")
+
+
 class Refused(Exception):
     """A case that cannot run here, and need not."""
+
+
+def seconds(check: int, measure: int = 0) -> dict[str, int]:
+    """What a part's stages take of a whole run, as estimated for 16 cores; 0 where there is no such stage."""
+    return {"check": check, "measure": measure}
 
 
 def judged(s: Setting, case: Case, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
@@ -91,7 +98,7 @@ def judged(s: Setting, case: Case, backend: Any, dtype: torch.dtype) -> dict[str
 class Parity:
     """Every case of `testing.CASES`, and larger ones, through the public call: forward and every gradient."""
 
-    share, measure = 30, None
+    shares = seconds(check=130)
 
     def all_cases(self, s: Setting) -> dict[str, Case]:
         large = {}
@@ -125,7 +132,7 @@ class Configs:
     The kernels are called beneath autograd, where the override scope of this thread holds for the backward too.
     """
 
-    share, measure = 15, None
+    shares = seconds(check=75)
 
     def cases(self, s: Setting) -> Iterator[Listed]:
         for kind in s.classes:
@@ -160,7 +167,7 @@ class Configs:
 class Races:
     """The same bits from every repeat of a forward and backward, parameter gradients included."""
 
-    share, measure = 7, None
+    shares = seconds(check=25)
 
     def problems(self, s: Setting) -> dict[str, Case]:
         everything, m = CASES["everything"], s.large // 2
@@ -193,9 +200,9 @@ class Races:
 
 
 class Overlap:
-    """Is it faster to issue products before the exponentials? Each kernel with its `overlap` flipped."""
+    """Is it faster to issue products before the exponentials? `overlap` flipped, where it is read."""
 
-    share = 12
+    shares = seconds(check=20, measure=30)
 
     def wanted(self, chosen: Config, rival: Config) -> bool:
         return rival == replace(chosen, overlap=not chosen.overlap)
@@ -231,21 +238,20 @@ class Overlap:
 class Tune(Overlap):
     """Every other neighbour of the chosen configurations, each timed beside the one it would replace."""
 
-    share = 100
+    shares = seconds(check=120, measure=300)
 
     def wanted(self, chosen: Config, rival: Config) -> bool:
         return True
 
 
 class Costs:
-    """What is paid once: the first call with a cold and with a warm cache (P13); and the memory held (P16)."""
+    """The first call with a cold and with a warm cache (P13), and the memory held beyond inputs and results (P16)."""
 
-    share = 8
+    shares = seconds(check=3, measure=25)
 
     def cases(self, s: Setting) -> Iterator[Listed]:
         yield f"memory/{s.dims[0]}/{s.memory}", False, {"d": s.dims[0], "length": s.memory}
-        for d in s.dims:
-            yield f"first_call/{d}", d == s.dims[0], {"d": d}
+        yield f"first_call/{s.dims[0]}", True, {"d": s.dims[0]}
 
     def check(self, s: Setting, d: int, length: int = 0) -> dict[str, Any]:
         return {"rows": judged(s, Case("odd", m=s.odd, d=d, causal=True), "triton", s.half)}
@@ -290,7 +296,7 @@ print(json.dumps({"forward_s": forward - began, "forward_backward_s": both - beg
 class Timing:
     """Ours beside every peer, forward and backward, over head dims, masks and lengths."""
 
-    share = 40
+    shares = seconds(check=70, measure=190)
 
     def cases(self, s: Setting) -> Iterator[Listed]:
         for length in s.lengths:
@@ -302,14 +308,14 @@ class Timing:
     def check(self, s: Setting, d: int, causal: bool, length: int) -> dict[str, Any]:
         """Compile, beside others, what the timing will find in the caches; and remember who cannot run."""
         x = s.sample(d, length, causal)
-        refused, seconds = {}, {}
+        refused, took = {}, {}
         for provider in providers.COMPILED:
             began = time.perf_counter()
             _, found = providers.start(provider, x, s.device)
-            seconds[provider.name] = round(time.perf_counter() - began, 2)
+            took[provider.name] = round(time.perf_counter() - began, 2)
             if "refused" in found["forward"]:
                 refused[provider.name] = found["forward"]["refused"]
-        return {"refused": refused, "first_run_seconds": seconds}
+        return {"refused": refused, "first_run_seconds": took}
 
     def measure(self, s: Setting, checked: dict[str, Any], d: int, causal: bool, length: int) -> dict[str, Any]:
         x, refused = s.sample(d, length, causal), checked["refused"]
@@ -347,7 +353,9 @@ def neighbours(c: Config) -> list[Config]:
 def rivals(s: Setting) -> Iterator[tuple[str, int, Config]]:
     for d in s.dims:
         for kernel in SWEPT:
-            for config in neighbours(tuning.config(kernel, s.arch, s.half, d, d))[: s.rivals]:
+            chosen = tuning.config(kernel, s.arch, s.half, d, d)
+            found = [c for c in neighbours(chosen) if kernel in OVERLAPPING or c.overlap == chosen.overlap]
+            for config in found[: s.rivals]:
                 yield kernel, d, config
 
 
@@ -383,19 +391,6 @@ def verify(provider: Provider, x: Sample, label: str) -> dict[str, Any]:
     return {name: asdict(row) for name, row in testing.compare(inputs, got, testing.expect(inputs), label).items()}
 
 
-# ----------------------------------------------------------------------------------------------- in a worker process
-
-
-def probe(device: str) -> dict[str, Any]:
-    """The machine as torch sees it."""
-    arch = tuning.architecture(torch.device(device))
-    if device != "cuda":
-        return {"arch": arch, "device": "cpu", "cores": os.cpu_count()}
-    x = torch.cuda.get_device_properties(0)
-    names = {"device": x.name, "capability": f"{x.major}.{x.minor}", "multiprocessors": x.multi_processor_count}
-    return names | {"arch": arch, "memory_bytes": x.total_memory, "cudnn": torch.backends.cudnn.version()}
-
-
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN, so that an element that nobody writes is seen. torch does it in deterministic mode."""
@@ -404,32 +399,3 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def handle(s: Setting, request: dict[str, Any]) -> dict[str, Any]:
-    """Run one stage of one case; what it raises becomes its status."""
-    began = time.perf_counter()
-    stage = request["stage"]
-    try:
-        if stage == "probe":
-            answer = probe(s.device)
-        else:
-            answer = getattr(PARTS[request["part"]], stage)(s, **request["args"])
-        answer = {"status": "passed"} | answer
-    except (Refused, fused_attn.BackendError) as error:
-        answer = {"status": "refused", "error": str(error)[:1000]}
-    except Exception as error:
-        answer = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-        answer["traceback"] = traceback.format_exc()[-4000:]
-    if s.device == "cuda":
-        try:
-            torch.cuda.synchronize()
-            gc.collect()
-            torch.cuda.empty_cache()
-        except Exception as error:
-            # Asynchronous faults surface here; the case that has just run is the one to blame.
-            answer = {"status": "failed", "error": str(error)[:2000]} | {
-                k: answer[k] for k in ("traceback",) if k in answer
-            }
-            answer["context_lost"] = True
-    return answer | {f"{stage}_seconds": round(time.perf_counter() - began, 3)}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -33,15 +35,15 @@ from typing import Any
 
 import torch
 
-from bench.evidence import PARTS, TINY, Setting, handle
+import fused_attn
+from bench.evidence import PARTS, STAGES, TINY, Refused, Setting
 from bench.workers import Pool
-from fused_attn.tuning import Config, key
+from fused_attn import tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = [name for name in PARTS if name != "tune"]
 SECONDS = 540.0
 START_SECONDS = 120.0  # for a process to start and to find its device
-CHECK_SHARE = 0.4  # of a part's time, where its cases are also measured
 WORTH = 1.02  # how much faster a neighbour must be to replace a configuration
 
 Entry = dict[str, Any]
@@ -89,32 +91,74 @@ def entries(setting: Setting, asked: list[str], only: str) -> list[Entry]:
     return found
 
 
-def gather(part: str, cases: list[Entry], pool: Pool, width: int, deadline: float, save: Callable[[], None]) -> None:
-    """Check the cases of one part side by side, then measure one by one those that passed, where there is a measure."""
-    timed = PARTS[part].measure is not None
-    now = time.monotonic()
-    until = now + (deadline - now) * (CHECK_SHARE if timed else 1.0)
-    requests = [{"part": part, "stage": "check", "args": x["args"]} for x in cases]
-    passed = []
-    for index, answer in pool.run(requests, width, until):
-        entry = cases[index]
-        if timed and answer["status"] == "passed":
-            passed.append((entry, answer))
-            answer = answer | {"status": "not reached"}
-        keep(entry, answer, save)
-    if not timed:
-        return
-    passed.sort(key=lambda pair: cases.index(pair[0]))
-    requests = [{"part": part, "stage": "measure", "args": e["args"] | {"checked": a}} for e, a in passed]
-    for index, answer in pool.run(requests, 1, deadline):
-        keep(passed[index][0], answer, save)
-
-
-def keep(entry: Entry, answer: dict[str, Any], save: Callable[[], None]) -> None:
-    entry |= answer
+def run_all(cases: list[Entry], parts: list[str], pool: Pool, width: int, end: float, save: Callable[[], None]) -> None:
+    """All checks, side by side; then all measures, one by one. Each takes its share of the time that is left."""
+    steps = [(part, stage, share) for stage in STAGES for part in parts if (share := PARTS[part].shares[stage])]
+    for i, (part, stage, share) in enumerate(steps):
+        now = time.monotonic()
+        deadline = now + (end - now) * share / sum(x[2] for x in steps[i:])
+        mine = [x for x in cases if x["part"] == part and x["status"] == "not reached"]
+        if stage == "measure":
+            mine = [x for x in mine if "check_passed" in x]
+        requests = [{"part": part, "stage": stage, "args": x["args"], "checked": x} for x in mine]
+        for index, answer in pool.run(requests, width if stage == "check" else 1, deadline):
+            keep(mine[index], stage, answer)
+            save()
+        done = sum(f"{stage}_seconds" in x for x in mine)
+        print(f"{stage} {part}: {done} of {len(mine)} cases in {time.monotonic() - now:.0f} s", flush=True)
+    pool.trim()
     save()
+
+
+def keep(entry: Entry, stage: str, answer: dict[str, Any]) -> None:
+    """Into the record. What is still to be measured is not reached yet, though its check has passed."""
+    if stage == "check" and PARTS[entry["part"]].shares["measure"] and answer["status"] == "passed":
+        answer |= {"status": "not reached", "check_passed": True}
+    entry |= answer
     if answer["status"] == "failed":
         print(f"FAILED {entry['part']}/{entry['name']}: {answer['error'][:300]}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------- in a worker process
+
+
+def probe(device: str) -> dict[str, Any]:
+    """The machine as torch sees it."""
+    arch = tuning.architecture(torch.device(device))
+    if device != "cuda":
+        return {"arch": arch, "device": "cpu", "cores": os.cpu_count()}
+    x = torch.cuda.get_device_properties(0)
+    names = {"device": x.name, "capability": f"{x.major}.{x.minor}", "multiprocessors": x.multi_processor_count}
+    return names | {"arch": arch, "memory_bytes": x.total_memory, "cudnn": torch.backends.cudnn.version()}
+
+
+def handle(s: Setting, request: dict[str, Any]) -> dict[str, Any]:
+    """Run one stage of one case; what it raises becomes its status."""
+    began = time.perf_counter()
+    stage = request["stage"]
+    try:
+        if stage == "probe":
+            answer = probe(s.device)
+        else:
+            told = {"checked": request["checked"]} if stage == "measure" else {}
+            answer = getattr(PARTS[request["part"]], stage)(s, **told, **request["args"])
+        answer = {"status": "passed"} | answer
+    except (Refused, fused_attn.BackendError) as error:
+        answer = {"status": "refused", "error": str(error)[:1000]}
+    except Exception as error:
+        answer = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+        answer["traceback"] = traceback.format_exc()[-4000:]
+    if s.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            # Asynchronous faults surface here; the case that has just run is the one to blame.
+            if answer["status"] != "failed":
+                answer = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+            answer["context_lost"] = True
+    return answer | {f"{stage}_seconds": round(time.perf_counter() - began, 3)}
 
 
 # --------------------------------------------------------------------------------------------------------- reporting
@@ -172,7 +216,7 @@ def timing_table(cases: list[Entry]) -> list[str]:
 
 def write_tables(record: dict[str, Any], result: Path) -> list[str]:
     """Put the winner of each sweep, or the configuration that no neighbour beat, into the architecture's table."""
-    from bench import tune
+    from bench import tune as tables
 
     setting = record["setting"]
     dtype = torch.bfloat16 if "bfloat16" in setting["dtypes"] else torch.float32
@@ -180,15 +224,16 @@ def write_tables(record: dict[str, Any], result: Path) -> list[str]:
     for x in record["cases"]:
         if x["part"] == "tune" and x["status"] == "passed":
             swept.setdefault((x["args"]["kernel"], x["args"]["d"]), []).append(x)
-    rows = tune.load(setting["arch"])["rows"]
+    rows = tables.load(setting["arch"])["rows"]
     said = []
     for (kernel, d), tried in swept.items():
         best = max(tried, key=lambda x: x["speedup"])
         row = best["args"]["config"] if best["speedup"] > WORTH else best["chosen"]
-        rows[key(kernel, dtype, d, d)] = Config.from_row(row).to_row() | {"validated": True, "result": result.name}
-        said.append(f"  {key(kernel, dtype, d, d)}: {row}")
-    tune.save(setting["arch"], rows)
-    shutil.copy(tune.TABLES / f"{setting['arch']}.json", result.parent)
+        name = tuning.key(kernel, dtype, d, d)
+        rows[name] = row | {"validated": True, "result": result.name}
+        said.append(f"  {name}: {row}")
+    tables.save(setting["arch"], rows)
+    shutil.copy(tables.TABLES / f"{setting['arch']}.json", result.parent)
     return said
 
 
@@ -248,16 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         draft.replace(path)
 
     save()
-    pool = Pool(handle, setting)
-    for i, part in enumerate(args.parts):
-        now = time.monotonic()
-        share = PARTS[part].share / sum(PARTS[x].share for x in args.parts[i:])
-        mine = [x for x in cases if x["part"] == part and x["status"] == "not reached"]
-        gather(part, mine, pool, args.workers, now + (end - now) * share, save)
-        done = sum(x["status"] != "not reached" for x in mine)
-        print(f"{part}: {done} of {len(mine)} cases in {time.monotonic() - now:.0f} s", flush=True)
-    pool.trim()
-    save()
+    run_all(cases, args.parts, Pool(handle, setting), args.workers, end, save)
     print(summary(record))
     if args.write_tables:
         print("\n".join(write_tables(record, path)))

@@ -136,7 +136,7 @@ def milliseconds(call: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         from triton.testing import do_bench
 
-        return do_bench(call, warmup=10, rep=40, return_mode="median")
+        return do_bench(call, warmup=5, rep=20, return_mode="median")
     times = []
     for _ in range(3):
         began = time.perf_counter()
