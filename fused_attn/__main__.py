@@ -8,6 +8,7 @@ gave a wrong answer.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -27,7 +28,11 @@ from fused_attn import testing
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The device, and the versions of what stands beneath."""
-    versions = {"python": platform.python_version(), "fused_attn": fused_attn.__version__, "torch": torch.__version__}
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "fused_attn": fused_attn.__version__,
+        "torch": torch.__version__,
+    }
     try:
         versions["triton"] = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -88,13 +93,14 @@ def timing(device: torch.device) -> dict[str, Any]:
     def torchs() -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+    def backward(call: Callable[[], torch.Tensor]) -> None:
+        torch.autograd.grad(call(), (q, k, v), dout)
+
     figures: dict[str, Any] = {}
     for name, call in (("fused_attn", ours), ("torch", torchs)):
         with torch.no_grad():
             figures[name] = {"forward": milliseconds(call)}
-        figures[name]["forward and backward"] = milliseconds(
-            lambda call=call: torch.autograd.grad(call(), (q, k, v), dout)
-        )
+        figures[name]["forward and backward"] = milliseconds(functools.partial(backward, call))
     chosen = fused_attn.explain(q, k, v, causal=True)
     return {
         "shape": shape, "dtype": str(dtype).removeprefix("torch."), "backend": chosen.backend, "milliseconds": figures,

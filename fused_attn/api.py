@@ -90,6 +90,7 @@ def attention(
     if normalizer != "softmax":
         raise NotImplementedError(f'normalizer: only "softmax" is built, got {normalizer!r}')
     q, k, v = _heads_first(q, k, v, layout)
+    lse: Any
     with _no_autocast(q):
         problem = bind(
             q, k, v, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
@@ -202,8 +203,8 @@ def scaled_dot_product_attention(
 def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
     """The leading dims of the answer: broadcast, but for the heads under enable_gqa, which are query's."""
     if enable_gqa and min(query.ndim, key.ndim, value.ndim) < 3:
-        shapes = tuple(tuple(x.shape) for x in (query, key, value))
-        raise ValueError(f"query, key, value: enable_gqa needs at least 3 dimensions, got shapes {shapes}")
+        got = tuple(tuple(x.shape) for x in (query, key, value))
+        raise ValueError(f"query, key, value: enable_gqa needs at least 3 dimensions, got shapes {got}")
     tail = 3 if enable_gqa else 2
     try:
         lead = torch.broadcast_shapes(*(x.shape[:-tail] for x in (query, key, value)))

@@ -34,7 +34,7 @@ def _parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Ten
     return x
 
 
-def _number(name: str, x: Any) -> float:
+def _number(name: str, x: Any) -> Any:
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a float or a tensor, got {describe(x)}")
     return float(x) if isinstance(x, (int, float)) else x
@@ -110,7 +110,7 @@ def bind(
         if not isinstance(alibi_slopes, Tensor):
             raise TypeError(f"alibi_slopes: expected a tensor, got {describe(alibi_slopes)}")
         _parameter("alibi_slopes", alibi_slopes, q, (heads,), (q.shape[0], heads))
-        offset = diagonal_offset(alignment, *shape[2:], "alibi_slopes")
+        offset = diagonal_offset(alignment, shape[2], shape[3], "alibi_slopes")
 
     if mask is None:
         mask = Mask()

@@ -65,9 +65,11 @@ class Case:
 
     def sizes(self) -> dict[str, int]:
         """B, Hq, Hkv, M, N, D and Dv by letter; g is Hkv and e is Dv."""
-        given = {"b": self.b, "h": self.hq, "g": self.hkv, "m": self.m, "n": self.n, "d": self.d, "e": self.dv}
-        follow = {"g": "h", "n": "m", "e": "d"}
-        return {x: given[follow[x]] if n is None else n for x, n in given.items()} | {"1": 1}
+        hkv, n, dv = (
+            default if own is None else own
+            for own, default in ((self.hkv, self.hq), (self.n, self.m), (self.dv, self.d))
+        )
+        return {"b": self.b, "h": self.hq, "g": hkv, "m": self.m, "n": n, "d": self.d, "e": dv, "1": 1}
 
     def shape(self, letters: str) -> tuple[int, ...]:
         sizes = self.sizes()
@@ -89,8 +91,8 @@ class Inputs:
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as the case's layout shows them."""
-        q, k, v = (self.tensors[x] for x in "qkv")
-        return tuple(x.transpose(1, 2) for x in (q, k, v)) if self.case.layout == "bshd" else (q, k, v)
+        q, k, v = (self.tensors[x].transpose(1, 2) if self.case.layout == "bshd" else self.tensors[x] for x in "qkv")
+        return q, k, v
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def _lengths(c: Case, total: int) -> Tensor:
 def _ids(c: Case, total: int, *cuts: float) -> Tensor:
     """(B, total) segment ids that step up at each cut, a little later in each batch."""
     place = torch.arange(total) - torch.arange(c.b)[:, None] * 3
-    return sum((place >= int(cut * total)).int() for cut in cuts)
+    return torch.stack([place >= int(cut * total) for cut in cuts]).int().sum(0, dtype=torch.int32)
 
 
 def _random(letters: str) -> Callable:
@@ -260,8 +262,8 @@ MEMORIES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
 def _place(x: Tensor, memory: str, buffers: list[tuple[Tensor, Tensor]]) -> Tensor:
     """x's values in the midst of a larger buffer of NaN (True, for a mask), with the recipe's strides."""
     if memory.startswith("expanded"):
-        dim = memory == "expanded_heads"
-        return _place(x.narrow(int(dim), 0, min(1, x.shape[dim])), "gaps", buffers).expand(x.shape)
+        dim = int(memory == "expanded_heads")
+        return _place(x.narrow(dim, 0, min(1, x.shape[dim])), "gaps", buffers).expand(x.shape)
     order, gap, step, first, odd = MEMORIES[memory]
     order = order[: x.ndim] if x.ndim == 4 else tuple(range(x.ndim))
     if x.ndim == 0:
@@ -270,7 +272,7 @@ def _place(x: Tensor, memory: str, buffers: list[tuple[Tensor, Tensor]]) -> Tens
     padded = [n + (2 if i else 0) for i, n in enumerate(sizes)]
     padded[-1] = (sizes[-1] + gap) * step
     total = first + torch.Size(padded).numel()
-    buffer = x.new_full((total,), True if x.dtype == torch.bool else torch.nan)
+    buffer = x.new_full((total,), 1.0 if x.dtype == torch.bool else torch.nan)
     home = buffer[first:].view(padded)
     for dim, n in enumerate(sizes):
         home = home[(slice(None),) * dim + (slice(0, n * step, step) if dim == x.ndim - 1 else slice(0, n),)]
@@ -346,7 +348,8 @@ def _parameters(c: Case, draw: Draw) -> dict[str, Tensor]:
     if c.bias is not None:
         made["bias"] = draw(*c.shape(c.bias))
         if c.bias_mask is not None:
-            made["bias"] = made["bias"].masked_fill(~MASKS[c.bias_mask](c, draw, "cpu"), -torch.inf)
+            allowed: Any = MASKS[c.bias_mask](c, draw, "cpu")
+            made["bias"] = made["bias"].masked_fill(~allowed, -torch.inf)
     if c.alibi is not None:
         made["slopes"] = draw(*c.shape(c.alibi)).abs() * 0.05
     if c.softcap_tensor:
@@ -394,7 +397,7 @@ def _family(prefix: str, field_name: str, values: Iterable[Any], tags: str = "",
 
 
 BIAS_SHAPES = ("bhmn", "1hmn", "b1mn", "11mn", "b11n", "h1n", "bhm1", "1h11", "1111", "n")
-EVERYTHING = {
+EVERYTHING: dict[str, Any] = {
     "b": 2, "hq": 4, "hkv": 2, "m": 63, "n": 113, "d": 40, "dv": 24, "causal": True, "window": (60, None),
     "alignment": "bottom_right", "masks": ("random_b11n",), "bias": "1hmn", "alibi": "h", "softcap": 4.0, "sink": True,
     "dropout_p": 0.2, "return_lse": True,
@@ -467,6 +470,10 @@ CASES: dict[str, Case] = _table(
     _case("bias_float32", "half", b=2, m=63, bias="1hmn", float32_parameters=True,
           dtypes=(torch.float16, torch.bfloat16, torch.float32)),
     _case("bias_gqa_causal", b=2, hq=4, hkv=2, m=63, n=97, bias="11mn", causal=True, alignment="bottom_right"),
+    _case("bias_rows_lse", b=2, m=63, bias="bhm1", masks=("some_rows",), return_lse=True),
+    _case("bias_rows_sink", b=2, m=63, bias="1h11", masks=("some_rows",), sink=True, return_lse=True),
+    _case("bias_columns_gqa", b=2, hq=4, hkv=2, m=63, n=97, bias="1h1n", masks=("lengths",), unseen_nan=True),
+    _case("bias_dense_window", b=1, hq=2, m=113, bias="1hmn", window=(9, 4)),
     _case("alibi_h", "core half", alibi="h"),
     _case("alibi_bh", b=2, hq=2, m=63, alibi="bh", causal=True),
     _case("alibi_bottom_right", hq=1, m=63, n=113, alibi="h", alignment="bottom_right"),

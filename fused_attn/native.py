@@ -9,6 +9,7 @@ the inputs, and dispatch calls it last of all. A second derivative raises inside
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,5 +90,6 @@ def finite(p: Problem) -> bool:
 
 def attention(p: Problem) -> tuple[Tensor, None]:
     """out by torch's op, differentiable once by its own backward; it returns no log-sum-exp."""
-    out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=not _full(p), scale=p.scale, enable_gqa=p.group > 1)
+    scale: Any = p.scale  # a number: why_not refuses tensors
+    out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=not _full(p), scale=scale, enable_gqa=p.group > 1)
     return p.in_order(out), None

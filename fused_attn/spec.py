@@ -42,7 +42,7 @@ def diagonal_offset(alignment: str | None, m: int, n: int, what: str) -> int:
     return 0 if alignment == "top_left" else n - m
 
 
-def _tighter(a: int | None, b: int | None, pick: Callable) -> int | None:
+def _tighter(a: Any, b: Any, pick: Callable) -> Any:
     """Intersection of two bounds of which None is no bound."""
     if a is None or b is None:
         return b if a is None else a
@@ -256,9 +256,8 @@ class Dropout:
         """bool (*heads.shape, rows, cols), True where the weight lives; heads holds b * Hq + h."""
         i, j = rows.long()[:, None], cols.long()
         words = philox(self.rng, j & ~8, i & ~8, heads.long()[..., None, None])
-        word = torch.where(
-            (i >> 3 & 1).bool(), *(torch.where((j >> 3 & 1).bool(), words[a + 1], words[a]) for a in (2, 0))
-        )
+        lower, upper = (torch.where((j >> 3 & 1).bool(), words[a + 1], words[a]) for a in (0, 2))
+        word = torch.where((i >> 3 & 1).bool(), upper, lower)
         return word >= self.threshold
 
 

@@ -7,6 +7,8 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. LSEs 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,5 +30,5 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     lse = torch.where(seen, peak + torch.log(torch.where(seen, total, 1.0)), -torch.inf)
     lse = torch.where(torch.isnan(total), total, lse)
     share = weights / torch.where(seen | torch.isnan(total), total, 1.0)
-    out = sum(share[i][..., None] * x.to(share.dtype) for i, x in enumerate(outs))
+    out: Any = sum(share[i][..., None] * x.to(share.dtype) for i, x in enumerate(outs))
     return out.to(outs[0].dtype), lse

@@ -122,7 +122,11 @@ def results(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> dict[str, T
 def gradients(out: Tensor, lse: Tensor | None, leaves: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
     """The gradient of each leaf that wants one, by name; zero where no path leads to it. out is heads-first."""
     leaves = {name: x for name, x in leaves.items() if x.requires_grad}
-    pairs = [(y, g) for y, g in ((out, inputs.dout), (lse, inputs.dlse)) if g is not None and y.requires_grad]
+    pairs = [
+        (y, g)
+        for y, g in ((out, inputs.dout), (lse, inputs.dlse))
+        if y is not None and g is not None and y.requires_grad
+    ]
     if not leaves or not pairs:
         return {name: torch.zeros_like(x) for name, x in leaves.items()}
     outputs, cotangents = zip(*((y, g.to(y.dtype)) for y, g in pairs), strict=True)
@@ -231,8 +235,8 @@ def run_public(inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
     """out, lse (where asked) and every gradient through `fused_attn.attention`."""
     from .api import attention
 
-    out = attention(*inputs.qkv, **inputs.kwargs, backend=backend)
-    out, lse = out if inputs.case.return_lse else (out, None)
+    result: Any = attention(*inputs.qkv, **inputs.kwargs, backend=backend)
+    out, lse = result if inputs.case.return_lse else (result, None)
     out = out.transpose(1, 2) if inputs.case.layout == "bshd" else out
     got = {"out": out} if lse is None else {"out": out, "lse": lse}
     return got | (gradients(out, lse, inputs.tensors, inputs) if inputs.case.backward else {})
@@ -273,11 +277,10 @@ def check_parity(
     Raises AssertionError naming every tensor that failed; what the backend itself raises passes through.
     """
     inputs = make_inputs(case, dtype, device, seed)
-    direct = isinstance(backend, ModuleType)
-    name = backend.__name__.rpartition(".")[2] if direct else str(backend)
+    name = backend.__name__.rpartition(".")[2] if isinstance(backend, ModuleType) else str(backend)
     label = f"{inputs.case.name} on {name} in {str(dtype).removeprefix('torch.')}"
     expected = expect(inputs)
-    got = run_module(inputs, backend) if direct else run_public(inputs, backend)
+    got = run_module(inputs, backend) if isinstance(backend, ModuleType) else run_public(inputs, backend)
     inputs.check_untouched()
     for x, g in got.items():
         own = inputs.tensors.get(x)

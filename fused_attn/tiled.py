@@ -202,7 +202,7 @@ def _score(
         factor = factor / _number(p.softcap, dtype)
     flat = s.view(q.shape[0], q.shape[1], -1)
     by_product = not isinstance(factor, Tensor)
-    torch.baddbmm(flat, q, k[:, keys].mT, beta=0, alpha=factor if by_product else 1, out=flat)
+    torch.baddbmm(flat, q, k[:, keys].mT, beta=0, alpha=1 if isinstance(factor, Tensor) else factor, out=flat)
     if not by_product:
         s.mul_(factor)
     if capped:
@@ -410,7 +410,9 @@ class _Gradients:
             # A dense bias gets each entry once, so it needs no wider sum.
             dense = p.bias.shape == p.shape
             self.sums["bias"] = torch.zeros_like(p.bias, dtype=None if dense else dtype)
-        self.dq = self.dk = self.dv = None
+        self.dq: Tensor | None = None
+        self.dk: Tensor | None = None
+        self.dv: Tensor | None = None
 
     def open(self, share: Share, k: Tensor, v: Tensor) -> None:
         self.dk = torch.zeros_like(k) if "k" in self.needs else None
@@ -456,11 +458,13 @@ class _Gradients:
         if self.needs & {"scale", "softcap"}:
             per_head = (q * self.dq).view(shape).sum((0, 2, 3))
             if "scale" in self.needs:
-                part = self.sums["scale"] if p.scale.ndim == 0 else self.sums["scale"][share.heads]
-                part.add_(per_head.sum() if p.scale.ndim == 0 else per_head)
+                total = self.sums["scale"]
+                part = total if total.ndim == 0 else total[share.heads]
+                part.add_(per_head.sum() if total.ndim == 0 else per_head)
             if "softcap" in self.needs:
                 flat = scale.view(-1) if isinstance(scale, Tensor) else scale
-                self.sums["softcap"].sub_((per_head * flat).sum() / p.softcap.to(self.dtype))
+                cap = torch.as_tensor(p.softcap, dtype=self.dtype)
+                self.sums["softcap"].sub_((per_head * flat).sum() / cap)
         if "q" in self.needs:
             self.whole["q"][share.batch, share.heads, tile.rows] = (self.dq.view(shape) * scale).to(p.q.dtype)
 

@@ -65,7 +65,7 @@ def attention_forward(
     if attention_mask is None and size is not None:
         # A window of that many keys, the row's own included; on both sides where the call is not causal.
         window = (size - 1, size - 1)
-    out = attention(
+    out: Any = attention(
         # Learned queries come with batch 1.
         query.expand(key.shape[0], -1, -1, -1),
         key,

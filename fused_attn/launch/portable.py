@@ -241,7 +241,8 @@ class _Backward:
     def _dq(self, dense: bool) -> None:
         p, needs = self.p, self.needs
         b, hq, m, n = p.shape
-        sums = {x: torch.empty_like(self.lse) for x in ("scale", "softcap", "slopes") if x in needs}
+        per_row = ("scale", "softcap", "slopes")
+        sums = {x: torch.empty_like(self.lse) for x in per_row if x in needs}
         bias = None
         if dense:
             # Tiles that no row sees are never visited.
@@ -252,7 +253,7 @@ class _Backward:
             self.code.dq,
             -(-m // c.BLOCK_M) * b * hq,
             *self._inputs(self.views.span(p.span)),
-            self.code.types.RowGradients(self._wanted("q"), bias, *map(sums.get, ("scale", "softcap", "slopes"))),
+            self.code.types.RowGradients(self._wanted("q"), bias, *(sums.get(x) for x in per_row)),
             *(m, n, hq, b * hq, _wave(p, hq)),
             **_shapes(p),
             **_options(c),
