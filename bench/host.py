@@ -1,0 +1,205 @@
+"""What a call costs on the host, and what it compiles: with a driver that knows its target and never launches.
+
+    python -m bench.host overhead 2000      microseconds per call against an empty operator, as JSON
+    python -m bench.host compilations 100   kernels compiled over that many unseen lengths, as JSON
+
+CPU tensors stand in for the device's. Everything before the driver's own launch is the real thing: the public call,
+dispatch, the operator, autograd, views, and Triton's binding of arguments, cache key and launcher lookup. Interpreted
+and compiled kernels cannot share a process, so this one sets TRITON_INTERPRET=0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import fused_attn
+from fused_attn import launch
+from fused_attn.launch import portable
+
+ARCH = "sm_90"
+SHAPE = (2, 8, 1024, 64)  # B, H, S, D
+
+
+class Utilities:
+    """What Triton asks of a driver when it loads a kernel."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, Any, int, int, int]:
+        return object(), 0, 0, 0, 1024  # module, function, registers, spills, threads
+
+
+class Driver:
+    """A machine that has one device of the target and drops every launch."""
+
+    utils = Utilities()
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(ARCH.removeprefix("sm_")), 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def dropped(*args: Any) -> None:
+            return None
+
+        return dropped
+
+
+def pretend() -> None:
+    """From here on a CPU tensor is a tensor on the target, for the Triton backend alone."""
+    driver.set_active(Driver())
+    portable.architecture = lambda device: ARCH
+    portable.interpreted = lambda: True  # the one reason against CPU tensors
+
+
+def _inputs(m: int, n: int, requires_grad: bool = False, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    b, h, _, d = SHAPE
+    return [torch.zeros(b, h, x, d, dtype=dtype, requires_grad=requires_grad) for x in (m, n, n)]
+
+
+# ---------------------------------------------------------------------------------------------------------- overhead
+
+
+def _empty_operator() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Operators of three arguments that allocate forward's and backward's outputs and do nothing else."""
+    library = torch.library.Library("fused_attn_empty", "DEF")
+    library.define("forward(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+    library.define("backward(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)")
+    library.impl(
+        "forward",
+        lambda q, k, v: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+        "CompositeExplicitAutograd",
+    )
+    library.impl("backward", lambda q, k, v: tuple(torch.empty_like(x) for x in (q, k, v)), "CompositeExplicitAutograd")
+    _empty_operator.library = library  # operators live as long as their library
+    return torch.ops.fused_attn_empty.forward, torch.ops.fused_attn_empty.backward
+
+
+def overhead(calls: int, rounds: int = 15) -> dict[str, Any]:
+    """Median microseconds: inference, forward under autograd, and backward, beside the empty operators."""
+    pretend()
+    torch.set_num_threads(1)
+    empty_forward, empty_backward = _empty_operator()
+    plain, leaves = _inputs(SHAPE[2], SHAPE[2]), _inputs(SHAPE[2], SHAPE[2], requires_grad=True)
+
+    def ours(inputs: list[Tensor]) -> Tensor:
+        return fused_attn.attention(*inputs, causal=True, backend="triton")
+
+    out = ours(leaves)
+    dout = torch.zeros_like(out)
+    subjects = {
+        "inference": lambda: ours(plain),
+        "autograd forward": lambda: ours(leaves),
+        "backward": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
+        "empty forward": lambda: empty_forward(*plain),
+        "empty backward": lambda: empty_backward(*plain),
+    }
+    timers = {name: Timer("f()", globals={"f": f}) for name, f in subjects.items()}
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for timer in timers.values():
+        timer.timeit(20)
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            samples[name].append(1e6 * timer.timeit(max(1, calls // rounds)).median)
+    medians = {name: statistics.median(x) for name, x in samples.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(samples[name], samples[base], strict=True))
+        for name, base in (
+            ("inference", "empty forward"),
+            ("autograd forward", "empty forward"),
+            ("backward", "empty backward"),
+        )
+    }
+    import triton
+
+    return {"triton": triton.__version__, "microseconds": medians, "ratios": ratios, "samples": samples}
+
+
+# ------------------------------------------------------------------------------------------------------ compilations
+
+
+def _options(name: str, b: int, h: int, m: int, n: int) -> dict[str, Any]:
+    """The arguments of one kind of call at one pair of lengths; their strides depend on the lengths."""
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "plain": dict,
+        "causal": lambda: {"causal": True, "alignment": "bottom_right"},
+        "window": lambda: {"window": (m // 3 + 1, 5), "alignment": "top_left"},
+        "lengths": lambda: {"mask": fused_attn.Mask.lengths(torch.full((b,), n))},
+        "mask": lambda: {"mask": torch.ones(b, 1, m, n, dtype=torch.bool)},
+        "bias": lambda: {"bias": torch.zeros(h, m, n, requires_grad=True)},
+        "lse": lambda: {"return_lse": True},
+    }
+    return made[name]()
+
+
+KINDS = ("plain", "causal", "window", "lengths", "mask", "bias", "lse")
+
+
+def _unseen(count: int) -> Iterator[tuple[int, int]]:
+    """Pairs of lengths: 1, multiples of 16 and anything between."""
+    draw = random.Random(0)
+    for i in range(count):
+        m, n = (draw.choice((1, 16 * draw.randint(1, 64), draw.randint(2, 1024))) for _ in range(2))
+        yield m, (m if i % 2 else n)
+
+
+def compilations(count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
+    """How many kernels one warm-up call of each kind compiles, and how many `count` further lengths add."""
+    pretend()
+    kernels: dict[str, Any] = {}
+    run = launch.launch
+
+    def recorded(kernel: Any, *args: Any, **options: Any) -> None:
+        kernels[kernel.fn.__name__] = kernel
+        run(kernel, *args, **options)
+
+    launch.launch = recorded
+
+    def compiled() -> int:
+        return sum(len(kernel.device_caches[0][0]) for kernel in kernels.values())
+
+    def call(kind: str, m: int, n: int) -> None:
+        b, h = SHAPE[:2]
+        inputs = _inputs(m, n, requires_grad=True)
+        out = fused_attn.attention(*inputs, **_options(kind, b, h, m, n), backend="triton")
+        out, lse = out if isinstance(out, tuple) else (out, None)
+        total = out.float().sum() if lse is None else out.float().sum() + lse.sum()
+        total.backward()
+
+    found: dict[str, dict[str, int]] = {}
+    for kind in kinds:
+        start = compiled()
+        call(kind, 512, 512)
+        warm = compiled()
+        for m, n in _unseen(count):
+            call(kind, m, n)
+        found[kind] = {"warm-up": warm - start, "unseen lengths": compiled() - warm}
+    return {"lengths": count, "kinds": found}
+
+
+if __name__ == "__main__":
+    part, count = sys.argv[1], int(sys.argv[2])
+    print(json.dumps({"overhead": overhead, "compilations": compilations}[part](count)))
