@@ -1,6 +1,7 @@
 """What is remembered of the keys seen so far: the row maximum, the sum of weights, and their average in the making.
 
-A score in base 2 is x * factor. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+A score in base 2 is x * factor, with factor > 0.
+Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
 import triton
@@ -42,8 +43,6 @@ def update(m_i, l_i, x, allowed, factor):
     peak = tl.maximum(m_i, tl.max(x, 1))
     scaled, c = reference_point(peak, factor)
     p = tl.exp2(x * scaled[:, None] - c[:, None])
-    if allowed is not None:
-        p = tl.where(allowed, p, 0.0)
     alpha = tl.where(m_i == float("-inf"), 0.0, tl.exp2((m_i - peak) * factor))
     return p, alpha, peak, l_i * alpha + tl.sum(p, 1)
 

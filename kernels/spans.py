@@ -71,7 +71,10 @@ def visit(lo, hi, limit, BLOCK: tl.constexpr):
 @triton.jit
 def sees(reach, y):
     """The mask predicate, [BLOCK, len(y)]."""
-    return (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])
+    if (reach.span.left is None) and (reach.span.lo is None):
+        return y[None, :] < reach.hi[:, None]
+    else:
+        return (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])
 
 
 @triton.jit

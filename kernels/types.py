@@ -1,8 +1,8 @@
 """The nouns that cross the border between host and device.
 
-What is absent is None, and vanishes at compile time. Two faults of triton 3.6 shape these tuples. It cannot ask whether
-a tuple `is None` when there is a None inside, so View, Scalar, Vector and Dropout hold none. It forgets the constants of
-a tuple inside a tuple, unless a constant follows them in the outer one, so what holds Views ends in a constant.
+What is absent is None, and vanishes at compile time. Two faults of triton 3.6 shape these tuples. It cannot tell if a
+tuple `is None` when there is a None inside, so View, Scalar, Vector and Dropout hold none. And it forgets the constants
+of a tuple inside a tuple, unless a constant follows in the outer one, so what holds Views ends in a constant.
 
 Triton specialises the integers of a tuple on being 1 and on divisibility by 16, whatever the kernel's own marks say,
 so a length that shows in a stride would compile anew. Integers here therefore travel as codes, 4 * x + 3: never 1,
@@ -58,8 +58,8 @@ class Span(NamedTuple):
 class Score(NamedTuple):
     """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see.
 
-    folds: the scale is known not to be negative, and nothing follows it, so the largest product is the largest score,
-    and the forward kernel multiplies inside the exponential.
+    folds: the scale is known to be positive, and nothing follows it, so the largest product is the largest score, and
+    the kernels multiply inside the exponential.
     """
 
     scale: Scalar

@@ -92,7 +92,7 @@ def score(p: Problem) -> Score:
         broadcast_view(p.bias, p.shape),
         None if p.slopes is None else scalar(p.slopes),
         None if p.slopes is None else code(p.offset),
-        _booleans[alone and isinstance(p.scale, float) and p.scale >= 0],
+        _booleans[alone and isinstance(p.scale, float) and p.scale > 0],
     )
 
 
