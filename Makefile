@@ -12,9 +12,9 @@ PINNED := $(INSTALL) --constraint constraints.txt
 demo: $(VENV)/demo.stamp
 	$(RUN) examples/minilm.py
 
-# One thread a worker: the workers share the cores. The triton 3.6.0 subset is one of the tests.
+# One thread a worker: the workers share the cores. One of the tests runs a subset under triton 3.6.0.
 test: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check
