@@ -84,7 +84,7 @@ MUTANTS = (
     Mutant((7,), "torch's kernel is trusted with NaN", "fused_attn/dispatch.py",
            "elif not native.finite(p):", "elif False:", _checklist("line_7_ and sdpa")),
     Mutant((8,), "a negative scale is folded into the maximum", "fused_attn/launch/views.py",
-           "isinstance(p.scale, float) and p.scale >= 0", "isinstance(p.scale, float)",
+           "isinstance(p.scale, float) and p.scale > 0", "isinstance(p.scale, float)",
            _checklist("line_8_ and triton")),
     # 9, 10, 12, 13: extents
     Mutant((9,), "the tile that holds the tail counts as full", "kernels/spans.py",
@@ -238,12 +238,12 @@ def main(words: list[str]) -> int:
     wrong = 0
     with ThreadPoolExecutor(jobs) as pool:
         suites = list(dict.fromkeys(m.tests for m in chosen))
-        print(f"{len(suites)} selections of tests without a mutation")
+        print(f"{len(suites)} selections of tests without a mutation", flush=True)
         for tests, (status, tail, seconds) in zip(suites, pool.map(lambda t: face(None, t), suites), strict=True):
             if status != GREEN:
                 wrong += 1
                 print(f"NOT GREEN  {seconds:5.1f} s  {tests[0]} -k {tests[1]!r}\n{tail}")
-        print(f"{len(chosen)} mutations")
+        print(f"{len(chosen)} mutations", flush=True)
         verdicts = pool.map(lambda m: face(m, m.tests), chosen)
         for mutant, (status, tail, seconds) in zip(chosen, verdicts, strict=True):
             # A crash of the interpreter by a wild pointer is a red test as well; an error of collection is not.
