@@ -103,7 +103,7 @@ class Parity:
     def all_cases(self, s: Setting) -> dict[str, Case]:
         large = {}
         for d in s.dims:
-            sizes = {
+            sizes: dict[str, dict[str, Any]] = {
                 "full": {"m": s.large // 2 + 1, "n": s.large - 1},
                 "causal": {"m": s.large - 1, "causal": True},
                 "window": {"m": s.large * 7 // 8, "window": (s.large // 6, s.large // 9)},
@@ -180,7 +180,7 @@ class Races:
             replace(everything, name="everything_64", m=m // 2, n=m, d=64, dv=64),
             replace(everything, name="everything_128", m=m // 2, n=m, d=128, dv=128),
         )
-        small = {"d": s.dims[0], "dv": s.dims[0]} if max(s.dims) < 64 else {}
+        small: dict[str, Any] = {"d": s.dims[0], "dv": s.dims[0]} if max(s.dims) < 64 else {}
         return {c.name: replace(c, **small) for c in cases}
 
     def cases(self, s: Setting) -> Iterator[Listed]:
@@ -214,14 +214,17 @@ class Overlap:
 
     def check(self, s: Setting, kernel: str, d: int, config: Any) -> dict[str, Any]:
         answer = Configs().check(s, d, kernel=kernel, config=config)
-        rival = ours(name="rival", **{kernel: Config.from_row(config)})
+        rival = ours(name="rival", configs={kernel: Config.from_row(config)})
         for causal in (False, True):
             providers.start(rival, s.sample(d, s.lengths[0], causal), s.device)  # compiled beside others, not alone
         return answer
 
     def measure(self, s: Setting, checked: dict[str, Any], kernel: str, d: int, config: Any) -> dict[str, Any]:
         chosen = tuning.config(kernel, s.arch, s.half, d, d)
-        pair = [ours(name="chosen", **{kernel: chosen}), ours(name="rival", **{kernel: Config.from_row(config)})]
+        pair = [
+            ours(name="chosen", configs={kernel: chosen}),
+            ours(name="rival", configs={kernel: Config.from_row(config)}),
+        ]
         direction = "forward" if kernel == "forward" else "backward"
         found: dict[str, Any] = {"chosen": chosen.to_row()}
         ratios = []

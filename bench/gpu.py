@@ -91,7 +91,9 @@ def entries(setting: Setting, asked: list[str], only: str) -> list[Entry]:
     return found
 
 
-def run_all(cases: list[Entry], parts: list[str], pool: Pool, width: int, end: float, save: Callable[[], None]) -> None:
+def run_all(
+    setting: Setting, cases: list[Entry], parts: list[str], pool: Pool, width: int, end: float, save: Callable[[], None]
+) -> None:
     """All checks, side by side; then all measures, one by one. Each takes its share of the time that is left."""
     steps = [(part, stage, share) for stage in STAGES for part in parts if (share := PARTS[part].shares[stage])]
     for i, (part, stage, share) in enumerate(steps):
@@ -100,14 +102,13 @@ def run_all(cases: list[Entry], parts: list[str], pool: Pool, width: int, end: f
         mine = [x for x in cases if x["part"] == part and x["status"] == "not reached"]
         if stage == "measure":
             mine = [x for x in mine if "check_passed" in x]
-        requests = [{"part": part, "stage": stage, "args": x["args"], "checked": x} for x in mine]
+        common = {"setting": setting, "part": part, "stage": stage}
+        requests = [common | {"args": x["args"], "checked": x} for x in mine]
         for index, answer in pool.run(requests, width if stage == "check" else 1, deadline):
             keep(mine[index], stage, answer)
             save()
         done = sum(f"{stage}_seconds" in x for x in mine)
         print(f"{stage} {part}: {done} of {len(mine)} cases in {time.monotonic() - now:.0f} s", flush=True)
-    pool.trim()
-    save()
 
 
 def keep(entry: Entry, stage: str, answer: dict[str, Any]) -> None:
@@ -132,10 +133,10 @@ def probe(device: str) -> dict[str, Any]:
     return names | {"arch": arch, "memory_bytes": x.total_memory, "cudnn": torch.backends.cudnn.version()}
 
 
-def handle(s: Setting, request: dict[str, Any]) -> dict[str, Any]:
+def handle(request: dict[str, Any]) -> dict[str, Any]:
     """Run one stage of one case; what it raises becomes its status."""
     began = time.perf_counter()
-    stage = request["stage"]
+    s, stage = request["setting"], request["stage"]
     try:
         if stage == "probe":
             answer = probe(s.device)
@@ -270,13 +271,11 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["TRITON_INTERPRET"] = "1" if args.device == "cpu" else "0"
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     setting = replace(TINY if args.tiny else Setting(), device=args.device)
-    scout = Pool(handle, setting)
-    machine = next(
-        (x for _, x in scout.run([{"stage": "probe"}], 1, time.monotonic() + START_SECONDS)),
-        {"status": "failed", "error": "it does not answer"},
-    )
-    scout.trim()
+    pool = Pool(handle)
+    answers = pool.run([{"stage": "probe", "setting": setting}], 1, time.monotonic() + START_SECONDS)
+    machine = next((answer for _, answer in answers), {"status": "failed", "error": "it does not answer"})
     if machine["status"] != "passed":
+        pool.trim()
         print(f"no {args.device} device to use: {machine['error']}", file=sys.stderr)
         return 2
 
@@ -293,7 +292,9 @@ def main(argv: list[str] | None = None) -> int:
         draft.replace(path)
 
     save()
-    run_all(cases, args.parts, Pool(handle, setting), args.workers, end, save)
+    run_all(setting, cases, args.parts, pool, args.workers, end, save)
+    pool.trim()
+    save()
     print(summary(record))
     if args.write_tables:
         print("\n".join(write_tables(record, path)))

@@ -40,7 +40,7 @@ class Sample:
     @classmethod
     def draw(cls, shape: tuple[int, int, int, int], causal: bool, dtype: torch.dtype, device: str) -> Sample:
         q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
-        return cls(*(x.requires_grad_() for x in (q, k, v)), dout, causal)
+        return cls(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, causal)
 
     def flops(self, direction: str) -> float:
         b, h, s, d = self.q.shape
@@ -72,9 +72,11 @@ def pinned(configs: dict[str, tuning.Config]) -> Iterator[None]:
         yield
 
 
-def ours(backend: str = "triton", name: str = "", **configs: tuning.Config) -> Provider:
+def ours(backend: str = "triton", name: str = "", configs: dict[str, tuning.Config] | None = None) -> Provider:
+    """The public call; configs pins kernels' configurations."""
+
     def bind(x: Sample) -> Call:
-        return lambda: fused_attn.attention(x.q, x.k, x.v, causal=x.causal, backend=backend)
+        return lambda: fused_attn.attention(x.q, x.k, x.v, causal=x.causal, backend=backend)  # type: ignore[return-value]
 
     return Provider(name or backend, bind, (lambda: pinned(configs)) if configs else contextlib.nullcontext)
 

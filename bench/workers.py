@@ -17,27 +17,27 @@ from typing import Any
 HANG_SECONDS = 180.0
 
 Request = dict[str, Any]
-Handler = Callable[[Any, Request], dict[str, Any]]
+Handler = Callable[[Request], dict[str, Any]]
 
 
-def serve(pipe: connection.Connection, handler: Handler, setting: Any) -> None:
+def serve(pipe: connection.Connection, handler: Handler) -> None:
     """The child's side: requests until the pipe closes, or until an answer says that the context is lost."""
     while True:
         try:
             request = pipe.recv()
         except EOFError:
             return
-        answer = handler(setting, request)
+        answer = handler(request)
         pipe.send(answer)
         if answer.get("context_lost"):
             return
 
 
 class Worker:
-    def __init__(self, handler: Handler, setting: Any):
+    def __init__(self, handler: Handler):
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(theirs, handler, setting), daemon=True)
+        self.process = spawn.Process(target=serve, args=(theirs, handler), daemon=True)
         self.process.start()
         theirs.close()
         self.index, self.began = -1, 0.0
@@ -75,19 +75,20 @@ def lost(why: str) -> dict[str, Any]:
 class Pool:
     """Up to `width` workers, started when there is work for them and kept for the next call."""
 
-    def __init__(self, handler: Handler, setting: Any):
-        self.handler, self.setting = handler, setting
+    def __init__(self, handler: Handler):
+        self.handler = handler
         self.idle: list[Worker] = []
 
     def run(self, requests: list[Request], width: int, deadline: float) -> Iterator[tuple[int, dict[str, Any]]]:
         """(index, answer) as they come, until all are done or time.monotonic() passes the deadline."""
-        waiting, busy = deque(enumerate(requests)), []
+        waiting = deque(enumerate(requests))
+        busy: list[Worker] = []
         self.trim(width)
         while waiting or busy:
             if (left := deadline - time.monotonic()) <= 0:
                 break
             while waiting and len(busy) < width:
-                worker = self.idle.pop() if self.idle else Worker(self.handler, self.setting)
+                worker = self.idle.pop() if self.idle else Worker(self.handler)
                 busy.append(worker)
                 worker.take(*waiting.popleft())
             connection.wait([x.pipe for x in busy], timeout=min(left, 1.0))
