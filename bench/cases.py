@@ -93,16 +93,15 @@ class Case:
 
 
 DIMS = (16, 32, 64, 128, 256, 512)
-RICH = ("bias", "bias_batch", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "gqa", "window", "segments")
+RICH = ("bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "gqa", "window", "segments")
 
 
 def cases(target: str) -> list[Case]:
     """What is compiled for a target: every row of its tuning table, and the features where they matter."""
-    heads = [("bf16", d, "plain") for d in DIMS] + [("fp32", d, "plain") for d in DIMS]
+    heads = [(dtype, d, "plain") for dtype in ("bf16", "fp32") for d in DIMS]
+    heads += [("bf16", d, "bias") for d in DIMS] + [("bf16", 128, "bias_batch"), ("bf16", 128, "causal")]
     heads += [("bf16", d, "plain") for d in (40, 72, 88)]
-    heads += [("bf16", d, feature) for d in DIMS for feature in ("causal", "bias")]
-    heads += [("bf16", 128, "bias_batch")]
-    if target in ("sm_80", "sm_90"):
-        heads += [("bf16", d, feature) for d in (64, 128) for feature in RICH] + [("fp16", 128, "plain")]
-    unique = dict.fromkeys(heads)
-    return [Case(direction, *rest) for rest in unique for direction in ("forward", "backward")]
+    if target == "sm_90":
+        heads += [("bf16", 64, "causal"), ("bf16", 256, "causal"), ("fp16", 128, "plain")]
+        heads += [("bf16", 128, feature) for feature in RICH]
+    return [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]

@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,37 +31,30 @@ TABLES = ROOT / "fused_attn" / "tuning" / "tables"
 CLASSES = {"half": ("bf16", torch.bfloat16), "single": ("fp32", torch.float32)}
 KERNELS = ("forward", "dkdv", "dq", "dbias")
 DIMS = (16, 32, 64, 128, 256, 512)
-# BLOCK_M, BLOCK_N, warps. A forward or dq program owns BLOCK_M rows and sweeps over keys; dkdv and dbias the reverse.
+# BLOCK_M, BLOCK_N, warps by head dim. A forward or dq program owns BLOCK_M rows and sweeps over keys; dkdv the reverse.
 FORWARD = {
-    64: ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 32, 4)),
-    128: ((128, 128, 8), (128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4), (128, 32, 4)),
-    256: ((128, 64, 8), (128, 32, 8), (64, 64, 8), (64, 32, 8), (64, 32, 4), (64, 16, 4)),
-    512: ((64, 32, 8), (64, 16, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8), (16, 16, 4)),
+    64: ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4)),
+    128: ((128, 128, 8), (128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4)),
+    256: ((128, 64, 8), (128, 32, 8), (64, 64, 8), (64, 32, 8), (64, 32, 4)),
+    512: ((64, 32, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8)),
 }
 DKDV = {
-    64: ((64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 128, 4), (32, 64, 4), (32, 64, 8)),
-    128: ((64, 128, 8), (32, 128, 8), (64, 64, 8), (32, 64, 8), (64, 64, 4), (32, 64, 4), (16, 64, 4), (32, 32, 4)),
-    256: ((64, 64, 8), (32, 64, 8), (16, 64, 8), (32, 32, 8), (16, 32, 8), (16, 32, 4), (16, 16, 4)),
-    512: ((16, 64, 8), (32, 32, 8), (16, 32, 8), (16, 16, 8), (16, 16, 4)),
+    64: ((64, 128, 8), (32, 128, 8), (64, 64, 4), (32, 64, 4)),
+    128: ((64, 128, 8), (32, 128, 8), (64, 64, 8), (32, 64, 8), (32, 64, 4), (16, 64, 4)),
+    256: ((32, 64, 8), (16, 64, 8), (32, 32, 8), (16, 32, 8)),
+    512: ((16, 32, 8), (16, 16, 8)),
 }
 DQ = {
-    64: ((128, 64, 8), (128, 128, 8), (64, 64, 4), (128, 32, 4), (64, 32, 4)),
-    128: ((128, 64, 8), (64, 64, 8), (64, 64, 4), (128, 32, 8), (64, 32, 4), (32, 32, 4)),
-    256: ((64, 64, 8), (64, 32, 8), (64, 16, 8), (32, 32, 8), (32, 32, 4), (32, 16, 4)),
-    512: ((32, 32, 8), (64, 16, 8), (32, 16, 8), (16, 16, 8), (16, 16, 4)),
+    64: ((128, 64, 8), (64, 64, 4), (64, 32, 4)),
+    128: ((128, 64, 8), (128, 32, 8), (64, 64, 8), (64, 64, 4), (64, 32, 4)),
+    256: ((64, 64, 8), (64, 32, 8), (32, 32, 8), (32, 16, 8), (32, 32, 4)),
+    512: ((32, 16, 8), (16, 16, 8)),
 }
-DBIAS = {64: ((64, 64, 4), (64, 64, 8), (64, 32, 4), (32, 32, 4))}
-SINGLE = (
-    (64, 64, 8),
-    (64, 32, 8),
-    (64, 32, 4),
-    (32, 64, 8),
-    (32, 32, 8),
-    (32, 32, 4),
-    (32, 16, 4),
-    (16, 32, 4),
-    (16, 16, 4),
-)
+DBIAS = {64: ((64, 64, 4), (64, 32, 4)), 512: ((64, 32, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8))}
+# One product of a tile is BLOCK_M * BLOCK_N * D / threads multiply-adds a thread, every one an instruction.
+SINGLE = {64: ((64, 32, 4), (32, 32, 4)), 128: ((32, 32, 4),), 256: ((32, 16, 4),), 512: ((16, 16, 4),)}
+SWEPT = (64, 128, 256)  # half-precision head dims whose candidates are compiled and compared
+UNPROVEN = {"validated": False, "result": None}  # until a GPU has timed it
 L2_BYTES_PER_CLOCK = 32  # that one multiprocessor draws from the L2 cache when all of them do
 
 
@@ -87,29 +81,19 @@ class Choice:
         feature = "bias_batch" if self.kernel == "dbias" else "bias" if self.rich else "plain"
         return Case("forward" if self.kernel == "forward" else "backward", CLASSES[self.kind][0], self.d, feature)
 
-    def candidates(self, plain: dict[str, Any] | None) -> list[Config]:
-        """Tiles to compile. plain: the row that was chosen without modifiers."""
-        device = DEVICES[self.arch]
-        if self.kind == "single":
-            tiles: Any = SINGLE
-        else:
-            sizes = {"forward": FORWARD, "dkdv": DKDV, "dq": DQ, "dbias": DBIAS}[self.kernel]
-            tiles = sizes[min((x for x in sizes if x >= self.d), default=max(sizes))]
-        # Products of mma.sync wait where they are issued; only wgmma is worth ordering around.
-        overlaps = (False, True) if self.arch == "sm_90" and self.kind == "half" else (False,)
+    def candidates(self) -> list[Config]:
+        """Tiles to compile, the largest first."""
+        half = {"forward": FORWARD, "dkdv": DKDV, "dq": DQ, "dbias": DBIAS}[self.kernel]
+        sizes = SINGLE if self.kind == "single" else half
+        # Only wgmma is issued long before its result is awaited; mma.sync gains nothing from another order.
+        ahead = self.arch == "sm_90" and self.kind == "half" and self.kernel == "forward"
         found = []
-        for m, n, warps in tiles:
-            for overlap in overlaps:
-                most = self._stages(m, n, device.shared_per_program)
-                # Where the assembler decides what to hide behind a product, its choice may turn on any detail.
-                for stages in range(2 if overlap and most > 2 else most, most + 1):
-                    found.append(Config(m, n, warps, stages, overlap))
-        if plain is not None:
-            first = Config.from_row(plain)
-            most = first.BLOCK_M * first.BLOCK_N
-            smaller = [x for x in found if most >= x.BLOCK_M * x.BLOCK_N and x != first]
-            found = [first, *smaller]
-        return found
+        for m, n, warps in sizes[min(x for x in sizes if x >= self.d)]:
+            most = self._stages(m, n, DEVICES[self.arch].shared_per_program)
+            found.append(Config(m, n, warps, most))
+            # Where the assembler decides what to hide behind a product, its choice may turn on any detail.
+            found += [Config(m, n, warps, x, overlap=True) for x in range(min(2, most), most + 1) if ahead]
+        return sorted(found, key=lambda x: -x.BLOCK_M * x.BLOCK_N)
 
     def _stages(self, m: int, n: int, shared: int) -> int:
         """As many as fit beside the tile that a program owns, at most 3, and 2 on AMD, which keeps one in registers."""
@@ -161,51 +145,63 @@ def broken(choice: Choice, config: Config, figures: dict[str, Any]) -> list[str]
     return static.gates(identity | figures)
 
 
-def choose(choices: list[Choice], pool: Pool, plain: dict[str, dict[str, Any]], progress: Any) -> None:
-    """Compile the candidates of every choice."""
-    sent = []
-    for choice in choices:
-        for config in choice.candidates(plain.get(choice.name.removesuffix("/rich")) if choice.rich else None):
-            request = {"target": choice.arch, "case": asdict(choice.case()), "kernels": [choice.kernel]}
-            sent.append((choice, config, request | {"configs": {choice.kernel: config.to_row()}}))
-    task = progress.add_task("rich rows" if choices and choices[0].rich else "plain rows", total=len(sent))
-    for index, answer in pool.map([x[2] for x in sent]):
-        choice, config, _ = sent[index]
+def request(choice: Choice, config: Config) -> dict[str, Any]:
+    return {
+        "target": choice.arch,
+        "case": asdict(choice.case()),
+        "kernels": [choice.kernel],
+        "configs": {choice.kernel: config.to_row()},
+    }
+
+
+def compile_all(work: list[tuple[Choice, Config]], pool: Pool, advance: Callable[[], None]) -> None:
+    for index, answer in pool.map([request(*x) for x in work]):
+        choice, config = work[index]
         figures = next(iter(answer.get("kernels", ())), {"error": answer.get("error", "not launched")})
         choice.tried.append((config, figures))
-        progress.update(task, advance=1)
+        advance()
 
 
-def best(choice: Choice) -> tuple[Config, dict[str, Any]]:
-    """The candidate of fewest clocks among those that break the fewest gates."""
-
-    def rank(item: tuple[Config, dict[str, Any]]) -> tuple[Any, ...]:
-        config, figures = item
-        if "error" in figures:
-            return (99, 0.0, 0)
-        return (
-            len(broken(choice, config, figures)),
-            modelled(choice, config, figures),
-            config.BLOCK_M * config.BLOCK_N,
-        )
-
-    choice.tried.sort(key=rank)
-    return choice.tried[0]
+def rank(choice: Choice, config: Config, figures: dict[str, Any]) -> tuple[Any, ...]:
+    """What breaks the fewest gates, then what takes the fewest clocks, then the smaller tile."""
+    if "error" in figures:
+        return (99, 0.0, 0)
+    return (len(broken(choice, config, figures)), modelled(choice, config, figures), config.BLOCK_M * config.BLOCK_N)
 
 
-def rows_to_make(only: str) -> list[Choice]:
-    found = []
-    for arch in DEVICES:
-        for kernel in KERNELS:
-            for kind in CLASSES:
-                for d in DIMS:
-                    for rich in (False, True):
-                        if (kernel == "dbias" and not rich) or (kind == "single" and rich):
-                            continue
-                        choice = Choice(arch, kernel, kind, d, rich)
-                        if only in choice.name:
-                            found.append(choice)
-    return found
+def choose_plain(choices: list[Choice], pool: Pool, advance: Callable[[], None]) -> None:
+    """Compile every candidate."""
+    compile_all([(x, config) for x in choices for config in x.candidates()], pool, advance)
+
+
+def choose_rich(choices: list[Choice], plain: dict[str, Config], pool: Pool, advance: Callable[[], None]) -> None:
+    """From the plain row's tile down, until one passes the gates."""
+    waiting = {}
+    for choice in choices:
+        first = plain.get(choice.name.removesuffix("/rich"))
+        all_of_them = [x for x in choice.candidates() if not x.overlap]
+        if first is None:
+            waiting[choice.name] = all_of_them
+            continue
+        quiet = replace(first, overlap=False)
+        most = first.BLOCK_M * first.BLOCK_N
+        smaller = [x for x in all_of_them if most >= x.BLOCK_M * x.BLOCK_N and x != quiet]
+        waiting[choice.name] = list(dict.fromkeys([first, quiet, *smaller]))
+    while choices := [
+        x for x in choices if waiting[x.name] and not (x.tried and any(rank(x, *y)[0] == 0 for y in x.tried))
+    ]:
+        compile_all([(x, waiting[x.name].pop(0)) for x in choices], pool, advance)
+
+
+def rows_to_make(only: str = "") -> list[Choice]:
+    """The rows of every table: modifiers have rows of their own in half precision."""
+    variants = [("half", False), ("half", True), ("single", False)]
+    found = [
+        Choice(arch, kernel, kind, d, rich)
+        for arch in DEVICES for kernel in KERNELS for kind, rich in variants for d in DIMS
+        if kernel != "dbias" or rich
+    ]  # fmt: skip
+    return [x for x in found if only in x.name]
 
 
 def load(arch: str) -> dict[str, Any]:
@@ -232,37 +228,54 @@ def main() -> int:
     args = parser.parse_args()
     if (version := triton_version()) != static.TRITON:
         raise SystemExit(f"the tables are made with triton {static.TRITON}; this is {version}")
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     tables = {arch: load(arch)["rows"] for arch in DEVICES}
     validated = {f"{arch}/{name}" for arch in tables for name, row in tables[arch].items() if row.get("validated")}
     choices = [x for x in rows_to_make(args.only) if x.name not in validated]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    swept = [x for x in choices if x.d in SWEPT and x.kind == "half"]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress, Pool(args.workers) as pool:
-        for rich in (False, True):
-            plain = {f"{arch}/{name}": row for arch in tables for name, row in tables[arch].items()}
-            some = [x for x in choices if x.rich is rich]
-            choose(some, pool, plain, progress)
-            for choice in some:
-                config, figures = best(choice)
-                if "error" in figures:
-                    raise SystemExit(f"{choice.name}: no candidate compiles: {figures['error']}")
-                tables[choice.arch][choice.key] = config.to_row() | {"validated": False, "result": None}
-            for arch in {x.arch for x in some}:
-                save(arch, tables[arch])
+        plain = [x for x in swept if not x.rich]
+        task = progress.add_task("plain rows", total=sum(len(x.candidates()) for x in plain))
+        choose_plain(plain, pool, lambda: progress.advance(task))
+        store(plain, tables)
+        chosen = {f"{arch}/{name}": Config.from_row(row) for arch in tables for name, row in tables[arch].items()}
+        task = progress.add_task("rich rows", total=None)
+        rich = [x for x in swept if x.rich]
+        choose_rich(rich, chosen, pool, lambda: progress.advance(task))
+        store(rich, tables)
     for choice in choices:
+        if choice not in swept:
+            tables[choice.arch][choice.key] = derived(choice, tables[choice.arch])
+    for arch in {x.arch for x in choices}:
+        save(arch, tables[arch])
+    for choice in swept:
         problems = broken(choice, *choice.tried[0])
         if args.show or problems:
             print(choice.name, "; ".join(problems))
-        if args.show:
-            for config, x in choice.tried:
-                clocks = modelled(choice, config, x) if "error" not in x else float("nan")
-                print(
-                    f"    {static.spell(config):24s} {1e3 * clocks:8.2f} ",
-                    {k: x[k] for k in SHOWN if k in x},
-                    x.get("error", ""),
-                )
+        for config, x in choice.tried if args.show else ():
+            clocks = modelled(choice, config, x) if "error" not in x else float("nan")
+            shown = x.get("error") or {k: x[k] for k in SHOWN if k in x}
+            print(f"    {static.spell(config):24s} {1e3 * clocks:8.2f} ", shown)
     return 0
+
+
+def store(choices: list[Choice], tables: dict[str, dict[str, Any]]) -> None:
+    """The best candidate of each into its table."""
+    for choice in choices:
+        choice.tried.sort(key=lambda x: rank(choice, *x))
+        config, figures = choice.tried[0]
+        if "error" in figures:
+            raise SystemExit(f"{choice.name}: no candidate compiles: {figures['error']}")
+        tables[choice.arch][choice.key] = config.to_row() | UNPROVEN
+
+
+def derived(choice: Choice, rows: dict[str, Any]) -> dict[str, Any]:
+    """Small half-precision heads take the tile of 64; larger and float32 ones, ungated, the smallest."""
+    if choice.kind == "half" and choice.d < min(SWEPT):
+        return dict(rows[replace(choice, d=min(SWEPT)).key])
+    return choice.candidates()[-1].to_row() | UNPROVEN
 
 
 SHOWN = ("registers", "shared", "stack", "local_in_loops", "programs", "wgmma", "serialised", "hidden", "instructions")
