@@ -119,7 +119,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             lse,
             views.score(p),
             views.span(p.span),
-            views.broadcast_view(p.mask, p.shape),
+            views.plane_view(p.mask, p.shape),
             None if p.sink is None else p.sink.contiguous(),
             views.dropout(p),
             *(m, n, hq, b * hq, _wave(p, hq)),
@@ -148,6 +148,7 @@ class _Backward:
         self.dlse = None if dlse is None else dlse.contiguous()
         self.code = _device_code()
         self.views = self.code.views
+        self.score, self.mask = self.views.score(p), self.views.plane_view(p.mask, p.shape)
         self.grads: dict[str, Tensor] = {}
         tensors = p.tensors()
         for name in needs & {"q", "k", "v"}:
@@ -211,9 +212,9 @@ class _Backward:
             *(views.view(x) for x in (p.q, p.k, p.v, self.dout)),
             self.lse,
             self.delta,
-            views.score(p),
+            self.score,
             span,
-            views.broadcast_view(p.mask, p.shape),
+            self.mask,
             views.dropout(p),
         )
 
@@ -247,7 +248,7 @@ class _Backward:
         if dense:
             # Tiles that no row sees are never visited.
             self.grads["bias"] = (torch.empty_like if p.span.unbounded else torch.zeros_like)(p.bias)
-            bias = self.views.broadcast_view(self.grads["bias"], p.shape)
+            bias = self.views.plane_output(self.grads["bias"], p.shape)
         c = _config("dq", p)
         seam.launch(
             self.code.dq,
@@ -272,7 +273,7 @@ class _Backward:
             self.code.dbias,
             -(-m // c.BLOCK_M) * -(-n // c.BLOCK_N) * shared.numel(),
             *self._inputs(self.views.span(p.span)),
-            self.views.broadcast_view(self.grads["bias"], p.shape),
+            self.views.plane_output(self.grads["bias"], p.shape),
             *(m, n, b, hq, *shared),
             **_shapes(p),
             **_options(c),

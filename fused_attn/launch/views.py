@@ -23,9 +23,9 @@ _constants = {n: tl.constexpr(n) for n in (0, 1, 2, 4, 8, 16)}
 _booleans = {x: tl.constexpr(x) for x in (False, True)}
 
 
-def _view(x: Tensor, strides: tuple[int, ...], rows: int, columns: int) -> View:
+def _view(x: Tensor, strides: tuple[int, ...], rows: int, columns: int, aligned: bool = True) -> View:
     per = 16 // x.element_size()
-    aligned = columns == 1 and x.data_ptr() % 16 == 0 and all(s % per == 0 for s in strides[:3])
+    aligned = aligned and columns == 1 and x.data_ptr() % 16 == 0 and all(s % per == 0 for s in strides[:3])
     unit = per if aligned else 1
     wide = max(strides[2:]) * LONGEST_TILE >= 2**31
     codes = tuple(code(s // unit) for s in strides)
@@ -43,14 +43,33 @@ def view(x: Tensor) -> View:
     return _view(x, strides, 1, 1 if strides[3] == 1 or x.shape[3] == 1 else 2)
 
 
-def broadcast_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
-    """A tensor that broadcasts to `shape`."""
+def _class(x: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:
+    """View's rows and columns, of a tensor that broadcasts to shape."""
+    adjacent = x.stride(3) == 1 or shape[3] == 1
+    return int(x.shape[2] == shape[2]), 0 if x.shape[3] != shape[3] else 1 if adjacent else 2
+
+
+def plane_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
+    """A tensor to read that broadcasts to `shape`, (B, H, M, N).
+
+    Its strides depend on lengths, and so would the alignment of its rows, for which kernels are compiled: where rows
+    are adjacent elements but not aligned, they are copied so that they are. Dims along which it is expanded stay so.
+    """
     if x is None:
         return None
-    strides = _strides(x)
-    rows = 0 if x.shape[2] != shape[2] else 1
-    columns = 0 if x.shape[3] != shape[3] else 1 if strides[3] == 1 or shape[3] == 1 else 2
-    return _view(x, strides, rows, columns)
+    rows, columns = _class(x, shape)
+    per = 16 // x.element_size()
+    if columns == 1 and (x.data_ptr() % 16 or any(s % per for s in _strides(x)[:3])):
+        once = x[tuple(slice(None) if s else slice(1) for s in x.stride())]
+        roomy = once.new_empty((*once.shape[:3], -(-once.shape[3] // per) * per))[..., : once.shape[3]]
+        x = roomy.copy_(once).expand(x.shape)
+    return _view(x, _strides(x), rows, columns)
+
+
+def plane_output(x: Tensor, shape: tuple[int, ...]) -> View:
+    """A tensor to write, with the strides that it has, and one class for all of them."""
+    rows, columns = _class(x, shape)
+    return _view(x, _strides(x), rows, columns, aligned=False)
 
 
 def scalar(x: float | Tensor) -> Scalar:
@@ -89,7 +108,7 @@ def score(p: Problem) -> Score:
     return Score(
         scalar(p.scale),
         None if p.softcap is None else scalar(p.softcap),
-        broadcast_view(p.bias, p.shape),
+        plane_view(p.bias, p.shape),
         None if p.slopes is None else scalar(p.slopes),
         None if p.slopes is None else code(p.offset),
         _booleans[alone and isinstance(p.scale, float) and p.scale > 0],
