@@ -81,6 +81,7 @@ def every_case() -> dict[str, bool]:
     return {f"{part}/{name}": core for part, noun in PARTS.items() for name, core, _ in noun.cases(setting)}
 
 
+@pytest.mark.slow
 @needs_triton
 def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
     parts = ("parity", "configs", "races", "overlap", "costs", "timing", "tune")
@@ -117,6 +118,7 @@ def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
     assert 0 < first["forward_s"] < first["forward_backward_s"]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_wrong_kernel_fails_and_is_not_timed(tmp_path: Path) -> None:
     only = "one_query/float32,d16/full/48"
