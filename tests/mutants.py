@@ -49,7 +49,7 @@ MUTANTS = (
     # 1-4: rows that see nothing, or nothing at first
     Mutant((1,), "a masked row's LSE is taken as it is in the backward", "kernels/backward.py",
            'return tl.where(found == float("-inf"), float("inf"), found)', "return found",
-           _checklist("line_1_ and triton and bool")),
+           _checklist("line_1_ and triton and bias")),
     Mutant((1,), "a row without weight is divided by it", "fused_attn/tiled.py",
            "o.div_(total.masked_fill(total == 0, 1))", "o.div_(total)", _checklist("line_1_ and tiled")),
     Mutant((1,), "the oracle divides by zero", "fused_attn/reference.py",
@@ -199,11 +199,11 @@ MUTANTS = (
            "ctx.kept = output; ctx.save_for_backward(*inputs[: ops.TENSORS], *output)",
            _operators("line_36_nothing_leaks and tiled")),
     Mutant((38,), "mask and is_causal together pass", "fused_attn/api.py",
-           "if attn_mask is not None and is_causal:", "if False:", ("test_errors.py", "mask and causal")),
+           "if attn_mask is not None and is_causal:", "if False:", ("test_errors.py", "test_sdpa and mask and causal")),
     Mutant((38,), "value may be of another length", "fused_attn/bind.py",
-           "if v.shape[-2] != k.shape[-2]:", "if False:", ("test_errors.py", "lengths of key and value")),
+           "if v.shape[-2] != k.shape[-2]:", "if False:", ("test_errors.py", "test_sdpa and lengths")),
     Mutant((38, 19), "heads that do not divide pass", "fused_attn/bind.py",
-           "if heads and (kv_heads == 0 or heads % kv_heads):", "if False:", ("test_errors.py", "groups that do not")),
+           "if heads and (kv_heads == 0 or heads % kv_heads):", "if False:", ("test_errors.py", "groups and divide")),
 )  # fmt: skip
 
 

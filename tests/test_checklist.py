@@ -164,6 +164,18 @@ def test_line_6_garbage_in_keys_that_nobody_sees(backend: str, fields: dict, dty
     parity(backend, dtype, unseen_nan=True, **fields)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("name", ("k", "v"))
+def test_line_6_garbage_under_a_tensor_mask(backend: str, name: str) -> None:
+    """Line 6: under a bool tensor a NaN key has no score and a NaN value a weight of 0, which is NaN: as in torch."""
+    available(backend)
+    x = dict(zip("qkv", (t.detach() for t in qkv(35, 70)), strict=True))
+    x[name][:, :, 50] = torch.nan
+    allowed = torch.arange(70)[None] != 50
+    out = attention(x["q"], x["k"], x["v"], mask=allowed, backend=backend)
+    assert out.isfinite().all() if name == "k" else out.isnan().all()
+
+
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf), ids=("nan", "inf"))
