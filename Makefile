@@ -31,6 +31,7 @@ static: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(RUN) -m bench.cpu
+	$(RUN) -m bench.plot
 
 # For a GPU machine: uses its own torch and triton and installs nothing.
 gpu:
