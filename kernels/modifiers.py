@@ -135,19 +135,51 @@ def allowed(plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def keep(plane, m, n, TRANSPOSED: tl.constexpr):
-    """Which weights of the tile live; see `fused_attn.spec.Dropout`."""
-    i, j = positions(plane, m, n, TRANSPOSED)
-    seed = tl.load(plane.dropout.rng)
-    offset = tl.load(plane.dropout.rng + 1).to(tl.uint32)
-    zero = (i * 0 + j * 0).to(tl.uint32)
+    """Which weights of the tile live; see `fused_attn.spec.Dropout`.
+
+    One call of Philox serves rows i and i + 8 and keys j and j + 8, which lie in one thread of an accumulator.
+    """
+    i, j = (m + every_other_eight(plane.BLOCK_M)), (n + every_other_eight(plane.BLOCK_N))
+    if TRANSPOSED:
+        rows, cols = i[None, :], j[:, None]
+    else:
+        rows, cols = i[:, None], j[None, :]
+    zero = (rows * 0 + cols * 0).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(
-        seed,
-        zero + (j & ~8).to(tl.uint32),
-        zero + (i & ~8).to(tl.uint32),
+        tl.load(plane.dropout.rng),
+        zero + cols.to(tl.uint32),
+        zero + rows.to(tl.uint32),
         zero + plane.head.to(tl.uint32),
-        zero + offset,
+        zero + tl.load(plane.dropout.rng + 1).to(tl.uint32),
         7,
     )
-    odd_i, odd_j = (i & 8) != 0, (j & 8) != 0
-    word = tl.where(odd_i, tl.where(odd_j, w3, w2), tl.where(odd_j, w1, w0))
-    return (word ^ 0x80000000).to(tl.int32, bitcast=True) >= plane.dropout.threshold
+    if TRANSPOSED:
+        w1, w2 = w2, w1
+    return interleave(
+        alive(w0, plane.dropout.threshold),
+        alive(w1, plane.dropout.threshold),
+        alive(w2, plane.dropout.threshold),
+        alive(w3, plane.dropout.threshold),
+    )
+
+
+@triton.jit
+def every_other_eight(BLOCK: tl.constexpr):
+    """0..7, 16..23, 32..39, ...: [BLOCK / 2]."""
+    r = tl.arange(0, BLOCK // 2)
+    return r // 8 * 16 + r % 8
+
+
+@triton.jit
+def alive(word, threshold):
+    return (word ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def interleave(x, right, below, both):
+    """Four [R, C] -> [2 R, 2 C], by eights: right takes the odd eights of columns, below those of rows."""
+    R: tl.constexpr = x.shape[0] // 8
+    C: tl.constexpr = x.shape[1] // 8
+    tile = tl.join(tl.join(x, right), tl.join(below, both))  # [R * 8, C * 8, 2 of columns, 2 of rows]
+    tile = tl.permute(tl.reshape(tile, (R, 8, C, 8, 2, 2)), (0, 5, 1, 2, 4, 3))
+    return tl.reshape(tile, (R * 16, C * 16))
