@@ -343,10 +343,14 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients named in needs, each in its own tensor's shape and dtype."""
     dtype, unseen = _work_dtype(p), _hide_unseen(p)
+    if unseen is not None:
+        dout = torch.where(unseen[0], dout, 0)
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse.to(dtype)
-    lse = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing: exp(s - inf) = 0
+    # A row that sees nothing: exp(s - inf) = 0, and whatever stands in its cotangents goes nowhere.
+    blind = lse == -torch.inf
+    lse, delta = lse.to(dtype).masked_fill(blind, torch.inf), delta.masked_fill(blind, 0)
     grads = _Gradients(p, needs, dtype)
     if "sink" in needs:
         grads.sums["sink"] = -(torch.exp(p.sink.to(dtype)[:, None] - lse) * delta).sum((0, 2))
@@ -357,8 +361,6 @@ def backward(
         q, k, v = _inputs(p, share, unseen)
         k, v = (_fold(x, 1, dtype) for x in (k, v))
         do = dout[share.batch, share.heads]
-        if unseen is not None:
-            do = torch.where(_part(unseen[0], share.batch, *[slice(None)] * 3), do, 0)
         grads.open(share, k, v)
         for tile in share.tiles:
             rows = q[:, :, tile.rows]
