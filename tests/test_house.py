@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -171,9 +172,10 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
 
 
+# Asked by metadata: looking for the module `pip` makes setuptools give its distutils back, and then neither imports.
+DISTRIBUTIONS = {distribution.name for distribution in importlib.metadata.distributions()}
 needs_a_builder = pytest.mark.skipif(
-    not (importlib.util.find_spec("pip") and importlib.util.find_spec("setuptools")),
-    reason="building a package needs pip and setuptools",
+    not {"pip", "setuptools"} <= DISTRIBUTIONS, reason="building a package needs pip and setuptools"
 )
 
 
