@@ -1,0 +1,151 @@
+"""How a problem is cut into tiles on the host: which rows, which of their keys, how many heads at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import Problem, Span
+
+ROWS, KEYS = 128, 512
+
+
+class Tile(NamedTuple):
+    """Rows [start, stop) see keys inside [first, last), and every one of them sees all of [full_from, full_to)."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    full_from: int
+    full_to: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.first, self.last)
+
+    def key_tiles(self) -> Iterator[slice]:
+        for start in range(self.first, self.last, KEYS):
+            yield slice(start, min(start + KEYS, self.last))
+
+    def partial(self, keys: slice) -> list[slice]:
+        """The stretches of these keys that not every row sees."""
+        if self.full_from >= self.full_to:
+            return [keys]
+        before = slice(keys.start, min(keys.stop, self.full_from))
+        after = slice(max(keys.start, self.full_to), keys.stop)
+        return [x for x in (before, after) if x.start < x.stop]
+
+
+class Share(NamedTuple):
+    """The part of the batch and of the heads that one round of tiles works on."""
+
+    batch: slice
+    kv_heads: slice
+    heads: slice
+    tiles: list[Tile]
+
+
+def part(x: Tensor, *slices: slice) -> Tensor:
+    """The part of a tensor that broadcasts: an axis of length 1 is kept as it is."""
+    return x[tuple(slice(None) if size == 1 else cut for cut, size in zip(slices, x.shape, strict=True))]
+
+
+def bounded_per_row(span: Span) -> bool:
+    return span.lo is not None or span.hi is not None
+
+
+def _bounds(p: Problem) -> tuple[Tensor, Tensor]:
+    """lo, hi (B or 1, M): row i sees lo <= j < hi."""
+    bounds = p.span.bounds(torch.arange(p.shape[2], device=p.q.device), p.shape[3])
+    lo, hi = torch.broadcast_tensors(*bounds)
+    return lo.contiguous(), hi.contiguous()
+
+
+def row_tiles(span: Span, m: int, n: int, group: int) -> list[Tile]:
+    """Tiles of the rows that may see a key, as far as left and right tell; a group of heads shares a tile's rows."""
+    left, right = span.left, span.right
+    if left is not None and right is not None and left > right:
+        return []
+    begin = 0 if right is None else max(0, -right)
+    end = m if left is None else min(m, n - left)
+    tiles, size = [], _rows(m, group)
+    for start in range(begin, end, size):
+        stop = min(start + size, end)
+        first, full_from = (0, 0) if left is None else (max(0, start + left), max(0, stop - 1 + left))
+        last, full_to = (n, n) if right is None else (min(n, stop + right), min(n, start + right + 1))
+        if first < last:
+            tiles.append(Tile(start, stop, first, last, full_from, full_to))
+    return tiles
+
+
+def _rows(m: int, group: int) -> int:
+    return max(1, min(m, max(16, ROWS // group)))
+
+
+def _tiles_by_batch(p: Problem) -> list[list[Tile]]:
+    """For each batch, or one list for all of them: the tiles of rows, with lo and hi read."""
+    m, n = p.shape[2:]
+    tiles = row_tiles(p.span, m, n, p.group)
+    if not tiles or not bounded_per_row(p.span):
+        return [tiles]
+    lo, hi = _bounds(p)
+    blind = lo >= hi
+    edges = (
+        (lo.masked_fill(blind, n), torch.amin),
+        (hi.masked_fill(blind, 0), torch.amax),
+        (lo, torch.amax),
+        (hi, torch.amin),
+    )
+    limits = torch.stack([torch.stack([pick(x[:, t.rows], 1) for x, pick in edges], 1) for t in tiles], 1).tolist()
+    return [
+        [Tile(t.start, t.stop, *map(int, limit)) for t, limit in zip(tiles, batch, strict=True) if limit[0] < limit[1]]
+        for batch in limits
+    ]
+
+
+def _elements(device: torch.device) -> int:
+    """How many scores to hold at once: about a core's cache for each thread, or enough to fill an accelerator."""
+    return 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**24
+
+
+def shares(p: Problem) -> Iterator[Share]:
+    """Enough heads at once to keep a device busy, few enough for their tiles to stay in a cache."""
+    b, _, m, n = p.shape
+    kv_heads = p.k.shape[1]
+    if p.empty:
+        return
+    heads = max(1, _elements(p.q.device) // (p.group * _rows(m, p.group) * min(n, KEYS)))
+    per_head, tiles = min(kv_heads, heads), _tiles_by_batch(p)
+    # Lists of tiles that differ between batches are walked one batch at a time, so that each skips its own.
+    per_batch = max(1, min(b, heads // kv_heads)) if len(tiles) == 1 else 1
+    for i in range(0, b, per_batch):
+        for h in range(0, kv_heads, per_head):
+            stop = min(h + per_head, kv_heads)
+            yield Share(
+                slice(i, min(i + per_batch, b)),
+                slice(h, stop),
+                slice(h * p.group, stop * p.group),
+                tiles[i if len(tiles) > 1 else 0],
+            )
+
+
+def seen(p: Problem) -> tuple[Tensor, Tensor] | None:
+    """bool (B or 1, 1, M, 1) and (B or 1, 1, N, 1): rows that see a key and keys that a row sees, where lo, hi say so.
+
+    What is padding may hold NaN, and a product with a weight of zero would let it through.
+    """
+    if not bounded_per_row(p.span):
+        return None
+    lo, hi = _bounds(p)
+    keys = torch.arange(p.shape[3], device=p.q.device).expand(lo.shape[0], -1).contiguous()
+    # Neither bound decreases, so the rows with lo <= j are the first ones and those with j < hi are the last ones.
+    reached = torch.searchsorted(hi, keys, right=True) < torch.searchsorted(lo, keys, right=True)
+    return (lo < hi)[:, None, :, None], reached[:, None, :, None]
