@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +47,21 @@ def within_budget(name: str, ours: Tensor, oracle: Tensor, plain: Tensor) -> Non
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float32)
+
+
+def test_doors_open_by_name() -> None:
+    """Without an import of their own; those to come say so."""
+    script = """
+import sys, fused_attn
+assert "fused_attn.compat.sdpa" not in sys.modules and "transformers" not in sys.modules
+assert fused_attn.compat.sdpa.scope and fused_attn.compat.transformers.register
+assert "transformers" not in sys.modules
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    with pytest.raises(NotImplementedError, match="flash_attn is not built yet"):
+        fused_attn.compat.flash_attn  # noqa: B018
+    assert not hasattr(fused_attn.compat, "nonsense")
 
 
 # --- F.scaled_dot_product_attention
