@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import launch as seam
 from ..spec import HALF, Problem
 from ..tuning import Config, architecture, config
-from ..tuning.select import padded
+from ..tuning.select import SHARED, padded
 
 MAX_HEAD_DIM = 512
 CACHE = 32 * 2**20  # bytes of keys and values that heads in flight together may hold
@@ -61,7 +61,23 @@ def why_not(p: Problem) -> list[str]:
     for name, x in (("q", p.q), ("v", p.v)):
         if x.shape[3] > MAX_HEAD_DIM:
             reasons.append(f"{name}'s head dim {x.shape[3]} is above {MAX_HEAD_DIM}")
-    return reasons
+    return reasons or _too_large(p)
+
+
+def _too_large(p: Problem) -> list[str]:
+    """Where even the smallest tiles, 16 x 16, are more than the shared memory of the device holds."""
+    arch = architecture(p.q.device)
+    if p.q.dtype in HALF or arch not in SHARED or arch == "gfx942":  # there, operands of products stay in registers
+        return []
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())):
+        return []
+    # The backward holds a tile of each of q, k, v and dout.
+    need = 2 * 16 * 4 * (padded(p.q.shape[3]) + padded(p.v.shape[3]))
+    if need <= SHARED[arch]:
+        return []
+    return [
+        f"the backward in float32 needs {need} bytes of shared memory for these head dims, {arch} has {SHARED[arch]}"
+    ]
 
 
 def _precision(p: Problem) -> str:
