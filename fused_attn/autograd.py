@@ -7,6 +7,7 @@ that they cannot.
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -81,8 +82,15 @@ class Attention(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.fused_attn.forward(*args)
 
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs, output)
+        ctx.context = copy_context()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        # On a GPU autograd has a thread of its own, which a scoped configuration would not reach.
+        return ctx.context.copy().run(_backward, ctx, dout, dlse)
 
 
 class _Once(torch.autograd.Function):

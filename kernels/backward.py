@@ -4,7 +4,8 @@
 
 Four kernels, none with an atomic: delta; dk, dv (a program owns keys, and adds up its group's query heads in order);
 dq with what sums over a row; and dbias, for a bias that is broadcast over batch or heads (a program owns a tile of it).
-Grids are flat: tiles x heads. lse, delta and the row sums are (B, Hq, M) float32; lse is a natural log.
+Grids are flat: tiles x heads. lse, delta and the row sums are (B, Hq, M) float32; lse is a natural log, and log2 is
+the same in base 2, written beside delta for the kernels that follow.
 """
 
 from typing import Any, NamedTuple
@@ -32,24 +33,22 @@ from .types import KeyGradients, RowGradients, View
 
 
 @triton.jit
-def load_lse(lse, head, rows, seeing, M):
-    """In base 2. A row that sees nothing gets +inf, and with it weights of 0, without a mask."""
-    found = tl.load(lse + head.to(tl.int64) * M + rows, mask=seeing, other=float("inf")) * LOG2E
-    return tl.where(found == float("-inf"), float("inf"), found)
-
-
-@triton.jit
-def load_delta(delta, head, rows, seeing, M):
-    return tl.load(delta + head.to(tl.int64) * M + rows, mask=seeing, other=0.0)
-
-
-@triton.jit
-def weights(plane, s, t, lse, see, m, n, TRANSPOSED: tl.constexpr):
-    """p of products s; lse is shaped to broadcast."""
-    if plane.score.folds:
-        p = tl.exp2(s * (plane.own.scale * LOG2E) - lse)
+def statistics(log2, delta, head, rows, seeing, M):
+    """(log2, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row sees."""
+    at = head.to(tl.int64) * M + rows
+    if seeing is None:
+        return tl.load(log2 + at), tl.load(delta + at)
     else:
-        p = tl.exp2(value(plane, s, t, m, n, TRANSPOSED) * LOG2E - lse)
+        return tl.load(log2 + at, mask=seeing, other=float("inf")), tl.load(delta + at, mask=seeing, other=0.0)
+
+
+@triton.jit
+def weights(plane, s, t, log2, see, m, n, TRANSPOSED: tl.constexpr):
+    """p of products s; log2 is shaped to broadcast."""
+    if plane.score.folds:
+        p = tl.exp2(s * (plane.own.scale * LOG2E) - log2)
+    else:
+        p = tl.exp2(value(plane, s, t, m, n, TRANSPOSED) * LOG2E - log2)
     if see is not None:
         p = tl.where(see, p, 0.0)
     return p
@@ -74,10 +73,13 @@ def dropped(plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "HEADS", "BATCHED_HEADS"])
 def delta_kernel(
-    out, dout, dlse, delta, M, HEADS, BATCHED_HEADS,
+    out, dout, lse, dlse, log2, delta, M, HEADS, BATCHED_HEADS,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, Hq, M); dlse is a pointer to the same shape, or None."""
+    """delta, and lse in base 2, both (B, Hq, M); dlse is a pointer to the same shape, or None.
+
+    A row that sees nothing gets +inf for its lse, and with it weights of 0, without a mask.
+    """
     tile, head = schedule(tl.cdiv(M, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
     b = head // HEADS
     h = head % HEADS
@@ -90,6 +92,8 @@ def delta_kernel(
     if dlse is not None:
         total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)
     tl.store(delta + at, total, mask=rows < M)
+    found = tl.load(lse + at, mask=rows < M, other=0.0)
+    tl.store(log2 + at, tl.where(found == float("-inf"), float("inf"), found * LOG2E), mask=rows < M)
 
 
 class Keys(NamedTuple):
@@ -102,7 +106,7 @@ class Keys(NamedTuple):
     q_head: Any
     dout: View
     do_head: Any
-    lse: Any
+    log2: Any
     delta: Any
     plane: Plane
     reach: Reach
@@ -116,22 +120,26 @@ class Keys(NamedTuple):
 
 @triton.jit
 def issue_rows(c, m, MASKED: tl.constexpr):
-    """k q^T and v dout^T, [BLOCK_N, BLOCK_M], and the tiles they came from."""
+    """k q^T and v dout^T, [BLOCK_N, BLOCK_M], the tiles they came from, and the rows' statistics."""
     rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)
     q = load_rows(c.q, c.q_head, m, rows, c.plane.BLOCK_M, c.D, c.BLOCK_D)
     do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
-    return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do
+    # Read before the products: what is read after a wait for one waits with it, and the exponentials need log2.
+    at = m + tl.arange(0, c.plane.BLOCK_M)
+    if MASKED:
+        log2, delta = statistics(c.log2, c.delta, c.plane.head, at, at < c.plane.M, c.plane.M)
+    else:
+        log2, delta = statistics(c.log2, c.delta, c.plane.head, at, None, c.plane.M)
+    return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do, log2, delta
 
 
 @triton.jit
 def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
     """Add what the rows of the tile at m send to the keys."""
     dk, dv, columns = state
-    s, dp, q, do = issued
-    rows = m + tl.arange(0, c.plane.BLOCK_M)
-    lse = load_lse(c.lse, c.plane.head, rows, rows < c.plane.M, c.plane.M)
+    s, dp, q, do, log2, delta = issued
     t = saturation(c.plane, s)
-    p = weights(c.plane, s, t, lse[None, :], visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)
+    p = weights(c.plane, s, t, log2[None, :], visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)
     kept = dropped(c.plane, m, c.n, True)
     if c.gradients.dv is not None:
         if kept is None:
@@ -140,7 +148,6 @@ def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
             sent = tl.where(kept, p, 0.0)
         dv = dot(sent.to(do.dtype), do, dv, c.PRECISION)
     if (c.gradients.dk is not None) or (c.gradients.bias is not None):
-        delta = load_delta(c.delta, c.plane.head, rows, rows < c.plane.M, c.plane.M)
         dx = score_gradient(c.plane, p, dp, delta[None, :], kept)
         if c.gradients.bias is not None:
             columns += tl.sum(dx, 1)
@@ -154,7 +161,7 @@ def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def dkdv_kernel(
-    q, k, v, dout, lse, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, dout, log2, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +185,7 @@ def dkdv_kernel(
         dk, dv, columns = sweep(
             issue_rows, absorb_rows,
             Keys(
-                k_tile, v_tile, n, q, head_pointer(q, b, row_h), dout, head_pointer(dout, b, row_h), lse, delta,
+                k_tile, v_tile, n, q, head_pointer(q, b, row_h), dout, head_pointer(dout, b, row_h), log2, delta,
                 Plane(score, own, mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
                 gradients, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             ),
@@ -205,7 +212,7 @@ class Rows(NamedTuple):
     q: Any
     do: Any
     m: Any
-    lse: Any
+    log2: Any
     delta: Any
     k: View
     k_head: Any
@@ -237,7 +244,7 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
     dq, caps, slopes = state
     s, dp, k = issued
     t = saturation(c.plane, s)
-    p = weights(c.plane, s, t, c.lse[:, None], visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    p = weights(c.plane, s, t, c.log2[:, None], visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
     dx = score_gradient(c.plane, p, dp, c.delta[:, None], dropped(c.plane, c.m, n, False))
     if c.gradients.bias is not None:
         i, j = positions(c.plane, c.m, n, False)
@@ -254,7 +261,7 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def dq_kernel(
-    q, k, v, dout, lse, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, dout, log2, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -270,8 +277,7 @@ def dq_kernel(
     own = parameters(score, mask, b, h)
     q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
     do_tile = load_rows(dout, head_pointer(dout, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV)
-    lse_tile = load_lse(lse, head, rows, lo < hi, M)
-    delta_tile = load_delta(delta, head, rows, lo < hi, M)
+    log2_tile, delta_tile = statistics(log2, delta, head, rows, lo < hi, M)
     bias_head = None
     if gradients.bias is not None:
         bias_head = head_pointer(gradients.bias, b, h)
@@ -279,7 +285,7 @@ def dq_kernel(
     dq, caps, slopes = sweep(
         issue_keys, absorb_keys,
         Rows(
-            q_tile, do_tile, m, lse_tile, delta_tile,
+            q_tile, do_tile, m, log2_tile, delta_tile,
             k, head_pointer(k, b, h // GROUP), v, head_pointer(v, b, h // GROUP),
             Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
             gradients, bias_head, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
@@ -299,7 +305,7 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "BATCH", "HEADS", "BIAS_BATCH", "BIAS_HEADS"])
 def dbias_kernel(
-    q, k, v, dout, lse, delta, score, span, mask, dropout, dbias, M, N, BATCH, HEADS, BIAS_BATCH, BIAS_HEADS,
+    q, k, v, dout, log2, delta, score, span, mask, dropout, dbias, M, N, BATCH, HEADS, BIAS_BATCH, BIAS_HEADS,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -318,10 +324,9 @@ def dbias_kernel(
         head = b * HEADS + h
         lo, hi = interval(span, b, rows, M, N)
         reach = visit(lo, hi, N, BLOCK_N)
+        log2_tile, delta_tile = statistics(log2, delta, head, rows, lo < hi, M)
         total += tile_gradient(
-            q, k, v, dout,
-            load_lse(lse, head, rows, lo < hi, M),
-            load_delta(delta, head, rows, lo < hi, M),
+            q, k, v, dout, log2_tile, delta_tile,
             Plane(score, parameters(score, mask, b, h), mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
             Reach(span, lo, hi, reach), m, n, b, h,
             GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
@@ -339,7 +344,7 @@ def dbias_kernel(
 
 @triton.jit
 def tile_gradient(
-    q, k, v, dout, lse, delta, plane, reach, m, n, b, h,
+    q, k, v, dout, log2, delta, plane, reach, m, n, b, h,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -353,5 +358,5 @@ def tile_gradient(
     s = products(q_tile, k_tile, PRECISION)
     dp = products(do_tile, v_tile, PRECISION)
     see = visible(reach, plane, m, n, True, False)
-    p = weights(plane, s, saturation(plane, s), lse[:, None], see, m, n, False)
+    p = weights(plane, s, saturation(plane, s), log2[:, None], see, m, n, False)
     return score_gradient(plane, p, dp, delta[:, None], dropped(plane, m, n, False))

@@ -172,7 +172,7 @@ class _Backward:
 
     def run(self) -> dict[str, Tensor]:
         p, needs = self.p, self.needs
-        self.delta = self._delta() if needs - {"v"} else None
+        self.log2, self.delta = self._statistics()
         form = self._bias_form() if "bias" in needs else None
         if needs & {"k", "v"} or form == "columns":
             self._dkdv(form == "columns")
@@ -201,17 +201,20 @@ class _Backward:
             return "columns"  # one value a key: sums in the key-major kernel
         return "dense" if (have[0], have[1]) == (b, hq) else "shared"
 
-    def _delta(self) -> Tensor:
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """lse in base 2, and delta: what every other kernel knows of a row."""
         p = self.p
         b, hq, m, _ = p.shape
-        delta = torch.empty_like(self.lse)
+        log2, delta = torch.empty_like(self.lse), torch.empty_like(self.lse)
         c = _config("delta", p)
         seam.launch(
             self.code.delta,
             -(-m // c.BLOCK_M) * b * hq,
             self.views.view(self.out),
             self.views.view(self.dout),
+            self.lse,
             self.dlse,
+            log2,
             delta,
             *(m, hq, b * hq),
             DV=p.v.shape[3],
@@ -219,14 +222,14 @@ class _Backward:
             BLOCK_M=c.BLOCK_M,
             num_warps=c.num_warps,
         )
-        return delta
+        return log2, delta
 
     def _inputs(self, span: Any) -> tuple[Any, ...]:
         """What the kernels that compute weights again begin with."""
         p, views = self.p, self.views
         return (
             *(views.view(x) for x in (p.q, p.k, p.v, self.dout)),
-            self.lse,
+            self.log2,
             self.delta,
             self.score,
             span,

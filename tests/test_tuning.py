@@ -1,0 +1,72 @@
+"""Configurations: scopes, tables, and that a scope reaches the backward wherever autograd runs it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn import launch, tuning
+from fused_attn.tuning import Config
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, int]]]:
+    """(kernel, BLOCK_M, BLOCK_N) of every launch."""
+    seen: list[tuple[str, int, int]] = []
+    real = launch.launch
+
+    def record(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
+        seen.append((kernel.fn.__name__, options.get("BLOCK_M", 0), options.get("BLOCK_N", 0)))
+        real(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(launch, "launch", record)
+    yield seen
+
+
+def test_a_scope_reaches_the_backward_in_another_thread(launched: list[tuple[str, int, int]]) -> None:
+    """A graph that is differentiated after its scope, by a thread that never saw it, keeps the scope's choice."""
+    q = torch.randn(1, 1, 40, 16, requires_grad=True)
+    with tuning.override(forward=Config(16, 32, 1, 1), dkdv=Config(32, 16, 1, 1), dq=Config(16, 16, 1, 1)):
+        out = fused_attn.attention(q, q, q, backend="triton")
+    thread = threading.Thread(target=lambda: out.sum().backward())
+    thread.start()
+    thread.join()
+    tiles = {name: (m, n) for name, m, n in launched}
+    assert tiles["forward_kernel"] == (16, 32)
+    assert tiles["dkdv_kernel"] == (32, 16)
+    assert tiles["dq_kernel"] == (16, 16)
+
+
+def test_a_scope_ends() -> None:
+    usual = tuning.config("forward", "sm_90", torch.bfloat16, 64, 64)
+    with tuning.override(forward=Config(16, 16, 1, 1)):
+        assert tuning.config("forward", "sm_90", torch.bfloat16, 64, 64) == Config(16, 16, 1, 1)
+    assert tuning.config("forward", "sm_90", torch.bfloat16, 64, 64) == usual
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [({"BLOCK_M": 24}, "BLOCK_M"), ({"BLOCK_N": 8}, "BLOCK_N"), ({"num_warps": 3}, "num_warps"),
+     ({"num_stages": 0}, "num_stages")],
+)  # fmt: skip
+def test_a_configuration_that_no_kernel_can_have_is_refused(changed: dict[str, int], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Config(**{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2} | changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias", "delta"])
+def test_every_architecture_has_an_answer_for_every_head_dim(kernel: str, dtype: torch.dtype) -> None:
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"):
+        for dim in (1, 16, 40, 64, 96, 128, 192, 256, 512):
+            for rich in (False, True):
+                chosen = tuning.config(kernel, arch, dtype, dim, dim, rich=rich)
+                assert chosen.BLOCK_M >= 16
+                assert chosen.BLOCK_N >= 16
