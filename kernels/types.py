@@ -58,8 +58,8 @@ class Span(NamedTuple):
 class Score(NamedTuple):
     """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see.
 
-    folds: the scale is known to be positive, and nothing follows it, so the largest product is the largest score, and
-    the kernels multiply inside the exponential.
+    folds: the scale is known to be positive and finite, and nothing follows it, so the largest product is the largest
+    score, and the kernels multiply inside the exponential.
     """
 
     scale: Scalar

@@ -83,7 +83,7 @@ MUTANTS = (
     Mutant((7,), "torch's kernel is trusted with NaN", "fused_attn/dispatch.py",
            "elif not native.finite(p):", "elif False:", _checklist("line_7_ and sdpa")),
     Mutant((8,), "a negative scale is folded into the maximum", "fused_attn/launch/views.py",
-           "isinstance(p.scale, float) and p.scale > 0", "isinstance(p.scale, float)",
+           "isinstance(p.scale, float) and 0 < p.scale < math.inf", "isinstance(p.scale, float)",
            _checklist("line_8_ and triton")),
     # 9, 10, 12, 13: extents
     Mutant((9,), "the tile that holds the tail counts as full", "kernels/spans.py",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton.language as tl
 from torch import Tensor
 
@@ -111,7 +113,7 @@ def score(p: Problem) -> Score:
         plane_view(p.bias, p.shape),
         None if p.slopes is None else scalar(p.slopes),
         None if p.slopes is None else code(p.offset),
-        _booleans[alone and isinstance(p.scale, float) and p.scale > 0],
+        _booleans[alone and isinstance(p.scale, float) and 0 < p.scale < math.inf],
     )
 
 
