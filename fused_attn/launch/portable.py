@@ -98,25 +98,29 @@ def _wave(p: Problem, heads: int) -> int:
     return max(1, min(b * heads, CACHE // pair * (heads // p.k.shape[1])))
 
 
-def _shapes(p: Problem) -> dict[str, Any]:
-    """What every kernel that multiplies is compiled for."""
-    d, dv = p.q.shape[3], p.v.shape[3]
-    return {
-        "GROUP": p.group,
-        "D": d,
-        "DV": dv,
-        "BLOCK_D": padded(d),
-        "BLOCK_DV": padded(dv),
-        "PRECISION": _precision(p),
-    }
-
-
 def _config(kernel: str, p: Problem) -> Config:
     return config(kernel, architecture(p.q.device), p.q.dtype, p.q.shape[3], p.v.shape[3], rich=_rich(p))
 
 
-def _options(c: Config) -> dict[str, int]:
-    return {"BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "num_warps": c.num_warps, "num_stages": c.num_stages}
+def _constants(c: Config, p: Problem) -> dict[str, Any]:
+    """What a kernel that multiplies is compiled for, and how."""
+    return _compiled_for(c, p.group, p.q.shape[3], p.v.shape[3], _precision(p))
+
+
+@functools.lru_cache(1024)
+def _compiled_for(c: Config, group: int, d: int, dv: int, precision: str) -> dict[str, Any]:
+    return {
+        "GROUP": group,
+        "D": d,
+        "DV": dv,
+        "BLOCK_D": padded(d),
+        "BLOCK_DV": padded(dv),
+        "BLOCK_M": c.BLOCK_M,
+        "BLOCK_N": c.BLOCK_N,
+        "PRECISION": precision,
+        "num_warps": c.num_warps,
+        "num_stages": c.num_stages,
+    }
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -139,8 +143,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             None if p.sink is None else p.sink.contiguous(),
             views.dropout(p),
             *(m, n, hq, b * hq, _wave(p, hq)),
-            **_shapes(p),
-            **_options(c),
+            **_constants(c, p),
             OVERLAP=c.overlap,
         )
     return out, lse
@@ -164,7 +167,6 @@ class _Backward:
         self.dlse = None if dlse is None else dlse.contiguous()
         self.code = _device_code()
         self.views = self.code.views
-        self.score, self.mask = self.views.score(p), self.views.plane_view(p.mask, p.shape)
         self.grads: dict[str, Tensor] = {}
         tensors = p.tensors()
         for name in needs & {"q", "k", "v"}:
@@ -211,7 +213,7 @@ class _Backward:
             self.code.delta,
             -(-m // c.BLOCK_M) * b * hq,
             self.views.view(self.out),
-            self.views.view(self.dout),
+            self._operands[3],
             self.lse,
             self.dlse,
             log2,
@@ -224,18 +226,20 @@ class _Backward:
         )
         return log2, delta
 
+    @functools.cached_property
+    def _operands(self) -> tuple[Any, ...]:
+        p = self.p
+        return tuple(map(self.views.view, (p.q, p.k, p.v, self.dout)))
+
+    @functools.cached_property
+    def _planes(self) -> tuple[Any, Any, Any]:
+        p = self.p
+        return self.views.score(p), self.views.plane_view(p.mask, p.shape), self.views.dropout(p)
+
     def _inputs(self, span: Any) -> tuple[Any, ...]:
         """What the kernels that compute weights again begin with."""
-        p, views = self.p, self.views
-        return (
-            *(views.view(x) for x in (p.q, p.k, p.v, self.dout)),
-            self.log2,
-            self.delta,
-            self.score,
-            span,
-            self.mask,
-            views.dropout(p),
-        )
+        score, mask, dropout = self._planes
+        return *self._operands, self.log2, self.delta, score, span, mask, dropout
 
     def _wanted(self, name: str) -> Any:
         return self.views.view(self.grads[name]) if name in self.needs else None
@@ -252,8 +256,7 @@ class _Backward:
             *self._inputs(self.views.transposed_span(p.span, n)),
             self.code.types.KeyGradients(self._wanted("k"), self._wanted("v"), sums),
             *(m, n, hkv, b * hkv, _wave(p, hkv)),
-            **_shapes(p),
-            **_options(c),
+            **_constants(c, p),
         )
         if sums is not None:
             self._keep("bias", _sum_to(sums[:, :, None], p.bias.shape))
@@ -275,8 +278,7 @@ class _Backward:
             *self._inputs(self.views.span(p.span)),
             self.code.types.RowGradients(self._wanted("q"), bias, *(sums.get(x) for x in per_row)),
             *(m, n, hq, b * hq, _wave(p, hq)),
-            **_shapes(p),
-            **_options(c),
+            **_constants(c, p),
         )
         for name, rows in sums.items():
             own = p.tensors()[name]
@@ -294,8 +296,7 @@ class _Backward:
             *self._inputs(self.views.span(p.span)),
             self.views.plane_output(self.grads["bias"], p.shape),
             *(m, n, b, hq, *shared),
-            **_shapes(p),
-            **_options(c),
+            **_constants(c, p),
         )
 
     def _sink_weights(self) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
@@ -25,30 +27,31 @@ _constants = {n: tl.constexpr(n) for n in (0, 1, 2, 4, 8, 16)}
 _booleans = {x: tl.constexpr(x) for x in (False, True)}
 
 
-def _view(x: Tensor, strides: tuple[int, ...], rows: int, columns: int, aligned: bool = True) -> View:
-    per = 16 // x.element_size()
-    aligned = aligned and columns == 1 and x.data_ptr() % 16 == 0 and all(s % per == 0 for s in strides[:3])
-    unit = per if aligned else 1
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """A dim of size 1 gets the stride that costs no class of its own."""
+    return tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
+
+
+@functools.lru_cache(4096)
+def _layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], target: tuple[int, ...], size: int, aligned: bool
+) -> tuple[tuple[int, ...], Any, Any, Any, Any]:
+    """Every field of View but the pointer, for elements of `size` bytes; aligned speaks of the pointer."""
+    strides = _strides(shape, strides)
+    rows = int(shape[2] == target[2])
+    adjacent = strides[3] == 1 or target[3] == 1
+    columns = 0 if shape[3] != target[3] else 1 if adjacent else 2
+    per = 16 // size
+    unit = per if aligned and columns == 1 and all(s % per == 0 for s in strides[:3]) else 1
     wide = max(strides[2:]) * LONGEST_TILE >= 2**31
     codes = tuple(code(s // unit) for s in strides)
-    return View(x, codes, _constants[unit], _constants[rows], _constants[columns], _booleans[wide])
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """A dim of size 1 gets the stride that costs no class of its own."""
-    return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+    return codes, _constants[unit], _constants[rows], _constants[columns], _booleans[wide]
 
 
 def view(x: Tensor) -> View:
     """A tensor (B, H, rows, columns)."""
-    strides = _strides(x)
-    return _view(x, strides, 1, 1 if strides[3] == 1 or x.shape[3] == 1 else 2)
-
-
-def _class(x: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:
-    """View's rows and columns, of a tensor that broadcasts to shape."""
-    adjacent = x.stride(3) == 1 or shape[3] == 1
-    return int(x.shape[2] == shape[2]), 0 if x.shape[3] != shape[3] else 1 if adjacent else 2
+    shape = x.shape
+    return View(x, *_layout(shape, x.stride(), shape, x.element_size(), x.data_ptr() % 16 == 0))
 
 
 def plane_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
@@ -59,26 +62,27 @@ def plane_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
     """
     if x is None:
         return None
-    rows, columns = _class(x, shape)
-    per = 16 // x.element_size()
-    if columns == 1 and (x.data_ptr() % 16 or any(s % per for s in _strides(x)[:3])):
+    size = x.element_size()
+    found = _layout(x.shape, x.stride(), shape, size, x.data_ptr() % 16 == 0)
+    if found[3].value == 1 and found[1].value * size < 16:
+        per = 16 // size
         once = x[tuple(slice(None) if s else slice(1) for s in x.stride())]
         roomy = once.new_empty((*once.shape[:3], -(-once.shape[3] // per) * per))[..., : once.shape[3]]
         x = roomy.copy_(once).expand(x.shape)
-    return _view(x, _strides(x), rows, columns)
+        found = _layout(x.shape, x.stride(), shape, size, x.data_ptr() % 16 == 0)
+    return View(x, *found)
 
 
 def plane_output(x: Tensor, shape: tuple[int, ...]) -> View:
     """A tensor to write, with the strides that it has, and one class for all of them."""
-    rows, columns = _class(x, shape)
-    return _view(x, _strides(x), rows, columns, aligned=False)
+    return View(x, *_layout(x.shape, x.stride(), shape, x.element_size(), False))
 
 
 def scalar(x: float | Tensor) -> Scalar:
     """A float, or a tensor (), (H,) or (B, H)."""
     if not isinstance(x, Tensor):
         return Scalar(float(x), (code(0), code(0)), _booleans[False])
-    return Scalar(x, tuple(code(s) for s in (0, 0, *_strides(x))[-2:]), _booleans[True])
+    return Scalar(x, tuple(code(s) for s in (0, 0, *_strides(x.shape, x.stride()))[-2:]), _booleans[True])
 
 
 def vector(x: Tensor | None) -> Vector | None:
