@@ -27,9 +27,11 @@ def reference_point(m_i, factor):
     overflows exp2: from 2**30 the scores of a row are all ties or worlds apart, and a power of two, whose products are
     exact, tells them apart as well. A row of -inf gets c = 0, so that its weights are 0 and not NaN.
     """
-    scaled = tl.where(tl.abs(m_i) * factor >= HUGE, power_of_two(factor), factor)
-    c = m_i * scaled
-    return scaled, tl.where(c > float("-inf"), c, 0.0)
+    c = m_i * factor
+    usual = tl.abs(c) < HUGE
+    coarse = power_of_two(factor)
+    # One test stands between the maximum and the exponentials; the rest is ready before it.
+    return tl.where(usual, factor, coarse), tl.where(usual, c, tl.where(m_i > float("-inf"), m_i * coarse, 0.0))
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def update(m_i, l_i, x, allowed, factor):
     peak = tl.maximum(m_i, tl.max(x, 1))
     scaled, c = reference_point(peak, factor)
     p = tl.exp2(x * scaled[:, None] - c[:, None])
-    alpha = tl.where(m_i == float("-inf"), 0.0, tl.exp2((m_i - peak) * factor))
+    alpha = tl.exp2(m_i * scaled - c)
     return p, alpha, peak, l_i * alpha + tl.sum(p, 1)
 
 
