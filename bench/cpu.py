@@ -64,7 +64,7 @@ class Size:
 QUICK = Size((128,), 192, (256, 512), (256, 512), 3, 0.0, 150, 3)
 
 
-def environment() -> Entry:
+def environment(threads: int | None = None) -> Entry:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
@@ -73,7 +73,7 @@ def environment() -> Entry:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": model[0].partition(":")[2].strip() if model else platform.processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -321,7 +321,7 @@ def main() -> None:
         for part in chosen:
             progress.update(bar, description=part)
             result[part] = PARTS[part](size, lambda: progress.advance(bar))
-            result.setdefault("environment", {})[part] = environment()
+            result.setdefault("environment", {})[part] = environment(memory.THREADS if part == "memory" else None)
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(result, indent=1) + "\n")

@@ -20,6 +20,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIONS = ("forward", "backward")
 BATCH, HEADS, DIM = 1, 2, 64
+THREADS = 1  # the peak grows by a tile for each, and its growth with length is what is asked
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
@@ -74,8 +75,9 @@ def measure(provider: str, direction: str, length: int) -> int:
 def peak(provider: str, direction: str, length: int) -> int:
     """The same in a fresh process, whose allocator keeps nothing from other calls."""
     command = [sys.executable, "-m", "bench.memory", provider, direction, str(length)]
-    # One thread: the peak grows by a tile for each, and the growth with length is what is asked.
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
