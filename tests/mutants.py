@@ -55,7 +55,7 @@ MUTANTS = (
     Mutant((1,), "the oracle divides by zero", "fused_attn/reference.py",
            "seen = total != 0", "seen = total == total", _checklist("line_1_ and reference")),
     Mutant((2,), "-inf minus -inf in the running maximum", "kernels/softmax.py",
-           'return scaled, tl.where(c > float("-inf"), c, 0.0)', "return scaled, c",
+           'tl.where(m_i > float("-inf"), m_i * coarse, 0.0)', "m_i * coarse",
            _checklist("line_2_ and triton")),
     Mutant((2,), "-inf minus -inf, tiled", "fused_attn/tiled.py",
            "peak = _finite_peak(new)", "peak = new", _checklist("line_1_ and tiled or line_2_ and tiled")),
@@ -67,7 +67,7 @@ MUTANTS = (
            _checklist("line_4_ and triton")),
     # 5-8: numbers at the edge
     Mutant((5,), "huge logits and their maximum get different factors", "kernels/softmax.py",
-           "    c = m_i * scaled\n", "    c = m_i * factor\n", _checklist("line_5_ and triton")),
+           "m_i * coarse, 0.0", "m_i * factor, 0.0", _checklist("line_5_ and triton")),
     Mutant((6,), "keys that no row sees are loaded", "kernels/spans.py",
            "return (y >= reach.visit.first) & (y < reach.visit.last)", "return (y >= 0) & (y < reach.visit.last + 64)",
            _checklist("line_6_ and triton and (window or causal)")),
