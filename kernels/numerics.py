@@ -22,9 +22,3 @@ def tanh(x):
     y = x * x
     series = x * (1.0 + y * (-0.33333334 + y * (0.13333334 + y * (-0.05396825 + y * 0.021869488))))
     return tl.where(tl.abs(x) < 0.25, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
-
-
-@triton.jit
-def power_of_two(x):
-    """The largest power of two that is <= x, for x >= 0 and normal; 0 for 0."""
-    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)

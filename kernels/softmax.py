@@ -7,45 +7,33 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, power_of_two
+from .numerics import LN2, LOG2E
 
-HUGE: tl.constexpr = tl.constexpr(1073741824.0)  # 2**30
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 
 @triton.jit
 def init(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
     """(m_i, l_i, acc) of a row that has seen nothing."""
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # Finite, so that a row of -inf has weights of exp2(-inf) = 0 and not NaN; no score but -inf is lower.
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
     return m_i, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-
-
-@triton.jit
-def reference_point(m_i, factor):
-    """(factor, c) for each row: weights are exp2(x * factor - c), with c near m_i * factor.
-
-    One multiply-add does it, and rounds once; c is rounded on its own. The difference cancels in out and lse, unless it
-    overflows exp2: from 2**30 the scores of a row are all ties or worlds apart, and a power of two, whose products are
-    exact, tells them apart as well. A row of -inf gets c = 0, so that its weights are 0 and not NaN.
-    """
-    c = m_i * factor
-    usual = tl.abs(c) < HUGE
-    coarse = power_of_two(factor)
-    # One test stands between the maximum and the exponentials; the rest is ready before it.
-    return tl.where(usual, factor, coarse), tl.where(usual, c, tl.where(m_i > float("-inf"), m_i * coarse, 0.0))
 
 
 @triton.jit
 def update(m_i, l_i, x, allowed, factor):
     """(p [BLOCK_M, BLOCK_N], alpha, m_i, l_i): a tile's weights, what to multiply earlier sums by, and the new sums.
 
-    The maximum skips NaN and the weights do not, so a NaN score reaches l_i and the accumulator.
+    The maximum skips NaN and the weights do not, so a NaN score reaches l_i and the accumulator. It is subtracted
+    before the factor: one multiply-add would be cheaper, but leaves the rounding of peak * factor, which is larger than
+    exp2's range from 2**30 on, and the test for that lengthens the way from the maximum to the exponentials, which
+    then no longer fit beside a product.
     """
     if allowed is not None:
         x = tl.where(allowed, x, float("-inf"))
     peak = tl.maximum(m_i, tl.max(x, 1))
-    scaled, c = reference_point(peak, factor)
-    p = tl.exp2(x * scaled[:, None] - c[:, None])
-    alpha = tl.exp2(m_i * scaled - c)
+    p = tl.exp2((x - peak[:, None]) * factor)
+    alpha = tl.exp2((m_i - peak) * factor)
     return p, alpha, peak, l_i * alpha + tl.sum(p, 1)
 
 
@@ -56,8 +44,7 @@ def finish(m_i, l_i, acc, factor, sink, some):
     some: rows that may see anything; the others end as if they had seen nothing. sink: a float32 logit, or None.
     """
     l_i = tl.where(some, l_i, 0.0)
-    c = tl.where(some & (m_i > float("-inf")), m_i * factor, float("-inf"))
-    c = tl.where(l_i == 0.0, float("-inf"), c)
+    c = tl.where(l_i == 0.0, float("-inf"), m_i * factor)
     if sink is not None:
         # The state (0, sink): it joins the denominator and brings no value.
         top = tl.maximum(c, sink * LOG2E)
