@@ -1,6 +1,5 @@
 """Static analysis: the reader of machine code, the gates, and the committed table, against hand-made and real code."""
 
-import importlib.util
 import os
 from pathlib import Path
 
