@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -308,11 +308,13 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="small and few: shows that it runs, measures nothing")
     parser.add_argument("--out", type=Path, help="the JSON file; bench/results/cpu.json, or none with --quick")
+    parser.add_argument("--rounds", type=int, help=f"turns that ours and the peer take; {Size().rounds} by default")
     args = parser.parse_args()
     if unknown := set(args.parts) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     chosen = args.parts or list(PARTS)
     size = QUICK if args.quick else Size()
+    size = replace(size, rounds=args.rounds or size.rounds)
     path = args.out or (None if args.quick else RESULT)
     result: Entry = json.loads(path.read_text()) if path and path.exists() else {}
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
