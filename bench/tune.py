@@ -13,6 +13,7 @@ row's tile where that passes the gates with a dense bias, and the best smaller o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -42,7 +43,7 @@ FORWARD = {
 DKDV = {
     64: ((64, 128, 8), (32, 128, 8), (64, 64, 4), (32, 64, 4)),
     128: ((64, 128, 8), (32, 128, 8), (64, 64, 8), (32, 64, 8), (32, 64, 4), (16, 64, 4)),
-    256: ((32, 64, 8), (16, 64, 8), (32, 32, 8), (16, 32, 8)),
+    256: ((32, 128, 8), (32, 64, 8), (16, 64, 8), (32, 32, 8), (16, 32, 8)),
     512: ((16, 32, 8), (16, 16, 8)),
 }
 DQ = {
@@ -51,7 +52,7 @@ DQ = {
     256: ((64, 64, 8), (64, 32, 8), (32, 32, 8), (32, 16, 8), (32, 32, 4)),
     512: ((32, 16, 8), (16, 16, 8)),
 }
-DBIAS = {64: ((64, 64, 4), (64, 32, 4)), 512: ((64, 32, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8))}
+DBIAS = {128: ((64, 64, 4), (64, 32, 4)), 512: ((64, 32, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8))}
 # One product of a tile is BLOCK_M * BLOCK_N * D / threads multiply-adds a thread, every one an instruction.
 SINGLE = {64: ((64, 32, 4), (32, 32, 4)), 128: ((32, 32, 4),), 256: ((32, 16, 4),), 512: ((16, 16, 4),)}
 SWEPT = (64, 128, 256)  # half-precision head dims whose candidates are compiled and compared
@@ -93,6 +94,8 @@ class Choice:
         for m, n, warps in sizes[min(x for x in sizes if x >= self.d)]:
             most = self._stages(m, n, DEVICES[self.arch].shared_per_program)
             found.append(Config(m, n, warps, most))
+            if self.kernel == "dkdv" and self.d == 256:
+                found.append(replace(found[-1], split=True))
             # Where the assembler decides what to hide behind a product, its choice may turn on any detail.
             found += [Config(m, n, warps, x, overlap=True) for x in range(min(2, most), most + 1) if ahead]
         return sorted(found, key=lambda x: -x.BLOCK_M * x.BLOCK_N)
@@ -105,6 +108,8 @@ class Choice:
         owned = tensors * own * self.d * size
         stage = 2 * swept * self.d * size
         scores = own * swept * size if self.kernel in ("dkdv", "dbias") else 0
+        if self.kernel == "dbias" and self.d > 64:
+            return 1  # its trip loads four tiles
         most = 3 if self.kernel == "forward" and not self.arch.startswith("gfx") else 2
         for stages in range(most, 0, -1):
             kept = stages - 1 if self.arch.startswith("gfx") else stages
@@ -120,7 +125,7 @@ def modelled(choice: Choice, config: Config, figures: dict[str, Any]) -> float:
     device = DEVICES[choice.arch]
     if figures["local_in_loops"] and not device.amd:
         return float("inf") if choice.kind == "half" and choice.d <= 256 else 1e6 * figures["local_in_loops"]
-    products = {"forward": 2, "dkdv": 4, "dq": 3, "dbias": 2}[choice.kernel]
+    products = {"forward": 2, "dkdv": 4 + config.split, "dq": 3, "dbias": 2}[choice.kernel]
     area = config.BLOCK_M * config.BLOCK_N
     rate = device.fma_per_clock if choice.kind == "half" else 128
     tensor = products * area * choice.d / rate
@@ -159,7 +164,8 @@ def request(choice: Choice, config: Config) -> dict[str, Any]:
 def compile_all(work: list[tuple[Choice, Config]], pool: Pool, advance: Callable[[], None]) -> None:
     for index, answer in pool.map([request(*x) for x in work]):
         choice, config = work[index]
-        figures = next(iter(answer.get("kernels", ())), {"error": answer.get("error", "not launched")})
+        found = answer.get("kernels") or [{"error": answer.get("error", "not launched")}]
+        figures = functools.reduce(static.worst, found)
         choice.tried.append((config, figures))
         advance()
 
@@ -278,7 +284,11 @@ def store(choices: list[Choice], tables: dict[str, dict[str, Any]]) -> None:
 def derived(choice: Choice, rows: dict[str, Any]) -> dict[str, Any]:
     """Small half-precision heads take the tile of 64; larger and float32 ones, ungated, the smallest."""
     if choice.kind == "half" and choice.d < min(SWEPT):
-        return dict(rows[replace(choice, d=min(SWEPT)).key])
+        row = dict(rows[replace(choice, d=min(SWEPT)).key])
+        if choice.d == 16 and row["num_warps"] > 4:
+            # Rows of 32 bytes: a tile of 64 rows gives 128 threads, and no more, 16 bytes each.
+            row |= max((x for x in choice.candidates() if x.num_warps == 4), key=lambda x: x.BLOCK_M).to_row()
+        return row
     return choice.candidates()[-1].to_row() | UNPROVEN
 
 

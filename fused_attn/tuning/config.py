@@ -15,7 +15,8 @@ class Config:
 
     BLOCK_M counts query rows, BLOCK_N keys; the tile that a program owns and the tile that its loop visits follow from
     the kernel. overlap: the products of the next tile (forward) or both products of this one (backward) are issued
-    before the exponentials, at the price of registers.
+    before the exponentials, at the price of registers. split: dk and dv come from two launches, because registers do
+    not hold both at a large head dim; the scores are computed once more.
     """
 
     BLOCK_M: int
@@ -23,6 +24,7 @@ class Config:
     num_warps: int
     num_stages: int
     overlap: bool = False
+    split: bool = False
 
     def __post_init__(self) -> None:
         for name in ("BLOCK_M", "BLOCK_N"):
