@@ -92,16 +92,18 @@ class Case:
         return bind(q, k, v, return_lse=True, **options[self.feature]())
 
 
-DIMS = (16, 32, 64, 128, 256, 512)
 RICH = ("bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "gqa", "window", "segments")
 
 
 def cases(target: str) -> list[Case]:
-    """What is compiled for a target: every row of its tuning table, and the features where they matter."""
-    heads = [(dtype, d, "plain") for dtype in ("bf16", "fp32") for d in DIMS]
-    heads += [("bf16", d, "bias") for d in DIMS] + [("bf16", 128, "bias_batch"), ("bf16", 128, "causal")]
-    heads += [("bf16", d, "plain") for d in (40, 72, 88)]
+    """What is compiled for a target: the head dims that its table was swept for, odd ones, and a bias.
+
+    For the reference GPU also every feature, the other head dims, float32 and float16.
+    """
+    heads = [("bf16", d, "plain") for d in (40, 64, 72, 88, 128, 256)] + [("bf16", 128, "bias")]
     if target == "sm_90":
-        heads += [("bf16", 64, "causal"), ("bf16", 256, "causal"), ("fp16", 128, "plain")]
+        heads += [("bf16", d, "plain") for d in (16, 32, 512)] + [("fp32", d, "plain") for d in (64, 128)]
+        heads += [("bf16", d, "bias") for d in (64, 256)] + [("bf16", d, "causal") for d in (64, 128, 256)]
+        heads += [("bf16", 128, "bias_batch"), ("fp16", 128, "plain")]
         heads += [("bf16", 128, feature) for feature in RICH]
     return [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]

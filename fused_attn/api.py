@@ -202,9 +202,9 @@ def scaled_dot_product_attention(
 
 def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
     """The leading dims of the answer: broadcast, but for the heads under enable_gqa, which are query's."""
-    if enable_gqa and min(query.ndim, key.ndim, value.ndim) < 3:
-        got = tuple(tuple(x.shape) for x in (query, key, value))
-        raise ValueError(f"query, key, value: enable_gqa needs at least 3 dimensions, got shapes {got}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if enable_gqa and x.ndim < 3:
+            raise ValueError(f"{name}: enable_gqa needs at least 3 dimensions, got shape {tuple(x.shape)}")
     tail = 3 if enable_gqa else 2
     try:
         lead = torch.broadcast_shapes(*(x.shape[:-tail] for x in (query, key, value)))

@@ -4,8 +4,8 @@
 
 Four kernels, none with an atomic: delta; dk, dv (a program owns keys, and adds up its group's query heads in order);
 dq with what sums over a row; and dbias, for a bias that is broadcast over batch or heads (a program owns a tile of it).
-Grids are flat: tiles x heads. lse, delta and the row sums are (B, Hq, M) float32; lse is a natural log, and log2 is
-the same in base 2, written beside delta for the kernels that follow.
+Grids are flat: tiles x heads. lse, delta and the row sums are (B, Hq, M) float32; lse is a natural log, and shift is
+lse with +inf for rows that see nothing, written beside delta for the kernels that follow.
 """
 
 from typing import Any, NamedTuple
@@ -33,22 +33,23 @@ from .types import KeyGradients, RowGradients, View
 
 
 @triton.jit
-def statistics(log2, delta, head, rows, seeing, M):
-    """(log2, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row sees."""
+def statistics(shift, delta, head, rows, seeing, M):
+    """(shift, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row sees."""
     at = head.to(tl.int64) * M + rows
     if seeing is None:
-        return tl.load(log2 + at), tl.load(delta + at)
+        return tl.load(shift + at), tl.load(delta + at)
     else:
-        return tl.load(log2 + at, mask=seeing, other=float("inf")), tl.load(delta + at, mask=seeing, other=0.0)
+        return tl.load(shift + at, mask=seeing, other=float("inf")), tl.load(delta + at, mask=seeing, other=0.0)
 
 
 @triton.jit
-def weights(plane, s, t, log2, see, m, n, TRANSPOSED: tl.constexpr):
-    """p of products s; log2 is shaped to broadcast."""
+def weights(plane, s, t, shift, see, m, n, TRANSPOSED: tl.constexpr):
+    """p of products s; shift is shaped to broadcast."""
+    # The difference first: a factor with log2(e) in it would multiply its rounding by the whole score.
     if plane.score.folds:
-        p = tl.exp2(s * (plane.own.scale * LOG2E) - log2)
+        p = tl.exp2((s * plane.own.scale - shift) * LOG2E)
     else:
-        p = tl.exp2(value(plane, s, t, m, n, TRANSPOSED) * LOG2E - log2)
+        p = tl.exp2((value(plane, s, t, m, n, TRANSPOSED) - shift) * LOG2E)
     if see is not None:
         p = tl.where(see, p, 0.0)
     return p
@@ -73,10 +74,10 @@ def dropped(plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "HEADS", "BATCHED_HEADS"])
 def delta_kernel(
-    out, dout, lse, dlse, log2, delta, M, HEADS, BATCHED_HEADS,
+    out, dout, lse, dlse, shift, delta, M, HEADS, BATCHED_HEADS,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in base 2, both (B, Hq, M); dlse is a pointer to the same shape, or None.
+    """delta and shift, both (B, Hq, M); dlse is a pointer to the same shape, or None.
 
     A row that sees nothing gets +inf for its lse, and with it weights of 0, without a mask.
     """
@@ -93,7 +94,7 @@ def delta_kernel(
         total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)
     tl.store(delta + at, total, mask=rows < M)
     found = tl.load(lse + at, mask=rows < M, other=0.0)
-    tl.store(log2 + at, tl.where(found == float("-inf"), float("inf"), found * LOG2E), mask=rows < M)
+    tl.store(shift + at, tl.where(found == float("-inf"), float("inf"), found), mask=rows < M)
 
 
 class Keys(NamedTuple):
@@ -106,7 +107,7 @@ class Keys(NamedTuple):
     q_head: Any
     dout: View
     do_head: Any
-    log2: Any
+    shift: Any
     delta: Any
     plane: Plane
     reach: Reach
@@ -124,22 +125,22 @@ def issue_rows(c, m, MASKED: tl.constexpr):
     rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)
     q = load_rows(c.q, c.q_head, m, rows, c.plane.BLOCK_M, c.D, c.BLOCK_D)
     do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
-    # Read before the products: what is read after a wait for one waits with it, and the exponentials need log2.
+    # Read before the products: what is read after a wait for one waits with it, and the exponentials need shift.
     at = m + tl.arange(0, c.plane.BLOCK_M)
     if MASKED:
-        log2, delta = statistics(c.log2, c.delta, c.plane.head, at, at < c.plane.M, c.plane.M)
+        shift, delta = statistics(c.shift, c.delta, c.plane.head, at, at < c.plane.M, c.plane.M)
     else:
-        log2, delta = statistics(c.log2, c.delta, c.plane.head, at, None, c.plane.M)
-    return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do, log2, delta
+        shift, delta = statistics(c.shift, c.delta, c.plane.head, at, None, c.plane.M)
+    return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do, shift, delta
 
 
 @triton.jit
 def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
     """Add what the rows of the tile at m send to the keys."""
     dk, dv, columns = state
-    s, dp, q, do, log2, delta = issued
+    s, dp, q, do, shift, delta = issued
     t = saturation(c.plane, s)
-    p = weights(c.plane, s, t, log2[None, :], visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)
+    p = weights(c.plane, s, t, shift[None, :], visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)
     kept = dropped(c.plane, m, c.n, True)
     if c.gradients.dv is not None:
         if kept is None:
@@ -161,7 +162,7 @@ def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def dkdv_kernel(
-    q, k, v, dout, log2, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, dout, shift, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +186,7 @@ def dkdv_kernel(
         dk, dv, columns = sweep(
             issue_rows, absorb_rows,
             Keys(
-                k_tile, v_tile, n, q, head_pointer(q, b, row_h), dout, head_pointer(dout, b, row_h), log2, delta,
+                k_tile, v_tile, n, q, head_pointer(q, b, row_h), dout, head_pointer(dout, b, row_h), shift, delta,
                 Plane(score, own, mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
                 gradients, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             ),
@@ -212,7 +213,7 @@ class Rows(NamedTuple):
     q: Any
     do: Any
     m: Any
-    log2: Any
+    shift: Any
     delta: Any
     k: View
     k_head: Any
@@ -244,7 +245,7 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
     dq, caps, slopes = state
     s, dp, k = issued
     t = saturation(c.plane, s)
-    p = weights(c.plane, s, t, c.log2[:, None], visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    p = weights(c.plane, s, t, c.shift[:, None], visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
     dx = score_gradient(c.plane, p, dp, c.delta[:, None], dropped(c.plane, c.m, n, False))
     if c.gradients.bias is not None:
         i, j = positions(c.plane, c.m, n, False)
@@ -261,7 +262,7 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def dq_kernel(
-    q, k, v, dout, log2, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, dout, shift, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -277,7 +278,7 @@ def dq_kernel(
     own = parameters(score, mask, b, h)
     q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
     do_tile = load_rows(dout, head_pointer(dout, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV)
-    log2_tile, delta_tile = statistics(log2, delta, head, rows, lo < hi, M)
+    lse_tile, delta_tile = statistics(shift, delta, head, rows, lo < hi, M)
     bias_head = None
     if gradients.bias is not None:
         bias_head = head_pointer(gradients.bias, b, h)
@@ -285,7 +286,7 @@ def dq_kernel(
     dq, caps, slopes = sweep(
         issue_keys, absorb_keys,
         Rows(
-            q_tile, do_tile, m, log2_tile, delta_tile,
+            q_tile, do_tile, m, lse_tile, delta_tile,
             k, head_pointer(k, b, h // GROUP), v, head_pointer(v, b, h // GROUP),
             Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
             gradients, bias_head, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
@@ -305,7 +306,7 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "BATCH", "HEADS", "BIAS_BATCH", "BIAS_HEADS"])
 def dbias_kernel(
-    q, k, v, dout, log2, delta, score, span, mask, dropout, dbias, M, N, BATCH, HEADS, BIAS_BATCH, BIAS_HEADS,
+    q, k, v, dout, shift, delta, score, span, mask, dropout, dbias, M, N, BATCH, HEADS, BIAS_BATCH, BIAS_HEADS,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -324,9 +325,9 @@ def dbias_kernel(
         head = b * HEADS + h
         lo, hi = interval(span, b, rows, M, N)
         reach = visit(lo, hi, N, BLOCK_N)
-        log2_tile, delta_tile = statistics(log2, delta, head, rows, lo < hi, M)
+        lse_tile, delta_tile = statistics(shift, delta, head, rows, lo < hi, M)
         total += tile_gradient(
-            q, k, v, dout, log2_tile, delta_tile,
+            q, k, v, dout, lse_tile, delta_tile,
             Plane(score, parameters(score, mask, b, h), mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
             Reach(span, lo, hi, reach), m, n, b, h,
             GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
@@ -344,7 +345,7 @@ def dbias_kernel(
 
 @triton.jit
 def tile_gradient(
-    q, k, v, dout, log2, delta, plane, reach, m, n, b, h,
+    q, k, v, dout, shift, delta, plane, reach, m, n, b, h,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -358,5 +359,5 @@ def tile_gradient(
     s = products(q_tile, k_tile, PRECISION)
     dp = products(do_tile, v_tile, PRECISION)
     see = visible(reach, plane, m, n, True, False)
-    p = weights(plane, s, saturation(plane, s), log2[:, None], see, m, n, False)
+    p = weights(plane, s, saturation(plane, s), shift[:, None], see, m, n, False)
     return score_gradient(plane, p, dp, delta[:, None], dropped(plane, m, n, False))

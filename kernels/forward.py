@@ -79,16 +79,16 @@ def forward_kernel(
 
     own = parameters(score, mask, b, h)
     q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
-    factor = tl.full([], LOG2E, tl.float32)
+    scale = tl.full([], 1.0, tl.float32)
     if score.folds:
-        factor *= own.scale
+        scale *= own.scale
     # The context is built inside the call: an assignment would turn the constants in it into run-time values.
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
             q_tile, m, k, head_pointer(k, b, h // GROUP), v, head_pointer(v, b, h // GROUP),
             Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
-            factor, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
         init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def forward_kernel(
     logit = None
     if sink is not None:
         logit = tl.load(sink + h).to(tl.float32)
-    out_tile, lse_tile = finish(m_i, l_i, acc, factor, logit, lo < hi)
+    out_tile, lse_tile = finish(m_i, l_i, acc, scale, logit, lo < hi)
     if dropout is not None:
         out_tile *= dropout.rescale
     store_rows(out, head_pointer(out, b, h), m, rows < M, out_tile, BLOCK_M, DV, BLOCK_DV)

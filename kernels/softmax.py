@@ -38,20 +38,21 @@ def update(m_i, l_i, x, allowed, factor):
 
 
 @triton.jit
-def finish(m_i, l_i, acc, factor, sink, some):
+def finish(m_i, l_i, acc, scale, sink, some):
     """(out, lse): the average and the natural log of the denominator, a sink's share included.
 
+    scale makes a natural logit of m_i; in base 2 the maximum would carry the rounding of log2(e) into lse.
     some: rows that may see anything; the others end as if they had seen nothing. sink: a float32 logit, or None.
     """
     l_i = tl.where(some, l_i, 0.0)
-    c = tl.where(l_i == 0.0, float("-inf"), m_i * factor)
+    c = tl.where(l_i == 0.0, float("-inf"), m_i * scale)
     if sink is not None:
         # The state (0, sink): it joins the denominator and brings no value.
-        top = tl.maximum(c, sink * LOG2E)
+        top = tl.maximum(c, sink)
         safe = tl.where(top > float("-inf"), top, 0.0)
-        share = tl.exp2(c - safe)
-        l_i = l_i * share + tl.exp2(sink * LOG2E - safe)
+        share = tl.exp2((c - safe) * LOG2E)
+        l_i = l_i * share + tl.exp2((sink - safe) * LOG2E)
         acc = acc * share[:, None]
         c = safe
     out = tl.where((l_i == 0.0)[:, None] | (some == 0)[:, None], 0.0, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])
-    return out, (c + tl.log2(l_i)) * LN2
+    return out, c + tl.log2(l_i) * LN2

@@ -48,7 +48,7 @@ def _operators(expression: str) -> tuple[str, str]:
 MUTANTS = (
     # 1-4: rows that see nothing, or nothing at first
     Mutant((1,), "a masked row's LSE is taken as it is in the backward", "kernels/backward.py",
-           'tl.where(found == float("-inf"), float("inf"), found * LOG2E)', "found * LOG2E",
+           'tl.where(found == float("-inf"), float("inf"), found)', "found",
            _checklist("line_1_ and triton and bias")),
     Mutant((1,), "a row without weight is divided by it", "fused_attn/tiled.py",
            "o.div_(total.masked_fill(total == 0, 1))", "o.div_(total)", _checklist("line_1_ and tiled")),
@@ -153,9 +153,9 @@ MUTANTS = (
            "-(self._sink_weights() * self.delta)", "(self._sink_weights() * self.delta)",
            _checklist("line_23_ and triton")),
     Mutant((23,), "the sink brings no weight", "kernels/softmax.py",
-           "l_i = l_i * share + tl.exp2(sink * LOG2E - safe)", "l_i = l_i * share", _checklist("line_23_ and triton")),
+           "l_i = l_i * share + tl.exp2((sink - safe) * LOG2E)", "l_i = l_i * share", _checklist("line_23_ and triton")),
     Mutant((24,), "the LSE is in base 2", "kernels/softmax.py",
-           "return out, (c + tl.log2(l_i)) * LN2", "return out, c + tl.log2(l_i)", _checklist("line_24_ and triton")),
+           "return out, c + tl.log2(l_i) * LN2", "return out, c + tl.log2(l_i)", _checklist("line_24_ and triton")),
     Mutant((24,), "the LSE's gradient is dropped", "kernels/backward.py",
            "total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)", "total -= 0.0",
            _checklist("line_24_ and triton or line_23_ and triton")),

@@ -61,7 +61,11 @@ def available(backend: str, case: Case = CASES["plain"]) -> None:
 def arguments(case: Case, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Flat arguments of the forward and of the backward operator."""
     inputs = testing.make_inputs(case, torch.bfloat16 if case.name == "half" else torch.float32)
-    flat = ops.flatten(inputs.problem(), backend)
+    # A bias is a view of the caller's tensor; torch's examination wants leaves.
+    flat = tuple(
+        x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        for x in ops.flatten(inputs.problem(), backend)
+    )
     out, lse = (x.detach() for x in torch.ops.fused_attn.forward(*flat))
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in flat)
     needs = [x is not None for x in flat[: len(DIFFERENTIABLE)]]

@@ -174,7 +174,7 @@ class _Backward:
 
     def run(self) -> dict[str, Tensor]:
         p, needs = self.p, self.needs
-        self.log2, self.delta = self._statistics()
+        self.shift, self.delta = self._statistics()
         form = self._bias_form() if "bias" in needs else None
         if needs & {"k", "v"} or form == "columns":
             self._dkdv(form == "columns")
@@ -204,10 +204,10 @@ class _Backward:
         return "dense" if (have[0], have[1]) == (b, hq) else "shared"
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """lse in base 2, and delta: what every other kernel knows of a row."""
+        """shift and delta: what every other kernel knows of a row."""
         p = self.p
         b, hq, m, _ = p.shape
-        log2, delta = torch.empty_like(self.lse), torch.empty_like(self.lse)
+        shift, delta = torch.empty_like(self.lse), torch.empty_like(self.lse)
         c = _config("delta", p)
         seam.launch(
             self.code.delta,
@@ -216,7 +216,7 @@ class _Backward:
             self._operands[3],
             self.lse,
             self.dlse,
-            log2,
+            shift,
             delta,
             *(m, hq, b * hq),
             DV=p.v.shape[3],
@@ -224,7 +224,7 @@ class _Backward:
             BLOCK_M=c.BLOCK_M,
             num_warps=c.num_warps,
         )
-        return log2, delta
+        return shift, delta
 
     @functools.cached_property
     def _operands(self) -> tuple[Any, ...]:
@@ -239,7 +239,7 @@ class _Backward:
     def _inputs(self, span: Any) -> tuple[Any, ...]:
         """What the kernels that compute weights again begin with."""
         score, mask, dropout = self._planes
-        return *self._operands, self.log2, self.delta, score, span, mask, dropout
+        return *self._operands, self.shift, self.delta, score, span, mask, dropout
 
     def _wanted(self, name: str) -> Any:
         return self.views.view(self.grads[name]) if name in self.needs else None
@@ -250,14 +250,17 @@ class _Backward:
         hkv = p.k.shape[1]
         sums = p.q.new_empty((b, hq, n), dtype=torch.float32) if columns else None
         c = _config("dkdv", p)
-        seam.launch(
-            self.code.dkdv,
-            -(-n // c.BLOCK_N) * b * hkv,
-            *self._inputs(self.views.transposed_span(p.span, n)),
-            self.code.types.KeyGradients(self._wanted("k"), self._wanted("v"), sums),
-            *(m, n, hkv, b * hkv, _wave(p, hkv)),
-            **_constants(c, p),
-        )
+        dk, dv = self._wanted("k"), self._wanted("v")
+        both = dv is not None and (dk is not None or columns)
+        for outputs in ((dk, None, sums), (None, dv, None)) if c.split and both else ((dk, dv, sums),):
+            seam.launch(
+                self.code.dkdv,
+                -(-n // c.BLOCK_N) * b * hkv,
+                *self._inputs(self.views.transposed_span(p.span, n)),
+                self.code.types.KeyGradients(*outputs),
+                *(m, n, hkv, b * hkv, _wave(p, hkv)),
+                **_constants(c, p),
+            )
         if sums is not None:
             self._keep("bias", _sum_to(sums[:, :, None], p.bias.shape))
 
