@@ -185,6 +185,13 @@ def test_single_precision_and_large_heads_are_listed_without_a_gate():
     assert static.gates(bad) and not static.gates(bad | {"dtype": "fp32"}) and not static.gates(bad | {"d": 512})
 
 
+def test_two_launches_of_a_kernel_are_one_row_with_the_worse_of_each():
+    dk = GOOD | {"local_in_loops": 0, "hidden": 0.9, "issue_clocks": 100.0, "serialised": ""}
+    dv = GOOD | {"local_in_loops": 2, "hidden": 1.0, "issue_clocks": 50.0, "serialised": "C7511"}
+    row = static.worst(dk, dv)
+    assert (row["local_in_loops"], row["hidden"], row["issue_clocks"], row["serialised"]) == (2, 0.9, 150.0, "C7511")
+
+
 # Freshness
 
 
