@@ -233,7 +233,7 @@ def test_line_35_without_autocast_mixed_types_are_refused() -> None:
 def test_line_35_backward_under_autocast(backend: str) -> None:
     """Line 35: a backward that is called under autocast computes what it would outside."""
     available(backend)
-    inputs = testing.make_inputs(replace(CASES["everything"], m=17, n=19))
+    inputs = testing.make_inputs(replace(CASES["everything"], b=1, hq=2, hkv=1, m=17, n=19))
     outside = testing.run_public(inputs, backend)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
         out, lse = attention(*inputs.qkv, **inputs.kwargs, backend=backend)
@@ -247,7 +247,7 @@ def test_line_35_backward_under_autocast(backend: str) -> None:
 def test_line_36_saved_tensors(backend: str) -> None:
     """Line 36: everything that backward needs passes through the hooks of save_for_backward, and nothing leaks."""
     available(backend)
-    inputs = testing.make_inputs(replace(CASES["everything"], m=17, n=19))
+    inputs = testing.make_inputs(replace(CASES["everything"], b=1, hq=2, hkv=1, m=17, n=19))
     expected = testing.run_public(inputs, backend)
     stored: list[Tensor] = []
 
@@ -364,7 +364,7 @@ def test_flops() -> None:
 def test_the_same_bits_every_time(backend: str) -> None:
     """Every gradient, parameters included; and use_deterministic_algorithms overrides deterministic=False."""
     available(backend)
-    inputs = testing.make_inputs(replace(CASES["everything_tensor"], m=35, n=41))
+    inputs = testing.make_inputs(replace(CASES["everything_tensor"], b=1, hq=2, hkv=1, m=35, n=70))
     first, second = (testing.run_public(inputs, backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     x = torch.zeros(1, 1, 2, 4)
