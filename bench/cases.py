@@ -14,7 +14,7 @@ from fused_attn.spec import Mask, Problem
 from fused_attn.tuning import Config, config, override
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-MODIFIED = ("mask", "bias", "bias_batch", "bias_keys", "softcap", "alibi", "dropout")
+MODIFIED = ("mask", "bias", "bias_batch", "bias_keys", "softcap", "alibi", "dropout", "lengths", "segments")
 BATCH, HEADS, LENGTH = 2, 4, 512
 
 
@@ -92,7 +92,7 @@ class Case:
         return bind(q, k, v, return_lse=True, **options[self.feature]())
 
 
-RICH = ("bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "gqa", "window", "segments")
+RICH = ("bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments")
 
 
 def cases(target: str) -> list[Case]:

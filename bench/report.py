@@ -17,7 +17,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-DIRECTIONS = ("forward", "forward+backward")
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -30,36 +29,9 @@ def _cpu() -> dict[str, Any]:
     return json.loads((RESULTS / "cpu.json").read_text())
 
 
-def _ratio(x: dict[str, Any]) -> str:
-    low, high = x["ratio_quantiles"]
-    return f"{x['ratio']:.2f} ({low:.2f}–{high:.2f})"
-
-
 def _machine(result: dict[str, Any], part: str) -> str:
     where = result["environment"][part]
     return f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit'][:10]}"
-
-
-def plain() -> str:
-    """Plain calls against torch's own function."""
-    result = _cpu()
-    entries = result["plain"]
-    rows = []
-    for length in sorted({x["length"] for x in entries}):
-        of_length = {(x["name"], x["direction"]): x for x in entries if x["length"] == length}
-        rows.append([str(length), *(_ratio(of_length[n, d]) for n in ("full", "causal") for d in DIRECTIONS)])
-    names = [f"{n}, {d}" for n in ("full", "causal") for d in DIRECTIONS]
-    return f"{table(['length', *names], rows)}\n\n{_machine(result, 'plain')}."
-
-
-def modifiers() -> str:
-    """Each modifier against whole matrices."""
-    result = _cpu()
-    entries = result["modifiers"]
-    found = {(x["name"], x["direction"]): x for x in entries}
-    names = dict.fromkeys(x["name"] for x in entries)
-    rows = [[name, *(_ratio(found[name, d]) for d in DIRECTIONS)] for name in names]
-    return f"{table(['', *DIRECTIONS], rows)}\n\n{_machine(result, 'modifiers')}."
 
 
 def memory() -> str:
@@ -73,24 +45,7 @@ def memory() -> str:
         for name, label in labels.items()
         for direction in ("forward", "backward")
     ]
-    return table(["MiB", *map(str, lengths)], rows)
-
-
-def host() -> str:
-    """Host time of a call, and compilations over unseen lengths."""
-    result = _cpu()
-    overhead, compiled = result["overhead"], result["compilations"]
-    rows = [
-        [name, f"{overhead['microseconds'][name]:.0f}", f"{ratio:.1f}"] for name, ratio in overhead["ratios"].items()
-    ]
-    counts = ", ".join(
-        f"{name}: {x['warm-up']} at the first call, {x['unseen lengths']} after"
-        for name, x in compiled["kinds"].items()
-    )
-    return (
-        f"{table(['host time of a call', 'µs', '÷ an empty operator'], rows)}\n\n"
-        f"Kernels compiled over {compiled['lengths']} unseen lengths: {counts}."
-    )
+    return f"{table(['MiB', *map(str, lengths)], rows)}\n\n{_machine(result, 'memory')}."
 
 
 def static() -> str:
@@ -107,7 +62,7 @@ def static() -> str:
     return f"{table(headings, rows)}\n\n{len(entries)} rows for six targets in `bench/results/static.csv`."
 
 
-PARTS: dict[str, Callable[[], str]] = {x.__name__: x for x in (plain, modifiers, memory, host, static)}
+PARTS: dict[str, Callable[[], str]] = {x.__name__: x for x in (memory, static)}
 
 
 def rewritten(text: str) -> str:

@@ -88,7 +88,8 @@ def _precision(p: Problem) -> str:
 
 
 def _rich(p: Problem) -> bool:
-    return any(x is not None for x in (p.softcap, p.bias, p.slopes, p.mask, p.dropout))
+    """Whether something beside the products wants registers in the loops."""
+    return any(x is not None for x in (p.softcap, p.bias, p.slopes, p.mask, p.dropout, p.span.lo, p.span.hi))
 
 
 def _wave(p: Problem, heads: int) -> int:
