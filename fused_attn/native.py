@@ -84,8 +84,8 @@ def finite(p: Problem) -> bool:
     |q . k| is at most the product of the norms. They overflow a little early, which costs a detour and never an answer.
     """
     with torch.no_grad():
-        q, k, v = (torch.linalg.vector_norm(x.detach(), dtype=torch.float32) for x in (p.q, p.k, p.v))
-        return math.isfinite((q * k * p.scale + v).item())
+        q, k, v = (torch.linalg.vector_norm(x, dtype=torch.float32).item() for x in (p.q, p.k, p.v))
+    return q * k * p.scale + v < torch.finfo(torch.float32).max
 
 
 def attention(p: Problem) -> tuple[Tensor, None]:

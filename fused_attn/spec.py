@@ -262,17 +262,24 @@ class Dropout:
 
 
 def philox(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
-    """Four uint32 words, held in int64."""
+    """Four uint32 words, held in int64.
+
+    Memory is overwritten wherever shapes no longer grow (after four rounds each word depends on every counter): fresh
+    memory costs a CPU several times what the arithmetic does.
+    """
     low = 0xFFFFFFFF
     seed, c3 = rng[0], rng[1] & low
-    k0, k1 = seed & low, seed >> 32 & low
+    steps = torch.arange(rounds, device=rng.device)
+    keys = (seed + 0x9E3779B9 * steps & low).unbind(), ((seed >> 32) + 0xBB67AE85 * steps & low).unbind()
     c0, c1, c2 = c0 & low, c1 & low, c2 & low
-    for _ in range(rounds):
-        # The products wrap around int64; their 64 bits are right, and the mask after the shift makes it logical.
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ k0, b & low, (a >> 32 & low) ^ c3 ^ k1, a & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return tuple(torch.broadcast_tensors(c0, c1, c2, c3))
+    for n, (k0, k1) in enumerate(zip(*keys, strict=True)):
+        mul = Tensor.mul_ if n else Tensor.mul
+        xor = Tensor.bitwise_xor_ if n >= 4 else Tensor.bitwise_xor
+        # The products wrap around int64 and their 64 bits are right; what a shift drags in above 32 is masked.
+        a, b = mul(c0, 0xD2511F53), mul(c2, 0xCD9E8D57)
+        c0, c2 = (xor(xor(c, k), x >> 32).bitwise_and_(low) for c, k, x in ((c1, k0, b), (c3, k1, a)))
+        c1, c3 = b, a
+    return tuple(torch.broadcast_tensors(c0, c1.bitwise_and_(low), c2, c3.bitwise_and_(low)))
 
 
 @dataclass(frozen=True, eq=False)
