@@ -92,18 +92,19 @@ class Case:
         return bind(q, k, v, return_lse=True, **options[self.feature]())
 
 
-RICH = ("bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments")
+RICH = ("gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments")
+DIMS, ODD = (16, 32, 64, 128, 256, 512), (40, 72, 88)
 
 
 def cases(target: str) -> list[Case]:
-    """What is compiled for a target: the head dims that its table was swept for, odd ones, and a bias.
+    """What is compiled for a target: every row of its table in half and single precision, and odd head dims.
 
-    For the reference GPU also every feature, the other head dims, float32 and float16.
+    A bias over the batch launches every kernel that has a row for modified scores. For the reference GPU also every
+    feature, and float16.
     """
-    heads = [("bf16", d, "plain") for d in (40, 64, 72, 88, 128, 256)] + [("bf16", 128, "bias")]
+    heads = [("bf16", d, "plain") for d in (*DIMS, *ODD)] + [("fp32", d, "plain") for d in DIMS]
+    heads += [("bf16", d, "bias_batch") for d in DIMS]
     if target == "sm_90":
-        heads += [("bf16", d, "plain") for d in (16, 32, 512)] + [("fp32", d, "plain") for d in (64, 128)]
-        heads += [("bf16", d, "bias") for d in (64, 256)] + [("bf16", d, "causal") for d in (64, 128, 256)]
-        heads += [("bf16", 128, "bias_batch"), ("fp16", 128, "plain")]
-        heads += [("bf16", 128, feature) for feature in RICH]
+        heads += [("bf16", d, feature) for d in (64, 128, 256) for feature in ("bias", "causal")]
+        heads += [("bf16", 128, feature) for feature in RICH] + [("fp16", 128, "plain")]
     return [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]

@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
+DIRECTIONS = ("forward", "forward+backward")
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -34,6 +35,29 @@ def _machine(result: dict[str, Any], part: str) -> str:
     return f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit'][:10]}"
 
 
+def _ratio(x: dict[str, Any]) -> str:
+    low, high = x["ratio_quantiles"]
+    return f"{x['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def plain() -> str:
+    """Plain calls against torch's own function."""
+    result = _cpu()
+    found = {(x["length"], x["name"], x["direction"]): x for x in result["plain"]}
+    columns = [(name, direction) for name in ("full", "causal") for direction in DIRECTIONS]
+    rows = [[str(n), *(_ratio(found[n, *c]) for c in columns)] for n in sorted({x["length"] for x in result["plain"]})]
+    return f"{table(['length', *map(', '.join, columns)], rows)}\n\n{_machine(result, 'plain')}."
+
+
+def modifiers() -> str:
+    """Each modifier against whole matrices."""
+    result = _cpu()
+    found = {(x["name"], x["direction"]): x for x in result["modifiers"]}
+    names = dict.fromkeys(x["name"] for x in result["modifiers"])
+    rows = [[name, *(_ratio(found[name, d]) for d in DIRECTIONS)] for name in names]
+    return f"{table(['', *DIRECTIONS], rows)}\n\n{_machine(result, 'modifiers')}."
+
+
 def memory() -> str:
     """Peak memory of a call by length."""
     result = _cpu()
@@ -46,6 +70,18 @@ def memory() -> str:
         for direction in ("forward", "backward")
     ]
     return f"{table(['MiB', *map(str, lengths)], rows)}\n\n{_machine(result, 'memory')}."
+
+
+def host() -> str:
+    """Host time of a call, and compilations over lengths that no call has seen."""
+    result = _cpu()
+    overhead, compiled = result["overhead"], result["compilations"]
+    rows = [[name, f"{overhead['microseconds'][name]:.0f}", f"{x:.1f}"] for name, x in overhead["ratios"].items()]
+    counts = ", ".join(f"{name} {x['unseen lengths']}" for name, x in compiled["kinds"].items())
+    return (
+        f"{table(['host time of a call', 'µs', '÷ an empty operator'], rows)}\n\n"
+        f"Kernels compiled over {compiled['lengths']} unseen lengths: {counts}. {_machine(result, 'overhead')}."
+    )
 
 
 def static() -> str:
@@ -62,7 +98,7 @@ def static() -> str:
     return f"{table(headings, rows)}\n\n{len(entries)} rows for six targets in `bench/results/static.csv`."
 
 
-PARTS: dict[str, Callable[[], str]] = {x.__name__: x for x in (memory, static)}
+PARTS: dict[str, Callable[[], str]] = {x.__name__: x for x in (plain, modifiers, memory, host, static)}
 
 
 def rewritten(text: str) -> str:

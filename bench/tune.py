@@ -25,37 +25,44 @@ import torch
 
 from bench import static
 from bench.aot import ROOT, Pool, triton_version
-from bench.cases import Case
+from bench.cases import DIMS, Case
 from bench.device_model import DEVICES, Clocks
 from fused_attn.tuning import Config, key
 
 TABLES = ROOT / "fused_attn" / "tuning" / "tables"
 CLASSES = {"half": ("bf16", torch.bfloat16), "single": ("fp32", torch.float32)}
 KERNELS = ("forward", "dkdv", "dq", "dbias")
-DIMS = (16, 32, 64, 128, 256, 512)
 # BLOCK_M, BLOCK_N, warps by head dim. A forward or dq program owns BLOCK_M rows and sweeps over keys; dkdv the reverse.
+# Rows of at most 64 bytes need many of them in the tile that is swept, for 16 bytes a thread.
 FORWARD = {
+    32: ((128, 128, 8), (128, 128, 4), (128, 64, 8), (128, 64, 4), (64, 64, 4)),
     64: ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4)),
     128: ((128, 128, 8), (128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4)),
     256: ((128, 64, 8), (128, 32, 8), (64, 64, 8), (64, 32, 8), (64, 32, 4)),
     512: ((64, 32, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8)),
 }
 DKDV = {
+    32: ((64, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (32, 64, 4)),
     64: ((64, 128, 8), (32, 128, 8), (64, 64, 4), (32, 64, 4)),
     128: ((64, 128, 8), (32, 128, 8), (16, 128, 8), (64, 64, 8), (32, 64, 8), (32, 64, 4), (16, 64, 4)),
     256: ((32, 128, 8), (32, 64, 8), (16, 64, 8), (32, 32, 8), (16, 32, 8)),
     512: ((16, 32, 8), (16, 16, 8)),
 }
 DQ = {
+    32: ((128, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (64, 32, 4)),
     64: ((128, 64, 8), (64, 64, 4), (64, 32, 4)),
     128: ((128, 64, 8), (128, 32, 8), (64, 64, 8), (64, 64, 4), (64, 32, 4)),
     256: ((64, 64, 8), (64, 32, 8), (32, 32, 8), (32, 16, 8), (32, 32, 4)),
     512: ((32, 16, 8), (16, 16, 8)),
 }
-DBIAS = {128: ((64, 64, 4), (64, 32, 4)), 512: ((64, 32, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8))}
+DBIAS = {
+    32: ((128, 128, 4), (64, 64, 4)),
+    128: ((64, 64, 4), (64, 32, 4)),
+    512: ((64, 32, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8)),
+}
 # One product of a tile is BLOCK_M * BLOCK_N * D / threads multiply-adds a thread, every one an instruction.
 SINGLE = {64: ((64, 32, 4), (32, 32, 4)), 128: ((32, 32, 4),), 256: ((32, 16, 4),), 512: ((16, 16, 4),)}
-SWEPT = (64, 128, 256)  # half-precision head dims whose candidates are compiled and compared
+SWEPT = (16, 32, 64, 128, 256)  # half-precision head dims whose candidates are compiled and compared
 UNPROVEN = {"validated": False, "result": None}  # until a GPU has timed it
 OTHER_WARPS = 0.5  # of a lone program's softmax, hidden behind the products of its other warps where they are mma.sync
 L2_BYTES_PER_CLOCK = 32  # that one multiprocessor draws from the L2 cache when all of them do
@@ -93,7 +100,7 @@ class Choice:
         found = []
         for m, n, warps in sizes[min(x for x in sizes if x >= self.d)]:
             most = self._stages(m, n, DEVICES[self.arch].shared_per_program)
-            found.append(Config(m, n, warps, most))
+            found += [Config(m, n, warps, x) for x in {most, 1 if self.d <= 32 else most}]
             if self.kernel == "dkdv" and self.d == 256:
                 found.append(replace(found[-1], split=True))
             # Where the assembler decides what to hide behind a product, its choice may turn on any detail.
@@ -257,7 +264,7 @@ def main() -> int:
         store(rich, tables)
     for choice in choices:
         if choice not in swept:
-            tables[choice.arch][choice.key] = derived(choice, tables[choice.arch])
+            tables[choice.arch][choice.key] = smallest(choice)
     for arch in {x.arch for x in choices}:
         save(arch, tables[arch])
     for choice in swept:
@@ -281,14 +288,8 @@ def store(choices: list[Choice], tables: dict[str, dict[str, Any]]) -> None:
         tables[choice.arch][choice.key] = config.to_row() | UNPROVEN
 
 
-def derived(choice: Choice, rows: dict[str, Any]) -> dict[str, Any]:
-    """Small half-precision heads take the tile of 64; larger and float32 ones, ungated, the smallest."""
-    if choice.kind == "half" and choice.d < min(SWEPT):
-        row = dict(rows[replace(choice, d=min(SWEPT)).key])
-        if choice.d == 16 and row["num_warps"] > 4:
-            # Rows of 32 bytes: a tile of 64 rows gives 128 threads, and no more, 16 bytes each.
-            row |= max((x for x in choice.candidates() if x.num_warps == 4), key=lambda x: x.BLOCK_M).to_row()
-        return row
+def smallest(choice: Choice) -> dict[str, Any]:
+    """For the largest heads and float32, which no gate speaks of."""
     return choice.candidates()[-1].to_row() | UNPROVEN
 
 

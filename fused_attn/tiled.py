@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import state
-from .spec import HALF, Problem, Span, philox
+from .spec import HALF, Problem, philox
 from .tiles import Share, Tile, bounded_per_row, part, row_tiles, seen, shares
 
 EVERYTHING = slice(None)
@@ -272,7 +272,7 @@ class _Gradients:
         # Each entry of a dense bias gets one term, which is written there; and that is most of the call's memory.
         self.dense_bias = "bias" in needs and p.bias.shape == p.shape
         if self.dense_bias:
-            self.whole["bias"] = torch.empty_like(p.bias) if p.span == Span() else torch.zeros_like(p.bias)
+            self.whole["bias"] = (torch.empty_like if p.span.unbounded else torch.zeros_like)(p.bias)
         self.sums = {
             name: torch.zeros_like(x, dtype=dtype)
             for name, x in p.tensors().items()

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import fused_attn
+from bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS = ROOT / "fused_attn", ROOT / "kernels"
@@ -311,6 +312,11 @@ COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.spl
 def test_readme_begins_with_the_two_commands() -> None:
     assert [shlex.split(line, comments=True) for line in COMMANDS[:2]] == [["make", "demo"], ["make", "test"]]
     assert {kind for kind, _ in BLOCKS} <= {"sh", "python", "text"}
+
+
+def test_readme_figures_are_the_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert report.rewritten(text) == text, "run python -m bench.report"
 
 
 def test_readme_python(tmp_path: Path) -> None:

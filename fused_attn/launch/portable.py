@@ -43,10 +43,15 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_not(p: Problem) -> list[str]:
     """Every reason why these kernels cannot run p."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         reasons.append("triton is not installed")
     device = p.q.device
     if device.type == "cpu":
