@@ -45,7 +45,8 @@ def plain() -> str:
     result = _cpu()
     found = {(x["length"], x["name"], x["direction"]): x for x in result["plain"]}
     columns = [(name, direction) for name in ("full", "causal") for direction in DIRECTIONS]
-    rows = [[str(n), *(_ratio(found[n, *c]) for c in columns)] for n in sorted({x["length"] for x in result["plain"]})]
+    lengths = sorted({x["length"] for x in result["plain"]})
+    rows = [[str(n), *(_ratio(found[(n, *c)]) for c in columns)] for n in lengths]
     return f"{table(['length', *map(', '.join, columns)], rows)}\n\n{_machine(result, 'plain')}."
 
 

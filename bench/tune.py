@@ -100,7 +100,7 @@ class Choice:
         found = []
         for m, n, warps in sizes[min(x for x in sizes if x >= self.d)]:
             most = self._stages(m, n, DEVICES[self.arch].shared_per_program)
-            found += [Config(m, n, warps, x) for x in {most, 1 if self.d <= 32 else most}]
+            found += [Config(m, n, warps, x) for x in sorted({most, 1 if self.d <= 32 else most})]
             if self.kernel == "dkdv" and self.d == 256:
                 found.append(replace(found[-1], split=True))
             # Where the assembler decides what to hide behind a product, its choice may turn on any detail.
