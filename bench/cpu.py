@@ -4,7 +4,7 @@
     python -m bench.cpu plain modifiers       some parts; the others keep what the file holds
     python -m bench.cpu --quick               small lengths and few rounds, to see that it runs
 
-    plain         the public call against F.scaled_dot_product_attention
+    plain         the public call against F.scaled_dot_product_attention, on 4096 tokens
     modifiers     each modifier, and a window of 256, against the same in whole matrices
     memory        what one call adds to a process at its peak, by length
     overhead      host time of a call that launches nothing, as a ratio to an empty operator
@@ -23,6 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -33,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 import fused_attn
 from bench import memory
@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "cpu.json"
 HEADS, DIM = 8, 64
 WINDOW = 256
+TOKENS = 4096  # of a plain call, in as many sequences as their length allows
 
 Call = Callable[[], Any]
 Entry = dict[str, Any]
@@ -93,13 +94,14 @@ def _lines(path: str) -> list[str]:
 
 def interleave(ours: Call, peer: Call, size: Size) -> Entry:
     """Both in turn, rounds times. Seconds a call, and the median over rounds of how much faster ours is."""
-    timers = {name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in
-              (("ours", ours), ("peer", peer))}  # fmt: skip
-    number = {name: max(1, round(size.seconds / timer.timeit(1).median)) for name, timer in timers.items()}
-    samples: dict[str, list[float]] = {name: [] for name in timers}
+    calls = {"ours": ours, "peer": peer}
+    for call in calls.values():
+        call()
+    number = {name: max(1, round(size.seconds / timeit.timeit(call, number=1))) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(size.rounds):
-        for name in timers if i % 2 else reversed(timers):
-            samples[name].append(timers[name].timeit(number[name]).median)
+        for name in calls if i % 2 else reversed(calls):
+            samples[name].append(timeit.timeit(calls[name], number=number[name]) / number[name])
     ratios = [b / a for a, b in zip(samples["ours"], samples["peer"], strict=True)]
     return {
         "ratio": statistics.median(ratios),
@@ -116,9 +118,9 @@ def _quantiles(x: list[float]) -> list[float]:
     return [deciles[0], deciles[-1]]
 
 
-def _tensors(length: int) -> list[Tensor]:
+def _tensors(length: int, batch: int = 1) -> list[Tensor]:
     """q, k, v that want gradients, and a cotangent, drawn anew."""
-    q, k, v, dout = (torch.randn(1, HEADS, length, DIM) for _ in range(4))
+    q, k, v, dout = (torch.randn(batch, HEADS, length, DIM) for _ in range(4))
     return [*(x.requires_grad_() for x in (q, k, v)), dout]
 
 
@@ -138,8 +140,9 @@ def _directions(ours: Call, peer: Call, leaves: list[Tensor], dout: Tensor) -> d
 def plain(size: Size, tick: Call) -> list[Entry]:
     entries = []
     for length in size.plain:
+        batch = max(1, TOKENS // length)
         for causal in (False, True):
-            q, k, v, dout = _tensors(length)
+            q, k, v, dout = _tensors(length, batch)
 
             def ours(q: Tensor = q, k: Tensor = k, v: Tensor = v, causal: bool = causal) -> Tensor:
                 return fused_attn.attention(q, k, v, causal=causal)
@@ -150,7 +153,12 @@ def plain(size: Size, tick: Call) -> list[Entry]:
             torch.testing.assert_close(ours(), peer())
             backend = fused_attn.explain(q, k, v, causal=causal).backend
             for direction, pair in _directions(ours, peer, [q, k, v], dout).items():
-                entry = {"name": "causal" if causal else "full", "length": length, "direction": direction}
+                entry = {
+                    "name": "causal" if causal else "full",
+                    "batch": batch,
+                    "length": length,
+                    "direction": direction,
+                }
                 entries.append(entry | {"backend": backend, "peer": "F.sdpa"} | interleave(*pair, size))
                 tick()
     return entries

@@ -84,12 +84,20 @@ def finite(p: Problem) -> bool:
     |q . k| is at most the product of the norms. They overflow a little early, which costs a detour and never an answer.
     """
     with torch.no_grad():
-        q, k, v = (torch.linalg.vector_norm(x, dtype=torch.float32).item() for x in (p.q, p.k, p.v))
-    return q * k * p.scale + v < torch.finfo(torch.float32).max
+        q, k, v = map(_norm, (p.q, p.k, p.v))
+    return q * k * float(p.scale) + v < torch.finfo(torch.float32).max
+
+
+def _norm(x: Tensor) -> float:
+    """Euclidean; infinite where the squares overflow."""
+    if x.dtype == torch.float32 and x.is_contiguous():
+        flat = x.view(-1)
+        return math.sqrt(torch.dot(flat, flat))  # half the time of what follows
+    return torch.linalg.vector_norm(x, dtype=torch.float32).item()
 
 
 def attention(p: Problem) -> tuple[Tensor, None]:
     """out by torch's op, differentiable once by its own backward; it returns no log-sum-exp."""
     scale: Any = p.scale  # a number: why_not refuses tensors
     out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=not _full(p), scale=scale, enable_gqa=p.group > 1)
-    return p.in_order(out), None
+    return out if out.stride() == p.q.stride() else p.in_order(out), None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .spec import Problem, Span
 
-ROWS, KEYS = 128, 512
+ROWS, KEYS = (128, 512), 512  # at least and at most as many rows, of every head of a group together
 
 
 class Tile(NamedTuple):
@@ -76,7 +76,7 @@ def row_tiles(span: Span, m: int, n: int, group: int) -> list[Tile]:
         return []
     begin = 0 if right is None else max(0, -right)
     end = m if left is None else min(m, n - left)
-    tiles, size = [], _rows(m, group)
+    tiles, size = [], _rows(span, m, n, group)
     for start in range(begin, end, size):
         stop = min(start + size, end)
         first, full_from = (0, 0) if left is None else (max(0, start + left), max(0, stop - 1 + left))
@@ -86,8 +86,11 @@ def row_tiles(span: Span, m: int, n: int, group: int) -> list[Tile]:
     return tiles
 
 
-def _rows(m: int, group: int) -> int:
-    return max(1, min(m, max(16, ROWS // group)))
+def _rows(span: Span, m: int, n: int, group: int) -> int:
+    """More rows fill the products better, and waste more where a row's keys begin or end: a quarter of what it sees."""
+    seen = n if span.left is None or span.right is None else min(n, span.right - span.left + 1)
+    least, most = ROWS
+    return max(1, min(m, max(16, max(least, min(most, seen // 4)) // group)))
 
 
 def _tiles_by_batch(p: Problem) -> list[list[Tile]]:
@@ -112,8 +115,8 @@ def _tiles_by_batch(p: Problem) -> list[list[Tile]]:
 
 
 def _elements(device: torch.device) -> int:
-    """How many scores to hold at once: about a core's cache for each thread, or enough to fill an accelerator."""
-    return 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**24
+    """How many scores to hold at once: a few MiB of cache for each thread, or enough to fill an accelerator."""
+    return 2**19 * torch.get_num_threads() if device.type == "cpu" else 2**24
 
 
 def shares(p: Problem) -> Iterator[Share]:
@@ -122,7 +125,7 @@ def shares(p: Problem) -> Iterator[Share]:
     kv_heads = p.k.shape[1]
     if p.empty:
         return
-    heads = max(1, _elements(p.q.device) // (p.group * _rows(m, p.group) * min(n, KEYS)))
+    heads = max(1, _elements(p.q.device) // (p.group * _rows(p.span, m, n, p.group) * min(n, KEYS)))
     per_head, tiles = min(kv_heads, heads), _tiles_by_batch(p)
     # Lists of tiles that differ between batches are walked one batch at a time, so that each skips its own.
     per_batch = max(1, min(b, heads // kv_heads)) if len(tiles) == 1 else 1
