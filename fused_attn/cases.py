@@ -235,6 +235,10 @@ MASKS: dict[str, Callable[[Case, Draw, Any], Mask | Tensor]] = {
     "segments_cross": lambda c, draw, dev: Mask.segments(
         _ids(c, c.m, 0.2, 0.5, 0.8).to(dev), (_ids(c, c.sizes()["n"], 0.6, 0.6, 0.9) + 1).to(dev)
     ),
+    # Keys of segment 1, which no query has, lie between those that a tile of rows does see.
+    "segments_gap": lambda c, draw, dev: Mask.segments(
+        (2 * _ids(c, c.m, 0.5)).to(dev), _ids(c, c.sizes()["n"], 0.3, 0.6).to(dev)
+    ),
     "causal": lambda c, draw, dev: Mask.causal(c.alignment),
     "window": lambda c, draw, dev: Mask.window(40, 7, c.alignment),
     "some_rows": _some_rows,
@@ -251,6 +255,7 @@ MEMORIES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
     "gaps": ((0, 1, 2, 3), 8, 1, 0, 48),
     "corrupt": ((0, 1, 2, 3), 8, 1, 0, 2**33 + 3),
     "unaligned": ((0, 1, 2, 3), 3, 1, 1, 3),
+    "odd_rows": ((0, 1, 2, 3), 3, 1, 0, 3),  # an aligned base, and rows that are not
     "strided": ((0, 1, 2, 3), 1, 2, 0, 3),
     "bshd": ((0, 2, 1, 3), 8, 1, 0, 48),
     "transposed": ((0, 1, 3, 2), 8, 1, 0, 48),
@@ -453,6 +458,7 @@ CASES: dict[str, Case] = _table(
     _case("prefix_wide", b=2, hq=1, m=63, n=113, masks=("prefix",), alignment="bottom_right"),
     _case("segments", "core", b=2, hq=1, masks=("segments",)),
     _case("segments_cross", b=2, hq=1, m=113, n=97, masks=("segments_cross",), return_lse=True, unseen_nan=True),
+    _case("segments_gap", b=2, hq=1, masks=("segments_gap",), unseen_nan=True),
     _case("segments_causal", b=2, hq=1, masks=("segments", "causal")),
     _case("segments_window_tensor", b=2, hq=1, masks=("segments", "window", "random_bhmn")),
     _case("lengths_tensor", b=2, hq=1, masks=("random_n", "lengths"), unseen_nan=True),
@@ -506,7 +512,8 @@ CASES: dict[str, Case] = _table(
     # memory
     _case("layout_bshd", "core half", b=2, layout="bshd", memory="bshd", m=63),
     _case("layout_bshd_gaps", b=2, layout="bshd", m=63, n=97, hq=4, hkv=2),
-    *_family("memory", "memory", ("bshd", "unaligned", "strided", "transposed", "packed"), "half", b=2, m=63),
+    *_family("memory", "memory", ("bshd", "unaligned", "odd_rows", "strided", "transposed", "packed"), "half",
+             b=2, m=63),
     _case("memory_corrupt", b=1, hq=1, m=63, memory="corrupt"),
     _case("memory_corrupt_ones", "core", b=1, hq=1, m=1, n=65, memory="corrupt", bias="1hmn", masks=("random_1hmn",)),
     _case("memory_expanded_heads", b=2, memory="expanded_heads", m=63, n=97),

@@ -277,7 +277,7 @@ def test_line_15_expanded_keys(backend: str, memory: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("memory", ("unaligned", "strided", "transposed", "corrupt"))
+@pytest.mark.parametrize("memory", ("unaligned", "odd_rows", "strided", "transposed", "corrupt"))
 @pytest.mark.parametrize("d", (16, 40))
 def test_line_17_unaligned(backend: str, memory: str, d: int, guarded: list) -> None:
     """Line 17: an unaligned base or stride, and no store past the inner extent."""
