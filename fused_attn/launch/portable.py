@@ -15,6 +15,7 @@ from ..spec import HALF, Problem
 from ..tuning import Config, architecture, config
 from ..tuning.select import SHARED, padded
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 512
 CACHE = 32 * 2**20  # bytes of keys and values that heads in flight together may hold
 
@@ -43,15 +44,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def why_not(p: Problem) -> list[str]:
     """Every reason why these kernels cannot run p."""
     reasons = []
-    if not _installed():
+    if not INSTALLED:
         reasons.append("triton is not installed")
     device = p.q.device
     if device.type == "cpu":
