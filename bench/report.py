@@ -80,8 +80,8 @@ def host() -> str:
     rows = [[name, f"{overhead['microseconds'][name]:.0f}", f"{x:.1f}"] for name, x in overhead["ratios"].items()]
     counts = ", ".join(f"{name} {x['unseen lengths']}" for name, x in compiled["kinds"].items())
     return (
-        f"{table(['host time of a call', 'µs', '÷ an empty operator'], rows)}\n\n"
-        f"Kernels compiled over {compiled['lengths']} unseen lengths: {counts}. {_machine(result, 'overhead')}."
+        f"{table(['host time of a call', 'µs', '÷ an empty operator'], rows)}\n\n{_machine(result, 'overhead')}.\n\n"
+        f"Kernels compiled over {compiled['lengths']} unseen lengths: {counts}. {_machine(result, 'compilations')}."
     )
 
 
