@@ -25,7 +25,9 @@ from torch import Tensor
 
 import fused_attn
 from bench import providers
-from bench.providers import Provider, Sample, ours
+from bench.clock import gradients
+from bench.providers import Provider, ours
+from bench.samples import Sample, sized
 from fused_attn import testing, tuning
 from fused_attn.launch import portable
 from fused_attn.testing import CASES, Case
@@ -67,7 +69,8 @@ class Setting:
 
     def sample(self, d: int, length: int, causal: bool) -> Sample:
         heads = max(1, self.width // d)
-        return Sample.draw((max(1, self.tokens // length), heads, length, d), causal, self.half, self.device)
+        case = sized("causal" if causal else "plain", max(1, self.tokens // length), heads, length, d)
+        return Sample.draw(case, self.half, self.device, scores=0)  # of which one head of one batch is judged
 
 
 TINY = Setting(
@@ -231,7 +234,7 @@ class Overlap:
         for mask, causal in (("full", False), ("causal", True)):
             x = s.sample(d, s.lengths[0], causal)
             for provider in pair:
-                verify(provider, x, f"{provider.name} {kernel} {d} {mask}")
+                verify(provider, x)
             found[mask] = compared(pair, x, s, (direction,), [p.name for p in pair])
             old, new = (found[mask]["providers"][p.name][direction] for p in pair)
             ratios.append(old["ms"] / new["ms"])
@@ -262,7 +265,7 @@ class Costs:
     def measure(self, s: Setting, checked: dict[str, Any], d: int, length: int = 0) -> dict[str, Any]:
         if length:
             x = replace(s, tokens=length).sample(d, length, False)
-            inputs = sum(t.untyped_storage().nbytes() for t in (x.q, x.k, x.v, x.dout))
+            inputs = sum(t.untyped_storage().nbytes() for t in (*x.leaves, *x.cotangents))
             _, found = providers.start(ours(), x, s.device)
             if any("refused" in found[direction] for direction in providers.DIRECTIONS):
                 raise RuntimeError(f"ours did not run: {found}")
@@ -324,13 +327,13 @@ class Timing:
         x, refused = s.sample(d, length, causal), checked["refused"]
         right = {}
         for name in providers.OURS:
-            if not fused_attn.explain(x.q, x.k, x.v, causal=causal, backend=name).reasons:
-                right[name] = verify(ours(name), x, f"{name} d{d} {length}")
+            if not fused_attn.explain(*x.inputs.qkv, causal=causal, backend=name).reasons:
+                right[name] = verify(ours(name), x)
         willing = [p for p in providers.PROVIDERS if p.name not in refused or p.name in right]
         found = compared(willing, x, s, providers.DIRECTIONS, list(right))
         for name in refused.keys() - right.keys():
             found["providers"][name] = {direction: {"refused": refused[name]} for direction in providers.DIRECTIONS}
-        return found | {"rows": right, "shape": list(x.q.shape)}
+        return found | {"rows": right, "shape": list(x.problem.q.shape)}
 
 
 PARTS: dict[str, Any] = {
@@ -381,17 +384,11 @@ def bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def verify(provider: Provider, x: Sample, label: str) -> dict[str, Any]:
+def verify(provider: Provider, x: Sample) -> dict[str, Any]:
     """Hold one head of the very tensors that are timed to the tolerance rule, forward and backward."""
     with provider.scope():
         out = provider.bind(x)()
-        found = {"out": out, **dict(zip("qkv", x.gradients(out), strict=True))}
-    last = {name: t.detach()[-1:, -1:].contiguous() for name, t in (("q", x.q), ("k", x.k), ("v", x.v))}
-    case = Case(label, hq=1, m=x.q.shape[2], d=x.q.shape[3], causal=x.causal)
-    leaves = {name: t.clone().requires_grad_() for name, t in last.items()}
-    inputs = testing.Inputs(case, leaves, {"causal": x.causal}, last, x.dout[-1:, -1:], None)
-    got = {name: t.detach()[-1:, -1:] for name, t in found.items()}
-    return {name: asdict(row) for name, row in testing.compare(inputs, got, testing.expect(inputs), label).items()}
+        return x.judge(out, gradients(out, x.leaves, x.cotangents, retain=False))
 
 
 @contextlib.contextmanager

@@ -1,15 +1,13 @@
 """Ours and its peers as uniform callables, and what they cost: milliseconds, TFLOP/s, memory.
 
-A provider binds one sample and is then called without arguments; autograd gives the backward of every one. By the
-field's convention the forward of B, H, S, D takes 4 B H S S D floating-point operations, half of them when causal, and
-the backward 2.5 times as many.
+A provider binds one sample and is then called without arguments; autograd gives the backward of every one. What it does
+not have it refuses with NotImplementedError, before any time is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,45 +19,40 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_attn
+from bench.clock import directed, milliseconds
+from bench.samples import Sample
 from fused_attn import tuning
+from fused_attn.spec import Problem
 
 OURS = ("triton", "hopper")
 REASON_LENGTH = 400
+DIRECTIONS = ("forward", "backward")
+
+Call = Callable[[], Any]  # out, or (out, lse) where the case returns it
 
 
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One problem on the device: fresh random q, k, v (B, H, S, D) that want gradients, and a cotangent."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    causal: bool
-
-    @classmethod
-    def draw(cls, shape: tuple[int, int, int, int], causal: bool, dtype: torch.dtype, device: str) -> Sample:
-        q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
-        return cls(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, causal)
-
-    def flops(self, direction: str) -> float:
-        b, h, s, d = self.q.shape
-        return 4.0 * b * h * s * s * d * (0.5 if self.causal else 1.0) * (2.5 if direction == "backward" else 1.0)
-
-    def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, (self.q, self.k, self.v), self.dout, retain_graph=True)
-
-
-Call = Callable[[], Tensor]
+def _whole(x: Sample) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Provider:
-    """bind makes the callable of one sample; scope is entered around every call of it and of its backward."""
+    """bind makes the callable of one sample; scope is entered around every call of it and of its backward.
+
+    no_backward says why there is no backward of a sample, if so. An inexact provider approximates by design: its error
+    is recorded and not judged. `ours` are the ones whose crash is a fault of this project.
+    """
 
     name: str
     bind: Callable[[Sample], Call]
     scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    no_backward: Callable[[Sample], str | None] = _whole
+    config: Callable[[Sample], str] = lambda x: ""
+    inexact: bool = False
+    ours: bool = False
+
+
+# -------------------------------------------------------------------------------------------------------------- ours
 
 
 @contextlib.contextmanager
@@ -72,49 +65,175 @@ def pinned(configs: dict[str, tuning.Config]) -> Iterator[None]:
         yield
 
 
-def ours(backend: str = "triton", name: str = "", configs: dict[str, tuning.Config] | None = None) -> Provider:
-    """The public call; configs pins kernels' configurations."""
+def ours(backend: str | None = "triton", name: str = "", configs: dict[str, tuning.Config] | None = None) -> Provider:
+    """The public call; configs pins kernels' configurations, backend None leaves the choice to the package."""
 
     def bind(x: Sample) -> Call:
-        return lambda: fused_attn.attention(x.q, x.k, x.v, causal=x.causal, backend=backend)  # type: ignore[return-value]
+        return lambda: fused_attn.attention(*x.inputs.qkv, **x.inputs.kwargs, backend=backend)
 
-    return Provider(name or backend, bind, (lambda: pinned(configs)) if configs else contextlib.nullcontext)
+    def config(x: Sample) -> str:
+        chosen = fused_attn.explain(*x.inputs.qkv, **x.inputs.kwargs, backend=backend).backend
+        return chosen if backend is None and chosen else ""
+
+    scope = (lambda: pinned(configs)) if configs else contextlib.nullcontext
+    return Provider(name or backend or "fused_attn", bind, scope, config=config, ours=True)
 
 
-def _sdpa(name: str, backend: SDPBackend) -> Provider:
+# ------------------------------------------------------------------------------------------------------------- peers
+
+
+def refuse(x: Sample, who: str, *lacking: str) -> None:
+    """Raise where a sample has what a peer lacks; lacking are names of the table below."""
+    p = x.problem
+    there = {
+        "softcap": p.softcap is not None,
+        "bias": p.bias is not None,
+        "ALiBi": p.slopes is not None,
+        "sink": p.sink is not None,
+        "tensor mask": p.mask is not None,
+        "interval mask": x.span == "other",
+        "tensor scale": isinstance(p.scale, Tensor),
+        "dropout": p.dropout is not None,
+        "log-sum-exp to return": p.return_lse,
+        "grouped heads": p.group > 1,
+    }
+    if found := [name for name in lacking if there[name]]:
+        raise NotImplementedError(f"{who} has no {', no '.join(found)}")
+
+
+def allowed(p: Problem) -> Tensor | None:
+    """Intervals and tensor mask as one bool matrix, None where every key is seen."""
+    if p.span.unbounded:
+        return p.mask
+    rows, cols = (torch.arange(n, device=p.q.device) for n in p.shape[2:])
+    grid = p.span.materialize(rows, cols, p.shape[3])
+    return grid if p.mask is None else grid & p.mask
+
+
+def _sdpa(name: str, backend: SDPBackend | None) -> Provider:
+    """torch's function by one of its kernels, or by the one it picks itself."""
+
     def bind(x: Sample) -> Call:
-        return lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=x.causal)
+        refuse(x, "torch's function", "softcap", "ALiBi", "sink", "tensor scale", "log-sum-exp to return")
+        p, causal = x.problem, x.span == "causal" and x.problem.mask is None and x.problem.bias is None
+        mask = None if causal else allowed(p)
+        if p.bias is not None and mask is not None:
+            raise NotImplementedError("torch's function takes a bias or a mask, not both")
+        words: dict[str, Any] = {"scale": p.scale, "is_causal": causal, "enable_gqa": p.group > 1}
+        words |= {"attn_mask": mask if p.bias is None else p.bias, "dropout_p": x.case.dropout_p}
+        return lambda: F.scaled_dot_product_attention(p.q, p.k, p.v, **words)
 
-    return Provider(name, bind, lambda: sdpa_kernel(backend))
+    return Provider(name, bind, contextlib.nullcontext if backend is None else lambda: sdpa_kernel(backend))
 
 
 def _naive(x: Sample) -> Call:
-    s, scale = x.q.shape[2], x.q.shape[3] ** -0.5
-    hidden = torch.ones(s, s, dtype=torch.bool, device=x.q.device).triu(1) if x.causal else None
+    """Attention as it is first written: the whole score matrix, a line for each modifier, torch's softmax.
 
-    def call() -> Tensor:
-        scores = x.q @ x.k.mT * scale
-        return torch.softmax(scores if hidden is None else scores.masked_fill(hidden, -torch.inf), -1) @ x.v
+    What does not depend on the numbers is made beforehand: who may see whom, and how far apart they are.
+    """
+    p, (m, n) = x.problem, x.problem.shape[2:]
+    seen = allowed(p)
+    hidden = None if seen is None else ~seen
+    scale = p.scale.view(-1, 1, 1) if isinstance(p.scale, Tensor) else p.scale
+    if p.slopes is not None:
+        i, j = (torch.arange(size, device=p.q.device) for size in (m, n))
+        distance = (i[:, None] + p.offset - j).abs().to(p.q.dtype)
+
+    def call() -> Any:
+        k, v = (t if p.group == 1 else t.repeat_interleave(p.group, 1) for t in (p.k, p.v))
+        s = p.q @ k.mT * scale
+        if p.softcap is not None:
+            s = p.softcap * torch.tanh(s / p.softcap)
+        if p.bias is not None:
+            s = s + p.bias
+        if p.slopes is not None:
+            s = s - p.slopes[..., None, None] * distance
+        if hidden is not None:
+            s = s.masked_fill(hidden, -torch.inf)
+        if p.sink is not None:
+            s = torch.cat([s, p.sink[:, None, None].expand(*s.shape[:-1], 1)], -1)
+        weights = torch.softmax(s, -1)
+        if p.sink is not None:
+            weights = weights[..., :-1]
+        if x.case.dropout_p:
+            weights = torch.dropout(weights, x.case.dropout_p, True)
+        out = weights @ v
+        return (out, torch.logsumexp(s.float(), -1)) if p.return_lse else out
 
     return call
 
 
 def _flex(x: Sample) -> Call:
-    if x.q.device.type == "cpu":
-        raise NotImplementedError("compiled FlexAttention has no backward on the CPU")
+    refuse(x, "FlexAttention", "sink", "dropout", "log-sum-exp to return")
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     config.donated_buffer = False  # donated buffers forbid the retain_graph with which the backward is timed
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    s = x.q.shape[2]
-    block_mask = create_block_mask(_earlier, None, None, s, s, device=x.q.device) if x.causal else None
-    return lambda: compiled(x.q, x.k, x.v, block_mask=block_mask)
+    p, (m, n) = x.problem, x.problem.shape[2:]
+    if _no_flex_backward(x):  # then it refuses tensors that want a gradient, even where none is recorded
+        p = p.replace(**{name: t.detach() for name, t in p.tensors().items()})
+    seen = _flex_mask(p)
+    shape = [1 if p.mask is None else p.mask.shape[d] for d in (0, 1)]
+    shape[0] = max(shape[0], *(1 if t is None else t.shape[0] for t in (p.span.lo, p.span.hi)))
+    block_mask = create_block_mask(seen, *(s if s > 1 else None for s in shape), m, n, p.q.device) if seen else None
+    words: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": p.group > 1}
+    words["scale"] = 1.0 if isinstance(p.scale, Tensor) else p.scale
+    score = _flex_score(p)
+    return lambda: compiled(p.q, p.k, p.v, score_mod=score, **words)
 
 
-def _earlier(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return i >= j
+def _flex_score(p: Problem) -> Callable | None:
+    """What FlexAttention does to a score, None where nothing."""
+    scale, cap, bias, slopes = (x if isinstance(x, Tensor) else None for x in (p.scale, p.softcap, p.bias, p.slopes))
+    cap = p.softcap if cap is None else cap
+    if all(x is None for x in (scale, cap, bias, slopes)):
+        return None
+    scale = scale if scale is None or scale.ndim else scale.expand(p.q.shape[1])
+    strides = None if bias is None else [int(size > 1) for size in bias.shape]
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if scale is not None:
+            s = s * scale[h]
+        if cap is not None:
+            s = cap * torch.tanh(s / cap)
+        if bias is not None:
+            s = s + bias[b * strides[0], h * strides[1], i * strides[2], j * strides[3]]
+        if slopes is not None:
+            s = s - (slopes[h] if slopes.ndim == 1 else slopes[b, h]) * (i + p.offset - j).abs()
+        return s
+
+    return score
+
+
+def _flex_mask(p: Problem) -> Callable | None:
+    """Who may see whom, None where all may see all."""
+    span, mask = p.span, p.mask
+    if span.unbounded and mask is None:
+        return None
+    left, right, lo, hi = span.left, span.right, span.lo, span.hi
+    strides = None if mask is None else [int(size > 1) for size in mask.shape]
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        yes = j >= 0
+        if left is not None:
+            yes = yes & (j >= i + left)
+        if right is not None:
+            yes = yes & (j <= i + right)
+        if lo is not None:
+            yes = yes & (j >= lo[b if lo.shape[0] > 1 else 0, i])
+        if hi is not None:
+            yes = yes & (j < hi[b if hi.shape[0] > 1 else 0, i])
+        if mask is not None:
+            yes = yes & mask[b * strides[0], h * strides[1], i * strides[2], j * strides[3]]
+        return yes
+
+    return seen
+
+
+def _no_flex_backward(x: Sample) -> str | None:
+    return "compiled FlexAttention has no backward on the CPU" if x.problem.q.device.type == "cpu" else None
 
 
 PROVIDERS = (
@@ -123,28 +242,14 @@ PROVIDERS = (
     _sdpa("flash", SDPBackend.FLASH_ATTENTION),
     _sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION),
     _sdpa("math", SDPBackend.MATH),
-    Provider("flex", _flex),
+    Provider("flex", _flex, no_backward=_no_flex_backward),
     Provider("naive", _naive),
 )
+TORCH = _sdpa("torch", None)
 COMPILED = tuple(x for x in PROVIDERS if x.name in (*OURS, "flex"))
-DIRECTIONS = ("forward", "backward")
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
-
-
-def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """The median of one round: by device events with a cold L2 cache, or by the wall clock on the CPU."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(call, warmup=5, rep=20, return_mode="median")
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int | None]:
@@ -163,67 +268,113 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int | None]:
 
 def reason(error: Exception, noticed: list[warnings.WarningMessage]) -> str:
     """Why a provider cannot run: torch tells half of it as warnings."""
-    words = [f"{type(error).__name__}: {error}", *(str(w.message) for w in noticed)]
-    return " | ".join(" ".join(x.split()) for x in words)[:REASON_LENGTH]
+    words = [f"{type(error).__name__}: {error}"]
+    if not isinstance(error, NotImplementedError):
+        words += [str(w.message) for w in noticed if issubclass(w.category, UserWarning)]
+    return " | ".join(dict.fromkeys(" ".join(x.split()) for x in words))[:REASON_LENGTH]
 
 
-def start(provider: Provider, x: Sample, device: str) -> tuple[Call | None, dict[str, Any]]:
-    """Run a provider's forward and backward once. (its callable or None, peak memory or a reason by direction)."""
-    found: dict[str, Any] = {}
-    call, direction = None, "forward"
+@dataclass
+class Started:
+    """A provider that has run once: its callable (None where even that failed), what came out, and by direction its
+    peak memory or why it is refused. error is what a refusal came from."""
+
+    call: Call | None
+    found: dict[str, dict[str, Any]]
+    result: Any = None
+    grads: tuple[Tensor, ...] = ()
+    error: Exception | None = None
+
+
+def run_once(provider: Provider, x: Sample, device: str) -> Started:
+    """A provider's forward as inference runs it, then its forward and backward."""
+    started = Started(None, {})
+    found, direction = started.found, "forward"
     with warnings.catch_warnings(record=True) as noticed, provider.scope():
         warnings.simplefilter("always")
         try:
             call = provider.bind(x)
-            out, peak = peak_bytes(call, device)
+            started.result, peak = peak_bytes(torch.no_grad()(call), device)
             found["forward"] = {"peak_bytes": peak}
-            direction = "backward"
-            found["backward"] = {"peak_bytes": peak_bytes(lambda: x.gradients(out), device)[1]}
+            started.call, direction = call, "backward"
+            if why := provider.no_backward(x):
+                raise NotImplementedError(why)
+            started.result = call()
+            run = directed("backward", lambda: started.result, x.leaves, x.cotangents)
+            started.grads, peak = peak_bytes(run, device)
+            found["backward"] = {"peak_bytes": peak}
+            found["forward+backward"] = {}
         except Exception as error:
+            started.error = error
             found[direction] = {"refused": reason(error, noticed)}
-            found.setdefault("backward", found[direction])
-    return (call if "refused" not in found["forward"] else None), found
+    for later in ("backward", "forward+backward"):
+        found.setdefault(later, found.get("backward") or found["forward"])
+    return started
+
+
+def start(provider: Provider, x: Sample, device: str) -> tuple[Call | None, dict[str, Any]]:
+    """Run a provider once. (its callable or None, peak memory or a reason by direction)."""
+    started = run_once(provider, x, device)
+    return started.call, started.found
 
 
 def compare(
     providers: list[Provider], x: Sample, device: str, rounds: int, directions: tuple[str, ...], matmul: int
 ) -> dict[str, Any]:
     """Every provider's milliseconds on one sample, all rounds interleaved, and the matmul beside them."""
-    a, b = (torch.randn(matmul, matmul, dtype=x.q.dtype, device=device) for _ in range(2))
-    ceiling: list[float] = []
-    found, calls = {}, {}
+    calls, found = {}, {}
     for provider in providers:
-        call, found[provider.name] = start(provider, x, device)
+        calls[provider], found[provider.name] = start(provider, x, device)
         release(device)
-        if call is not None:
-            calls[provider] = call
-    for direction in directions:
-        for _ in range(rounds):
-            ceiling.append(milliseconds(lambda: a @ b, device))
-            for provider, call in calls.items():
+    willing = {provider: call for provider, call in calls.items() if call is not None}
+    return interleave(willing, found, x, Turns(device, rounds, directions, matmul))
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How the providers are timed: in so many rounds of each direction, the CPU's of `least` calls and `seconds`."""
+
+    device: str
+    rounds: int
+    directions: tuple[str, ...] = DIRECTIONS
+    matmul: int = 8192
+    seconds: float = 0.0
+    least: int = 3
+
+
+def interleave(
+    calls: dict[Provider, Call], found: dict[str, Any], x: Sample, turns: Turns, tick: Callable[[], Any] = bool
+) -> dict[str, Any]:
+    """Samples, medians and TFLOP/s into what `run_once` found of each provider; a round asks all of them in turn."""
+    device, size = turns.device, turns.matmul
+    a, b = (torch.randn(size, size, dtype=x.problem.q.dtype, device=device) for _ in range(2))
+    ceiling: list[float] = []
+    for direction in turns.directions:
+        for turn in range(turns.rounds):
+            ceiling.append(milliseconds(lambda: a @ b, device, turns.seconds, turns.least))
+            for provider in list(calls) if turn % 2 else reversed(calls):
                 entry = found[provider.name][direction]
                 if "refused" not in entry:
-                    one_round(provider, call, x, device, direction, entry)
+                    one_round(provider, calls[provider], x, direction, entry, turns)
                     release(device)
-    for entry in (found[name][direction] for name in found for direction in directions):
-        if "samples_ms" in entry:
-            entry["ms"] = statistics.median(entry["samples_ms"])
-    top = 2e-9 * matmul**3 / statistics.median(ceiling)
-    for name, direction in ((n, d) for n in found for d in directions if "ms" in found[n][d]):
-        tflops = 1e-9 * x.flops(direction) / found[name][direction]["ms"]
-        found[name][direction] |= {"tflops": tflops, "of_matmul": tflops / top}
+            tick()
+    top = 2e-9 * size**3 / statistics.median(ceiling)
+    for name in found:
+        found[name] = {direction: found[name][direction] for direction in turns.directions}
+        for direction, entry in found[name].items():
+            if "samples_ms" in entry:
+                entry["ms"] = statistics.median(entry["samples_ms"])
+                entry["tflops"] = 1e-9 * x.flops(direction) / entry["ms"]
+                entry["of_matmul"] = entry["tflops"] / top
     return {"providers": found, "matmul_tflops": top, "matmul_samples_ms": ceiling}
 
 
-def one_round(provider: Provider, call: Call, x: Sample, device: str, direction: str, entry: dict[str, Any]) -> None:
+def one_round(provider: Provider, call: Call, x: Sample, direction: str, entry: dict[str, Any], turns: Turns) -> None:
     """One more sample for an entry. The graph of one provider may hold the whole score matrix, so it is not kept."""
     try:
         with provider.scope():
-            if direction == "forward":
-                took = milliseconds(call, device)
-            else:
-                out = call()
-                took = milliseconds(lambda: x.gradients(out), device)
+            timed = directed(direction, call, x.leaves, x.cotangents)
+            took = milliseconds(timed, turns.device, turns.seconds, turns.least)
         entry.setdefault("samples_ms", []).append(took)
     except torch.OutOfMemoryError as error:
         entry["refused"] = reason(error, [])

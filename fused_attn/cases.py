@@ -53,7 +53,7 @@ class Case:
     layout: str = "bhsd"
     return_lse: bool = False
     # inputs
-    memory: str = "gaps"  # a key of MEMORIES, or "packed"
+    memory: str = "gaps"  # a key of MEMORIES, "packed", or "dense": what a benchmark draws, on the device, without gaps
     values: str = "gaussian"  # a key of VALUES
     unseen_nan: bool = False  # keys outside every row's interval hold NaN
     float32_parameters: bool = False
@@ -269,10 +269,10 @@ def _place(x: Tensor, memory: str, buffers: list[tuple[Tensor, Tensor]]) -> Tens
     if memory.startswith("expanded"):
         dim = int(memory == "expanded_heads")
         return _place(x.narrow(dim, 0, min(1, x.shape[dim])), "gaps", buffers).expand(x.shape)
+    if x.ndim == 0 or memory == "dense":
+        return x.clone()
     order, gap, step, first, odd = MEMORIES[memory]
     order = order[: x.ndim] if x.ndim == 4 else tuple(range(x.ndim))
-    if x.ndim == 0:
-        return x.clone()
     sizes = [x.shape[i] for i in order]
     padded = [n + (2 if i else 0) for i, n in enumerate(sizes)]
     padded[-1] = (sizes[-1] + gap) * step
@@ -295,12 +295,13 @@ def _place_packed(x: dict[str, Tensor], buffers: list[tuple[Tensor, Tensor]]) ->
 
 
 def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: Any = "cpu", seed: int = 0) -> Inputs:
-    """The tensors and keywords of a case. The numbers do not depend on the device."""
+    """The tensors and keywords of a case. The numbers do not depend on the device, unless the memory is dense."""
     c = CASES[case] if isinstance(case, str) else case
-    generator = torch.Generator().manual_seed(seed)
+    source, around = (device, "dense") if c.memory == "dense" else ("cpu", "gaps")
+    generator = torch.Generator(source).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=source)
 
     x = {"q": draw(*c.shape("bhmd")), "k": draw(*c.shape("bgnd")), "v": draw(*c.shape("bgne"))}
     if 0 not in c.shape("bhmn"):
@@ -319,13 +320,13 @@ def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: An
     for name, t in clean.items():
         if name not in homes:
             expanded = c.memory.startswith("expanded") and name not in "kv"
-            homes[name] = _place(t, "gaps" if name in PARAMETERS or expanded else c.memory, buffers)
+            homes[name] = _place(t, around if name in PARAMETERS or expanded else c.memory, buffers)
     tensors = {name: t.detach().requires_grad_(c.backward and name in c.needs) for name, t in homes.items()}
     dout = dlse = None
     if c.dout == "ones":
         dout = torch.ones((), dtype=dtype, device=device).expand(c.shape("bhme"))
     elif c.dout is not None:
-        dout = _place(draw(*c.shape("bhme")).to(device, dtype), c.dout, buffers)
+        dout = _place(draw(*c.shape("bhme")).to(device, dtype), "dense" if around == "dense" else c.dout, buffers)
     if c.return_lse:
         dlse = draw(*c.shape("bhm")).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     inputs = Inputs(c, tensors, options, clean, dout, dlse, buffers)
@@ -339,7 +340,8 @@ def _options(c: Case, draw: Draw, device: Any, seed: int) -> dict[str, Any]:
     mask = None
     for kind in c.masks:
         part = MASKS[kind](c, draw, device)
-        part = part if isinstance(part, Mask) else _place(part, "gaps" if part.ndim == 4 else "unaligned", [])
+        if not isinstance(part, Mask):
+            part = _place(part, "dense" if c.memory == "dense" else "gaps" if part.ndim == 4 else "unaligned", [])
         mask = part if mask is None else mask & part if isinstance(mask, Mask) else Mask.tensor(mask) & part
     options["mask"] = mask
     options |= {} if c.softcap_tensor else {"softcap": c.softcap}
@@ -353,7 +355,7 @@ def _parameters(c: Case, draw: Draw) -> dict[str, Tensor]:
     if c.bias is not None:
         made["bias"] = draw(*c.shape(c.bias))
         if c.bias_mask is not None:
-            allowed: Any = MASKS[c.bias_mask](c, draw, "cpu")
+            allowed: Any = MASKS[c.bias_mask](c, draw, made["bias"].device)
             made["bias"] = made["bias"].masked_fill(~allowed, -torch.inf)
     if c.alibi is not None:
         made["slopes"] = draw(*c.shape(c.alibi)).abs() * 0.05

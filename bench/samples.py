@@ -1,0 +1,187 @@
+"""Problems at benchmark sizes: the named cases of `fused_attn.testing`, drawn anew, counted and judged.
+
+By the field's convention the forward of B, H, M, N, D takes 4 B H M N D floating-point operations, half of them when
+causal, and the backward 2.5 times as many. Of other intervals the scores are counted one by one; a tensor mask or a
+bias saves none.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn import testing
+from fused_attn.spec import Problem, Span
+from fused_attn.testing import CASES, Case, Inputs
+
+GRID = ("plain", "causal")  # timed at every length and head dim
+# Timed at one length. Their names are those of testing.CASES, and so is what they have.
+MODIFIED = (
+    "window_causal", "segments_causal", "gqa_8", "mask_11mn", "bias_1hmn", "bias_11mn", "alibi_h", "softcap",
+    "scale_heads", "sink", "lse", "dropout",
+)  # fmt: skip
+WINDOW = 256  # keys that a row of a window sees
+WORK = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
+SCORES = {"cpu": 2**25, "cuda": 2**28}  # as many are judged at once: some twenty float64 matrices of them must fit
+
+
+def sized(case: Case | str, batch: int, heads: int, length: int, dim: int) -> Case:
+    """A named case at another size, in memory as torch lays it out. Its group of query heads stays what it was."""
+    case = CASES[case] if isinstance(case, str) else case
+    sizes = case.sizes()
+    group = sizes["h"] // sizes["g"]
+    window = None if case.window is None else (WINDOW - 1, None if case.causal else WINDOW)
+    return replace(
+        case, b=batch, hq=max(heads, group), hkv=max(heads, group) // group, m=length, n=length, d=dim, dv=dim,
+        window=window, memory="dense", dout="dense",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One problem on the device, with fresh random tensors, and how many of its scores are judged at once."""
+
+    inputs: Inputs
+    scores: int
+
+    @classmethod
+    def draw(cls, case: Case, dtype: torch.dtype, device: str, scores: int | None = None) -> Sample:
+        inputs = testing.make_inputs(case, dtype, device, seed=random.getrandbits(31))
+        return cls(inputs, SCORES[device] if scores is None else scores)
+
+    @property
+    def case(self) -> Case:
+        return self.inputs.case
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return list(self.inputs.leaves.values())
+
+    @property
+    def cotangents(self) -> list[Tensor]:
+        return [x for x in (self.inputs.dout, self.inputs.dlse) if x is not None]
+
+    @functools.cached_property
+    def problem(self) -> Problem:
+        return self.inputs.problem()
+
+    @property
+    def span(self) -> str:
+        """Which intervals of keys the rows see: "full", "causal", or "other"."""
+        span = self.problem.span
+        if span.unbounded:
+            return "full"
+        return "causal" if span.lo is None and span.hi is None and (span.left, span.right) == (None, 0) else "other"
+
+    @functools.cached_property
+    def visible(self) -> float:
+        """The share of all scores that intervals leave."""
+        if self.span != "other":
+            return 1.0 if self.span == "full" else 0.5
+        m, n = self.problem.shape[2:]
+        lo, hi = self.problem.span.bounds(torch.arange(m, device=self.problem.q.device), n)
+        return (hi - lo).clamp(min=0).double().mean().item() / n
+
+    def flops(self, direction: str) -> float:
+        b, h, m, n = self.problem.shape
+        widths = self.problem.q.shape[3] + self.problem.v.shape[3]
+        return 2.0 * b * h * m * n * widths * self.visible * WORK[direction]
+
+    def bytes(self, direction: str) -> int:
+        """What must be moved at the least: every tensor read once, every result written once."""
+        p, case = self.problem, self.case
+        given = [p.q, p.k, p.v, *(x for x in (p.bias, p.mask) if x is not None)]
+        read = sum(x.numel() * x.element_size() for x in given)
+        out = p.q.element_size() * torch.Size(case.shape("bhme")).numel()
+        grads = sum(x.numel() * x.element_size() for x in self.leaves)
+        forward, backward = read + out, read + 2 * out + grads
+        return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
+
+    @functools.cached_property
+    def excerpt(self) -> Excerpt:
+        return excerpt(self.inputs, self.problem, self.scores)
+
+    @functools.cached_property
+    def expected(self) -> testing.Expected:
+        return testing.expect(self.excerpt)
+
+    def judge(self, result: Any, grads: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+        """Hold out or (out, lse), and gradients in the order of `leaves`, to the tolerance rule: what each used of it.
+
+        More scores than `scores` are judged by one key-value head of every batch, then of one batch; the gradient of
+        a parameter that other heads or batches add to is then left out.
+        """
+        got = dict(zip(("out", "lse"), result if isinstance(result, tuple) else (result,), strict=False))
+        got |= dict(zip(self.inputs.leaves, grads, strict=False))
+        part = self.excerpt
+        got = {name: part.take(name, x.detach()) for name, x in got.items() if part.holds(name)}
+        rows = testing.compare(part, got, self.expected, self.case.name)
+        return {name: asdict(row) for name, row in rows.items()}
+
+    def error(self, out: Tensor) -> float:
+        """How far what would be judged of an output is from float64's, at most."""
+        return (self.excerpt.take("out", out.detach()).double() - self.expected.oracle["out"]).abs().max().item()
+
+
+@dataclass(frozen=True, eq=False)
+class Excerpt(Inputs):
+    """Some batches and heads of a problem, as the tolerance rule reads it."""
+
+    batches: slice = field(kw_only=True)
+    heads: slice = field(kw_only=True)
+    kv_heads: slice = field(kw_only=True)
+
+    def take(self, name: str, x: Tensor) -> Tensor:
+        """What belongs here of a result or an operand."""
+        x = x[(None,) * (4 - x.ndim)] if name == "bias" else x
+        if x.ndim == 4:
+            heads = self.kv_heads if name in ("k", "v") else self.heads
+            return x[self.batches if x.shape[0] > 1 else slice(None), heads if x.shape[1] > 1 else slice(None)]
+        if name == "lse" or x.ndim == 2:
+            return x[self.batches, self.heads]
+        return x[self.heads] if x.ndim == 1 else x
+
+    def holds(self, name: str) -> bool:
+        """Whether all that adds to a gradient is here."""
+        if name in ("q", "k", "v", "out", "lse"):
+            return True
+        x = self.tensors[name]
+        x = x[(None,) * (4 - x.ndim)] if name == "bias" else x[None] if x.ndim < 2 else x
+        sizes = (*x.shape, 1)[:2]
+        return all(n > 1 or s == slice(None) for n, s in zip(sizes, (self.batches, self.heads), strict=True))
+
+    def clean_problem(self, dtype: torch.dtype) -> Problem:
+        p = super().clean_problem(dtype)
+        names = ("q", "k", "v", "scale", "bias", "slopes", "sink", "mask")
+        parts = {x: self.take(x, t) for x in names if isinstance(t := getattr(p, x), Tensor)}
+        lo, hi = (x if x is None or x.shape[0] == 1 else x[self.batches] for x in (p.span.lo, p.span.hi))
+        return p.replace(**parts, span=Span(p.span.left, p.span.right, lo, hi))
+
+
+def excerpt(inputs: Inputs, p: Problem, scores: int) -> Excerpt:
+    """As many batches and heads as have so many scores, one key-value head of one batch at the least.
+
+    The last ones, where offsets are largest; with dropout the first ones, because its mask counts heads from there.
+    """
+    b, h, m, n = p.shape
+    everything = slice(None)
+    one, group = (slice(-1, None), slice(-p.group, None)) if p.dropout is None else (slice(0, 1), slice(0, p.group))
+    batches, heads, kv_heads = one, group, one
+    if b == 1 or (b * p.group * m * n <= scores and p.dropout is None):
+        batches = everything
+    if h == p.group:
+        heads = kv_heads = everything
+    if b * h * m * n <= scores:
+        batches = heads = kv_heads = everything
+    part = Excerpt(
+        inputs.case, inputs.tensors, inputs.options, inputs.clean, None, None,
+        batches=batches, heads=heads, kv_heads=kv_heads,
+    )  # fmt: skip
+    dout, dlse = (None if x is None else part.take(name, x) for name, x in (("out", inputs.dout), ("lse", inputs.dlse)))
+    return replace(part, dout=dout, dlse=dlse)
