@@ -50,7 +50,7 @@ class Compiler:
         from triton.runtime import driver
 
         import fused_attn.launch
-        from fused_attn.launch import portable
+        from fused_attn.launch import hopper, portable
 
         knobs.nvidia.dump_ptxas_log = True
         compiler = self
@@ -75,6 +75,7 @@ class Compiler:
         driver.set_active(Driver())
         fused_attn.launch.launch = self._warmup
         portable.architecture = lambda device: self.arch
+        hopper._multiprocessors = lambda device: 132
         self.arch = "sm_90"
         self.wanted: frozenset[str] | None = None
         self.compiled: list[dict[str, Any]] = []

@@ -30,8 +30,8 @@ class Case:
     @property
     def kernels(self) -> tuple[str, ...]:
         """The kernels that it launches."""
-        if self.direction == "forward":
-            return ("forward",)
+        if self.direction in ("forward", "hopper_forward"):
+            return (self.direction,)
         return ("delta", "dkdv", "dq", *(("dbias",) if self.feature == "bias_batch" else ()))
 
     @property
@@ -45,14 +45,14 @@ class Case:
 
     def launcher(self, configs: dict[str, dict[str, Any]]) -> Callable[[], Any]:
         """A call of the launch path; configs overrides what the tables say, by kernel."""
-        from fused_attn.launch import portable
+        from fused_attn.launch import hopper, portable
 
         p = self.problem()
         scope = {kernel: Config.from_row(row) for kernel, row in configs.items()}
 
         def forward() -> Any:
             with override(**scope):
-                return portable.forward(p)
+                return (portable if self.direction == "forward" else hopper).forward(p)
 
         def backward() -> Any:
             out = p.empty_out()
@@ -60,7 +60,7 @@ class Case:
             with override(**scope):
                 return portable.backward(p, out, lse, torch.zeros_like(out), None, frozenset(p.tensors()))
 
-        return torch.no_grad()(forward if self.direction == "forward" else backward)
+        return torch.no_grad()(backward if self.direction == "backward" else forward)
 
     def problem(self) -> Problem:
         dtype = getattr(torch, DTYPES[self.dtype])
@@ -94,6 +94,7 @@ class Case:
 
 RICH = ("gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments")
 DIMS, ODD = (16, 32, 64, 128, 256, 512), (40, 72, 88)
+HOPPER_DIMS, HOPPER = (64, 128, 256), ("plain", "causal", "window", "gqa", "softcap", "alibi", "sink")
 
 
 def cases(target: str) -> list[Case]:
@@ -107,4 +108,8 @@ def cases(target: str) -> list[Case]:
     if target == "sm_90":
         heads += [("bf16", d, feature) for d in (64, 128, 256) for feature in ("bias", "causal")]
         heads += [("bf16", 128, feature) for feature in RICH] + [("fp16", 128, "plain")]
-    return [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]
+    found = [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]
+    if target == "sm_90":
+        found += [Case("hopper_forward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER]
+        found += [Case("hopper_forward", "fp16", 128), Case("hopper_forward", "bf16", 96)]
+    return found

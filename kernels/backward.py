@@ -81,7 +81,7 @@ def delta_kernel(
 
     A row that sees nothing gets +inf for its lse, and with it weights of 0, without a mask.
     """
-    tile, head = schedule(tl.cdiv(M, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
+    tile, head = schedule(tl.program_id(0), tl.cdiv(M, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
     b = head // HEADS
     h = head % HEADS
     m = tile * BLOCK_M
@@ -167,7 +167,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads. Keys nobody sees get zeros."""
-    tile, head = schedule(tl.cdiv(N, BLOCK_N), BATCHED_HEADS, WAVE)
+    tile, head = schedule(tl.program_id(0), tl.cdiv(N, BLOCK_N), BATCHED_HEADS, WAVE)
     n = tile * BLOCK_N  # under a causal mask the first keys take longest
     b = head // HEADS
     h = head % HEADS
@@ -268,7 +268,7 @@ def dq_kernel(
 ):  # fmt: skip
     """What sums over the keys: dq, each row's share of the scalar gradients, and dx itself for a dense bias."""
     tiles = tl.cdiv(M, BLOCK_M)
-    tile, head = schedule(tiles, BATCHED_HEADS, WAVE)
+    tile, head = schedule(tl.program_id(0), tiles, BATCHED_HEADS, WAVE)
     m = (tiles - 1 - tile) * BLOCK_M
     b = head // HEADS
     h = head % HEADS
@@ -312,7 +312,7 @@ def dbias_kernel(
 ):  # fmt: skip
     """dbias: View (1 or B, 1 or Hq, M, N). Adds dx over the batches and heads that share a tile, in order."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    tile, owner = schedule(tiles, BIAS_BATCH * BIAS_HEADS, BIAS_BATCH * BIAS_HEADS)
+    tile, owner = schedule(tl.program_id(0), tiles, BIAS_BATCH * BIAS_HEADS, BIAS_BATCH * BIAS_HEADS)
     m = tile // tl.cdiv(N, BLOCK_N) * BLOCK_M
     n = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N
     rows = m + tl.arange(0, BLOCK_M)

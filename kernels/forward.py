@@ -69,7 +69,7 @@ def forward_kernel(
 ):  # fmt: skip
     """q, k, v, out, mask: View; lse, sink: pointers (B, Hq, M) and (Hq,)."""
     tiles = tl.cdiv(M, BLOCK_M)
-    tile, head = schedule(tiles, BATCHED_HEADS, WAVE)
+    tile, head = schedule(tl.program_id(0), tiles, BATCHED_HEADS, WAVE)
     m = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last rows take longest
     b = head // HEADS
     h = head % HEADS

@@ -13,11 +13,10 @@ def number(code):
 @triton.jit
 def read_scalar(x, b, h):
     """A Scalar as a float32 tensor ()."""
-    zero = tl.full([], 0.0, tl.float32)
     if x.pointer:
-        return zero + tl.load(x.value + b * number(x.strides[0]) + h * number(x.strides[1])).to(tl.float32)
+        return tl.load(x.value + b * number(x.strides[0]) + h * number(x.strides[1])).to(tl.float32)
     else:
-        return zero + x.value
+        return x.value
 
 
 @triton.jit
@@ -99,11 +98,10 @@ def pair_pointers(view, head, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def schedule(tiles, heads, WAVE):
-    """(tile, head) of this program: waves of WAVE heads, whose keys fit the cache together, and within a wave every
-    head's tile 0 before any head's tile 1, so that the longest programs can be started first."""
-    pid = tl.program_id(0)
-    wave = pid // (WAVE * tiles)
+def schedule(turn, tiles, heads, WAVE):
+    """(tile, head) of a turn: waves of WAVE heads, whose keys fit the cache together, and within a wave every head's
+    tile 0 before any head's tile 1, so that the longest tiles can be started first."""
+    wave = turn // (WAVE * tiles)
     width = tl.minimum(WAVE, heads - wave * WAVE)
-    rest = pid - wave * WAVE * tiles
+    rest = turn - wave * WAVE * tiles
     return rest // width, wave * WAVE + rest % width

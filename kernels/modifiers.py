@@ -80,6 +80,12 @@ def tile_pointers(view, start, plane, m, n, TRANSPOSED: tl.constexpr):
 def distance(plane, m, n, TRANSPOSED: tl.constexpr):
     """|i + offset - j| in float32."""
     i, j = positions(plane, m, n, TRANSPOSED)
+    return apart(plane, i, j)
+
+
+@triton.jit
+def apart(plane, i, j):
+    """|i + offset - j| in float32, of row and key indices that broadcast."""
     return tl.abs(i + number(plane.score.offset) - j).to(tl.float32)
 
 
@@ -95,15 +101,21 @@ def saturation(plane, s):
 @triton.jit
 def value(plane, s, t, m, n, TRANSPOSED: tl.constexpr):
     """x of products s, with t = saturation(s)."""
-    if plane.score.softcap is None:
-        x = s * plane.own.scale
-    else:
-        x = t * plane.own.cap
+    x = capped(plane, s, t)
     if plane.score.bias is not None:
         x += tl.load(tile_pointers(plane.score.bias, plane.own.bias, plane, m, n, TRANSPOSED)).to(tl.float32)
     if plane.score.slopes is not None:
         x -= plane.own.slope * distance(plane, m, n, TRANSPOSED)
     return x
+
+
+@triton.jit
+def capped(plane, s, t):
+    """y of products s, with t = saturation(s)."""
+    if plane.score.softcap is None:
+        return s * plane.own.scale
+    else:
+        return t * plane.own.cap
 
 
 @triton.jit

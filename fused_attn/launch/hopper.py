@@ -1,10 +1,173 @@
-"""The Hopper backend: Gluon kernels for sm_90. None is built yet, so it refuses every problem."""
+"""The "hopper" backend: Gluon kernels for sm_90, which the portable ones serve wherever these cannot or do not yet."""
 
 from __future__ import annotations
 
-from ..spec import Problem
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import launch as seam
+from ..spec import HALF, Problem, Span
+from ..tuning import Config, config, validated
+from ..tuning.select import SHARED, padded
+from . import portable
+
+ARCHITECTURE = "sm_90"
+HEAD_DIMS = (64, 128, 256)  # that tiles have
+WASTE = 4 / 3  # of padding that is still worth it
+
+
+@functools.cache
+def _device_code() -> Any:
+    """The kernel, and the descriptors that it takes; imported when first asked for, because they import triton."""
+    from types import SimpleNamespace
+
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ..kernels import hopper_forward
+    from . import views
+
+    return SimpleNamespace(
+        forward=hopper_forward.hopper_forward_kernel,
+        Descriptor=TensorDescriptor,
+        layout=gl.NVMMASharedLayout.get_default_for,
+        dtypes={torch.float16: gl.float16, torch.bfloat16: gl.bfloat16},
+        views=views,
+    )
 
 
 def why_not(p: Problem) -> list[str]:
-    """Why this backend cannot run p."""
-    return ["the Gluon kernels for sm_90 are not built yet"]
+    """Every reason why these kernels cannot run p. Gluon aborts the process on other GPUs, so this comes first."""
+    reasons = _machine(p.q.device)
+    if p.q.dtype not in HALF:
+        reasons.append(f"{p.q.dtype} is not supported; float16 and bfloat16 are")
+    d, dv = p.q.shape[3], p.v.shape[3]
+    if d != dv:
+        reasons.append(f"v's head dim {dv} is not q's, {d}")
+    elif (tile := _tile_dim(d)) is None or tile > WASTE * d:
+        reasons.append(f"head dim {d} is not near enough below one of {HEAD_DIMS} to be padded to it")
+    for name, x in (("bias", p.bias), ("mask tensor", p.mask), ("dropout", p.dropout)):
+        if x is not None:
+            reasons.append(f"a {name} is not built" if name != "dropout" else "dropout is not built")
+    if p.span.lo is not None or p.span.hi is not None:
+        reasons.append("a mask with bounds for each row is not built; causal and window are")
+    elif not p.empty and _seen(p)[0] >= _seen(p)[1]:
+        reasons.append("no row sees any key")
+    for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
+        if not _copyable(x):
+            reasons.append(f"{name}'s rows do not lie apart on a grid of 16 bytes: strides {tuple(x.stride())}")
+    return reasons
+
+
+def unproven(p: Problem) -> list[str]:
+    """Why a call that names no backend should not come here yet."""
+    kernels = ["hopper_forward"] if p.deterministic else ["hopper_forward", "hopper_backward"]
+    return [
+        f"{name} has no validated row for this head dim in the {ARCHITECTURE} tuning table; reached only by name"
+        for name in kernels
+        if not validated(name, ARCHITECTURE, p.q.dtype, p.q.shape[3], p.v.shape[3], rich=_rich(p))
+    ]
+
+
+def _machine(device: torch.device) -> list[str]:
+    if not portable.INSTALLED:
+        return ["triton is not installed"]
+    if device.type != "cuda" or torch.version.hip:
+        return ["needs an NVIDIA GPU of compute capability 9.0"]
+    found = torch.cuda.get_device_capability(device)
+    return [] if found == (9, 0) else [f"needs compute capability 9.0, this GPU has {found[0]}.{found[1]}"]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tile_dim(d: int) -> int | None:
+    return next((x for x in HEAD_DIMS if d <= x), None)
+
+
+def _copyable(x: Tensor) -> bool:
+    """Whether TMA can copy boxes of x: a pointer and strides of 16 bytes, rows without gaps inside."""
+    per = 16 // x.element_size()
+    apart = [s for n, s in zip(x.shape[:3], x.stride(), strict=False) if n > 1]
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % per == 0 for s in apart)
+
+
+def _seen(p: Problem) -> tuple[int, int]:
+    """The keys that any row sees, from the first up to but not including the last."""
+    _, _, m, n = p.shape
+    left, right = p.span.left, p.span.right
+    return max(0, left or 0), n if right is None else min(n, m + right)
+
+
+def _rich(p: Problem) -> bool:
+    """Whether something beside the products wants registers in the loops."""
+    return p.softcap is not None or p.slopes is not None or not isinstance(p.scale, float)
+
+
+def _config(kernel: str, p: Problem) -> Config:
+    return config(kernel, ARCHITECTURE, p.q.dtype, p.q.shape[3], p.v.shape[3], rich=_rich(p))
+
+
+def _descriptor(x: Tensor, rows: int) -> Any:
+    """Boxes of `rows` rows of one batch and head. What lies outside x reads as zeros and is not written."""
+    code = _device_code()
+    box = [1, 1, rows, _tile_dim(x.shape[3])]
+    # The stride of a dim of size 1 may be anything, and TMA checks it.
+    strides = [8 if n == 1 else s for n, s in zip(x.shape[:3], x.stride(), strict=False)]
+    return code.Descriptor(x, list(x.shape), [*strides, 1], box, code.layout(box, code.dtypes[x.dtype]))
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse), under no_grad."""
+    code = _device_code()
+    b, hq, m, _ = p.shape
+    # Keys that no row sees may hold anything, so they are outside what the kernel is shown.
+    first, last = _seen(p)
+    k, v = (x[:, :, first:last] for x in (p.k, p.v))
+    span = Span(*(None if x is None else x - first for x in (p.span.left, p.span.right)))
+    out = p.empty_out()
+    lse = p.q.new_empty((b, hq, m), dtype=torch.float32)
+    c = _config("hopper_forward", p)
+    d = _tile_dim(p.q.shape[3])
+    tiles = -(-m // (c.BLOCK_M * c.consumers)) * b * hq
+    with torch.cuda.device_of(p.q):
+        seam.launch(
+            code.forward,
+            min(tiles, _multiprocessors(p.q.device)),
+            _descriptor(p.q, c.BLOCK_M),
+            _descriptor(k, c.BLOCK_N),
+            _descriptor(v, c.BLOCK_N),
+            _descriptor(out, c.BLOCK_M),
+            lse,
+            code.views.score(p),
+            code.views.span(span),
+            None if p.sink is None else p.sink.contiguous(),
+            *(m, last - first, hq, b * hq, portable._wave(p, hq)),
+            GROUP=p.group,
+            CONSUMERS=c.consumers,
+            STAGES=c.num_stages,
+            PING=c.pingpong,
+            OWN_OUT=2 * _bytes(c.consumers * c.BLOCK_M, d) + 2 * _bytes(c.num_stages * c.BLOCK_N, d) <= ROOM,
+            UNPACKED=c.consumers == 2 and not _rich(p) and c.BLOCK_N + d // 2 <= 160,
+            num_warps=c.num_warps,
+        )
+    return out, lse
+
+
+ROOM = SHARED[ARCHITECTURE] - 1024  # for tiles; the rest is for barriers
+
+
+def _bytes(rows: int, d: int) -> int:
+    """Of shared memory, in half precision."""
+    return 2 * rows * d
+
+
+def backward(
+    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients that needs names, under no_grad, by the portable kernels."""
+    return portable.backward(p, out, lse, dout, dlse, needs)

@@ -17,6 +17,10 @@ class Config:
     the kernel. overlap: the products of the next tile (forward) or both products of this one (backward) are issued
     before the exponentials, at the price of registers. split: dk and dv come from two launches, because registers do
     not hold both at a large head dim; the scores are computed once more.
+
+    Of the Hopper kernels: consumers, groups of four warps with a tile each, BLOCK_M rows (forward) or BLOCK_N keys
+    (backward); num_stages of keys and values (forward) or rows (backward) stand in shared memory; pingpong: consumers
+    take turns in issuing products.
     """
 
     BLOCK_M: int
@@ -25,6 +29,8 @@ class Config:
     num_stages: int
     overlap: bool = False
     split: bool = False
+    consumers: int = 1
+    pingpong: bool = False
 
     def __post_init__(self) -> None:
         for name in ("BLOCK_M", "BLOCK_N"):
@@ -58,5 +64,10 @@ def override(**configs: Config) -> Iterator[None]:
         _overrides.reset(token)
 
 
+def overrides() -> dict[str, Config]:
+    """What is pinned here and now."""
+    return _overrides.get()
+
+
 def overridden(kernel: str) -> Config | None:
-    return _overrides.get().get(kernel)
+    return overrides().get(kernel)

@@ -3,7 +3,7 @@
 A table, tables/<architecture>.json, maps `key(...)` to a row: the fields of Config, and what else is known of it
 ("validated", "result"). A key is "<kernel>/<class>/<D>" or "<kernel>/<class>/<D>/<variant>":
 
-    kernel   forward, dkdv, dq, dbias, delta
+    kernel   forward, dkdv, dq, dbias, delta; and on sm_90 hopper_forward and hopper_backward, which have no heuristic
     class    half (float16, bfloat16) or single (float32)
     D        the larger of the padded head dims of q and v: 16, 32, 64, 128, 256, 512
     variant  rich: a modifier, tensor mask or dropout shares the registers. Without such a row the plain one serves,
@@ -83,11 +83,20 @@ def config(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, *, rich:
 
 @functools.cache
 def _chosen(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, rich: bool) -> Config:
+    row = _row(kernel, arch, dtype, d, dv, rich)
+    return Config.from_row(row) if row else heuristic(kernel, arch, dtype, max(padded(d), padded(dv)), rich)
+
+
+def _row(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, rich: bool) -> dict[str, Any]:
+    """The table's row that serves, or an empty one."""
     rows = table(arch)
-    for name in (key(kernel, dtype, d, dv, rich), key(kernel, dtype, d, dv)):
-        if name in rows:
-            return Config.from_row(rows[name])
-    return heuristic(kernel, arch, dtype, max(padded(d), padded(dv)), rich)
+    return rows.get(key(kernel, dtype, d, dv, rich)) or rows.get(key(kernel, dtype, d, dv), {})
+
+
+@functools.cache
+def validated(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, *, rich: bool = False) -> bool:
+    """Whether the kernel, with the configuration that the table gives it, has been right and fast on a GPU."""
+    return bool(_row(kernel, arch, dtype, d, dv, rich).get("validated"))
 
 
 def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) -> Config:
