@@ -108,7 +108,7 @@ def overhead(calls: int, rounds: int = 15) -> dict[str, Any]:
     def ours(inputs: list[Tensor]) -> Tensor:
         return fused_attn.attention(*inputs, causal=True, backend="triton")
 
-    out = ours(leaves)
+    out = [ours(leaves) for _ in range(3)][-1]  # a call like it has been made before
     dout = torch.zeros_like(out)
     subjects = {
         "inference": lambda: ours(plain),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, state
+from . import calls, dispatch, state
 from .bind import bind, check_qkv
 from .spec import Mask, describe
 
@@ -89,15 +89,27 @@ def attention(
         raise NotImplementedError(f'score: only "dot" is built, got {describe(score)}')
     if normalizer != "softmax":
         raise NotImplementedError(f'normalizer: only "softmax" is built, got {normalizer!r}')
-    q, k, v = _heads_first(q, k, v, layout)
     lse: Any
-    with _no_autocast(q):
-        problem = bind(
-            q, k, v, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
-            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
-            return_lse=return_lse, deterministic=deterministic,
-        )  # fmt: skip
-        out, lse = dispatch.run(problem, backend)
+    call = calls.find(
+        (q, k, v, mask, bias, alibi_slopes, sink),
+        (layout, scale, causal, window, alignment, softcap, dropout_p, seed, return_lse, deterministic),
+        backend,
+    )
+    if call is not None and call.known:
+        swapped = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if layout == "bshd" else (q, k, v)
+        out, lse = call((*swapped, mask, bias, alibi_slopes, sink))
+    else:
+        q, k, v = _heads_first(q, k, v, layout)
+        with _no_autocast(q):
+            problem = bind(
+                q, k, v, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
+                alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
+                return_lse=return_lse, deterministic=deterministic,
+            )  # fmt: skip
+            name = dispatch.choose(problem, backend)
+            out, lse = dispatch.run(problem, name)
+        if call is not None:
+            call.learn((q, k, v, mask, bias, alibi_slopes, sink), problem, name)
     out = out.transpose(1, 2) if layout == "bshd" else out
     return (out, lse) if return_lse else out
 
@@ -196,7 +208,7 @@ def scaled_dot_product_attention(
             q, k, v, scale=scale, mask=mask, causal=is_causal, window=window, alignment="top_left", bias=bias,
             alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
         )  # fmt: skip
-        out, _ = dispatch.run(problem, backend)
+        out, _ = dispatch.run(problem, dispatch.choose(problem, backend))
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 

@@ -47,16 +47,21 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     if dout is None and dlse is None:
         return (None,) * len(DIFFERENTIABLE) + absent
     if dout is None:
-        dout = out.new_zeros(()).expand(out.shape)  # one zero in memory; nobody writes to it
+        dout = _zeros(out)
     args = (*tensors, *ctx.settings)
     if torch.is_grad_enabled():
-        grads = _differentiable(args, out, lse, dout, dlse, needs)
+        grads = differentiable(args, out, lse, dout, dlse, needs)
     else:
         grads = torch.ops.fused_attn.backward(*args, out, lse, dout, dlse, needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + absent
 
 
-def _differentiable(
+def _zeros(out: Tensor) -> Tensor:
+    """One zero in memory; nobody writes to it."""
+    return out.new_zeros(()).expand(out.shape)
+
+
+def differentiable(
     args: tuple[Any, ...], out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients as functions that can be differentiated again, or that say so when somebody tries."""
@@ -111,5 +116,31 @@ class _Once(torch.autograd.Function):
 # `Function.apply` binds default arguments in Python at every call; the method below it does the same work without.
 # Under functorch it must not be used, and dispatch sends no transformed tensor here.
 _apply = super(torch.autograd.Function, Attention).apply
+
+
+class _Again(torch.autograd.Function):
+    """A call that has been made before: the `calls.Call` and its tensors -> (out, lse)."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        results = call.forward(tensors)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.call, ctx.context = call, copy_context()
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        if dout is None and dlse is None:
+            return (None,) * (1 + len(needs))
+        saved = ctx.saved_tensors
+        if dout is None:
+            dout = _zeros(saved[-2])
+        backward = ctx.call.again if torch.is_grad_enabled() else ctx.call.backward
+        return None, *ctx.context.copy().run(backward, (*saved, dout, dlse), needs)
+
+
+again = super(torch.autograd.Function, _Again).apply
 
 torch.library.register_autograd("fused_attn::forward", _backward, setup_context=_setup_context)

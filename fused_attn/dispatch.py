@@ -81,14 +81,18 @@ def explain(p: Problem, backend: str | None = None) -> Explanation:
     return Explanation(None, refused)
 
 
-def run(p: Problem, backend: str | None = None) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) by the first backend that can, or by the one asked for."""
+def choose(p: Problem, backend: str | None = None) -> str:
+    """The first backend that can run p, or the one asked for."""
     choice = explain(p, backend)
-    name = choice.backend
-    if name is None:
+    if choice.backend is None:
         asked, reasons = next(reversed(choice.reasons.items()))
         error = TransformError if transformed(p) else BackendError
         raise error(f"backend {asked!r} cannot run this call: " + "; ".join(reasons))
+    return choice.backend
+
+
+def run(p: Problem, name: str) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) by the backend chosen."""
     if name in ("sdpa", "reference"):
         return PLAIN[name].attention(p)
     if name == "tiled" and transformed(p):

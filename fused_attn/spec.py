@@ -382,7 +382,7 @@ def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """x as a 4-d view, still broadcast, or an error that names both shapes."""
     if x.ndim > 4 or any(have not in (1, want) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name}: shape {tuple(x.shape)} does not broadcast to (B, Hq, M, N) = {shape}")
-    return x[(None,) * (4 - x.ndim)]
+    return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
 
 
 def check_window(window: Any) -> tuple[int | None, int | None]:

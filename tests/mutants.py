@@ -185,7 +185,7 @@ MUTANTS = (
     Mutant((27,), "the largest of a tile is left out", "fused_attn/tiled.py",
            "total = total * shrink + s.sum(-1, keepdim=True)",
            "total = total * shrink + s.sum(-1, keepdim=True) - 1", _checklist("line_27_ and tiled")),
-    Mutant((30,), "heads are numbered along the grid's second axis", "fused_attn/launch/__init__.py",
+    Mutant((30,), "heads are numbered along the grid's second axis", "fused_attn/launch/cache.py",
            "kernel[(grid,)]", "kernel[(1, grid)]", _checklist("line_30_many_heads and not pytorch")),
     # 32-36, 38: the operators and the doors
     Mutant((32,), "the fake out is contiguous", "fused_attn/ops.py",

@@ -1,0 +1,200 @@
+"""Calls that have been made before: what binding and dispatch found out about them, by everything that they asked.
+
+A `Call` stands for all calls that agree in all but the contents of their tensors. The first one takes the long way,
+the second is recorded if the backend can be (`record`), and the others are replayed. What a call depends on beside its
+arguments, the state of torch, is part of its key, down to the sets of keys that torch's own dispatcher goes by; so
+whatever torch itself would treat differently is a call of another kind. Where torch is compiling, transforming or
+watching, nothing is looked up and the long way is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import autograd, ops
+from .spec import DIFFERENTIABLE, Problem
+
+TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink")  # that a call may hold; scale and softcap as numbers
+PLAIN = {int, float, bool, str, type(None)}
+RECORDED = (None, "hopper", "triton")  # the backends asked for with which a call may be one that records
+LIMIT = 4096  # calls kept
+
+Given = tuple[Any, ...]  # tensors and None
+_C = torch._C
+
+
+def _state() -> tuple[Any, ...] | None:
+    """What torch would do with a call beside what is asked of it; None where it is watched or transformed."""
+    if (
+        forward_ad._current_level >= 0
+        or _C._are_functorch_transforms_active()
+        or _C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+    ):
+        return None
+    return (
+        torch.is_grad_enabled(),
+        _C._dispatch_tls_local_include_set().raw_repr(),
+        _C._dispatch_tls_local_exclude_set().raw_repr(),
+        _C._get_deterministic_algorithms(),
+        _C._get_float32_matmul_precision(),
+    )
+
+
+def _metadata(tensors: Given) -> list[Any] | None:
+    """All of the tensors but their contents; None where one is not a tensor of torch's own."""
+    found: list[Any] = []
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        elif type(x) is Tensor or type(x) is Parameter:
+            found += (
+                x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() & 15,
+                _C._dispatch_keys(x).raw_repr(),
+            )  # fmt: skip
+            if torch.version.hip:
+                found.append(x.untyped_storage().nbytes() < 2**31)
+        else:
+            return None
+    return found
+
+
+def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    state = _state()
+    if state is None:
+        return None
+    try:
+        metadata = _metadata(tensors)
+    except RuntimeError:  # tensors that have no strides or no memory
+        return None
+    return None if metadata is None else (words, state, *metadata)
+
+
+def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | None:
+    """The call of these tensors and options, new or not; None where the long way is the only one.
+
+    words: the options, all but tensors and the backend; they are told apart by type as well.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    asked = backend or os.environ.get("FUSED_ATTN_BACKEND") or None
+    if asked not in RECORDED or not (asked or (isinstance(tensors[0], Tensor) and tensors[0].is_cuda)):
+        return None
+    kinds = tuple(map(type, words))
+    if not PLAIN.issuperset(kinds):
+        words = tuple(y for x in words for y in (x if type(x) is tuple else (x,)))
+        inside = tuple(map(type, words))
+        if not PLAIN.issuperset(inside):
+            return None
+        kinds += inside
+    key = _key(tensors, (asked, kinds, *words))
+    if key is None:
+        return None
+    call = _calls.get(key)
+    if call is None:
+        if len(_calls) >= LIMIT:
+            _calls.clear()
+        call = _calls[key] = Call()
+    return call
+
+
+class Call:
+    """All calls of one key. known: it has been made once, and by which backend it can be made again."""
+
+    __slots__ = ("_backward", "_forward", "backend", "differentiable", "known", "settings")
+
+    def __init__(self) -> None:
+        self.known = False
+        self._forward: Any = None
+        self._backward: dict[tuple[Any, ...], Any] = {}
+
+    def learn(self, tensors: Given, p: Problem, backend: str) -> None:
+        """A call of this key was bound to p and went to that backend."""
+        if not hasattr(ops.launcher(backend) if backend in ops.LAUNCHERS else None, "record"):
+            return
+        flat = ops.flatten(p, backend)
+        self.backend, self.settings = backend, flat[ops.TENSORS :]
+        # Binding may have made tensors, from what is not known here.
+        same = all(x is y for x, y in zip(flat, self._flat(tensors), strict=True))
+        self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())
+        self.known = same and not p.empty and _ordinary(tensors)
+
+    def _flat(self, tensors: Given) -> tuple[Any, ...]:
+        """The operators' arguments, as `ops.flatten` gives them."""
+        q, k, v, mask, bias, slopes, sink = tensors
+        return q, k, v, None, None, bias, slopes, sink, mask, None, None, None, *self.settings
+
+    def __call__(self, tensors: Given) -> tuple[Tensor, Tensor]:
+        """(out, lse)"""
+        return autograd.again(self, *tensors) if self.differentiable else self.forward(tensors)
+
+    def forward(self, tensors: Given) -> tuple[Tensor, Tensor]:
+        """(out, lse) without a derivative."""
+        replay = self._forward
+        if replay is None:
+            found, self._forward = ops.launcher(self.backend).record(self._work_forward, tensors)
+            return found
+        found = replay(tensors)
+        return torch.ops.fused_attn.forward(*self._flat(tensors)) if found is None else found
+
+    def _work_forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.launcher(self.backend).forward(ops.rebuild(self._flat(tensors))[0])
+
+    def backward(self, given: Given, needs: tuple[bool, ...]) -> Given:
+        """The gradients of `TENSORS` that needs asks for. given: them, out, lse, dout and dlse."""
+        key = _key(given, needs)
+        replay = self._backward.get(key) if key is not None else None
+        found = None if replay is None else replay(given)
+        if found is not None:
+            return found
+        names = frozenset(name for name, need in zip(TENSORS, needs, strict=True) if need)
+        if key is None or replay is not None:
+            wanted = [name in names for name in DIFFERENTIABLE]
+            tensors, rest = given[: len(TENSORS)], given[len(TENSORS) :]
+            grads = torch.ops.fused_attn.backward(*self._flat(tensors), *rest, wanted)
+            by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
+            return tuple(by_name[name] if name in names else None for name in TENSORS)
+
+        def work(*given: Any) -> Given:
+            p, _ = ops.rebuild(self._flat(given[: len(TENSORS)]))
+            grads = ops.launcher(self.backend).backward(p, *given[len(TENSORS) :], names)
+            return tuple(grads.get(name) for name in TENSORS)
+
+        with torch.autocast(given[0].device.type, enabled=False):
+            found, replay = ops.launcher(self.backend).record(work, given)
+        if replay is not None:
+            if len(self._backward) >= LIMIT:
+                self._backward.clear()
+            self._backward[key] = replay
+        return found
+
+    def again(self, given: Given, needs: tuple[bool, ...]) -> Given:
+        """As `backward`, by operations that can be differentiated in their turn, or that say that they cannot."""
+        wanted = [name in TENSORS and needs[TENSORS.index(name)] for name in DIFFERENTIABLE]
+        out, lse, dout, dlse = given[len(TENSORS) :]
+        grads = autograd.differentiable(self._flat(given[: len(TENSORS)]), out, lse, dout, dlse, wanted)
+        by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
+        return tuple(by_name.get(name) if need else None for name, need in zip(TENSORS, needs, strict=True))
+
+
+def _ordinary(tensors: Given) -> bool:
+    """Nothing stands between these tensors, this thread and the backend's own work on memory."""
+    if _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
+        return False
+    device = tensors[0].device
+    if torch.is_autocast_enabled(device.type):
+        return False
+    with torch.inference_mode(False):
+        usual = {_C._dispatch_keys(torch.empty(0, device=device)).raw_repr()}
+    with torch.inference_mode():
+        usual.add(_C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return all(x is None or _C._dispatch_keys(x).raw_repr() in usual for x in tensors)
+
+
+_calls: dict[tuple[Any, ...], Call] = {}
