@@ -1,0 +1,165 @@
+"""The Gluon kernels in the emulator: numbers by the one tolerance rule, and a use for every barrier, wait and fence.
+
+Tiles are small and programs few, so that every ring wraps around, every program computes several tiles, and a proof
+takes a twentieth of a second.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from fused_attn import testing
+from fused_attn.launch import hopper
+from fused_attn.testing import CASES, Case
+from fused_attn.tuning import Config, override
+from tests.emulator import Emulation, Fault, emulated
+from tests.emulator.mutations import Mutation, mutations
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+HALF = (torch.bfloat16, torch.float16)
+FORWARD = (
+    Config(16, 16, 4, 2, consumers=2, pingpong=True),
+    Config(16, 32, 4, 2, consumers=2),
+    Config(16, 16, 4, 3, consumers=3, pingpong=True),
+    Config(16, 16, 4, 1, consumers=2, pingpong=True),
+)
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of three multiprocessors, and head dims that are cheap to emulate."""
+    monkeypatch.setattr(hopper, "_machine", lambda device: [])
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper, "HEAD_DIMS", (16, 32, 64, 128))
+    monkeypatch.setattr(hopper, "WASTE", 2)
+
+
+def _accepted() -> list[Any]:
+    """Every case that the backend takes, apart from the device and the size of its tiles; asked again in the test."""
+    found = []
+    for name, case in CASES.items():
+        plain = case.bias is None and not case.masks and not case.dropout_p and case.dv in (None, case.d)
+        if plain and "large" not in case.tags and 0 not in case.shape("bhmn"):
+            dtypes = HALF if "half" in case.tags else HALF[:1]
+            found += [
+                pytest.param(name, x, id=f"{name}-{str(x).removeprefix('torch.')}") for x in dtypes if x in case.dtypes
+            ]
+    return found
+
+
+def compared(case: Case, dtype: torch.dtype, seed: int, codes: Mapping | None = None) -> Emulation:
+    """A case's forward, held to its budget."""
+    inputs, expected = _prepared(case, dtype)
+    with torch.no_grad(), emulated(seed, codes=codes, deadline=200_000) as emulation:
+        out, lse = hopper.forward(inputs.problem())
+    inputs.check_untouched()
+    testing.compare(inputs, {"out": out, "lse": lse}, expected, case.name)
+    return emulation
+
+
+@functools.lru_cache(32)
+def _prepared(case: Case, dtype: torch.dtype) -> tuple[testing.Inputs, testing.Expected]:
+    inputs = testing.make_inputs(replace(case, backward=False), dtype)
+    return inputs, testing.expect(inputs)
+
+
+@pytest.mark.parametrize(("name", "dtype"), _accepted())
+def test_forward(name: str, dtype: torch.dtype) -> None:
+    problem = testing.make_inputs(name, dtype).problem()
+    reasons = hopper.why_not(problem)
+    if reasons:
+        pytest.skip(reasons[0])
+    seed = list(CASES).index(name)
+    with override(hopper_forward=FORWARD[seed % len(FORWARD)]):
+        compared(CASES[name], dtype, seed)
+
+
+def test_most_cases_are_taken() -> None:
+    """A skip above would otherwise hide a backend that refuses everything."""
+    taken = [name for name in CASES if not hopper.why_not(testing.make_inputs(name, torch.bfloat16).problem())]
+    assert len(taken) > 65
+
+
+# --------------------------------------------------------------------------------------------------------- the protocol
+
+PERSISTENT = (
+    Case("persistent", hq=2, hkv=1, m=40, n=70, d=16, return_lse=True),
+    Case("persistent_causal", b=2, hq=2, hkv=1, m=70, d=16, causal=True, return_lse=True),
+    Case("persistent_window", hq=2, m=70, n=90, d=16, window=(20, 5), alignment="bottom_right", return_lse=True),
+)
+
+
+def prove(seed: int, codes: Mapping | None = None) -> None:
+    """One problem under one configuration and one schedule, all of the seed's choosing."""
+    config = FORWARD[seed % len(FORWARD)]
+    room = 0 if seed % 3 == 1 else hopper.ROOM  # without room for it, out takes the place of q
+    with pytest.MonkeyPatch.context() as patch, override(hopper_forward=config):
+        patch.setattr(hopper, "ROOM", room)
+        patch.setattr(hopper, "_multiprocessors", lambda device: 1 + seed % 2)
+        emulation = compared(PERSISTENT[seed % len(PERSISTENT)], HALF[seed % 2], seed, codes)
+    if config.pingpong:
+        take_turns(emulation, config.consumers)
+
+
+def take_turns(emulation: Emulation, consumers: int) -> None:
+    """Consumers issue both products of a step without another's between them, one consumer after the other."""
+    for machine in emulation.machines:
+        for program in range(machine.grid):
+            issued = [s.strand for s in machine.trace if s.program == program and "step" in s.within]
+            order = [name for name, run in groupby(issued) for _ in range(len(list(run)) // 2)]
+            assert len(issued) == 2 * len(order)
+            assert all(a != b for a, b in pairwise(order)), "a consumer went twice"
+            assert order == order[:consumers] * (len(order) // consumers), "the consumers do not take turns"
+
+
+@pytest.mark.parametrize("seed", range(48))
+def test_protocol(seed: int) -> None:
+    prove(seed)
+
+
+@pytest.mark.parametrize("config", FORWARD, ids=str)
+def test_same_bits(config: Config) -> None:
+    """Whoever runs first, the result has the same bits."""
+    inputs = _prepared(PERSISTENT[1], torch.bfloat16)[0]
+    found = []
+    for seed in range(6):
+        with torch.no_grad(), override(hopper_forward=config), emulated(seed):
+            found.append(hopper.forward(inputs.problem()))
+    assert all(torch.equal(x, y) for one in found[1:] for x, y in zip(found[0], one, strict=True))
+
+
+@functools.cache
+def _all_mutations() -> list[Mutation]:
+    return [m for name in ("hopper.py", "hopper_forward.py") for m in mutations(KERNELS / name)]
+
+
+def test_everything_can_be_left_out() -> None:
+    """Nothing that synchronises hides from the mutations: calls of these names, counted in another way."""
+    for name in ("hopper.py", "hopper_forward.py"):
+        text = (KERNELS / name).read_text()
+        found = mutations(KERNELS / name)
+        for call in ("mbarrier.wait(", "mbarrier.arrive(", "mbarrier.expect(", "store_wait(", "fence_async_shared("):
+            assert text.count(call) == sum(m.kind == "left out" and call in m.text for m in found), (name, call)
+        assert text.count("warpgroup_mma_wait(") == sum(m.kind == "waits for nothing" for m in found), name
+
+
+@pytest.mark.parametrize("mutation", _all_mutations(), ids=lambda m: m.name)
+def test_mutation(mutation: Mutation) -> None:
+    """Leaving it out, or flipping its phase, makes the proof fail under one of the seeds."""
+    codes = mutation.codes()
+    for seed in range(24):
+        try:
+            prove(seed, codes)
+        except (Fault, AssertionError):
+            return
+    pytest.fail("nothing notices")
