@@ -89,7 +89,8 @@ class Compiler:
             compiled = kernel.warmup(*args, grid=(grid,), **options)
         # A kernel met before comes from the process's cache, and ptxas says nothing.
         compiled.log = log.getvalue() or getattr(compiled, "log", "")
-        self.compiled.append(figures(name, compiled, DEVICES[self.arch]))
+        consumers = options.get("CONSUMERS", 1)
+        self.compiled.append(figures(name, compiled, DEVICES[self.arch], consumers, consumers * options["num_warps"]))
 
     def compile(
         self, arch: str, launch: Callable[[], Any], wanted: Iterable[str] | None = None
@@ -104,8 +105,9 @@ def kernel_name(function: Any) -> str:
     return function.__name__.removesuffix("_kernel")
 
 
-def figures(name: str, kernel: Any, device: Device) -> dict[str, Any]:
-    """What one compiled kernel asks of the machine."""
+def figures(name: str, kernel: Any, device: Device, consumers: int, multiplying: int) -> dict[str, Any]:
+    """What one compiled kernel asks of the machine. consumers: partitions that each have their own sweeps; multiplying:
+    warps that run them, all of them together."""
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
     if device.amd:
@@ -123,7 +125,7 @@ def figures(name: str, kernel: Any, device: Device) -> dict[str, Any]:
         stack = int(re.search(r"(\d+) bytes stack frame", kernel.log)[1])
         spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", kernel.log)))
     loads = [x.load_bytes for loop in listing.product_loops for x in loop.body if x.load_bytes]
-    sweep = listing.full_sweep
+    full = listing.full_sweeps(consumers)
     found = {
         "kernel": name,
         "warps": warps,
@@ -135,22 +137,24 @@ def figures(name: str, kernel: Any, device: Device) -> dict[str, Any]:
         "local_in_loops": listing.local_in_loops,
         "loads": len(loads),
         "wide_loads": sum(x == 16 for x in loads),
-        "bulk_loads": sum(x.op.startswith("UTMALDG") for loop in listing.product_loops for x in loop.body),
+        "bulk_loads": sum(x.op.startswith("UTMALDG") for x in listing.instructions),
         "load_bytes": round(sum(loads) / len(loads), 1) if loads else None,
         "programs": device.occupancy(registers, shared, warps, columns),
         "wgmma": sum(x.op.startswith("HGMMA") for loop in listing.product_loops for x in loop.body),
         "serialised": ",".join(sorted(set(re.findall(r"\((C75\d\d)\)", kernel.log)))) if not device.amd else "",
     }
-    if sweep is not None:
-        trip = clocks(sweep, device, warps)
+    if full:
+        sweep = full[-1]
+        hidden = min(x.hidden for x in full)
+        trip = clocks(sweep, device, multiplying)
         found |= {
             "sweeps": len(listing.product_loops),
             "instructions": len(sweep.body),
-            "hidden": round(sweep.hidden, 3),
+            "hidden": round(hidden, 3),
             "tensor_clocks": round(trip.tensor, 1),
             "mufu_clocks": round(trip.mufu, 1),
             "issue_clocks": round(trip.issue, 1),
-            "tensor_share": round(trip.tensor / trip.trip(sweep.hidden, found["programs"]), 3),
+            "tensor_share": round(trip.tensor / trip.trip(hidden, found["programs"]), 3),
         }
     return found
 

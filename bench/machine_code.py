@@ -197,10 +197,9 @@ class Listing:
         """The sweeps: innermost loops that hold matrix products."""
         return [x for x in self.loops if x.innermost and x.products]
 
-    @property
-    def full_sweep(self) -> Loop | None:
-        """The sweep over tiles that need no mask: the one with the fewest instructions."""
-        return min(self.product_loops, key=lambda x: len(x.body), default=None)
+    def full_sweeps(self, count: int = 1) -> list[Loop]:
+        """The sweeps over tiles that need no mask: so many with the fewest instructions, the shortest first."""
+        return sorted(self.product_loops, key=lambda x: len(x.body))[:count]
 
     @property
     def local_in_loops(self) -> int:

@@ -169,15 +169,17 @@ def averages(p, shared, weights, acc, count):
 def weigh(p, tile, s, m_i, l_i, n, MASKED: gl.constexpr):
     """(weights, alpha, m_i, l_i) of scores s at keys from n on; see softmax.update."""
     S: gl.constexpr = s.type.layout
-    i = (tile.m + gl.arange(0, p.ROWS, gl.SliceLayout(1, S)))[:, None]
-    j = (n + gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S)))[None, :]
+    i = gl.arange(0, p.ROWS, gl.SliceLayout(1, S))[:, None]
+    j = gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S))[None, :]
     x = s
     if not tile.plane.score.folds:
         x = capped(tile.plane, s, saturation(tile.plane, s))
         if tile.plane.score.slopes is not None:
-            x -= tile.plane.own.slope * apart(tile.plane, i, j)
+            x -= tile.plane.own.slope * apart(tile.plane, tile.m, n, i, j)
     allowed = None
     if MASKED:
+        i += tile.m
+        j += n
         allowed = j < p.N
         if p.span.left is not None:
             allowed = allowed & (j >= i + number(p.span.left))

@@ -79,14 +79,18 @@ def tile_pointers(view, start, plane, m, n, TRANSPOSED: tl.constexpr):
 @triton.jit
 def distance(plane, m, n, TRANSPOSED: tl.constexpr):
     """|i + offset - j| in float32."""
-    i, j = positions(plane, m, n, TRANSPOSED)
-    return apart(plane, i, j)
+    i, j = positions(plane, 0, 0, TRANSPOSED)
+    return apart(plane, m, n, i, j)
 
 
 @triton.jit
-def apart(plane, i, j):
-    """|i + offset - j| in float32, of row and key indices that broadcast."""
-    return tl.abs(i + number(plane.score.offset) - j).to(tl.float32)
+def apart(plane, m, n, i, j):
+    """|row + offset - key| in float32, of rows m + i and keys n + j: i and j are tensors that broadcast.
+
+    The tile's distance is one number and becomes a float once; what is left are small whole numbers, exact in float32.
+    """
+    far = 1.0 * (m - n + number(plane.score.offset))
+    return tl.abs((far + i.to(tl.float32)) - j.to(tl.float32))
 
 
 @triton.jit

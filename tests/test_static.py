@@ -83,7 +83,7 @@ def test_the_full_sweep_is_innermost_and_shortest():
         /*0070*/                   EXIT ;
 """)
     assert len(listing.loops) == 3 and len(listing.product_loops) == 2
-    assert len(listing.full_sweep.body) == 2
+    assert [len(x.body) for x in listing.full_sweeps()] == [2]
 
 
 def test_gcn_loops_and_scratch():

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import launch as seam
 from ..spec import HALF, Problem, Span
 from ..tuning import Config, config, validated
-from ..tuning.select import SHARED, padded
+from ..tuning.select import SHARED
 from . import portable
 
 ARCHITECTURE = "sm_90"
@@ -49,6 +49,8 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"v's head dim {dv} is not q's, {d}")
     elif (tile := _tile_dim(d)) is None or tile > WASTE * d:
         reasons.append(f"head dim {d} is not near enough below one of {HEAD_DIMS} to be padded to it")
+    elif d % 8:
+        reasons.append(f"head dim {d} is not a multiple of 8, so rows of the output do not lie on a grid of 16 bytes")
     for name, x in (("bias", p.bias), ("mask tensor", p.mask), ("dropout", p.dropout)):
         if x is not None:
             reasons.append(f"a {name} is not built" if name != "dropout" else "dropout is not built")
