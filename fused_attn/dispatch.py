@@ -51,6 +51,8 @@ def why_not(name: str, p: Problem, by_name: bool, transform: str | None) -> list
         reasons = ops.launcher(name).why_not(p)
     if transform and name not in ("tiled", "reference"):
         reasons = [*reasons, f"{transform} is not built for it"]
+    if name == "hopper" and not by_name and not reasons:
+        reasons = ops.launcher(name).unproven(p)
     if name == "triton" and not by_name and p.q.device.type == "cpu":
         reasons = [*reasons, "on the CPU it is an interpreter, reached only by name"]
     if name == "sdpa" and not reasons and p.q.device.type == "cpu" and not p.empty:
