@@ -426,6 +426,35 @@ def test_programs_that_write_the_same() -> None:
     fails("race in global memory", overlapping, 3, torch.zeros(48), SHIFT=15)
 
 
+@gluon.jit
+def passes_on(cells, sums, flag, ORDER: gl.constexpr):
+    """Program 0 reads what program 1 then writes."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    x = gl.arange(0, 16, L)
+    if gl.program_id(0) == 0:
+        gl.store(sums, gl.sum(gl.load(cells + x), 0))
+        if ORDER:
+            store_release(flag, 1)
+    else:
+        if ORDER:
+            wait_for(flag, 1)
+        gl.store(cells + x, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_reads_before_writes(seed: int) -> None:
+    sums = torch.zeros(1)
+    flag = torch.zeros(1, dtype=torch.int32)
+    with emulated(seed):
+        seam.launch(passes_on, 2, torch.ones(16), sums, flag, ORDER=True)
+    assert sums == 16
+
+
+def test_a_read_that_a_write_overtakes() -> None:
+    flag = torch.zeros(1, dtype=torch.int32)
+    fails("race in global memory", passes_on, 2, torch.ones(16), torch.zeros(1), flag, ORDER=False)
+
+
 # --------------------------------------------------------------------------------------------------- values and bounds
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .barriers import Barrier
 from .machine import Machine
-from .memory import Global, Shared
+from .memory import Global, Place, Shared
 from .values import LAYOUT, Fault, integer
 
 BOX = 256  # the longest side
@@ -40,14 +40,14 @@ class Descriptor:
         if start + sum((n - 1) * s for n, s in zip(self.bounds, strides, strict=True)) >= home.size:
             raise Fault(f"a descriptor of shape {self.bounds} and strides {strides} reaches past its tensor")
         self._view = (start, self.bounds, strides)
-        self.data = self._strided(home.raw)
+        self.data = self.strided(home.raw)
         self.nbytes = math.prod(self.block_shape) * size
         self.nbytes_per_cta = self.nbytes
         self.dtype, self.layout = home.dtype, LAYOUT
         self.block_type = SimpleNamespace(shape=self.block_shape, nbytes=self.nbytes, element_ty=self.dtype)
         self.type = SimpleNamespace(block_type=self.block_type, layout=LAYOUT, nbytes_per_cta=self.nbytes)
 
-    def _strided(self, flat: np.ndarray) -> np.ndarray:
+    def strided(self, flat: np.ndarray) -> np.ndarray:
         start, bounds, strides = self._view
         steps = [s * flat.itemsize for s in strides]
         return np.lib.stride_tricks.as_strided(flat[start:], bounds, steps)
@@ -80,8 +80,7 @@ class Descriptor:
         barrier.visible()
         block, cells = shared.block, shared.cells
         bit = block.access(cells, True, False, "a copy from global memory")
-        if self.home.last is not None:
-            self.home.check(self._strided(self.home.last)[inside], False, False, bit)
+        self.home.read(Box(self, inside), bit, False)
         machine.running.program.landing |= bit
         shared.data.fill(np.nan if self.dtype.is_floating() else 0)
 
@@ -105,11 +104,7 @@ class Descriptor:
         reading = shared.block.access(shared.cells, False, False, what)
         writing = machine.bit(what)
         home = self.home
-        loose = 0
-        if home.last is not None:
-            loose = home.check(self._strided(home.last)[inside], False, add, writing)
-        number = home.wrote(writing, False, add, loose)
-        self._strided(home.last)[inside] = number
+        home.write(Box(self, inside), writing, False, add)
         op = Bulk(machine, machine.label(writing), reading, writing)
 
         def read() -> None:
@@ -123,6 +118,19 @@ class Descriptor:
 
         op.event = machine.issue(read)
         machine.running.bulk.append(op)
+
+
+class Box(Place):
+    """What of a box is inside of its tensor."""
+
+    def __init__(self, descriptor: Descriptor, inside: Any) -> None:
+        self.descriptor, self.inside = descriptor, inside
+
+    def of(self, flat: np.ndarray) -> np.ndarray:
+        return self.descriptor.strided(flat)[self.inside]
+
+    def put(self, flat: np.ndarray, value: Any) -> None:
+        self.descriptor.strided(flat)[self.inside] = value
 
 
 class Bulk:

@@ -75,6 +75,8 @@ def static_assert(condition: Any, message: str = "") -> None:
 
 
 def warp_specialize(functions_and_args: Any, worker_num_warps: Any, worker_num_regs: Any = None) -> Any:
+    if machine().running.name != "whole":
+        raise Fault("a partition starts partitions")
     if len(worker_num_warps) != len(functions_and_args) - 1:
         raise Fault(f"warps for {len(worker_num_warps)} workers, of which there are {len(functions_and_args) - 1}")
     if worker_num_regs is not None and len(worker_num_regs) != len(worker_num_warps):
@@ -453,6 +455,7 @@ HOPPER = SimpleNamespace(
 HELPERS: dict[str, Any] = {
     "pin": same,
     "pin_packed": same,
+    "pin_all": same,
     "reduce_add": reduce_add,
     "bulk_wait": bulk_wait,
 }

@@ -144,8 +144,24 @@ class Shared:
         return Tensor(self.data.copy(), self.dtype)
 
 
+class Place:
+    """Some elements of a storage."""
+
+    def __init__(self, numbers: Any) -> None:
+        self.numbers = numbers
+
+    def of(self, flat: np.ndarray) -> np.ndarray:
+        return flat[self.numbers]
+
+    def put(self, flat: np.ndarray, value: Any) -> None:
+        flat[self.numbers] = value
+
+
 class Global:
-    """A storage that a kernel was given, as elements of one dtype. last: the event of each element's latest write."""
+    """A storage that a kernel was given, as elements of one dtype.
+
+    last: the event of each element's latest write, by number; owed: the events that whoever follows it must know.
+    """
 
     def __init__(self, machine: Machine, x: torch.Tensor) -> None:
         self.machine, self.dtype = machine, DTYPES[x.dtype]
@@ -155,7 +171,8 @@ class Global:
         self.raw = (flat.view(torch.int16) if half else flat).numpy()
         self.raw = self.raw.view(np.uint16) if half else self.raw
         self.last: np.ndarray | None = None
-        self.owed: dict[int, int] = {}  # by event number: the events that a reader must know
+        self.owed: dict[int, int] = {}
+        self.reads: list[tuple[int, Place]] = []
         self.atomic: set[int] = set()
         self.generic = 0
 
@@ -169,38 +186,48 @@ class Global:
             return (rounded(x, tl.bfloat16).view(np.uint32) >> 16).astype(np.uint16)
         return x.astype(np.float16).view(np.uint16) if self.dtype is tl.float16 else x
 
-    def check(self, found: np.ndarray, generic: bool, atomic: bool, bit: int) -> int:
-        """found: of `last`. The writes there that are not ordered before the running strand; only atomics may have."""
-        loose = 0
-        if not found.any():
-            return 0
-        known = self.machine.running.known
-        for event in np.unique(found).tolist():
-            if event == 0:
-                continue
-            missing = self.owed[event] & ~known
-            if missing and not (atomic and event in self.atomic):
-                label = self.machine.label
-                raise Fault(f"race in global memory: {label(bit)} not ordered after {label(missing)}")
-            loose |= missing
-            if not generic and self.generic >> event & 1:
-                raise Fault(
-                    f"{self.machine.label(bit)} by the asynchronous proxy follows {self.machine.label(1 << event - 1)}"
-                    " by the generic one"
-                )
-        return loose
+    def read(self, place: Place, bit: int, generic: bool) -> None:
+        """Enter a read by the running strand, which must be ordered after every write there."""
+        self._after_writes(place, bit, generic, False)
+        self.reads.append((bit, place))
 
-    def wrote(self, bit: int, generic: bool, atomic: bool, loose: int) -> int:
-        """The number to leave in `last` for a write."""
+    def write(self, place: Place, bit: int, generic: bool, atomic: bool = False) -> None:
+        """Enter a write, which must be ordered after every other access there; atomics need no order among them."""
+        loose = self._after_writes(place, bit, generic, atomic)
+        known, label = self.machine.running.known, self.machine.label
+        for past, other in self.reads:
+            if past & ~known:
+                flags = np.zeros(self.size, np.bool_)
+                other.put(flags, True)
+                if place.of(flags).any():
+                    raise Fault(f"race in global memory: {label(bit)} not ordered after {label(past)}")
         if self.last is None:
             self.last = np.zeros(self.size, np.int32)
         event = bit.bit_length()
+        place.put(self.last, event)
         self.owed[event] = bit | loose
         if atomic:
             self.atomic.add(event)
         if generic:
             self.generic |= 1 << event
-        return event
+
+    def _after_writes(self, place: Place, bit: int, generic: bool, atomic: bool) -> int:
+        """The writes there that are not ordered before the running strand, which only atomics may have."""
+        found = None if self.last is None else place.of(self.last)
+        if found is None or not found.any():
+            return 0
+        known, label = self.machine.running.known, self.machine.label
+        loose = 0
+        for event in np.unique(found[found != 0]).tolist():
+            missing = self.owed[event] & ~known
+            if missing and not (atomic and event in self.atomic):
+                raise Fault(f"race in global memory: {label(bit)} not ordered after {label(missing)}")
+            loose |= missing
+            if not generic and self.generic >> event & 1:
+                raise Fault(
+                    f"{label(bit)}, by the asynchronous proxy, follows {label(1 << event - 1)} by the generic one"
+                )
+        return loose
 
     def places(self, offset: Any, mask: Any, what: str) -> tuple[Any, Any]:
         """(places that are touched, where they are in the result); both of one shape."""
@@ -214,8 +241,9 @@ class Global:
     def load(self, offset: Any, mask: Any, other: Any) -> Any:
         chosen, mask = self.places(offset, mask, "a load")
         machine = self.machine
-        if self.last is not None:
-            self.check(self.last[chosen], True, False, machine.bit("a load"))
+        bit = machine.bit("a load")
+        self.read(Place(chosen), bit, True)
+        machine.running.known |= bit
         result = garbage(mask.shape, self.dtype)
         if other is not None:
             result[...] = other
@@ -224,25 +252,18 @@ class Global:
 
     def store(self, offset: Any, value: np.ndarray, mask: Any) -> None:
         chosen, mask = self.places(offset, mask, "a store")
-        machine = self.machine
-        bit = machine.bit("a store")
-        if self.last is not None:
-            self.check(self.last[chosen], True, False, bit)
+        bit = self.machine.bit("a store")
+        self.write(Place(chosen), bit, True)
         self.raw[chosen] = self.narrowed(np.broadcast_to(value, mask.shape)[mask])
-        number = self.wrote(bit, True, False, 0)
-        self.last[chosen] = number
-        machine.running.known |= bit
+        self.machine.running.known |= bit
 
     def add(self, offset: Any, value: np.ndarray, mask: Any) -> Any:
         """Atomically; what was there before."""
         chosen, mask = self.places(offset, mask, "an atomic add")
-        machine = self.machine
-        bit = machine.bit("an atomic add")
-        loose = 0 if self.last is None else self.check(self.last[chosen], True, True, bit)
+        bit = self.machine.bit("an atomic add")
+        self.write(Place(chosen), bit, True, True)
         result = garbage(mask.shape, self.dtype)
         result[mask] = self.raw[chosen]
         np.add.at(self.raw, chosen, np.broadcast_to(value, mask.shape)[mask].astype(self.raw.dtype))
-        number = self.wrote(bit, True, True, loose)
-        self.last[chosen] = number
-        machine.running.known |= bit
+        self.machine.running.known |= bit
         return tensor(result if result.ndim else result[()], self.dtype)
