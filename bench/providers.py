@@ -24,7 +24,7 @@ from bench.samples import Sample
 from fused_attn import tuning
 from fused_attn.spec import Problem
 
-OURS = ("triton", "hopper")
+OURS = {"triton": "triton", "hopper": "hopper", "hopper unordered": "hopper"}  # providers and their backends
 REASON_LENGTH = 400
 DIRECTIONS = ("forward", "backward")
 
@@ -65,11 +65,17 @@ def pinned(configs: dict[str, tuning.Config]) -> Iterator[None]:
         yield
 
 
-def ours(backend: str | None = "triton", name: str = "", configs: dict[str, tuning.Config] | None = None) -> Provider:
+def ours(
+    backend: str | None = "triton",
+    name: str = "",
+    configs: dict[str, tuning.Config] | None = None,
+    deterministic: bool | None = None,
+) -> Provider:
     """The public call; configs pins kernels' configurations, backend None leaves the choice to the package."""
 
     def bind(x: Sample) -> Call:
-        return lambda: fused_attn.attention(*x.inputs.qkv, **x.inputs.kwargs, backend=backend)
+        words = x.inputs.kwargs | ({} if deterministic is None else {"deterministic": deterministic})
+        return lambda: fused_attn.attention(*x.inputs.qkv, **words, backend=backend)
 
     def config(x: Sample) -> str:
         chosen = fused_attn.explain(*x.inputs.qkv, **x.inputs.kwargs, backend=backend).backend
@@ -237,7 +243,7 @@ def _no_flex_backward(x: Sample) -> str | None:
 
 
 PROVIDERS = (
-    *(ours(name) for name in OURS),
+    *(ours(backend, name, deterministic=False if "unordered" in name else None) for name, backend in OURS.items()),
     _sdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
     _sdpa("flash", SDPBackend.FLASH_ATTENTION),
     _sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION),

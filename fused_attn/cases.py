@@ -52,6 +52,7 @@ class Case:
     dropout_p: float = 0.0
     layout: str = "bhsd"
     return_lse: bool = False
+    deterministic: bool | None = None
     # inputs
     memory: str = "gaps"  # a key of MEMORIES, "packed", or "dense": what a benchmark draws, on the device, without gaps
     values: str = "gaussian"  # a key of VALUES
@@ -337,6 +338,7 @@ def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: An
 
 def _options(c: Case, draw: Draw, device: Any, seed: int) -> dict[str, Any]:
     options: dict[str, Any] = {"causal": c.causal, "window": c.window, "alignment": c.alignment}
+    options["deterministic"] = c.deterministic
     mask = None
     for kind in c.masks:
         part = MASKS[kind](c, draw, device)
@@ -503,6 +505,7 @@ CASES: dict[str, Case] = _table(
     _case("sink_lse", sink=True, return_lse=True, hq=4, hkv=2, m=63),
     _case("sink_masked_rows", sink=True, masks=("some_rows",), return_lse=True),
     _case("sink_causal_tall", sink=True, causal=True, alignment="bottom_right", m=113, n=63, return_lse=True),
+    _case("unordered", "half", deterministic=False, hq=4, hkv=2, m=97, n=113, causal=True, alignment="bottom_right"),
     _case("lse", "core half", return_lse=True),
     _case("lse_only", return_lse=True, dout=None),
     _case("lse_only_sink", return_lse=True, dout=None, sink=True, hq=3, m=63),
