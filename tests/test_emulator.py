@@ -186,8 +186,8 @@ def test_who_waits_for_what() -> None:
     with pytest.raises(Fault) as found:
         run_pipeline(0, BREAK="arrive")
     text = str(found.value)
-    assert "deadlock" in text and "partition 1 (produce) waits for barriers 4[0], parity 0" in text
-    assert "partition 0 (consume) waits for barriers 3" in text
+    assert "deadlock" in text and "partition 1 (produce) waits for barriers 5[0], parity 0" in text
+    assert "partition 0 (consume) waits for barriers 4" in text
 
 
 def test_a_fault_names_both_lines() -> None:
@@ -524,6 +524,18 @@ def unwritten(out):
 def test_memory_that_nobody_has_written() -> None:
     with pytest.raises(Fault, match="nobody has written"):
         launch(unwritten, 1, torch.zeros(16))
+
+
+@gluon.jit
+def large(x, ROWS: gl.constexpr):
+    gl.allocate_shared_memory(gl.bfloat16, [ROWS, 128], x.layout)
+
+
+def test_shared_memory_ends() -> None:
+    x = descriptor(torch.zeros(16, 128).bfloat16(), 16, 128)
+    launch(large, 1, x, ROWS=227 * 4)
+    with pytest.raises(Fault, match="bytes of shared memory"):
+        launch(large, 1, x, ROWS=228 * 4)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

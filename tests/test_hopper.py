@@ -22,6 +22,7 @@ from fused_attn import testing
 from fused_attn.launch import hopper
 from fused_attn.testing import CASES, Case
 from fused_attn.tuning import Config, override
+from fused_attn.tuning.select import table
 from tests.emulator import Emulation, Fault, emulated
 from tests.emulator.mutations import Mutation, mutations
 
@@ -88,6 +89,36 @@ def test_most_cases_are_taken() -> None:
     """A skip above would otherwise hide a backend that refuses everything."""
     taken = [name for name in CASES if not hopper.why_not(testing.make_inputs(name, torch.bfloat16).problem())]
     assert len(taken) > 65
+
+
+SHIPPED = [key for key in table("sm_90") if key.startswith("hopper_forward/")]
+
+
+@pytest.mark.parametrize("key", SHIPPED)
+def test_shipped_configuration(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands in the table: it fits the shared memory, and its tiles, tails and padding come out right."""
+    monkeypatch.undo()
+    monkeypatch.setattr(hopper, "_machine", lambda device: [])
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 2)
+    row, d = table("sm_90")[key], int(key.split("/")[2])
+    rich = {"softcap": 5.0, "alibi": "h"} if key.endswith("/rich") else {}
+    m, n = 2 * row["BLOCK_M"] * row["consumers"] + 17, (row["num_stages"] + 1) * row["BLOCK_N"] + 9
+    case = Case(
+        "shipped", hq=2, hkv=1, m=m, n=n, d=d - 8, alignment="bottom_right", causal=True, return_lse=True, **rich
+    )
+    assert hopper.why_not(testing.make_inputs(case, torch.bfloat16).problem()) == []
+    emulation = compared(case, torch.bfloat16, 0)
+    assert len(emulation.machines) == 1
+
+
+@pytest.mark.parametrize("programs", range(1, 8))
+def test_every_number_of_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile is computed once, however many programs share them and whatever remains for the last round."""
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: programs)
+    with override(hopper_forward=FORWARD[1]):
+        compared(
+            Case("shared_out", hq=3, m=100, n=40, d=16, causal=True, alignment="top_left"), torch.bfloat16, programs
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- the protocol

@@ -34,6 +34,8 @@ from .values import (
     tensor,
 )
 
+SHARED = 227 * 1024  # bytes that one program may use
+
 
 class Current:
     """The launch that is being emulated."""
@@ -275,12 +277,15 @@ def wait_for(pointer: Any, value: Any) -> None:
 
 def allocate_shared_memory(dtype: Any, shape: Any, layout: Any = None, value: Any = None) -> Any:
     shape = _shape(shape)
+    program = machine().running.program
+    program.allocations += 1
+    program.shared += math.prod(shape) * dtype.primitive_bitwidth // 8
+    if program.shared > SHARED:
+        raise Fault(f"{program.shared} bytes of shared memory; a program has {SHARED}")
     if isinstance(layout, MBarrierLayout):
-        name = f"barriers {len(machine().running.program.blocks)}"
-        machine().running.program.blocks.append(name)
+        name = f"barriers {program.allocations}"
         return Barriers([Barrier(machine(), f"{name}[{i}]") for i in range(math.prod(shape))])
     block = Block(machine(), dtype, shape)
-    machine().running.program.blocks.append(block)
     found = Shared(block, block.data, block.numbers)
     if value is not None:
         found.store(value)

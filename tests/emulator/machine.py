@@ -64,12 +64,12 @@ class Strand:
 
 
 class Program:
-    """One instance of a kernel. landing: the events of copies that must have landed before it ends."""
+    """One instance of a kernel. landing: the events of copies that must have landed before it ends. shared: bytes."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.landing = 0
-        self.blocks: list[Any] = []
+        self.allocations = self.shared = 0
 
 
 class Machine:
