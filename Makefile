@@ -29,9 +29,12 @@ mutants: $(VENV)/test.stamp
 static: $(VENV)/test.stamp
 	PYTHONPATH=$(VENV)/triton36 $(RUN) -m bench.static
 
+# Ours and every peer on this machine, what a call costs its host, pictures; and the README's figures of them.
 bench: $(VENV)/test.stamp
+	$(RUN) -m bench.run --device cpu
 	$(RUN) -m bench.cpu
 	$(RUN) -m bench.plot
+	$(RUN) -m bench.report
 
 # For a GPU machine: uses its own torch and triton and installs nothing.
 gpu:

@@ -8,24 +8,17 @@ small: a plain or causal dot product, and what they compute is judged before it 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import Any
 
 import torch
 
 from bench.providers import Call, Provider, refuse
 from bench.samples import Sample
+from bench.table import version
 
 MODIFIERS = ("softcap", "bias", "ALiBi", "sink", "tensor mask", "interval mask", "tensor scale", "dropout",
              "log-sum-exp to return")  # fmt: skip
 WHEELS = {"sageattention": "1.0.6", "nvidia-cudnn-frontend": "1.19.0", "xformers": "0.0.35"}
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def required(x: Sample, distribution: str, module: str) -> Any:

@@ -1,92 +1,257 @@
-"""Draws bench/results/cpu.json: memory by length, and the speed of each modifier. Measures nothing.
+"""Draws tables of bench.run: throughput, speed by modifier, memory, and a roofline. Measures nothing.
 
-python -m bench.plot [FILE]        writes cpu_memory.png and cpu_speed.png beside it
+    python -m bench.plot                        bench/results/cpu.csv, into pictures beside it
+    python -m bench.plot FILE... [--out STEM]   some tables as one; pictures are named STEM_throughput.png and so on
+
+A picture whose figures the tables do not hold is not drawn.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
+import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-RESULT = Path(__file__).resolve().parent / "results" / "cpu.json"
-COLOURS = {"tiled": "#1f5fa8", "naive": "#b0413e"}
-LABELS = {"tiled": "fused_attn, tiled", "naive": "whole matrices"}
-TARGET, WINDOW_TARGET = 1.5, 3.0  # times the speed of whole matrices, for a modifier and for a window
+from bench import table
+from bench.samples import GRID
+from bench.table import Row
+
+# Ours in blues, torch's in warm colours, whole matrices in black; an unknown provider is grey.
+STYLES = {
+    "fused_attn": ("#1f5fa8", "o"), "hopper": ("#0b2f5e", "D"), "triton": ("#1f5fa8", "o"), "tiled": ("#7fa7d1", "s"),
+    "sdpa": ("#4f86c6", "v"), "reference": ("#b9cde4", "x"), "torch": ("#d1742f", "^"), "cudnn": ("#5b8c2a", "^"),
+    "flash": ("#d1742f", "<"), "efficient": ("#c9a227", ">"), "math": ("#a58a6f", "+"), "flex": ("#8e4fa8", "P"),
+    "naive": ("#333333", "x"), "sage": ("#c2477f", "*"), "cudnn_frontend": ("#2f8c78", "1"),
+    "xformers": ("#7a7a2a", "2"),
+}  # fmt: skip
+LABELS = {
+    "fused_attn": "fused_attn", "hopper": "fused_attn, hopper", "triton": "fused_attn, triton",
+    "tiled": "fused_attn, tiled", "sdpa": "fused_attn, sdpa", "torch": "torch's own", "flex": "FlexAttention",
+    "naive": "whole matrices",
+}  # fmt: skip
 
 
-def _caption(environment: dict[str, Any]) -> str:
-    return (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']},"
-        f" commit {environment['commit'][:10]}"
-    )
+def look(provider: str) -> dict[str, str]:
+    colour, marker = STYLES.get(provider, ("#888888", "."))
+    return {"color": colour, "marker": marker, "label": LABELS.get(provider, provider)}
 
 
-def memory(result: dict[str, Any]) -> plt.Figure:
-    """Peak memory of one call beyond its inputs, both axes logarithmic: a line of slope one is linear."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for name in COLOURS:
-        for direction, style in (("forward", "o-"), ("backward", "s--")):
-            points = [x for x in result["memory"] if (x["name"], x["direction"]) == (name, direction)]
-            label = f"{LABELS[name]}, {'forward' if direction == 'forward' else 'forward and backward'}"
-            axes.plot(
-                [x["length"] for x in points], [x["bytes"] / 2**20 for x in points], style,
-                color=COLOURS[name], label=label,
-            )  # fmt: skip
-    ticks = sorted({x["length"] for x in result["memory"]})
-    axes.set(xscale="log", yscale="log", xlabel="sequence length", ylabel="MiB beyond the inputs")
-    axes.set_xticks(ticks, [str(x) for x in ticks])
+def picked(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    return [x for x in rows if all(x.get(name) == value for name, value in wanted.items())]
+
+
+def several(rows: Iterable[Row], column: str) -> list:
+    """A column's values, in the order of their first rows."""
+    return list(dict.fromkeys(x[column] for x in rows if column in x))
+
+
+def unit(largest: float) -> tuple[float, str]:
+    """What TFLOP/s are multiplied by to be read easily, and what they are called then."""
+    return (1.0, "TFLOP/s") if largest >= 1.0 else (1000.0, "GFLOP/s")
+
+
+def caption(rows: list[Row]) -> str:
+    """Where the figures are from: device, versions, commit."""
+    found = []
+    for x in rows:
+        changed = " (modified)" if x["modified"] == "True" else ""
+        versions = "".join(f", {name} {x[name]}" for name in ("triton", "cudnn", "driver") if name in x and "cuda" in x)
+        threads = f", {x['threads']} threads" if x["arch"] == "cpu" else ""
+        found.append(f"{x['device']}{threads}, torch {x['torch']}{versions}, commit {x['commit'][:10]}{changed}")
+    return "; ".join(dict.fromkeys(found))
+
+
+def lengths_axis(axes: Axes, lengths: list[int]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [f"{x // 1024}k" if x >= 1024 and x % 1024 == 0 else str(x) for x in lengths])
     axes.minorticks_off()
-    axes.set_title("Peak memory: causal attention with ALiBi, 2 heads of 64, float32", fontsize=10)
+
+
+def throughput(rows: list[Row]) -> Figure | None:
+    """TFLOP/s over length, a column for each head dim and mask, a row for each direction, and the matmul above."""
+    found = [x for x in picked(rows, metric="tflops") if x["case"] in GRID]
+    if not found:
+        return None
+    directions, columns = several(found, "direction"), [(d, c) for d in several(found, "dim") for c in GRID]
+    columns = [(d, c) for d, c in columns if picked(found, dim=d, case=c)]
+    top = statistics.median(x["value"] for x in picked(rows, case="matmul"))
+    factor, name = unit(max(top, *(x["value"] for x in found)))
+    size = (3.6 * len(columns) + 1.2, 2.7 * len(directions) + 1.1)
+    figure, grid = plt.subplots(
+        len(directions), len(columns), figsize=size, layout="constrained", squeeze=False, sharey=True
+    )
+    for line, direction in zip(grid, directions, strict=True):
+        for axes, (dim, case) in zip(line, columns, strict=True):
+            panel = picked(found, direction=direction, dim=dim, case=case)
+            for provider in several(panel, "provider"):
+                points = sorted(picked(panel, provider=provider), key=lambda x: x["length"])
+                middle, low, high = ([factor * x[part] for x in points] for part in ("value", "low", "high"))
+                places = [x["length"] for x in points]
+                axes.plot(places, middle, lw=1.4, ms=5, **look(provider))
+                axes.fill_between(places, low, high, color=look(provider)["color"], alpha=0.12, lw=0)
+            axes.axhline(factor * top, color="#999999", ls="--", lw=1, label="matmul")
+            mask = "causal" if case == "causal" else "full"
+            axes.set_title(f"{direction}, D {dim}, {mask}", fontsize=9)
+            lengths_axis(axes, sorted(several(panel, "length")))
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.25)
+            axes.tick_params(labelsize=8)
+        line[0].set_ylabel(name, fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("sequence length", fontsize=9)
+    handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * len(columns), fontsize=8)
+    note = f"{several(found, 'dtype')[0]}, median of {found[0]['samples']} rounds (shade: 10th to 90th percentile)"
+    figure.supxlabel(f"{note}\n{caption(found)}", fontsize=7)
+    return figure
+
+
+def speed(rows: list[Row]) -> Figure | None:
+    """How many times faster than whole matrices, by modifier and direction."""
+    found = [x for x in picked(rows, metric="speedup", against="naive") if x["case"] not in GRID]
+    found = [x for x in found if x["provider"] != "tiled"] if picked(found, provider="fused_attn") else found
+    if not found:
+        return None
+    directions, cases, providers = (several(found, column) for column in ("direction", "case", "provider"))
+    cases.sort(key=lambda case: -max(x["value"] for x in found if x["case"] == case))
+    size = (4.2 * len(directions) + 1.2, 0.5 * len(cases) + 1.9)
+    figure, grid = plt.subplots(1, len(directions), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    thick = 0.8 / len(providers)
+    for axes, direction in zip(grid[0], directions, strict=True):
+        for n, provider in enumerate(providers):
+            chosen = {x["case"]: x for x in picked(found, direction=direction, provider=provider)}
+            places = [i + thick * (n - (len(providers) - 1) / 2) for i, case in enumerate(cases) if case in chosen]
+            bars = [chosen[case] for case in cases if case in chosen]
+            values = [x["value"] for x in bars]
+            spread = [[x["value"] - x["low"] for x in bars], [x["high"] - x["value"] for x in bars]]
+            drawn = axes.barh(
+                places, values, thick * 0.92, xerr=spread, color=look(provider)["color"], label=look(provider)["label"],
+                error_kw={"lw": 0.8},
+            )  # fmt: skip
+            axes.bar_label(drawn, [f"{x:.1f}" for x in values], fontsize=7, padding=2)
+        axes.axvline(1, color="black", lw=0.8)
+        axes.set_title(direction, fontsize=10)
+        axes.set_xlabel("times the speed of whole matrices", fontsize=9)
+        axes.margins(x=0.12)
+        axes.grid(axis="x", alpha=0.25)
+    grid[0][0].set_yticks(range(len(cases)), cases, fontsize=8)
+    grid[0][0].invert_yaxis()
+    handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
+    x = found[0]
+    note = f"{x['dtype']}, B {x['batch']}, length {x['length']}, {x['heads']} heads of {x['dim']}"
+    figure.supxlabel(f"{note} (whiskers: 10th to 90th percentile of rounds)\n{caption(found)}", fontsize=7)
+    return figure
+
+
+def memory(rows: list[Row]) -> Figure | None:
+    """Peak memory of one call beyond its inputs, both axes logarithmic: a line of slope one is linear."""
+    found = [x for x in picked(rows, metric="peak_bytes") if x["value"] > 0]
+    cases = several(found, "case")
+    if not cases:
+        return None
+    case = max(cases, key=lambda name: len(several(picked(found, case=name), "length")))
+    found = picked(found, case=case, dim=picked(found, case=case)[0]["dim"])
+    figure, axes = plt.subplots(figsize=(6.6, 4.6), layout="constrained")
+    for provider in several(found, "provider"):
+        for direction in several(found, "direction"):
+            points = sorted(picked(found, provider=provider, direction=direction), key=lambda x: x["length"])
+            style = look(provider) | {"label": f"{look(provider)['label']}, {direction}"}
+            ls = "-" if direction == "forward" else "--"
+            axes.plot([x["length"] for x in points], [x["value"] / 2**20 for x in points], ls=ls, **style)
+    axes.set_yscale("log")
+    lengths_axis(axes, sorted(several(found, "length")))
+    axes.set(xlabel="sequence length", ylabel="MiB at the peak, beyond the inputs")
+    x = found[0]
+    axes.set_title(f"Peak memory of one call: {case}, {x['heads']} heads of {x['dim']}, {x['dtype']}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.supxlabel(_caption(result["environment"]["memory"]), fontsize=7)
+    figure.supxlabel(caption(found), fontsize=7)
     return figure
 
 
-def speed(result: dict[str, Any]) -> plt.Figure:
-    """How many times faster than whole matrices, by modifier."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    entries = result["modifiers"]
-    names = list(dict.fromkeys(x["name"] for x in entries))
-    for shift, (direction, colour) in enumerate((("forward", "#1f5fa8"), ("forward+backward", "#7fa7d1"))):
-        chosen = {x["name"]: x for x in entries if x["direction"] == direction}
-        ratios = [chosen[name]["ratio"] for name in names]
-        spread = [
-            [max(0.0, chosen[n]["ratio"] - chosen[n]["ratio_quantiles"][0]) for n in names],
-            [max(0.0, chosen[n]["ratio_quantiles"][1] - chosen[n]["ratio"]) for n in names],
-        ]
-        places = [i + 0.4 * shift for i in range(len(names))]
-        bars = axes.barh(places, ratios, 0.38, xerr=spread, color=colour, label=direction, error_kw={"lw": 0.8})
-        axes.bar_label(bars, [f"{x:.1f}" for x in ratios], fontsize=7, padding=2)
-    axes.axvline(1, color="black", lw=0.8)
-    for i, name in enumerate(names):
-        goal = WINDOW_TARGET if name.startswith("window") else TARGET
-        axes.plot([goal, goal], [i - 0.25, i + 0.65], color="#b0413e", lw=1.5, label=None if i else "goal")
-    axes.set_yticks([i + 0.2 for i in range(len(names))], names)
-    axes.invert_yaxis()
-    axes.set_xlabel("times the speed of whole matrices (whiskers: 10th to 90th percentile)", fontsize=9)
-    axes.set_title(f"Float32, 8 heads of 64, length {entries[0]['length']}", fontsize=10)
-    axes.legend(fontsize=8)
-    figure.supxlabel(_caption(result["environment"]["modifiers"]), fontsize=7)
+def roofline(rows: list[Row]) -> Figure | None:
+    """Throughput by arithmetic intensity, under what a copy and a matmul reach on the same machine."""
+    copies, tops = picked(rows, case="copy"), picked(rows, case="matmul")
+    points = [
+        x for x in picked(rows, metric="intensity") if x["provider"] in ("fused_attn", "triton", "hopper", "torch")
+    ]
+    if not (copies and tops and points):
+        return None
+    top, rate = (statistics.median(x["value"] for x in y) for y in (tops, copies))  # TFLOP/s, GB/s
+    factor, name = unit(top)
+    figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
+    key = ("case", "provider", "direction", "length", "dim")
+    speeds = {tuple(x[k] for k in key): x["value"] for x in picked(rows, metric="tflops") if all(k in x for k in key)}
+    xs = [x["value"] for x in points]
+    knee = top / rate * 1000
+    left, right = min(knee, *xs) / 4, max(knee, *xs) * 2
+    roof = [left, knee, right]
+    axes.plot(roof, [factor * min(top, rate * x / 1000) for x in roof], color="#999999", lw=1.5)
+    for text, place, shift in (
+        (f"matmul, {factor * top:.0f} {name}", (knee, factor * top), (4, 5)),
+        (f"copy, {rate:.0f} GB/s", (left, factor * rate * left / 1000), (14, 2)),
+    ):
+        axes.annotate(text, place, xytext=shift, textcoords="offset points", fontsize=8, color="#666666")
+    kinds = {"plain": "full", "causal": "causal"}
+    for provider in several(points, "provider"):
+        for kind in ("full", "causal", "modified"):
+            for direction, filled in (("forward", True), ("forward+backward", False), ("backward", False)):
+                mine = [x for x in picked(points, provider=provider, direction=direction)
+                        if kinds.get(x["case"], "modified") == kind]  # fmt: skip
+                mine = [x for x in mine if tuple(x[k] for k in key) in speeds]
+                if not mine or (kind == "modified" and provider == "torch"):
+                    continue
+                colour = look(provider)["color"]
+                marker = {"full": "o", "causal": "^", "modified": "s"}[kind]
+                axes.scatter(
+                    [x["value"] for x in mine], [factor * speeds[tuple(x[k] for k in key)] for x in mine], s=26,
+                    marker=marker, edgecolors=colour, facecolors=colour if filled else "none",
+                    label=f"{look(provider)['label']}, {kind}, {direction}",
+                )  # fmt: skip
+    axes.set(xscale="log", yscale="log", ylabel=name)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("arithmetic intensity: operations a byte of operands and results", fontsize=9)
+    axes.set_title(f"Roofline, {points[0]['dtype']}", fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.supxlabel(caption(points), fontsize=7)
     return figure
 
 
-def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULT
-    result = json.loads(path.read_text())
-    for part, draw in (("memory", memory), ("modifiers", speed)):
-        if part in result:
-            target = path.with_name(f"{path.stem}_{draw.__name__}.png")
-            draw(result).savefig(target, dpi=150)
+PICTURES: dict[str, Callable[[list[Row]], Figure | None]] = {
+    x.__name__: x for x in (throughput, speed, memory, roofline)
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", type=Path, default=[table.RESULTS / "cpu.csv"], metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="STEM", help="the first table's name without its ending")
+    args = parser.parse_args(argv)
+    rows = table.read(*args.tables)
+    stem = args.out or args.tables[0].with_suffix("")
+    for name, draw in PICTURES.items():
+        if (figure := draw(rows)) is not None:
+            target = stem.with_name(f"{stem.name}_{name}.png")
+            figure.savefig(target, dpi=150)
+            plt.close(figure)
             print(target)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

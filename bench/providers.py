@@ -242,6 +242,7 @@ def _no_flex_backward(x: Sample) -> str | None:
     return "compiled FlexAttention has no backward on the CPU" if x.problem.q.device.type == "cpu" else None
 
 
+NAIVE = Provider("naive", _naive)
 PROVIDERS = (
     *(ours(backend, name, deterministic=False if "unordered" in name else None) for name, backend in OURS.items()),
     _sdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -249,7 +250,7 @@ PROVIDERS = (
     _sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION),
     _sdpa("math", SDPBackend.MATH),
     Provider("flex", _flex, no_backward=_no_flex_backward),
-    Provider("naive", _naive),
+    NAIVE,
 )
 TORCH = _sdpa("torch", None)
 COMPILED = tuple(x for x in PROVIDERS if x.name in (*OURS, "flex"))
@@ -274,8 +275,9 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int | None]:
 
 def reason(error: Exception, noticed: list[warnings.WarningMessage]) -> str:
     """Why a provider cannot run: torch tells half of it as warnings."""
-    words = [f"{type(error).__name__}: {error}"]
-    if not isinstance(error, NotImplementedError):
+    words = [str(error)]
+    if not isinstance(error, (NotImplementedError, fused_attn.BackendError)):
+        words = [f"{type(error).__name__}: {error}"]
         words += [str(w.message) for w in noticed if issubclass(w.category, UserWarning)]
     return " | ".join(dict.fromkeys(" ".join(x.split()) for x in words))[:REASON_LENGTH]
 

@@ -1,0 +1,144 @@
+"""Two revisions of the package against each other: a process for each side, round by round.
+
+The working tree runs twice, in two processes; what these differ by is the noise that the other revision's difference is
+held against. The other one is unpacked from git into a temporary folder. All three are given the same tensors and are
+judged before they are timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import clock
+from bench.providers import Provider, Turns
+from bench.samples import Sample
+from bench.table import ROOT, Row, figure, quantiles, said
+from fused_attn import Mask
+from fused_attn.testing import Case
+
+OURS, AGAIN = "ours", "ours again"
+
+
+class Side:
+    """A process with one revision of the package in it."""
+
+    def __init__(self, name: str, tree: Path, folder: Path):
+        self.name, self.tree, self.folder = name, tree, folder
+        script = folder / "side.py"
+        shutil.copy(clock.__file__, script)
+        environ = os.environ | {"PYTHONPATH": str(tree)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], cwd=folder, env=environ, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """One request and its answer; what the process could not do is an `error` in it."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self.name} ended with code {self.process.wait()}")
+        return json.loads(line)
+
+    def load(self, x: Sample, backend: str | None) -> str | None:
+        """Give it a problem and judge what it makes of it. Why it is not to be timed, None where it is."""
+        results = self.folder / "results"
+        answer = self.ask("load", problem=str(self.folder / "problem"), results=str(results), backend=backend)
+        if "error" in answer:
+            return answer["error"]
+        if Path(answer["package"]).parent.parent != self.tree:
+            raise RuntimeError(f"{self.name} runs {answer['package']}, not the package of {self.tree}")
+        found = torch.load(results)
+        outputs = len(x.cotangents)
+        try:
+            x.judge(tuple(found[:outputs]), found[outputs:])
+        except AssertionError as failure:
+            return f"wrong: {failure}"
+        return None
+
+    def end(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def sides(revision: str) -> Iterator[list[Side]]:
+    """Ours, ours again, and the revision, each ready in a process of its own."""
+    packed = subprocess.run(["git", "archive", revision], cwd=ROOT, capture_output=True)
+    if packed.returncode:
+        raise SystemExit(f"--base {revision}: {packed.stderr.decode().strip()}")
+    commit = said("git", "rev-parse", "--short=10", f"{revision}^{{commit}}")
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name).resolve()
+        with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
+            archive.extractall(folder / "tree", filter="data")
+        trees = {OURS: ROOT, AGAIN: ROOT, commit: folder / "tree"}
+        found = [Side(side, tree, folder) for side, tree in trees.items()]
+        for side in found:
+            stack.callback(side.end)
+        yield found
+
+
+def measured(
+    case: Case, what: Row, chosen: list[Provider], dtype: str, turns: Turns, found: list[Side], tick: Callable[[], Any]
+) -> list[Row]:
+    """Rows of one case: for each of our providers, the base's time by ours, and ours by ours."""
+    x = Sample.draw(case, getattr(torch, dtype), turns.device)
+    if isinstance(x.inputs.options["mask"], Mask):
+        why = "a Mask is made of functions, and does not leave its process"
+        return [what | {"provider": y.name, "status": "unavailable", "reason": why} for y in chosen]
+    kept = {"qkv": x.inputs.qkv, "kwargs": x.inputs.kwargs, "leaves": x.leaves, "cotangents": x.cotangents}
+    torch.save(kept, found[0].folder / "problem")
+    rows = []
+    for provider in chosen:
+        backend = None if provider.name == "fused_attn" else provider.name
+        where = what | {"provider": provider.name, "against": found[-1].name}
+        reasons = {side.name: why for side in found if (why := side.load(x, backend))}
+        if reasons:
+            wrong = any(why.startswith("wrong") for why in reasons.values())
+            words = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+            rows.append(where | {"status": "refused" if wrong else "unavailable", "reason": words[:400]})
+            continue
+        for direction in turns.directions:
+            took: dict[str, list[float]] = {side.name: [] for side in found}
+            for turn in range(turns.rounds):
+                for side in found if turn % 2 else reversed(found):
+                    answer = side.ask("time", direction=direction, seconds=turns.seconds)
+                    if "error" in answer:
+                        raise RuntimeError(f"{side.name}: {answer['error']}")
+                    took[side.name].append(answer["ms"])
+                tick()
+            rows += [where | {"direction": direction, "status": "timed"} | row for row in compared(*took.values())]
+    return rows
+
+
+def compared(ours: list[float], again: list[float], base: list[float]) -> list[Row]:
+    """How much faster ours is than the base, and whether that is more than noise.
+
+    It is not where two runs of ours differ by as much, nor where the rounds do not agree on its sign.
+    """
+    alike = [b / a for a, b in zip(ours, again, strict=True)]
+    ratios = [b / a for a, b in zip(ours, base, strict=True)]
+    _, low, high = quantiles(alike)
+    noise = max(high, 1 / low)
+    middle, low, high = quantiles(ratios)
+    lost = 1 / noise <= middle <= noise or low <= 1 <= high
+    verdict = "noise" if lost else "faster" if middle > 1 else "slower"
+    reason = f"{verdict}: the same version differs by up to {100 * (noise - 1):.1f} %"
+    return [figure("ms", ours), figure("a/a", alike), figure("speedup", ratios, reason=reason)]

@@ -1,0 +1,357 @@
+"""The benchmark: named cases by ours and by every peer, into one long table.
+
+    python -m bench.run                                every case, on a GPU where there is one, else on the CPU
+    python -m bench.run --only 'causal,bias_*' --providers 'fused_attn,naive' --lengths 1024,4096
+    python -m bench.run --base HEAD~3                  ours against another revision, round by round
+    python -m bench.run --tiny --device cpu            a rehearsal in seconds
+
+Cases are those of `fused_attn.testing.CASES`, at the sizes below. Each provider's result on the very tensors is held to
+the tolerance rule first; one that is wrong is not timed, stands in the table as refused, and makes the exit code 1. A
+provider that cannot run stands there with its reason. Those that may be timed take turns in one process, round by
+round; a figure is the median over rounds, between the 10th and the 90th percentile.
+
+The forward is timed as inference runs it, the backward on a graph that is kept. `speedup` is the median over rounds of
+the time of `against` by the provider's own. With --base the same version is timed twice beside the other one, and a
+difference within what these two differ by is called noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_attn
+from bench import memory, peers, providers, revisions, table
+from bench.clock import DIRECTIONS, milliseconds
+from bench.providers import Provider, Turns
+from bench.samples import GRID, MODIFIED, Sample, sized
+from bench.table import Row, figure
+from fused_attn.testing import Case
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the cases are, and what is asked of each."""
+
+    device: str
+    dtype: str
+    dims: tuple[int, ...]
+    lengths: tuple[int, ...]  # of the grid
+    tokens: int  # batch times length there
+    width: int  # heads times head dim
+    modified: int  # the length of the modified cases
+    modified_tokens: int
+    turns: Turns
+    copied: int  # bytes of the copy that measures bandwidth
+    memory: tuple[int, ...] = ()  # lengths at which a process of its own measures memory; a GPU counts it as it goes
+    memory_naive: int = 0  # the longest of them for whole matrices
+
+
+CUDA = Size(
+    "cuda", "bfloat16", (128, 64, 256), (512, 1024, 2048, 4096, 8192, 16384), 16384, 2048, 4096, 16384,
+    Turns("cuda", 5, DIRECTIONS), 2**30,
+)  # fmt: skip
+CPU = Size(
+    "cpu", "float32", (64,), (512, 1024, 2048, 4096), 4096, 512, 2048, 2048,
+    Turns("cpu", 5, ("forward", "forward+backward"), matmul=1024, seconds=0.1, least=1), 2**28,
+    (1024, 2048, 4096, 8192, 16384), 4096,
+)  # fmt: skip
+TINY = {
+    "dims": (16,), "lengths": (32, 48), "tokens": 48, "width": 128, "modified": 48, "modified_tokens": 48,
+    "copied": 2**20,
+}  # fmt: skip
+
+ALL = (
+    providers.ours(None), *providers.PROVIDERS[: len(providers.OURS)],
+    *(providers.ours(name) for name in ("sdpa", "tiled", "reference")),
+    providers.TORCH, *providers.PROVIDERS[len(providers.OURS) :], *peers.PEERS,
+)  # fmt: skip
+CEILINGS = ("copy", "matmul")
+# Left out unless asked for by name: what a faster one of the same results stands beside.
+UNASKED = {
+    "cpu": ("sdpa", "tiled", "reference", "flash", "math"),
+    "cuda": ("fused_attn", "sdpa", "tiled", "reference", "torch"),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- cases
+
+
+def matches(name: str, patterns: str) -> bool:
+    return any(fnmatch.fnmatch(name, x) for x in patterns.split(","))
+
+
+def planned(size: Size, only: str, lengths: tuple[int, ...]) -> list[Case]:
+    """The cases that were asked for, at size."""
+    found = []
+    for name in (*GRID, *MODIFIED):
+        if not matches(name, only):
+            continue
+        chosen, tokens = (size.lengths, size.tokens) if name in GRID else ((size.modified,), size.modified_tokens)
+        for dim in size.dims if name in GRID else size.dims[:1]:
+            for length in lengths or chosen:
+                found.append(sized(name, max(1, tokens // length), max(1, size.width // dim), length, dim))
+    return found
+
+
+def described(case: Case, dtype: str) -> Row:
+    """The part of a row that says what was run."""
+    options = {x: getattr(case, x) for x in ("window", "softcap", "scale", "dropout_p")}
+    return {
+        "case": case.name, "length": case.m, "batch": case.b, "heads": case.hq, "kv_heads": case.hkv, "dim": case.d,
+        "dtype": dtype, "options": " ".join(f"{name}={x}" for name, x in options.items() if x),
+    }  # fmt: skip
+
+
+def measured(case: Case, what: Row, chosen: list[Provider], size: Size, tick: Callable[[], Any]) -> list[Row]:
+    """Every row of one case: judged first, then timed in turns."""
+    x = Sample.draw(case, getattr(torch, size.dtype), size.device)
+    rows: list[Row] = []
+    calls, found, notes = {}, {}, {}
+    for provider in chosen:
+        started = providers.run_once(provider, x, size.device)
+        note = judged(provider, x, started)
+        where = what | {"provider": provider.name}
+        if note.get("status"):
+            rows.append(where | note)
+        else:
+            assert started.call is not None
+            calls[provider], found[provider.name] = started.call, started.found
+            notes[provider.name] = note | {"config": provider.config(x)}
+        del started
+        providers.release(size.device)
+    timed = providers.interleave(calls, found, x, size.turns, tick)
+    for name, entries in timed["providers"].items():
+        for direction, entry in entries.items():
+            where = what | {"provider": name, "direction": direction} | notes[name]
+            if "refused" in entry:
+                rows.append(where | {"status": "unavailable", "reason": entry["refused"]})
+            else:
+                rows += [where | {"status": "timed"} | row for row in figures(x, direction, entry)]
+    rows += [what | row for row in speedups(timed["providers"])]
+    top = [2e-9 * size.turns.matmul**3 / ms for ms in timed["matmul_samples_ms"]]
+    return [*rows, ceiling("matmul", size, "tflops", top, length=size.turns.matmul)]
+
+
+def judged(provider: Provider, x: Sample, started: providers.Started) -> Row:
+    """What is known of a provider before it is timed; a status where it will not be."""
+    error = started.error
+    if started.call is None or (provider.ours and error is not None):
+        cannot = (NotImplementedError, fused_attn.BackendError) if provider.ours else Exception
+        status = "unavailable" if isinstance(error, cannot) else "refused"
+        return {"status": status, "reason": started.found["backward"]["refused"]}
+    if x.case.dropout_p and not provider.ours:
+        return {"reason": "not judged: its dropout mask is its own"}
+    if provider.inexact:
+        return {"error": x.error(started.result), "reason": "not judged: inexact by design"}
+    try:
+        used = x.judge(started.result, started.grads)
+    except AssertionError as failure:
+        return {"status": "refused", "reason": str(failure)[: providers.REASON_LENGTH]}
+    return {"share": max(row["share"] for row in used.values()), "error": used["out"]["error"]}
+
+
+def figures(x: Sample, direction: str, entry: dict[str, Any]) -> Iterator[Row]:
+    """The metrics of one provider and direction."""
+    took, work = figure("ms", entry["samples_ms"]), 1e-9 * x.flops(direction)
+    yield took
+    ends = {"value": work / took["value"], "low": work / took["high"], "high": work / took["low"]}
+    yield took | {"metric": "tflops"} | ends
+    yield {"metric": "intensity", "value": x.flops(direction) / x.bytes(direction)}
+    if entry.get("peak_bytes") is not None:
+        yield {"metric": "peak_bytes", "value": float(entry["peak_bytes"]), "samples": 1}
+
+
+def speedups(found: dict[str, Any]) -> Iterator[Row]:
+    """Ours against every peer, and everybody against whole matrices."""
+    own = {x.name for x in ALL if x.ours}
+    for name, entries in found.items():
+        for other in found:
+            if other in own or other == name or (name not in own and other != "naive"):
+                continue
+            for direction, entry in entries.items():
+                mine, theirs = (e.get("samples_ms", []) for e in (entry, found[other][direction]))
+                if mine and len(mine) == len(theirs):
+                    ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+                    where = {"provider": name, "direction": direction, "status": "timed"}
+                    yield where | figure("speedup", ratios, against=other)
+
+
+def ceiling(case: str, size: Size, metric: str, samples: list[float], **more: Any) -> Row:
+    where = {"case": case, "provider": "torch", "direction": "forward", "dtype": size.dtype, "status": "timed"}
+    return where | more | figure(metric, samples)
+
+
+def bandwidth(size: Size) -> Row:
+    """Bytes read and written a second by a copy, in GB/s."""
+    source = torch.zeros(size.copied, dtype=torch.uint8, device=size.device)
+    target = torch.ones_like(source)
+    took = [milliseconds(lambda: target.copy_(source), size.device) for _ in range(size.turns.rounds)]
+    return ceiling("copy", size, "gbytes_per_second", [2e-6 * size.copied / ms for ms in took], length=size.copied)
+
+
+def remembered(size: Size) -> Iterator[tuple[str, str, int]]:
+    """(provider, direction, length) of each process that measures memory."""
+    for name, longest in (("tiled", max(size.memory, default=0)), ("naive", size.memory_naive)):
+        for direction in memory.DIRECTIONS:
+            yield from ((name, direction, length) for length in size.memory if length <= longest)
+
+
+def memorised(provider: str, direction: str, length: int) -> Row:
+    """What a call adds to a process at its peak, in a process of its own."""
+    case = sized(memory.CASE, memory.BATCH, memory.HEADS, length, memory.DIM)
+    where = {"provider": provider, "direction": direction, "status": "timed", "threads": memory.THREADS}
+    found = float(memory.peak(provider, direction, length))
+    return described(case, "float32") | where | {"metric": "peak_bytes", "value": found, "samples": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[..., Any]]:
+    """A bar that is told of each step and of what is being done; lines where rich is not installed."""
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield lambda name="", steps=0: print(name, flush=True) if name else None
+        return
+    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as bars:
+        bar = bars.add_task("", total=total)
+
+        def step(name: str = "", steps: int = 0) -> None:
+            bars.update(bar, advance=steps, **({"description": name} if name else {}))
+
+        yield step
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Milliseconds by case and provider, and what was refused or not to be had."""
+    times = [x for x in rows if x.get("metric") == "ms"]
+    names = list(dict.fromkeys(x["provider"] for x in times))
+    if times:
+        yield f"{'milliseconds':>38} " + "".join(f"{name[:12]:>13}" for name in names)
+    lines: dict[tuple, dict[str, float]] = {}
+    for x in times:
+        key = (x["case"], x["dim"], x["length"], x["direction"])
+        lines.setdefault(key, {})[x["provider"]] = x["value"]
+    for (case, dim, length, direction), found in lines.items():
+        cells = "".join(f"{found[name]:13.3f}" if name in found else f"{'-':>13}" for name in names)
+        yield f"{case:>16} D{dim:<3} {length:>5} {direction[:17]:<17}"[:39] + cells
+    for x in rows:
+        if x.get("metric") == "speedup" and "reason" in x:
+            what = f"{x['case']} D{x['dim']} {x['length']} {x['direction']}, {x['provider']}"
+            spread = f"{x['value']:.3f} ({x['low']:.3f} to {x['high']:.3f})"
+            yield f"{what}: {spread} times the speed of {x['against']}; {x['reason']}"
+    unavailable = {(x["provider"], x["reason"]) for x in rows if x["status"] == "unavailable"}
+    yield from (f"unavailable: {name}: {reason[:200]}" for name, reason in sorted(unavailable))
+    for x in rows:
+        if x["status"] in ("refused", "not reached"):
+            who = f"{x['case']} D{x['dim']} {x['length']} {x.get('provider', '')}"
+            yield f"{x['status'].upper()} {who} {x.get('reason', '')[:300]}"
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in text.split(","))
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="*", metavar="PATTERNS", help="shell patterns of case names, by commas")
+    parser.add_argument("--providers", metavar="PATTERNS", help="likewise; all but the slowest by default")
+    parser.add_argument("--lengths", type=numbers, default=(), metavar="N,N", help="for every case")
+    parser.add_argument("--dims", type=numbers, metavar="D,D", help="head dims")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--directions", type=lambda x: tuple(x.split(",")), help=f"of {', '.join(DIRECTIONS)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, help="turns that each provider takes")
+    parser.add_argument("--seconds", type=float, help="for the whole command; cases beyond are not reached")
+    parser.add_argument("--base", metavar="REV", help="time ours against another revision of itself")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, two rounds, no table")
+    parser.add_argument("--out", type=Path, help="the table; bench/results/<architecture>.csv, none with --tiny")
+    args = parser.parse_args(argv)
+    if unknown := set(args.directions or ()) - set(DIRECTIONS):
+        parser.error(f"no such direction: {', '.join(sorted(unknown))}; there are {', '.join(DIRECTIONS)}")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error("--rounds: at least one")
+    return args
+
+
+def settled(args: argparse.Namespace) -> Size:
+    """The sizes that the arguments ask for."""
+    size = CUDA if args.device == "cuda" else CPU
+    turns = size.turns
+    if args.tiny:
+        size = replace(size, **TINY, memory=(), turns=replace(turns, rounds=2, matmul=64, seconds=0.0))
+    asked = {"rounds": args.rounds, "directions": args.directions}
+    turns = replace(size.turns, **{name: x for name, x in asked.items() if x})
+    return replace(size, turns=turns, dims=args.dims or size.dims, dtype=args.dtype or size.dtype)
+
+
+def chosen_providers(patterns: str | None, device: str) -> list[Provider]:
+    if patterns is None:
+        return [x for x in ALL if x.name not in UNASKED[device]]
+    return [x for x in ALL if matches(x.name, patterns)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    size, end = settled(args), time.monotonic() + (args.seconds or float("inf"))
+    chosen, cases = chosen_providers(args.providers, size.device), planned(size, args.only, args.lengths)
+    if not chosen or not (cases or matches("memory", args.only)):
+        print(f"no case of {', '.join((*GRID, *MODIFIED))} or no provider of {', '.join(x.name for x in ALL)}")
+        return 2
+    where = table.environment(size.device)
+    folder = Path(os.environ.get("OUT") or table.RESULTS)
+    name = f"{where['arch']}{'-base' if args.base else ''}.csv"
+    path = args.out or (None if args.tiny else folder / name)
+    rows: list[Row] = []
+
+    def keep(more: list[Row]) -> None:
+        rows.extend({**where, **x} for x in more)
+        if path:
+            table.write(path, rows)
+
+    own = [x for x in chosen if x.ours]
+    peaks = [] if args.base or not matches("memory", args.only) else list(remembered(size))
+    steps = size.turns.rounds * len(size.turns.directions) * (len(own) if args.base else 1)
+    with contextlib.ExitStack() as stack:
+        step = stack.enter_context(progress(len(cases) * steps + len(peaks)))
+        sides = stack.enter_context(revisions.sides(args.base)) if args.base else None
+        if cases and sides is None:
+            keep([bandwidth(size)])
+        for case in cases:
+            step(f"{case.name} {case.m}")
+            what = described(case, size.dtype)
+            if time.monotonic() > end:
+                keep([what | {"status": "not reached"}])
+            elif sides is None:
+                keep(measured(case, what, chosen, size, lambda: step(steps=1)))
+            else:
+                keep(revisions.measured(case, what, own, size.dtype, size.turns, sides, lambda: step(steps=1)))
+        for peak in peaks if time.monotonic() < end else ():
+            step(f"memory {peak[-1]}")
+            keep([memorised(*peak)])
+            step(steps=1)
+    print("\n".join(summary(rows)))
+    if path:
+        print(path)
+    statuses = {x["status"] for x in rows if x["case"] not in CEILINGS}
+    return int("refused" in statuses or "timed" not in statuses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The long table that a benchmark leaves: one row a figure, with all that it depends on beside it.
+
+A row says what was run (case, provider, direction, sizes), one metric of it with its median, the 10th and the 90th
+percentile and how many samples there were, and where: device, versions, commit, and whether the tree was modified.
+Rows without a metric say in `status` and `reason` why there is no figure.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_attn import tuning
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+WHAT = ("case", "provider", "direction", "length", "batch", "heads", "kv_heads", "dim", "dtype", "options", "config")
+FIGURE = ("metric", "value", "low", "high", "samples", "against", "status", "reason", "share", "error")
+WHERE = (
+    "device", "arch", "threads", "python", "torch", "triton", "cuda", "cudnn", "driver", "commit", "modified", "time",
+)  # fmt: skip
+COLUMNS = (*WHAT, *FIGURE, *WHERE)
+NUMBERS = {"length": int, "batch": int, "heads": int, "kv_heads": int, "dim": int, "samples": int, "threads": int}
+NUMBERS |= dict.fromkeys(("value", "low", "high", "share", "error"), float)
+
+Row = dict[str, Any]
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    """The median, the 10th and the 90th percent."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return statistics.median(samples), deciles[0], deciles[-1]
+
+
+def figure(metric: str, samples: list[float], **more: Any) -> Row:
+    """The part of a row that holds a figure."""
+    middle, low, high = quantiles(samples)
+    return {"metric": metric, "value": middle, "low": low, "high": high, "samples": len(samples), **more}
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """All rows anew, by way of a draft, so that a reader never sees half a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    with draft.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+    draft.replace(path)
+
+
+def read(*paths: Path) -> list[Row]:
+    """The rows of some tables, numbers as numbers; an empty cell is absent."""
+    found = []
+    for path in paths:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                found.append({name: NUMBERS.get(name, str)(x) for name, x in row.items() if x != ""})
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- where
+
+
+def environment(device: str = "cpu", threads: int | None = None) -> Row:
+    """What the figures depend on beside the code, and the commit of that."""
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "arch": tuning.architecture(torch.device("cuda")) if device == "cuda" else "cpu",
+        "threads": threads or torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton") or version("pytorch-triton"),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+        "driver": said(*query).partition("\n")[0] if device == "cuda" else None,
+        "commit": said("git", "rev-parse", "HEAD"),
+        "modified": bool(said("git", "status", "--porcelain", "--", "fused_attn", "kernels", "bench/*.py")),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def said(*command: str) -> str:
+    """What a command prints, empty where it cannot run."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,323 @@
+"""The benchmark, rehearsed at tiny sizes on the CPU: what it times, what it writes, and that it sees what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_attn
+from bench import peers, providers, revisions, run, table
+from bench.clock import DIRECTIONS, directed, gradients
+from bench.providers import Provider
+from bench.samples import GRID, MODIFIED, SCORES, WORK, Sample, sized
+
+CPU = ("--tiny", "--device", "cpu")
+
+
+def rehearse(folder: Path, *arguments: str) -> tuple[int, list[table.Row]]:
+    """(exit code, the table) of the command."""
+    path = folder / "table.csv"
+    code = run.main([*CPU, "--out", str(path), *arguments])
+    return code, table.read(path)
+
+
+def about(rows: list[table.Row], **wanted: Any) -> list[table.Row]:
+    return [x for x in rows if all(x.get(name) == value for name, value in wanted.items())]
+
+
+def sample(name: str, scores: int = SCORES["cpu"], batch: int = 2) -> Sample:
+    return Sample.draw(sized(name, batch, 4, 40, 16), torch.float32, "cpu", scores)
+
+
+def results(x: Sample) -> tuple[Any, list[torch.Tensor]]:
+    found = fused_attn.attention(*x.inputs.qkv, **x.inputs.kwargs)
+    return found, list(gradients(found, x.leaves, x.cotangents, retain=False))
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def test_a_row_for_every_case_provider_and_direction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("fused_attn", "tiled", "torch", "naive", "efficient", "hopper", "sage", "cudnn_frontend", "xformers")
+    only = ("--only", "causal,alibi_h,dropout", "--directions", ",".join(DIRECTIONS))
+    code, rows = rehearse(tmp_path, *only, "--providers", ",".join(asked))
+    assert code == 0
+    cases = {(x["case"], x["length"]) for x in rows if "batch" in x}
+    assert cases == {("causal", 32), ("causal", 48), ("alibi_h", 48), ("dropout", 48)}
+    for case, length in cases:
+        found = about(rows, case=case, length=length)
+        assert {x["provider"] for x in found} == set(asked)
+        times = {(x["provider"], x["direction"]) for x in about(found, metric="ms")}
+        timed = {"fused_attn", "tiled", "naive", *(["torch"] if case != "alibi_h" else [])}
+        assert times == {(name, direction) for name in timed for direction in DIRECTIONS}
+        refused = {x["provider"]: x["reason"] for x in about(found, status="unavailable")}
+        assert refused.keys() == set(asked) - timed
+        for name in peers.WHEELS:
+            (reason,) = (r for r in refused.values() if r.startswith(f"{name}: "))
+            assert "needs a GPU" in reason
+
+    for x in about(rows, metric="ms"):
+        (other,) = about(rows, metric="tflops", **{k: x[k] for k in ("case", "provider", "direction", "length")})
+        flops = 4 * x["batch"] * x["heads"] * x["length"] ** 2 * x["dim"] * (0.5 if x["case"] == "causal" else 1.0)
+        assert other["value"] * x["value"] == pytest.approx(1e-9 * flops * WORK[x["direction"]], rel=1e-4)
+        assert 0 < x["low"] <= x["value"] <= x["high"] and x["samples"] == 2
+        judged = x["case"] != "dropout" or x["provider"] in ("fused_attn", "tiled")
+        assert 0 < x["share"] <= 1 if judged else "dropout mask" in x["reason"]
+    assert {x["config"] for x in about(rows, provider="fused_attn", case="alibi_h", metric="ms")} == {"tiled"}
+    assert about(rows, provider="fused_attn", against="torch", case="causal", metric="speedup")
+    assert about(rows, provider="torch", against="naive", metric="speedup")
+    assert not about(rows, provider="naive", metric="speedup")
+    assert about(rows, case="matmul", metric="tflops") and about(rows, case="copy", metric="gbytes_per_second")
+    for x in rows:
+        assert {"device", "torch", "commit", "modified", "time"} <= x.keys()
+    assert "unavailable: xformers" in capsys.readouterr().out
+
+
+def test_time_runs_out(tmp_path: Path) -> None:
+    code, rows = rehearse(tmp_path, "--only", "causal,sink", "--providers", "naive", "--seconds", "1e-9")
+    assert code == 1, "a run that shows nothing does not pass"
+    assert {(x["case"], x["status"]) for x in rows if x["case"] != "copy"} == {
+        ("causal", "not reached"), ("sink", "not reached"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    ((["--directions", "sideways"], "no such direction"), (["--rounds", "0"], "at least one")),
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run.main([*CPU, *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([*CPU, "--only", "casual"]) == 2
+    assert "causal" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- what is wrong
+
+
+def broken(name: str, change: Any, **fields: Any) -> Provider:
+    """The naive provider with something done to its output."""
+
+    def bind(x: Sample) -> Any:
+        call = providers.NAIVE.bind(x)
+        return lambda: change(call())
+
+    return Provider(name, bind, **fields)
+
+
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 1.001 * grad
+
+
+def crash(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("the kernel fell over")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    (
+        (broken("wrong", lambda out: out * 1.001), "out:"),
+        (broken("wrong", WrongBackward.apply), "dv:"),
+        (broken("wrong", crash, ours=True), "fell over"),
+    ),
+    ids=("output", "gradient", "ours crashes"),
+)
+def test_what_is_wrong_is_not_timed(
+    wrong: Provider, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ALL", (wrong, providers.NAIVE))
+    code, rows = rehearse(tmp_path, "--only", "causal", "--lengths", "32")
+    assert code == 1
+    (refused,) = about(rows, provider="wrong")
+    assert refused["status"] == "refused" and said in refused["reason"] and "metric" not in refused
+    assert about(rows, provider="naive", metric="ms")
+
+
+def test_an_inexact_peer_is_timed_and_its_error_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse = broken("coarse", lambda out: out * 1.01, inexact=True)
+    monkeypatch.setattr(run, "ALL", (coarse, broken("absent", crash)))
+    code, rows = rehearse(tmp_path, "--only", "causal", "--lengths", "32")
+    assert code == 0
+    (x,) = about(rows, provider="coarse", metric="ms", direction="forward")
+    assert 1e-3 < x["error"] < 1 and "inexact" in x["reason"] and "share" not in x
+    (absent,) = about(rows, provider="absent")
+    assert absent["status"] == "unavailable", "a peer that falls over is no fault of ours"
+
+
+@pytest.mark.parametrize("scores", (SCORES["cpu"], 0), ids=("whole", "one head"))
+@pytest.mark.parametrize("name", (*GRID, *MODIFIED))
+def test_every_case_is_judged(name: str, scores: int) -> None:
+    """Right results pass, and a wrong entry of each is seen: anywhere, or in the head that is judged."""
+    x = sample(name, scores)
+    out, grads = results(x)
+    used = x.judge(out, grads)
+    wanted = {"out", "dq", "dk", "dv", *(f"d{n}" for n in x.inputs.leaves)} | ({"lse"} if name == "lse" else set())
+    missing = {"bias_1hmn": {"dbias"}, "bias_11mn": {"dbias"}, "alibi_h": {"dslopes"}, "scale_heads": {"dscale"}}
+    assert used.keys() == wanted - (missing.get(name, {"dsink"}) if scores == 0 else set())
+    for n, leaf in enumerate(x.inputs.leaves):
+        if f"d{leaf}" not in used:
+            continue
+        changed = list(grads)
+        changed[n] = grads[n].clone()
+        part = x.excerpt.take(leaf, changed[n])
+        part[(0,) * part.ndim] += 0.05 * changed[n].abs().max()
+        with pytest.raises(AssertionError, match=f"d{leaf}"):
+            x.judge(out, changed)
+
+
+def test_parameters_of_one_batch_are_judged_by_one_head() -> None:
+    for name, gradient in (("sink", "dsink"), ("bias_1hmn", "dbias"), ("alibi_h", "dslopes")):
+        x = sample(name, scores=0, batch=1)
+        assert gradient in x.judge(*results(x))
+
+
+@pytest.mark.parametrize("name", ("plain", "causal", "window_causal", "segments_causal", "gqa_8"))
+def test_operations_are_counted_by_what_is_seen(name: str) -> None:
+    x = sample(name)
+    b, h, m, n = x.problem.shape
+    seen = x.problem.span.materialize(torch.arange(m), torch.arange(n), n).expand(b, h, m, n).sum().item()
+    seen = seen - b * h * m / 2 if name == "causal" else seen  # the convention takes half of the diagonal
+    assert x.flops("forward") == pytest.approx(4 * seen * 16)
+    assert x.flops("backward") == pytest.approx(2.5 * x.flops("forward"))
+
+
+def test_bytes_are_those_of_operands_and_results() -> None:
+    x = sample("bias_11mn")
+    size, bias = 4 * 2 * 4 * 40 * 16, 4 * 40 * 40
+    assert x.bytes("forward") == 4 * size + bias
+    assert x.bytes("backward") == 8 * size + 2 * bias
+    assert x.bytes("forward+backward") == 12 * size + 3 * bias
+
+
+def test_flex_is_told_of_every_modifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapter, uncompiled: right where it accepts a case, and clear where it does not."""
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    (flex,) = (x for x in providers.PROVIDERS if x.name == "flex")
+    refused = set()
+    for name in (*GRID, *MODIFIED):
+        x = sample(name)
+        started = providers.run_once(flex, x, "cpu")
+        assert "no backward on the CPU" in started.found["backward"]["refused"] or started.call is None
+        if started.call is None:
+            assert "FlexAttention has no" in started.found["forward"]["refused"]
+            refused.add(name)
+        else:
+            x.judge(started.result, [])
+    assert refused == {"sink", "lse", "dropout"}
+
+
+# ---------------------------------------------------------------------------------------------------------- revisions
+
+
+def test_a_difference_within_the_noise_is_noise() -> None:
+    steady = [1.0, 1.01, 0.99, 1.0, 1.01, 0.99]
+
+    def verdict(again: float, base: float) -> str:
+        rows = revisions.compared(steady, [x * again for x in steady[::-1]], [x * base for x in steady])
+        (found,) = (x["reason"] for x in rows if x["metric"] == "speedup")
+        return found.partition(":")[0]
+
+    assert [verdict(1.0, x) for x in (1.01, 1.3, 0.7)] == ["noise", "faster", "slower"]
+    assert [verdict(1.4, x) for x in (1.3, 0.8)] == ["noise", "noise"]
+    assert revisions.compared([1.0, 1.0], [1.0, 1.0], [0.5, 1.6])[-1]["reason"].startswith("noise")
+
+
+needs_git = pytest.mark.skipif(not table.said("git", "rev-parse", "HEAD"), reason="git knows no commit of this tree")
+
+
+@needs_git
+def test_another_revision(tmp_path: Path) -> None:
+    asked = ("--only", "sink,segments_causal", "--providers", "fused_attn", "--directions", "forward+backward")
+    code, rows = rehearse(tmp_path, "--base", "HEAD", *asked)
+    assert code == 0
+    (x,) = about(rows, case="sink", metric="speedup")
+    assert table.said("git", "rev-parse", "HEAD").startswith(x["against"]) and len(x["against"]) >= 10
+    assert re.match(r"(noise|faster|slower): the same version differs by up to", x["reason"])
+    assert len(about(rows, case="sink", metric="a/a")) == len(about(rows, case="sink", metric="ms")) == 1
+    assert "does not leave its process" in about(rows, case="segments_causal")[0]["reason"]
+
+
+@needs_git
+def test_no_such_revision(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--base no-such-revision"):
+        rehearse(tmp_path, "--base", "no-such-revision", "--only", "sink")
+
+
+def test_a_side_is_judged(tmp_path: Path) -> None:
+    """A revision that is wrong, and one that does not know the call, are not timed."""
+    tree = tmp_path / "tree"
+    (tree / "fused_attn").mkdir(parents=True)
+    (tree / "fused_attn" / "__init__.py").write_text(
+        "def attention(q, k, v, backend=None, **options):\n"
+        "    if backend: raise ValueError('no such backend')\n"
+        "    return q + k + v\n"
+    )
+    side = revisions.Side("old", tree, tmp_path)
+    x = sample("plain")
+    kept = {"qkv": x.inputs.qkv, "kwargs": x.inputs.kwargs, "leaves": x.leaves, "cotangents": x.cotangents}
+    torch.save(kept, tmp_path / "problem")
+    assert (side.load(x, None) or "").startswith("wrong: plain: out")
+    assert "no such backend" in (side.load(x, "hopper") or "")
+    side.end()
+    assert side.process.returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_of_a_table(tmp_path: Path) -> None:
+    """Every picture that the figures allow, at a CPU's scale and at a GPU's, and none that they do not."""
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    x, directions = sample("causal"), ("forward", "forward+backward")
+    rows: list[table.Row] = [
+        {"case": "copy", "provider": "torch", "metric": "gbytes_per_second", "value": 10.0},
+        {"case": "matmul", "provider": "torch", "metric": "tflops", "value": 0.1},
+    ]
+    for case, provider, direction in itertools.product(
+        ("plain", "causal", "sink", "bias_1hmn"), ("fused_attn", "naive"), directions
+    ):
+        found = [*run.figures(x, direction, {"samples_ms": [1.0, 1.1, 1.2], "peak_bytes": 2**20})]
+        if provider != "naive":
+            found.append(table.figure("speedup", [2.0, 3.0, 4.0], against="naive"))
+        what = run.described(dataclasses.replace(x.case, name=case), "float32")
+        rows += [what | {"provider": provider, "direction": direction} | row for row in found]
+    where = table.environment() | {"status": "timed"}
+    path = tmp_path / "cpu.csv"
+    table.write(path, [where | row for row in rows])
+    assert plot.main([str(path)]) == 0
+    for picture in ("throughput", "speed", "memory", "roofline"):
+        assert (tmp_path / f"cpu_{picture}.png").stat().st_size > 10_000
+    assert plot.unit(0.05)[1] == "GFLOP/s" and plot.unit(500.0)[1] == "TFLOP/s"
+    some = [row for row in table.read(path) if row["metric"] == "peak_bytes"]
+    assert [name for name, draw in plot.PICTURES.items() if draw(some)] == ["memory"]
+
+
+def test_a_call_of_each_direction() -> None:
+    x = sample("plain")
+
+    def call() -> torch.Tensor:
+        return fused_attn.attention(*x.inputs.qkv)
+
+    assert not directed("forward", call, x.leaves, x.cotangents)().requires_grad
+    first, second = (directed(d, call, x.leaves, x.cotangents) for d in ("backward", "forward+backward"))
+    for a, b in zip(first(), second(), strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(first(), first(), strict=True)), "the graph is kept"
