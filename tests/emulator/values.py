@@ -90,6 +90,8 @@ def integer(x: int, wide: bool = False) -> Scalar:
 
 def divided(a: int, b: int) -> int:
     """As C divides: towards zero."""
+    if a >= 0 and b > 0:
+        return a // b
     q = abs(a) // abs(b)
     return q if (a < 0) == (b < 0) else -q
 
@@ -99,8 +101,12 @@ def _scalar_operators() -> None:
         def apply(self: Scalar, other: Any) -> Any:
             if not isinstance(other, int):
                 return NotImplemented
-            wide = self.dtype is tl.int64 or isinstance(other, Int64) or not -(2**31) <= other < 2**32
-            return integer(f(int(other), int(self)) if swapped else f(int(self), int(other)), wide)
+            x, y = int(self), int(other)
+            found = f(y, x) if swapped else f(x, y)
+            if type(self) is not Int64 and type(other) is not Int64 and -(2**31) <= found < 2**31:
+                return Int32(found)
+            wide = type(self) is Int64 or type(other) is Int64 or not -(2**31) <= y < 2**32
+            return integer(found, wide)
 
         return apply
 
