@@ -111,5 +111,6 @@ def cases(target: str) -> list[Case]:
     found = [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]
     if target == "sm_90":
         found += [Case("hopper_forward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER]
+        found += [Case("hopper_forward", "bf16", d, "bias") for d in HOPPER_DIMS[:-1]]
         found += [Case("hopper_forward", "fp16", 128), Case("hopper_forward", "bf16", 96)]
     return found

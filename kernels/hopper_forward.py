@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barriers, fetch, pin, tile_start, visit
-from .memory import number, schedule
+from .memory import number, pointers, schedule
 from .modifiers import Plane, apart, capped, parameters, saturation
 from .numerics import LOG2E
 from .softmax import LOWEST, finish, update
@@ -166,7 +166,19 @@ def averages(p, shared, weights, acc, count):
 
 
 @gluon.jit
-def weigh(p, tile, s, m_i, l_i, n, MASKED: gl.constexpr):
+def bias_tile(p, tile, n, S: gl.constexpr):
+    """The bias of scores at keys from n on, to be asked for before the scores are waited for; 0 where there is none."""
+    if tile.plane.score.bias is None:
+        return 0
+    else:
+        # Beyond the edge the last row and key again, so that a load needs no mask; those scores are never used.
+        i = gl.minimum(gl.arange(0, p.ROWS, gl.SliceLayout(1, S)), p.M - 1 - tile.m)[:, None]
+        j = gl.minimum(gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S)), p.N - 1 - n)[None, :]
+        return gl.load(pointers(tile.plane.score.bias, tile.plane.own.bias, tile.m, n, i, j))
+
+
+@gluon.jit
+def weigh(p, tile, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
     """(weights, alpha, m_i, l_i) of scores s at keys from n on; see softmax.update."""
     S: gl.constexpr = s.type.layout
     i = gl.arange(0, p.ROWS, gl.SliceLayout(1, S))[:, None]
@@ -174,6 +186,8 @@ def weigh(p, tile, s, m_i, l_i, n, MASKED: gl.constexpr):
     x = s
     if not tile.plane.score.folds:
         x = capped(tile.plane, s, saturation(tile.plane, s))
+        if tile.plane.score.bias is not None:
+            x += bias.to(gl.float32)
         if tile.plane.score.slopes is not None:
             x -= tile.plane.own.slope * apart(tile.plane, tile.m, n, i, j)
     allowed = None
@@ -197,13 +211,14 @@ def step(p, shared, tile, count, n, state, MASKED: gl.constexpr):
     weights = packed(p, e, ACC, shared.v.dtype, False)
     if p.PING:
         mbarrier.wait(shared.turn.index(tile.group), (count - 1 - tile.turn) & 1)  # of the program's steps before this
+    bias = bias_tile(p, tile, n, S)
     s = scores(p, shared, tile.group, count, S)
     o = averages(p, shared, weights, acc, count - 1)
     if p.PING:
         mbarrier.arrive(shared.turn.index((tile.group + 1) % p.CONSUMERS), count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(shared.k_empty.index(count % p.STAGES), count=1)
-    e, alpha, m_i, l_i = weigh(p, tile, s, m_i, l_i, n, MASKED)
+    e, alpha, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, n, MASKED)
     l_i = pin(l_i)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(shared.v_empty.index((count - 1) % p.STAGES), count=1)
@@ -217,11 +232,13 @@ def attend(p, shared, tile, seen, count):
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
     mbarrier.wait(shared.q_full.index(tile.group), tile.turn & 1)
+    begin = tile_start(seen, 0, p.BLOCK_N)
+    bias = bias_tile(p, tile, begin, S)
     s = warpgroup_mma_wait(0, deps=(scores(p, shared, tile.group, count, S),))
     mbarrier.arrive(shared.k_empty.index(count % p.STAGES), count=1)
     m_i = gl.full((p.ROWS,), LOWEST, gl.float32, gl.SliceLayout(1, S))
     l_i = gl.zeros((p.ROWS,), gl.float32, gl.SliceLayout(1, S))
-    e, _, m_i, l_i = weigh(p, tile, s, m_i, l_i, tile_start(seen, 0, p.BLOCK_N), True)
+    e, _, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, begin, True)
     acc = gl.zeros((p.ROWS, p.D), gl.float32, ACC)
     state = m_i, l_i, acc, packed(p, e, ACC, shared.v.dtype, True)
     partial = gl.maximum(seen.total - seen.full, 1)

@@ -51,9 +51,11 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"head dim {d} is not near enough below one of {HEAD_DIMS} to be padded to it")
     elif d % 8:
         reasons.append(f"head dim {d} is not a multiple of 8, so rows of the output do not lie on a grid of 16 bytes")
-    for name, x in (("bias", p.bias), ("mask tensor", p.mask), ("dropout", p.dropout)):
+    elif p.bias is not None and tile == HEAD_DIMS[-1]:
+        reasons.append(f"registers do not hold a bias beside head dim {d}")
+    for name, x in (("a tensor mask", p.mask), ("dropout", p.dropout)):
         if x is not None:
-            reasons.append(f"a {name} is not built" if name != "dropout" else "dropout is not built")
+            reasons.append(f"{name} is not built")
     if p.span.lo is not None or p.span.hi is not None:
         reasons.append("a mask with bounds for each row is not built; causal and window are")
     elif not p.empty and _seen(p)[0] >= _seen(p)[1]:
@@ -107,7 +109,7 @@ def _seen(p: Problem) -> tuple[int, int]:
 
 def _rich(p: Problem) -> bool:
     """Whether something beside the products wants registers in the loops."""
-    return p.softcap is not None or p.slopes is not None or not isinstance(p.scale, float)
+    return any(x is not None for x in (p.softcap, p.bias, p.slopes)) or not isinstance(p.scale, float)
 
 
 def _config(kernel: str, p: Problem) -> Config:
@@ -154,7 +156,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             STAGES=c.num_stages,
             PING=c.pingpong,
             OWN_OUT=2 * _bytes(c.consumers * c.BLOCK_M, d) + 2 * _bytes(c.num_stages * c.BLOCK_N, d) <= ROOM,
-            UNPACKED=c.consumers == 2 and not _rich(p) and c.BLOCK_N + d // 2 <= 160,
+            UNPACKED=c.consumers == 2 and c.BLOCK_N + d // 2 <= (96 if _rich(p) else 160),
             num_warps=c.num_warps,
         )
     return out, lse
