@@ -45,6 +45,10 @@ def _operators(expression: str) -> tuple[str, str]:
     return "test_operators.py", expression
 
 
+def _hopper(expression: str) -> tuple[str, str]:
+    return "test_hopper.py", expression
+
+
 MUTANTS = (
     # 1-4: rows that see nothing, or nothing at first
     Mutant((1,), "a masked row's LSE is taken as it is in the backward", "kernels/backward.py",
@@ -140,6 +144,19 @@ MUTANTS = (
            "return (m + tl.arange(0, plane.BLOCK_M))[:, None], (n + tl.arange(0, plane.BLOCK_N))[None, :]",
            "return (m + tl.arange(0, plane.BLOCK_M))[:, None], "
            "(n + tl.arange(0, plane.BLOCK_N) % 32)[None, :]", _checklist("line_20_ and plain")),
+    # the Gluon kernels, whose waits, arrivals and fences test_hopper.py leaves out itself
+    Mutant((9,), "sm_90: keys past the end are seen", "kernels/hopper_forward.py",
+           "allowed = j < p.N\n", "allowed = j < p.N + 1\n", _hopper("test_forward and plain")),
+    Mutant((9,), "sm_90: rows past the end get an LSE", "kernels/hopper_forward.py",
+           "mask=rows < p.M)", "mask=rows < p.M + 1)", _hopper("test_forward and plain")),
+    Mutant((13,), "sm_90: the diagonal itself is hidden", "kernels/hopper_forward.py",
+           "(j <= i + number(p.span.right))", "(j < i + number(p.span.right))", _hopper("test_forward and causal")),
+    Mutant((19,), "sm_90: every query head reads the first keys", "kernels/hopper_forward.py",
+           "fetch(k, [b, h // p.GROUP, n, 0]", "fetch(k, [b, h * 0, n, 0]", _hopper("test_forward and gqa_3_of_2")),
+    Mutant((20,), "sm_90: full tiles begin too early", "kernels/hopper_forward.py",
+           "partial = gl.maximum(seen.total - seen.full, 1)", "partial = 1", _hopper("test_forward and causal")),
+    Mutant((20,), "sm_90: nobody computes what is left of the last round", "kernels/hopper_forward.py",
+           "if rounds * programs + place < total:", "if False:", _hopper("test_every_number_of_programs")),
     # 21-25: gradients, modifiers, dropout
     Mutant((21,), "the keys' kernel runs only where k asks", "fused_attn/launch/portable.py",
            'if needs & {"k", "v"} or', 'if needs & {"k"} or', _checklist("line_21_ and triton")),
