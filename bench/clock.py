@@ -63,13 +63,13 @@ def directed(
 class Side:
     """One problem at a time, loaded from a file that the parent wrote, and the public call of it."""
 
-    def load(self, problem: str, results: str, backend: str | None) -> dict[str, Any]:
+    def load(self, problem: str, results: str, words: dict[str, Any]) -> dict[str, Any]:
         """Read a problem, run it once forward and backward, and leave what came out for the parent to judge."""
         import fused_attn
 
         self.found = torch.load(problem)
-        qkv, kwargs = self.found["qkv"], self.found["kwargs"]
-        self.call = lambda: fused_attn.attention(*qkv, **kwargs, backend=backend)
+        qkv, kwargs = self.found["qkv"], self.found["kwargs"] | words
+        self.call = lambda: fused_attn.attention(*qkv, **kwargs)
         result = self.call()
         out = result if isinstance(result, tuple) else (result,)
         grads = gradients(result, self.found["leaves"], self.found["cotangents"], retain=False)

@@ -399,8 +399,7 @@ def rivals(s: Setting) -> Iterator[tuple[str, int, Config]]:
 
 
 def spelled(kernel: str, d: int, c: Config) -> str:
-    flags = "o" * c.overlap + "p" * c.pingpong + (f"x{c.consumers}" if c.consumers > 1 else "")
-    return f"{kernel}/{d}/{c.BLOCK_M}x{c.BLOCK_N}w{c.num_warps}s{c.num_stages}{flags}"
+    return f"{kernel}/{d}/{providers.spelled(c)}"
 
 
 def compared(

@@ -22,21 +22,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from bench import table
+from bench.providers import OURS
 from bench.samples import GRID
 from bench.table import Row
 
 # Ours in blues, torch's in warm colours, whole matrices in black; an unknown provider is grey.
 STYLES = {
-    "fused_attn": ("#1f5fa8", "o"), "hopper": ("#0b2f5e", "D"), "triton": ("#1f5fa8", "o"), "tiled": ("#7fa7d1", "s"),
+    "fused_attn": ("#1f5fa8", "o"), "hopper": ("#0b2f5e", "D"), "hopper unordered": ("#4a6fa5", "d"),
+    "triton": ("#1f5fa8", "o"), "tiled": ("#7fa7d1", "s"),
     "sdpa": ("#4f86c6", "v"), "reference": ("#b9cde4", "x"), "torch": ("#d1742f", "^"), "cudnn": ("#5b8c2a", "^"),
     "flash": ("#d1742f", "<"), "efficient": ("#c9a227", ">"), "math": ("#a58a6f", "+"), "flex": ("#8e4fa8", "P"),
     "naive": ("#333333", "x"), "sage": ("#c2477f", "*"), "cudnn_frontend": ("#2f8c78", "1"),
     "xformers": ("#7a7a2a", "2"),
 }  # fmt: skip
 LABELS = {
-    "fused_attn": "fused_attn", "hopper": "fused_attn, hopper", "triton": "fused_attn, triton",
-    "tiled": "fused_attn, tiled", "sdpa": "fused_attn, sdpa", "torch": "torch's own", "flex": "FlexAttention",
-    "naive": "whole matrices",
+    "hopper": "fused_attn, hopper", "hopper unordered": "fused_attn, hopper, unordered",
+    "triton": "fused_attn, triton", "tiled": "fused_attn, tiled", "sdpa": "fused_attn, sdpa",
+    "torch": "torch's own", "flex": "FlexAttention", "naive": "whole matrices",
 }  # fmt: skip
 
 
@@ -182,9 +184,7 @@ def memory(rows: list[Row]) -> Figure | None:
 def roofline(rows: list[Row]) -> Figure | None:
     """Throughput by arithmetic intensity, under what a copy and a matmul reach on the same machine."""
     copies, tops = picked(rows, case="copy"), picked(rows, case="matmul")
-    points = [
-        x for x in picked(rows, metric="intensity") if x["provider"] in ("fused_attn", "triton", "hopper", "torch")
-    ]
+    points = [x for x in picked(rows, metric="intensity") if x["provider"] in ("fused_attn", *OURS, "torch")]
     if not (copies and tops and points):
         return None
     top, rate = (statistics.median(x["value"] for x in y) for y in (tops, copies))  # TFLOP/s, GB/s

@@ -10,7 +10,7 @@ import contextlib
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,18 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fused_attn
 from bench.clock import directed, milliseconds
 from bench.samples import Sample
-from fused_attn import tuning
+from fused_attn import ops, tuning
 from fused_attn.spec import Problem
 
 OURS = {"triton": "triton", "hopper": "hopper", "hopper unordered": "hopper"}  # providers and their backends
+KERNELS = {"triton": ("forward", "dkdv", "dq"), "hopper": ("hopper_forward", "hopper_backward")}
 REASON_LENGTH = 400
 DIRECTIONS = ("forward", "backward")
 
 Call = Callable[[], Any]  # out, or (out, lse) where the case returns it
-
-
-def _whole(x: Sample) -> str | None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -40,16 +37,21 @@ class Provider:
     """bind makes the callable of one sample; scope is entered around every call of it and of its backward.
 
     no_backward says why there is no backward of a sample, if so. An inexact provider approximates by design: its error
-    is recorded and not judged. `ours` are the ones whose crash is a fault of this project.
+    is recorded and not judged. `words` are the keywords of the public call, and what has them is ours: its crash is a
+    fault of this project.
     """
 
     name: str
     bind: Callable[[Sample], Call]
     scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    no_backward: Callable[[Sample], str | None] = _whole
+    no_backward: Callable[[Sample], str | None] = lambda x: None
     config: Callable[[Sample], str] = lambda x: ""
     inexact: bool = False
-    ours: bool = False
+    words: dict[str, Any] | None = field(default=None, compare=False)
+
+    @property
+    def ours(self) -> bool:
+        return self.words is not None
 
 
 # -------------------------------------------------------------------------------------------------------------- ours
@@ -72,17 +74,32 @@ def ours(
     deterministic: bool | None = None,
 ) -> Provider:
     """The public call; configs pins kernels' configurations, backend None leaves the choice to the package."""
+    words = {"backend": backend} | ({} if deterministic is None else {"deterministic": deterministic})
 
     def bind(x: Sample) -> Call:
-        words = x.inputs.kwargs | ({} if deterministic is None else {"deterministic": deterministic})
-        return lambda: fused_attn.attention(*x.inputs.qkv, **words, backend=backend)
+        kwargs = x.inputs.kwargs | words
+        return lambda: fused_attn.attention(*x.inputs.qkv, **kwargs)
 
     def config(x: Sample) -> str:
-        chosen = fused_attn.explain(*x.inputs.qkv, **x.inputs.kwargs, backend=backend).backend
-        return chosen if backend is None and chosen else ""
+        chosen = fused_attn.explain(*x.inputs.qkv, **x.inputs.kwargs | words).backend
+        found = [chosen] if backend is None and chosen else []
+        return ", ".join([*found, *tiles(chosen, x.problem)])
 
     scope = (lambda: pinned(configs)) if configs else contextlib.nullcontext
-    return Provider(name or backend or "fused_attn", bind, scope, config=config, ours=True)
+    return Provider(name or backend or "fused_attn", bind, scope, config=config, words=words)
+
+
+def tiles(backend: str | None, p: Problem) -> list[str]:
+    """The configurations of a backend's larger kernels for a problem."""
+    if backend not in KERNELS:
+        return []
+    module = ops.launcher(backend)
+    return [f"{kernel} {spelled(module._config(kernel, p))}" for kernel in KERNELS[backend]]
+
+
+def spelled(c: tuning.Config) -> str:
+    flags = "o" * c.overlap + "p" * c.pingpong + (f"x{c.consumers}" if c.consumers > 1 else "")
+    return f"{c.BLOCK_M}x{c.BLOCK_N}w{c.num_warps}s{c.num_stages}{flags}"
 
 
 # ------------------------------------------------------------------------------------------------------------- peers

@@ -54,10 +54,10 @@ class Side:
             raise RuntimeError(f"the process of {self.name} ended with code {self.process.wait()}")
         return json.loads(line)
 
-    def load(self, x: Sample, backend: str | None) -> str | None:
+    def load(self, x: Sample, words: dict[str, Any]) -> str | None:
         """Give it a problem and judge what it makes of it. Why it is not to be timed, None where it is."""
         results = self.folder / "results"
-        answer = self.ask("load", problem=str(self.folder / "problem"), results=str(results), backend=backend)
+        answer = self.ask("load", problem=str(self.folder / "problem"), results=str(results), words=words)
         if "error" in answer:
             return answer["error"]
         if Path(answer["package"]).parent.parent != self.tree:
@@ -107,9 +107,9 @@ def measured(
     torch.save(kept, found[0].folder / "problem")
     rows = []
     for provider in chosen:
-        backend = None if provider.name == "fused_attn" else provider.name
+        assert provider.words is not None
         where = what | {"provider": provider.name, "against": found[-1].name}
-        reasons = {side.name: why for side in found if (why := side.load(x, backend))}
+        reasons = {side.name: why for side in found if (why := side.load(x, provider.words))}
         if reasons:
             wrong = any(why.startswith("wrong") for why in reasons.values())
             words = "; ".join(f"{name}: {why}" for name, why in reasons.items())

@@ -28,7 +28,7 @@ MODIFIED = (
 )  # fmt: skip
 WINDOW = 256  # keys that a row of a window sees
 WORK = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
-SCORES = {"cpu": 2**25, "cuda": 2**28}  # as many are judged at once: some twenty float64 matrices of them must fit
+SCORES = {"cpu": 2**23, "cuda": 2**28}  # as many are judged at once: some twenty float64 matrices of them must fit
 
 
 def sized(case: Case | str, batch: int, heads: int, length: int, dim: int) -> Case:

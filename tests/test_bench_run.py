@@ -16,6 +16,7 @@ from bench import peers, providers, revisions, run, table
 from bench.clock import DIRECTIONS, directed, gradients
 from bench.providers import Provider
 from bench.samples import GRID, MODIFIED, SCORES, WORK, Sample, sized
+from fused_attn import testing
 
 CPU = ("--tiny", "--device", "cpu")
 
@@ -79,6 +80,14 @@ def test_a_row_for_every_case_provider_and_direction(tmp_path: Path, capsys: pyt
     assert "unavailable: xformers" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(bool(testing.why_not("plain", "triton")), reason="the Triton kernels do not run here")
+def test_kernels_name_their_tiles(tmp_path: Path) -> None:
+    code, rows = rehearse(tmp_path, "--only", "sink", "--providers", "triton", "--rounds", "1", "--lengths", "17")
+    assert code == 0
+    (x,) = about(rows, metric="ms", direction="forward")
+    assert re.fullmatch(r"forward \d+x\d+w\ds\d\w*, dkdv \S+, dq \S+", x["config"])
+
+
 def test_time_runs_out(tmp_path: Path) -> None:
     code, rows = rehearse(tmp_path, "--only", "causal,sink", "--providers", "naive", "--seconds", "1e-9")
     assert code == 1, "a run that shows nothing does not pass"
@@ -134,7 +143,7 @@ def crash(x: torch.Tensor) -> torch.Tensor:
     (
         (broken("wrong", lambda out: out * 1.001), "out:"),
         (broken("wrong", WrongBackward.apply), "dv:"),
-        (broken("wrong", crash, ours=True), "fell over"),
+        (broken("wrong", crash, words={}), "fell over"),
     ),
     ids=("output", "gradient", "ours crashes"),
 )
@@ -210,7 +219,7 @@ def test_flex_is_told_of_every_modifier(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     (flex,) = (x for x in providers.PROVIDERS if x.name == "flex")
     refused = set()
-    for name in (*GRID, *MODIFIED):
+    for name in (*GRID, *MODIFIED, "segments"):
         x = sample(name)
         started = providers.run_once(flex, x, "cpu")
         assert "no backward on the CPU" in started.found["backward"]["refused"] or started.call is None
@@ -272,8 +281,8 @@ def test_a_side_is_judged(tmp_path: Path) -> None:
     x = sample("plain")
     kept = {"qkv": x.inputs.qkv, "kwargs": x.inputs.kwargs, "leaves": x.leaves, "cotangents": x.cotangents}
     torch.save(kept, tmp_path / "problem")
-    assert (side.load(x, None) or "").startswith("wrong: plain: out")
-    assert "no such backend" in (side.load(x, "hopper") or "")
+    assert (side.load(x, {}) or "").startswith("wrong: plain: out")
+    assert "no such backend" in (side.load(x, {"backend": "hopper"}) or "")
     side.end()
     assert side.process.returncode == 0
 
