@@ -204,6 +204,39 @@ def test_tables_take_what_was_faster_and_right(tmp_path: Path, monkeypatch: pyte
     assert rows["forward/half/64"]["result"] == "gpu-result.json"
 
 
+@pytest.mark.parametrize(
+    ("parity", "races", "taken"),
+    [
+        ("passed", "passed", True),
+        ("failed", "passed", False),
+        ("passed", "not reached", False),
+        ("passed", None, False),
+    ],
+)
+def test_a_hopper_row_needs_all_of_its_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: str, races: str | None, taken: bool
+) -> None:
+    from bench import gpu, tune
+
+    monkeypatch.setattr(tune, "TABLES", tmp_path / "tables")
+    tune.TABLES.mkdir()
+    names = ("hopper_forward/half/64", "hopper_forward/half/64/rich", "hopper_forward/half/128/rich")
+    tune.save("sm_90", {name: {"BLOCK_M": 64, "validated": False} for name in names})
+    cases = [
+        swept("hopper_forward", 64, 1.1, 64),
+        {"part": "parity", "name": "hopper/plain/bfloat16", "status": "passed"},
+        {"part": "parity", "name": "hopper/softcap/bfloat16", "status": parity},
+        {"part": "parity", "name": "hopper/dropout/bfloat16", "status": "refused"},
+        {"part": "parity", "name": "plain/bfloat16", "status": "failed"},
+    ]
+    cases += [{"part": "races", "name": "hopper/full_64/bfloat16", "status": races}] if races else []
+    setting = {"arch": "sm_90", "dtypes": ("bfloat16",)}
+    said = gpu.write_tables({"setting": setting, "cases": cases}, tmp_path / "gpu-result.json")
+    rows = tune.load("sm_90")["rows"]
+    assert [rows[name].get("validated") for name in names] == [taken, taken, False]
+    assert taken or "no row of the Hopper kernels" in said[0]
+
+
 # ------------------------------------------------------------------------------------------------ processes that fail
 
 
