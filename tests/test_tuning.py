@@ -11,6 +11,7 @@ import torch
 
 import fused_attn
 from fused_attn import launch, tuning
+from fused_attn.launch import hopper
 from fused_attn.tuning import Config
 
 pytest.importorskip("triton")
@@ -70,3 +71,52 @@ def test_every_architecture_has_an_answer_for_every_head_dim(kernel: str, dtype:
                 chosen = tuning.config(kernel, arch, dtype, dim, dim, rich=rich)
                 assert chosen.BLOCK_M >= 16
                 assert chosen.BLOCK_N >= 16
+
+
+# ------------------------------------------------------------------------------------------- the Hopper kernels' gate
+
+
+def refusals(**options: Any) -> list[str]:
+    q = torch.randn(1, 2, 40, options.pop("d", 64), dtype=options.pop("dtype", torch.bfloat16))
+    return fused_attn.explain(q, q, options.pop("v", q), **options).reasons.get("hopper", [])
+
+
+def test_a_hopper_kernel_is_taken_unasked_only_where_its_row_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_machine", lambda device: [])
+    (reason,) = refusals(causal=True)
+    assert "hopper_forward has no validated row" in reason and "only by name" in reason
+    assert refusals(causal=True, backend="hopper") == []
+    unordered = refusals(causal=True, deterministic=False)
+    assert [x.split()[0] for x in unordered] == ["hopper_forward", "hopper_backward"]
+    monkeypatch.setattr(hopper, "validated", lambda *args, **words: True)
+    q = torch.randn(1, 2, 40, 64, dtype=torch.bfloat16)
+    assert fused_attn.explain(q, q, q).backend == "hopper"
+
+
+def test_another_machine_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gluon ends the process where the target is not its own."""
+    monkeypatch.setattr(hopper, "_device_code", lambda: pytest.fail("the kernels were asked for"))
+    q = torch.randn(1, 2, 40, 64, dtype=torch.bfloat16)
+    with pytest.raises(fused_attn.BackendError, match=r"compute capability 9\.0"):
+        fused_attn.attention(q, q, q, backend="hopper")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"d": 80}, "head dim 80"),
+        ({"d": 60}, "multiple of 8"),
+        ({"v": torch.randn(1, 2, 40, 32, dtype=torch.bfloat16)}, "head dim 32"),
+        ({"mask": torch.ones(40, 40, dtype=torch.bool)}, "tensor mask"),
+        ({"mask": fused_attn.Mask.lengths(torch.tensor([9]))}, "bounds for each row"),
+        ({"dropout_p": 0.5}, "dropout"),
+        ({"d": 256, "bias": torch.zeros(40, 40, dtype=torch.bfloat16)}, "bias"),
+        ({"v": torch.randn(1, 2, 64, 40, dtype=torch.bfloat16).mT}, "v's rows"),
+    ],
+)
+def test_what_the_hopper_kernels_lack_is_named(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], word: str
+) -> None:
+    monkeypatch.setattr(hopper, "_machine", lambda device: [])
+    assert any(word in reason for reason in refusals(**options, backend="hopper"))
