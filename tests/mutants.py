@@ -169,7 +169,7 @@ MUTANTS = (
            "return s if p.mask is None else s.masked_fill(~p.mask, -torch.inf)",
            "return s if p.mask is None else s.masked_fill(~p.mask, -1.0)", _checklist("line_22_ and reference")),
     Mutant((22,), "the bias is added before the cap's scale", "kernels/modifiers.py",
-           "x = t * plane.own.cap", "x = t * plane.own.cap * plane.own.cap", _checklist("line_22_ and triton")),
+           "return t * plane.own.cap", "return t * plane.own.cap * plane.own.cap", _checklist("line_22_ and triton")),
     Mutant((23,), "the sink's gradient has the wrong sign", "fused_attn/launch/portable.py",
            "-(self._sink_weights() * self.delta)", "(self._sink_weights() * self.delta)",
            _checklist("line_23_ and triton")),

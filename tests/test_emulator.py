@@ -41,8 +41,10 @@ def descriptor(x: torch.Tensor, *box: int) -> Any:
     )
 
 
-def launch(kernel: Any, grid: int, *args: Any, seed: int = 0, deadline: int = 20000, **constants: Any) -> Any:
-    with emulated(seed, deadline=deadline) as emulation:
+def launch(
+    kernel: Any, grid: int, *args: Any, seed: int = 0, deadline: int = 20000, ordered: bool = False, **constants: Any
+) -> Any:
+    with emulated(seed, deadline=deadline, ordered=ordered) as emulation:
         seam.launch(kernel, grid, *args, **constants)
     return emulation.machines[0]
 
@@ -395,6 +397,13 @@ def test_programs_in_order(seed: int) -> None:
 def test_unordered_sums(seed: int) -> None:
     """Asynchronous additions may overlap, and all arrive by the end of the launch."""
     assert (run_ordered(seed, BULK=False, ORDER=False)[0] == 6).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_that_must_be_ordered(seed: int) -> None:
+    run_ordered(seed, ordered=True, BULK=True, ORDER=True)
+    with pytest.raises(Fault, match="race in global memory: an asynchronous addition"):
+        run_ordered(seed, ordered=True, BULK=False, ORDER=False)
 
 
 def test_a_read_source_is_no_finished_write() -> None:

@@ -54,17 +54,18 @@ _SPACES = (language.HOPPER, language.MBARRIER, language.TMA, language.GL)
 
 @dataclass
 class Emulation:
-    """What a block of launches runs with. codes: other code for some functions. machines: the launches so far."""
+    """What a block of launches runs with; see `emulated`. machines: the launches so far."""
 
     seed: int
     deadline: int
+    ordered: bool
     codes: Mapping[Place, CodeType]
     machines: list[Machine] = field(default_factory=list)
     modules: dict[int, dict[str, Any]] = field(default_factory=dict)
     functions: dict[int, FunctionType] = field(default_factory=dict)
 
     def launch(self, kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-        machine = Machine(f"{self.seed} {len(self.machines)}", int(grid), self.deadline)
+        machine = Machine(f"{self.seed} {len(self.machines)}", int(grid), self.deadline, self.ordered)
         self.machines.append(machine)
         language.Current.machine = machine
         bound = inspect.signature(kernel.fn).bind(
@@ -167,13 +168,15 @@ def _home(machine: Machine, x: torch.Tensor) -> Global:
 
 @contextlib.contextmanager
 def emulated(
-    seed: int = 0, *, deadline: int = 1_000_000, codes: Mapping[Place, CodeType] | None = None
+    seed: int = 0, *, ordered: bool = False, deadline: int = 1_000_000, codes: Mapping[Place, CodeType] | None = None
 ) -> Iterator[Emulation]:
     """Inside, launches of Gluon kernels on CPU tensors run here; others go where they would have gone.
 
-    deadline: of scheduling steps, after which a launch is given up. codes: see `mutations`.
+    ordered: additions to global memory in floating point must be ordered like any other write, for then their sums
+    have the same bits on every run. deadline: of scheduling steps, after which a launch is given up. codes: other code
+    for some functions, see `mutations.py`.
     """
-    emulation = Emulation(seed, deadline, codes or {})
+    emulation = Emulation(seed, deadline, ordered, codes or {})
     launch = seam.launch
 
     def instead(kernel: Any, grid: int, *args: Any, **options: Any) -> None:

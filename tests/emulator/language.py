@@ -463,6 +463,8 @@ HELPERS: dict[str, Any] = {
     "pin_all": same,
     "reduce_add": reduce_add,
     "bulk_wait": bulk_wait,
+    "wait_for": wait_for,
+    "store_release": store_release,
 }
 
 __all__ = ["GL", "HELPERS", "HOPPER", "LAYOUT", "MBARRIER", "TMA", "Bool", "Current"]

@@ -75,9 +75,9 @@ class Program:
 class Machine:
     """One launch. The seed decides who runs, when what is asynchronous happens, and which programs are resident."""
 
-    def __init__(self, seed: Any, grid: int, deadline: int) -> None:
+    def __init__(self, seed: Any, grid: int, deadline: int, ordered: bool) -> None:
         self.rng = rng = random.Random(seed)
-        self.grid, self.deadline = grid, deadline
+        self.grid, self.deadline, self.ordered = grid, deadline, ordered
         self.strands: list[Strand] = []
         self.events: list[Event] = []
         self.labels: list[tuple[str, Strand, Any, int]] = []

@@ -220,7 +220,8 @@ class Global:
         loose = 0
         for event in np.unique(found[found != 0]).tolist():
             missing = self.owed[event] & ~known
-            if missing and not (atomic and event in self.atomic):
+            ordered = self.machine.ordered and self.dtype.is_floating()
+            if missing and (ordered or not (atomic and event in self.atomic)):
                 raise Fault(f"race in global memory: {label(bit)} not ordered after {label(missing)}")
             loose |= missing
             if not generic and self.generic >> event & 1:

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import CodeType
 
 # Calls that stand alone and may be left out, by the last part of their name.
-ALONE = {"wait", "arrive", "expect", "init", "store_wait", "fence_async_shared", "bulk_wait", "release", "acquire"}
+ALONE = {
+    "wait", "arrive", "expect", "init", "store_wait", "fence_async_shared", "bulk_wait", "wait_for", "store_release",
+}  # fmt: skip
 # Calls whose first argument says how much may be outstanding.
 OUTSTANDING = {"warpgroup_mma_wait", "store_wait"}
 EVERYTHING = 1000
