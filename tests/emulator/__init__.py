@@ -65,7 +65,7 @@ class Emulation:
     functions: dict[int, FunctionType] = field(default_factory=dict)
 
     def launch(self, kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-        machine = Machine(f"{self.seed} {len(self.machines)}", int(grid), self.deadline, self.ordered)
+        machine = Machine(f"{self.seed} {len(self.machines)}", int(grid), self.deadline, self.ordered, kernel.__name__)
         self.machines.append(machine)
         language.Current.machine = machine
         bound = inspect.signature(kernel.fn).bind(

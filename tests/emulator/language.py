@@ -459,8 +459,8 @@ HOPPER = SimpleNamespace(
 # Functions of kernels/hopper*.py that hold inline assembly or a builder call, by name.
 HELPERS: dict[str, Any] = {
     "pin": same,
-    "pin_packed": same,
     "pin_all": same,
+    "uniform": lambda x: x,
     "reduce_add": reduce_add,
     "bulk_wait": bulk_wait,
     "wait_for": wait_for,

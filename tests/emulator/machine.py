@@ -75,7 +75,8 @@ class Program:
 class Machine:
     """One launch. The seed decides who runs, when what is asynchronous happens, and which programs are resident."""
 
-    def __init__(self, seed: Any, grid: int, deadline: int, ordered: bool) -> None:
+    def __init__(self, seed: Any, grid: int, deadline: int, ordered: bool, kernel: str) -> None:
+        self.kernel = kernel
         self.rng = rng = random.Random(seed)
         self.grid, self.deadline, self.ordered = grid, deadline, ordered
         self.strands: list[Strand] = []
