@@ -8,6 +8,7 @@ Rows without a metric say in `status` and `reason` why there is no figure.
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.metadata
 import platform
 import statistics
@@ -76,6 +77,7 @@ def read(*paths: Path) -> list[Row]:
 
 def environment(device: str = "cpu", threads: int | None = None) -> Row:
     """What the figures depend on beside the code, and the commit of that."""
+    commit = said("git", "rev-parse", "HEAD")
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
@@ -87,10 +89,19 @@ def environment(device: str = "cpu", threads: int | None = None) -> Row:
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
         "driver": said(*query).partition("\n")[0] if device == "cuda" else None,
-        "commit": said("git", "rev-parse", "HEAD"),
+        "commit": commit or f"sha256:{source()}",
         "modified": bool(said("git", "status", "--porcelain", "--", "fused_attn", "kernels", "bench/*.py")),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def source() -> str:
+    """A digest of the package and its kernels, because a copied tree may hold no commit."""
+    digest = hashlib.sha256()
+    files = [file for folder in ("fused_attn", "kernels") for file in (ROOT / folder).rglob("*")]
+    for file in sorted(x for x in files if x.suffix in (".py", ".json")):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def processor() -> str:
