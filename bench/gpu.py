@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
-import hashlib
 import json
 import os
 import platform
@@ -37,6 +36,7 @@ import torch
 
 import fused_attn
 from bench.evidence import GLUON, PARTS, STAGES, TINY, Refused, Setting
+from bench.table import source
 from bench.workers import Pool
 from fused_attn import tuning
 
@@ -53,10 +53,6 @@ def environment() -> dict[str, Any]:
     """What the figures depend on. A digest names the source too, because a copied tree may hold no commit."""
     import triton
 
-    digest = hashlib.sha256()
-    files = [file for folder in ("fused_attn", "kernels") for file in (ROOT / folder).rglob("*")]
-    for file in sorted(x for x in files if x.suffix in (".py", ".json")):
-        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     query = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
     return {
         "python": platform.python_version(),
@@ -66,7 +62,7 @@ def environment() -> dict[str, Any]:
         "hip": torch.version.hip,
         "nvidia_smi": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
         "commit": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
-        "source_sha256": digest.hexdigest(),
+        "source_sha256": source(),
         "command": sys.argv,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
