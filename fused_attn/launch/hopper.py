@@ -97,7 +97,9 @@ def _copyable(x: Tensor) -> bool:
     """Whether TMA can copy boxes of x: a pointer and strides of 16 bytes, rows without gaps inside."""
     per = 16 // x.element_size()
     apart = [s for n, s in zip(x.shape[:3], x.stride(), strict=False) if n > 1]
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % per == 0 for s in apart)
+    # A compiler traces without addresses; the descriptor asserts them when the operator runs.
+    aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
+    return x.stride(3) == 1 and aligned and all(s > 0 and s % per == 0 for s in apart)
 
 
 def _seen(p: Problem) -> tuple[int, int]:
