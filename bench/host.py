@@ -2,34 +2,40 @@
 
     python -m bench.host overhead 2000      microseconds per call against an empty operator, as JSON
     python -m bench.host compilations 100   kernels compiled over that many unseen lengths, as JSON
+    python -m bench.host first 3            seconds of a process's first call, cold and warm, as JSON: best of 3
 
 CPU tensors stand in for the device's. Everything before the driver's own launch is the real thing: the public call,
-dispatch, the operator, autograd, views, and Triton's binding of arguments, cache key and launcher lookup. Interpreted
-and compiled kernels cannot share a process, so this one sets TRITON_INTERPRET=0.
+dispatch, the operator, autograd, views, the binding of arguments, cache keys, and the lookups of launcher and stream.
+Interpreted and compiled kernels cannot share a process, so this one sets TRITON_INTERPRET=0.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
-import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils.benchmark import Timer
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fused_attn
-from fused_attn import launch
 from fused_attn.launch import portable
 
+ROOT = Path(__file__).resolve().parent.parent
 ARCH = "sm_90"
 SHAPE = (2, 8, 1024, 64)  # B, H, S, D
 
@@ -98,22 +104,58 @@ def _empty_operator() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return torch.ops.fused_attn_empty.forward, torch.ops.fused_attn_empty.backward
 
 
-def overhead(calls: int, rounds: int = 15) -> dict[str, Any]:
-    """Median microseconds: inference, forward under autograd, and backward, beside the empty operators."""
+class _Empty(torch.autograd.Function):
+    """What torch asks of any derivative: it saves what attention saves, and its backward allocates three gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+# Each subject, and the empty operator that it is measured by.
+SUBJECTS = {
+    "inference": "empty forward",
+    "autograd forward": "empty forward",
+    "backward": "empty backward",
+    "inference, unseen length": "empty forward",
+    "backward of nothing": "empty backward",
+}
+
+
+def overhead(calls: int, rounds: int = 60) -> dict[str, Any]:
+    """Microseconds a call: the least of many interleaved rounds, because others on the machine only ever add.
+
+    "backward" goes through torch.autograd.grad, and "backward of nothing" is what that costs without us. A call counts
+    as it is in a loop, with others of its kind before it; "unseen length" has none.
+    """
     pretend()
     torch.set_num_threads(1)
     empty_forward, empty_backward = _empty_operator()
     plain, leaves = _inputs(SHAPE[2], SHAPE[2]), _inputs(SHAPE[2], SHAPE[2], requires_grad=True)
+    cache, lengths = _inputs(4096, 4096), itertools.cycle(range(17, 4096))
 
     def ours(inputs: list[Tensor]) -> Tensor:
         return fused_attn.attention(*inputs, causal=True, backend="triton")
 
-    out = [ours(leaves) for _ in range(3)][-1]  # a call like it has been made before
+    def unseen() -> Tensor:
+        n = next(lengths)
+        return ours([x[:, :, :n] for x in cache])
+
+    out, nothing = [ours(leaves) for _ in range(4)][-1], _Empty.apply(*leaves)[0]
     dout = torch.zeros_like(out)
     subjects = {
         "inference": lambda: ours(plain),
         "autograd forward": lambda: ours(leaves),
         "backward": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
+        "inference, unseen length": unseen,
+        "backward of nothing": lambda: torch.autograd.grad(nothing, leaves, dout, retain_graph=True),
         "empty forward": lambda: empty_forward(*plain),
         "empty backward": lambda: empty_backward(*plain),
     }
@@ -124,18 +166,9 @@ def overhead(calls: int, rounds: int = 15) -> dict[str, Any]:
     for _ in range(rounds):
         for name, timer in timers.items():
             samples[name].append(1e6 * timer.timeit(max(1, calls // rounds)).median)
-    medians = {name: statistics.median(x) for name, x in samples.items()}
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(samples[name], samples[base], strict=True))
-        for name, base in (
-            ("inference", "empty forward"),
-            ("autograd forward", "empty forward"),
-            ("backward", "empty backward"),
-        )
-    }
-    import triton
-
-    return {"triton": triton.__version__, "microseconds": medians, "ratios": ratios, "samples": samples}
+    least = {name: min(x) for name, x in samples.items()}
+    ratios = {name: least[name] / least[base] for name, base in SUBJECTS.items()}
+    return {"triton": triton.__version__, "microseconds": least, "ratios": ratios, "samples": samples}
 
 
 # ------------------------------------------------------------------------------------------------------ compilations
@@ -169,17 +202,16 @@ def _unseen(count: int) -> Iterator[tuple[int, int]]:
 def compilations(count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     """How many kernels one warm-up call of each kind compiles, and how many `count` further lengths add."""
     pretend()
-    kernels: dict[str, Any] = {}
-    run = launch.launch
+    made: list[str] = []
 
-    def recorded(kernel: Any, *args: Any, **options: Any) -> None:
-        kernels[kernel.fn.__name__] = kernel
-        run(kernel, *args, **options)
+    # Triton itself reports every kernel that it compiles or reads from its cache, whoever asked for it.
+    def reported(*, src: Any, **_: Any) -> None:
+        made.append(src.name)
 
-    launch.launch = recorded
+    knobs.compilation.listener = reported
 
     def compiled() -> int:
-        return sum(len(kernel.device_caches[0][0]) for kernel in kernels.values())
+        return len(made)
 
     def call(kind: str, m: int, n: int) -> None:
         b, h = SHAPE[:2]
@@ -200,6 +232,49 @@ def compilations(count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     return {"lengths": count, "kinds": found}
 
 
+# -------------------------------------------------------------------------------------------------------- first call
+
+
+# torch is there already; everything else that a first call imports belongs to it.
+FIRST = """
+import sys, time, torch
+began = time.perf_counter()
+from bench import host
+host.first_call(sys.argv[1] == "forward+backward")
+print(time.perf_counter() - began)
+"""
+
+
+def first_call(backward: bool) -> None:
+    """What a process does first."""
+    pretend()
+    inputs = _inputs(SHAPE[2], SHAPE[2], requires_grad=backward)
+    out = fused_attn.attention(*inputs, causal=True, backend="triton")
+    if backward:
+        torch.autograd.grad(out, inputs, torch.zeros_like(out))
+
+
+def first(count: int) -> dict[str, Any]:
+    """Seconds of the first call in a process that has imported torch: imports, compilation to machine code, launches.
+
+    Cold: nothing is cached. Warm: another process compiled the same kernels before. The least of `count` processes.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name in ("forward", "forward+backward"):
+        seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+        for _ in range(count):
+            with tempfile.TemporaryDirectory(prefix="fused_attn_first_") as directory:
+                for state in seconds.values():
+                    environ = os.environ | {"TRITON_CACHE_DIR": directory}
+                    done = subprocess.run(
+                        [sys.executable, "-c", FIRST, name],
+                        cwd=ROOT, env=environ, capture_output=True, text=True, check=True,
+                    )  # fmt: skip
+                    state.append(float(done.stdout.splitlines()[-1]))
+        found[name] = {state: min(x) for state, x in seconds.items()}
+    return {"triton": triton.__version__, "processes": count, "seconds": found}
+
+
 if __name__ == "__main__":
     part, count = sys.argv[1], int(sys.argv[2])
-    print(json.dumps({"overhead": overhead, "compilations": compilations}[part](count)))
+    print(json.dumps({"overhead": overhead, "compilations": compilations, "first": first}[part](count)))

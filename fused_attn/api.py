@@ -99,17 +99,17 @@ def attention(
         swapped = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if layout == "bshd" else (q, k, v)
         out, lse = call((*swapped, mask, bias, alibi_slopes, sink))
     else:
-        q, k, v = _heads_first(q, k, v, layout)
+        heads = _heads_first(q, k, v, layout)
         with _no_autocast(q):
             problem = bind(
-                q, k, v, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
+                *heads, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
                 alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
                 return_lse=return_lse, deterministic=deterministic,
             )  # fmt: skip
             name = dispatch.choose(problem, backend)
             out, lse = dispatch.run(problem, name)
-        if call is not None:
-            call.learn((q, k, v, mask, bias, alibi_slopes, sink), problem, name)
+        if call is not None and all(x.dtype == y.dtype for x, y in zip(heads, (q, k, v), strict=True)):
+            call.learn((*heads, mask, bias, alibi_slopes, sink), problem, name)
     out = out.transpose(1, 2) if layout == "bshd" else out
     return (out, lse) if return_lse else out
 

@@ -26,8 +26,16 @@ def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
         and any(_wants(x) for x in args[: len(DIFFERENTIABLE)])
     ):
         return _apply(*args)
-    # Compilers differentiate the operator itself, by the formula registered below.
-    return torch.ops.fused_attn.forward(*args)
+    if torch.compiler.is_compiling():
+        # Compilers differentiate the operator itself, by the formula registered below.
+        return torch.ops.fused_attn.forward(*args)
+    return _forward(*args)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """The operator where nobody asks for its derivative, past the layer that would look for one."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fused_attn.forward(*args)
 
 
 def _wants(x: Tensor | None) -> bool:
@@ -85,7 +93,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.fused_attn.forward(*args)
+        return _forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

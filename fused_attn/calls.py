@@ -1,10 +1,9 @@
 """Calls that have been made before: what binding and dispatch found out about them, by everything that they asked.
 
-A `Call` stands for all calls that agree in all but the contents of their tensors. The first one takes the long way,
-the second is recorded if the backend can be (`record`), and the others are replayed. What a call depends on beside its
-arguments, the state of torch, is part of its key, down to the sets of keys that torch's own dispatcher goes by; so
-whatever torch itself would treat differently is a call of another kind. Where torch is compiling, transforming or
-watching, nothing is looked up and the long way is taken.
+A `Call` stands for all calls that agree in all but the contents of their tensors. The first is noted, the second is
+learned from, the third is recorded if its backend can be (`record`), and the others are replayed. What a call depends
+on beside its arguments, the state of torch, is part of its key. Where torch is compiling, tracing, transforming or
+watching, or a tensor is more than plain memory, nothing is looked up and the long way is taken.
 """
 
 from __future__ import annotations
@@ -26,58 +25,56 @@ RECORDED = (None, "hopper", "triton")  # the backends asked for with which a cal
 LIMIT = 4096  # calls kept
 
 Given = tuple[Any, ...]  # tensors and None
+
 _C = torch._C
+HIP = torch.version.hip is not None
 
 
-def _state() -> tuple[Any, ...] | None:
-    """What torch would do with a call beside what is asked of it; None where it is watched or transformed."""
+def _state(device: Any) -> tuple[Any, ...] | None:
+    """What torch would do to a call beside what is asked of it; None where it transforms, traces or watches."""
     if (
         forward_ad._current_level >= 0
         or _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
+        or _C._is_tracing()
         or torch.autograd._profiler_enabled()
     ):
         return None
+    autocast = _C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
     return (
         torch.is_grad_enabled(),
-        _C._dispatch_tls_local_include_set().raw_repr(),
-        _C._dispatch_tls_local_exclude_set().raw_repr(),
+        torch.is_inference_mode_enabled(),
         _C._get_deterministic_algorithms(),
         _C._get_float32_matmul_precision(),
+        torch.get_autocast_dtype(device.type) if autocast else None,
     )
 
 
-def _metadata(tensors: Given) -> list[Any] | None:
-    """All of the tensors but their contents; None where one is not a tensor of torch's own."""
-    found: list[Any] = []
-    for x in tensors:
-        if x is None:
-            found.append(None)
-        elif type(x) is Tensor or type(x) is Parameter:
-            found += (
-                x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() & 15,
-                _C._dispatch_keys(x).raw_repr(),
-            )  # fmt: skip
-            if torch.version.hip:
-                found.append(x.untyped_storage().nbytes() < 2**31)
-        else:
-            return None
-    return found
-
-
 def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    state = _state()
-    if state is None:
-        return None
+    """Words, the state of torch, and all of the tensors but their contents; None where a tensor is not plain memory."""
+    parts: list[Any] = [words]
     try:
-        metadata = _metadata(tensors)
-    except RuntimeError:  # tensors that have no strides or no memory
+        for x in tensors:
+            if x is None:
+                parts.append(None)
+                continue
+            if type(x) is not Tensor and type(x) is not Parameter:
+                return None
+            where = x.data_ptr()
+            if not where or x.is_neg():  # a wrapper has no memory; a view may be kept with its sign turned
+                return None
+            parts += x.shape, x.stride(), x.dtype, x.device, x.requires_grad, where & 15
+            if HIP:  # where short buffers are addressed by 32-bit offsets
+                parts.append(x.untyped_storage().nbytes() < 2**31)
+        state = _state(tensors[0].device)
+    except (AttributeError, RuntimeError):  # no q, or a tensor without strides or memory of its own
         return None
-    return None if metadata is None else (words, state, *metadata)
+    return None if state is None else (state, *parts)
 
 
 def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | None:
-    """The call of these tensors and options, new or not; None where the long way is the only one.
+    """The call of these tensors and options; None at its first time, and where the long way is the only one.
 
     words: the options, all but tensors and the backend; they are told apart by type as well.
     """
@@ -93,14 +90,14 @@ def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | 
         if not PLAIN.issuperset(inside):
             return None
         kinds += inside
-    key = _key(tensors, (asked, kinds, *words))
+    key = _key(tensors, (asked, kinds, words))
     if key is None:
         return None
     call = _calls.get(key)
-    if call is None:
+    if call is None:  # many calls are made once
         if len(_calls) >= LIMIT:
             _calls.clear()
-        call = _calls[key] = Call()
+        _calls[key] = Call()
     return call
 
 
@@ -120,10 +117,9 @@ class Call:
             return
         flat = ops.flatten(p, backend)
         self.backend, self.settings = backend, flat[ops.TENSORS :]
-        # Binding may have made tensors, from what is not known here.
-        same = all(x is y for x, y in zip(flat, self._flat(tensors), strict=True))
         self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())
-        self.known = same and not p.empty and _ordinary(tensors)
+        # Binding may have made tensors, from what is not known here.
+        self.known = all(x is y for x, y in zip(flat, self._flat(tensors), strict=True)) and not p.empty
 
     def _flat(self, tensors: Given) -> tuple[Any, ...]:
         """The operators' arguments, as `ops.flatten` gives them."""
@@ -136,12 +132,14 @@ class Call:
 
     def forward(self, tensors: Given) -> tuple[Tensor, Tensor]:
         """(out, lse) without a derivative."""
-        replay = self._forward
-        if replay is None:
-            found, self._forward = ops.launcher(self.backend).record(self._work_forward, tensors)
+        found = None if self._forward is None else self._forward(tensors)
+        if found is not None:
             return found
-        found = replay(tensors)
-        return torch.ops.fused_attn.forward(*self._flat(tensors)) if found is None else found
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            if self._forward is not None:
+                return torch.ops.fused_attn.forward(*self._flat(tensors))
+            found, self._forward = ops.launcher(self.backend).record(self._work_forward, tensors)
+        return found
 
     def _work_forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         return ops.launcher(self.backend).forward(ops.rebuild(self._flat(tensors))[0])
@@ -181,20 +179,6 @@ class Call:
         grads = autograd.differentiable(self._flat(given[: len(TENSORS)]), out, lse, dout, dlse, wanted)
         by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
         return tuple(by_name.get(name) if need else None for name, need in zip(TENSORS, needs, strict=True))
-
-
-def _ordinary(tensors: Given) -> bool:
-    """Nothing stands between these tensors, this thread and the backend's own work on memory."""
-    if _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
-        return False
-    device = tensors[0].device
-    if torch.is_autocast_enabled(device.type):
-        return False
-    with torch.inference_mode(False):
-        usual = {_C._dispatch_keys(torch.empty(0, device=device)).raw_repr()}
-    with torch.inference_mode():
-        usual.add(_C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
-    return all(x is None or _C._dispatch_keys(x).raw_repr() in usual for x in tensors)
 
 
 _calls: dict[tuple[Any, ...], Call] = {}

@@ -123,7 +123,7 @@ def classify(x: Any, hip: bool = False) -> Any:
         aligned = x.data_ptr() % 16 == 0
         # On AMD short buffers are addressed by 32-bit offsets.
         return (x.dtype, aligned, x.untyped_storage().nbytes() < 2**31) if hip else (x.dtype, aligned)
-    if kind is float or x is None:
+    if kind is float or kind is bool or x is None:
         return kind
     if kind is constexpr and type(x.value) in CONSTANTS:
         return constexpr, type(x.value), x.value

@@ -48,6 +48,7 @@ class Recorder(TorchDispatchMode):
         self.made: dict[str, Tensor] = {}
         self.alive: list[Tensor] = []  # so that no id is used twice
         self.constants: dict[str, Any] = {}
+        self.kernels: list[str] = []
         self.launches: list[str] = []
         self.why: str | None = None  # it cannot be kept
 
@@ -80,8 +81,8 @@ class Recorder(TorchDispatchMode):
                 f"launch({self._constant(kernel)}, {grid}, {self._open(args)}, {self._constant(options)})"
             )
             return
-        words = (self._constant(x) for x in (compiled.run, compiled.function, compiled.metadata))
-        run, function, metadata = words
+        self.kernels.append(self._constant(kernel))
+        run, function, metadata = map(self._constant, (compiled.run, compiled.function, compiled.metadata))
         # A launcher counts the items of a tuple and does not ask for its kind.
         arguments = ", ".join(self._open(x, plain=True) for x in (*args, *compiled.constants))
         self.launches.append(f"{run}({grid}, 1, 1, stream, {function}, {metadata}, None, None, None, {arguments})")
@@ -95,10 +96,10 @@ class Recorder(TorchDispatchMode):
         """An argument as an expression over the names of tensors; plain: tuples without names for their items."""
         if isinstance(x, Tensor):
             return self._name(x)
-        if isinstance(x, tuple) and _holds_tensors(x):
+        if isinstance(x, tuple) and not _plain(x):
             inside = ", ".join(self._open(y, plain) for y in x)
             return f"({inside},)" if plain or type(x) is tuple else f"{self._constant(type(x))}({inside})"
-        if type(x) not in (*cache.CONSTANTS, constexpr) and not isinstance(x, tuple):
+        if not _plain(x):
             raise NotKept(f"a {type(x).__name__}, which may hold a tensor")
         return self._constant(x)
 
@@ -108,10 +109,11 @@ class Recorder(TorchDispatchMode):
         return self.names[id(x)]
 
     def written(self, results: tuple[Tensor | None, ...]) -> Callable[..., Any]:
-        """The work as a function of the stream and the tensors given; it gives None where memory is not aligned."""
+        """The work as a function of the stream and the tensors given; it gives None where Triton would do otherwise."""
         if self.why is not None:
             raise NotKept(self.why)
         lines = [f"def work(stream, {', '.join(self.given)}):"]
+        lines += [f"    if {kernel}.pre_run_hooks: return None" for kernel in self.kernels]
         for name, x in self.made.items():
             if x.layout != torch.strided or not _dense(x):
                 raise NotKept("an allocation that empty_strided does not make")
@@ -128,8 +130,9 @@ class Recorder(TorchDispatchMode):
         return space["work"]
 
 
-def _holds_tensors(x: Any) -> bool:
-    return any(isinstance(y, Tensor) or (isinstance(y, tuple) and _holds_tensors(y)) for y in x)
+def _plain(x: Any) -> bool:
+    """It holds no tensor."""
+    return all(map(_plain, x)) if isinstance(x, tuple) else type(x) in cache.CONSTANTS or type(x) is constexpr
 
 
 def _dense(x: Tensor) -> bool:
@@ -171,9 +174,9 @@ class Replay:
     def __call__(self, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         """The results for other tensors of the same metadata; None where it cannot be done this way now."""
         around = self.around
-        if self.work is None or _around() != around:
+        if self.work is None or seam.launch is not seam.LAUNCH or overrides() or cache.circumstances() != around:
             return None
-        return self.work(cache.stream(around), *given)
+        return self.work(around[0].get_current_stream(around[1]) if around else None, *given)
 
 
 def record(work: Work, given: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor | None, ...], Replay | None]:
