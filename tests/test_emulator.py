@@ -94,8 +94,10 @@ def consume(out, xs, ys, full, empty, stage, tiles, BREAK: gl.constexpr):
         if BREAK == "registers":
             a = xs.index(s).load(gl.DotOperandLayout(0, L, 2))
             token = warpgroup_mma(a, ys.index(s), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(token,))
-            acc = acc + gl.sum(a.to(gl.float32), 1)[:, None] * 0.0
+            other = warpgroup_mma(a, ys.index(s), gl.zeros((16, 16), gl.float32, L), is_async=True)
+            acc, other = warpgroup_mma_wait(1, deps=(token, other))
+            acc = acc + gl.sum(a.to(gl.float32), 1)[:, None] * 0.0  # the second product still reads a
+            other = warpgroup_mma_wait(0, deps=(other,))
         else:
             token = warpgroup_mma(xs.index(s), ys.index(s), acc, is_async=True)
             if BREAK == "release":
@@ -229,7 +231,8 @@ def test_mutations_of_a_pipeline() -> None:
         "mbarrier.arrive(empty.index(s), count=1)",
         "mbarrier.arrive(empty.index(s), count=2)",
         "mbarrier.expect(full.index(s), x.block_type.nbytes)",
-        "warpgroup_mma_wait(1, deps=(token,))",
+        "warpgroup_mma_wait(0, deps=(other,))",
+        "warpgroup_mma_wait(1, deps=(token, other))",
     ]
 
 

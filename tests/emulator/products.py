@@ -69,6 +69,12 @@ class Running:
         return x
 
 
+class Operand(Running):
+    """The registers that products read."""
+
+    __slots__ = ()
+
+
 class Result(Running):
     """The registers that a product writes."""
 
@@ -109,15 +115,20 @@ def multiply(machine: Machine, a: Any, b: Any, acc: Any, use_acc: bool, is_async
     events = b.block.access(b.cells, False, False, "a product")
     if isinstance(a, Shared):
         events |= a.block.access(a.cells, False, False, "a product")
-    left = a if isinstance(a, Shared) else a.x
+    left, sharing = a, []
+    if isinstance(a, Tensor):
+        # Products may read the same registers at once.
+        sharing = a.held.products if type(a.held) is Operand else []
+        left = a._x if sharing else a.x
     base = None
     if use_acc:
         base = acc.product if isinstance(acc, Token) else acc.x
     product = Product(machine, left, b, base, events, machine.label(events))
     product.issue()
-    for x in (a, acc if use_acc else None):
-        if isinstance(x, Tensor):
-            x.held = Running([product])
+    if isinstance(a, Tensor):
+        a.held = Operand([*sharing, product])
+    if use_acc and isinstance(acc, Tensor):
+        acc.held = Running([product])
     machine.record("product")
     if is_async:
         return Token(product)
