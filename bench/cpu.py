@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,7 +58,7 @@ def main() -> None:
     result: Entry = json.loads(path.read_text()) if path and path.exists() else {}
     for part in args.parts or PARTS:
         result[part] = measured(part, (QUICK if args.quick else PARTS)[part])
-        result.setdefault("environment", {})[part] = table.environment() | {"load": os.getloadavg()[0]}
+        result.setdefault("environment", {})[part] = table.environment()
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1) + "\n")

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from bench import table
 from bench.providers import OURS
@@ -67,8 +67,8 @@ def caption(rows: list[Row]) -> str:
     for x in rows:
         changed = " (modified)" if x["modified"] == "True" else ""
         versions = "".join(f", {name} {x[name]}" for name in ("triton", "cudnn", "driver") if name in x and "cuda" in x)
-        threads = f", {x['threads']} threads" if x["arch"] == "cpu" else ""
-        found.append(f"{x['device']}{threads}, torch {x['torch']}{versions}, commit {x['commit'][:10]}{changed}")
+        where = f"{table.processors(x)}, torch {x['torch']}{versions}"
+        found.append(f"{where}, commit {x['commit'][:10]}{changed}")
     return "; ".join(dict.fromkeys(found))
 
 
@@ -133,6 +133,8 @@ def speed(rows: list[Row]) -> Figure | None:
             chosen = {x["case"]: x for x in picked(found, direction=direction, provider=provider)}
             places = [i + thick * (n - (len(providers) - 1) / 2) for i, case in enumerate(cases) if case in chosen]
             bars = [chosen[case] for case in cases if case in chosen]
+            if not bars:
+                continue
             values = [x["value"] for x in bars]
             spread = [[x["value"] - x["low"] for x in bars], [x["high"] - x["value"] for x in bars]]
             drawn = axes.barh(
@@ -219,7 +221,8 @@ def roofline(rows: list[Row]) -> Figure | None:
                     label=f"{look(provider)['label']}, {kind}, {direction}",
                 )  # fmt: skip
     axes.set(xscale="log", yscale="log", ylabel=name)
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis, steps in ((axes.xaxis, (1,)), (axes.yaxis, (1, 2, 5))):
+        axis.set_major_locator(LogLocator(subs=steps))
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("arithmetic intensity: operations a byte of operands and results", fontsize=9)

@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
 
     def keep(more: list[Row]) -> None:
-        rows.extend({**where, **x} for x in more)
+        rows.extend({**where, "load": os.getloadavg()[0], **x} for x in more)
         if path:
             table.write(path, rows)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.metadata
+import os
 import platform
 import statistics
 import subprocess
@@ -27,11 +28,12 @@ RESULTS = ROOT / "bench" / "results"
 WHAT = ("case", "provider", "direction", "length", "batch", "heads", "kv_heads", "dim", "dtype", "options", "config")
 FIGURE = ("metric", "value", "low", "high", "samples", "against", "status", "reason", "share", "error")
 WHERE = (
-    "device", "arch", "threads", "python", "torch", "triton", "cuda", "cudnn", "driver", "commit", "modified", "time",
+    "device", "arch", "threads", "load", "python", "torch", "triton", "cuda", "cudnn", "driver", "commit", "modified",
+    "time",
 )  # fmt: skip
 COLUMNS = (*WHAT, *FIGURE, *WHERE)
 NUMBERS = {"length": int, "batch": int, "heads": int, "kv_heads": int, "dim": int, "samples": int, "threads": int}
-NUMBERS |= dict.fromkeys(("value", "low", "high", "share", "error"), float)
+NUMBERS |= dict.fromkeys(("value", "low", "high", "share", "error", "load"), float)
 
 Row = dict[str, Any]
 
@@ -92,6 +94,7 @@ def environment(device: str = "cpu", threads: int | None = None) -> Row:
         "commit": commit or f"sha256:{source()}",
         "modified": bool(said("git", "status", "--porcelain", "--", "fused_attn", "kernels", "bench/*.py")),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load": os.getloadavg()[0],
     }
 
 
@@ -102,6 +105,12 @@ def source() -> str:
     for file in sorted(x for x in files if x.suffix in (".py", ".json")):
         digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def processors(row: Row) -> str:
+    """A row's device, and how many threads of it if it is a CPU."""
+    count = row["threads"]
+    return f"{row['device']}, {count} thread{'s' * (count > 1)}" if row["arch"] == "cpu" else row["device"]
 
 
 def processor() -> str:
