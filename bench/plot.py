@@ -9,9 +9,11 @@ A picture whose figures the tables do not hold is not drawn.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,9 +21,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from bench import table
+from bench.clock import DIRECTIONS
 from bench.providers import OURS
 from bench.samples import GRID
 from bench.table import Row
@@ -56,6 +60,17 @@ def several(rows: Iterable[Row], column: str) -> list:
     return list(dict.fromkeys(x[column] for x in rows if column in x))
 
 
+def directions_of(rows: Iterable[Row]) -> list[str]:
+    """The directions to draw: forward and backward where both were timed alone, else what there is."""
+    found = [x for x in DIRECTIONS if x in several(rows, "direction")]
+    return found[:2] if len(found) == 3 else found
+
+
+def key(label: str, **style: Any) -> Line2D:
+    """An entry of a legend that stands for a colour, a marker or a stroke alone."""
+    return Line2D([], [], **{"color": "#555555", "ls": "", "ms": 5, "label": label, **style})
+
+
 def unit(largest: float) -> tuple[float, str]:
     """What TFLOP/s are multiplied by to be read easily, and what they are called then."""
     return (1.0, "TFLOP/s") if largest >= 1.0 else (1000.0, "GFLOP/s")
@@ -83,7 +98,7 @@ def throughput(rows: list[Row]) -> Figure | None:
     found = [x for x in picked(rows, metric="tflops") if x["case"] in GRID]
     if not found:
         return None
-    directions, columns = several(found, "direction"), [(d, c) for d in several(found, "dim") for c in GRID]
+    directions, columns = directions_of(found), [(d, c) for d in sorted(several(found, "dim")) for c in GRID]
     columns = [(d, c) for d, c in columns if picked(found, dim=d, case=c)]
     top = statistics.median(x["value"] for x in picked(rows, case="matmul"))
     factor, name = unit(max(top, *(x["value"] for x in found)))
@@ -123,9 +138,9 @@ def speed(rows: list[Row]) -> Figure | None:
     found = [x for x in found if x["provider"] != "tiled"] if picked(found, provider="fused_attn") else found
     if not found:
         return None
-    directions, cases, providers = (several(found, column) for column in ("direction", "case", "provider"))
+    directions, cases, providers = directions_of(found), several(found, "case"), several(found, "provider")
     cases.sort(key=lambda case: -max(x["value"] for x in found if x["case"] == case))
-    size = (4.2 * len(directions) + 1.2, 0.5 * len(cases) + 1.9)
+    size = (4.2 * len(directions) + 1.2, 0.17 * len(providers) * len(cases) + 1.9)
     figure, grid = plt.subplots(1, len(directions), figsize=size, layout="constrained", sharey=True, squeeze=False)
     thick = 0.8 / len(providers)
     for axes, direction in zip(grid[0], directions, strict=True):
@@ -165,20 +180,21 @@ def memory(rows: list[Row]) -> Figure | None:
         return None
     case = max(cases, key=lambda name: len(several(picked(found, case=name), "length")))
     found = picked(found, case=case, dim=picked(found, case=case)[0]["dim"])
-    figure, axes = plt.subplots(figsize=(6.6, 4.6), layout="constrained")
-    for provider in several(found, "provider"):
-        for direction in several(found, "direction"):
-            points = sorted(picked(found, provider=provider, direction=direction), key=lambda x: x["length"])
-            style = look(provider) | {"label": f"{look(provider)['label']}, {direction}"}
-            ls = "-" if direction == "forward" else "--"
-            axes.plot([x["length"] for x in points], [x["value"] / 2**20 for x in points], ls=ls, **style)
+    figure, axes = plt.subplots(figsize=(7.8, 4.6), layout="constrained")
+    directions, providers = directions_of(found), several(found, "provider")
+    strokes = dict(zip(directions, ("-", "--", ":"), strict=False))
+    for provider, direction in itertools.product(providers, directions):
+        points = sorted(picked(found, provider=provider, direction=direction), key=lambda x: x["length"])
+        style = look(provider) | {"ls": strokes[direction]}
+        axes.plot([x["length"] for x in points], [x["value"] / 2**20 for x in points], **style)
     axes.set_yscale("log")
     lengths_axis(axes, sorted(several(found, "length")))
     axes.set(xlabel="sequence length", ylabel="MiB at the peak, beyond the inputs")
     x = found[0]
     axes.set_title(f"Peak memory of one call: {case}, {x['heads']} heads of {x['dim']}, {x['dtype']}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    handles = [key(x, ls=strokes[x]) for x in directions] + [key(**look(x)) for x in providers]
+    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.supxlabel(caption(found), fontsize=7)
     return figure
 
@@ -192,8 +208,9 @@ def roofline(rows: list[Row]) -> Figure | None:
     top, rate = (statistics.median(x["value"] for x in y) for y in (tops, copies))  # TFLOP/s, GB/s
     factor, name = unit(top)
     figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
-    key = ("case", "provider", "direction", "length", "dim")
-    speeds = {tuple(x[k] for k in key): x["value"] for x in picked(rows, metric="tflops") if all(k in x for k in key)}
+    where = ("case", "provider", "direction", "length", "dim")
+    fast = [x for x in picked(rows, metric="tflops") if all(name in x for name in where)]
+    speeds = {tuple(x[name] for name in where): x["value"] for x in fast}
     xs = [x["value"] for x in points]
     knee = top / rate * 1000
     left, right = min(knee, *xs) / 4, max(knee, *xs) * 2
@@ -204,22 +221,20 @@ def roofline(rows: list[Row]) -> Figure | None:
         (f"copy, {rate:.0f} GB/s", (left, factor * rate * left / 1000), (14, 2)),
     ):
         axes.annotate(text, place, xytext=shift, textcoords="offset points", fontsize=8, color="#666666")
-    kinds = {"plain": "full", "causal": "causal"}
-    for provider in several(points, "provider"):
-        for kind in ("full", "causal", "modified"):
-            for direction, filled in (("forward", True), ("forward+backward", False), ("backward", False)):
-                mine = [x for x in picked(points, provider=provider, direction=direction)
-                        if kinds.get(x["case"], "modified") == kind]  # fmt: skip
-                mine = [x for x in mine if tuple(x[k] for k in key) in speeds]
-                if not mine or (kind == "modified" and provider == "torch"):
-                    continue
-                colour = look(provider)["color"]
-                marker = {"full": "o", "causal": "^", "modified": "s"}[kind]
-                axes.scatter(
-                    [x["value"] for x in mine], [factor * speeds[tuple(x[k] for k in key)] for x in mine], s=26,
-                    marker=marker, edgecolors=colour, facecolors=colour if filled else "none",
-                    label=f"{look(provider)['label']}, {kind}, {direction}",
-                )  # fmt: skip
+    markers = {"full": "o", "causal": "^", "other": "s"}
+    directions, providers = directions_of(points), several(points, "provider")
+    for x in points:
+        place = tuple(x[name] for name in where)
+        if place not in speeds or x["direction"] not in directions:
+            continue
+        colour, kind = look(x["provider"])["color"], {"plain": "full", "causal": "causal"}.get(x["case"], "other")
+        axes.scatter(
+            x["value"], factor * speeds[place], s=26, marker=markers[kind], edgecolors=colour,
+            facecolors=colour if x["direction"] == "forward" else "none",
+        )  # fmt: skip
+    handles = [key(look(x)["label"], color=look(x)["color"], marker="o") for x in providers]
+    handles += [key(x, marker=markers[x]) for x in markers]
+    handles += [key(x, marker="o", mfc=None if x == "forward" else "none") for x in directions]
     axes.set(xscale="log", yscale="log", ylabel=name)
     for axis, steps in ((axes.xaxis, (1,)), (axes.yaxis, (1, 2, 5))):
         axis.set_major_locator(LogLocator(subs=steps))
@@ -228,7 +243,7 @@ def roofline(rows: list[Row]) -> Figure | None:
     axes.set_xlabel("arithmetic intensity: operations a byte of operands and results", fontsize=9)
     axes.set_title(f"Roofline, {points[0]['dtype']}", fontsize=10)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.supxlabel(caption(points), fontsize=7)
     return figure
 
