@@ -7,8 +7,10 @@ tile to the next.
 
 from typing import Any, NamedTuple
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .memory import number
@@ -85,4 +87,61 @@ def pin(x):
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.eq.f32 p, $1, 0f7f800000; @p nanosleep.u32 1; mov.b32 $0, $1; }",
         "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+def _look(n):
+    """Assembly that moves n registers to themselves, after a look at all of them, and its operands."""
+    look = f"or.b32 t, ${n}, ${n + 1}; " + " ".join(
+        f"lop3.b32 t, t, ${i}, ${i + 1}, 0xfe;" for i in range(n + 2, 2 * n, 2)
+    )
+    moves = " ".join(f"mov.b32 ${i}, ${n + i};" for i in range(n))
+    body = f"{look} setp.eq.u32 p, t, 0xffffffff; @p nanosleep.u32 1; {moves}"
+    return "{ .reg .pred p; .reg .b32 t; " + body + " }", ",".join(["=r"] * n + ["r"] * n)
+
+
+LOOK: gl.constexpr = gl.constexpr(_look(32)[0])
+LOOK_OPERANDS: gl.constexpr = gl.constexpr(_look(32)[1])
+
+
+@gluon.jit
+def pin_all(x):
+    """The same for each element of x, 32 of them at a time; half an instruction for each."""
+    return gl.inline_asm_elementwise(LOOK, LOOK_OPERANDS, [x], dtype=x.dtype, is_pure=False, pack=32)
+
+
+@builtin
+def reduce_add(descriptor, coordinates, slot, _semantic=None):
+    """Add a box in shared memory to global memory, at some later time; Gluon has no name for it yet."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    add = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(add, descriptor.handle, coordinates, slot.handle)
+
+
+@gluon.jit
+def bulk_wait():
+    """Wait until all that this thread's copies and additions write to global memory can be seen; tma.store_wait waits
+    only until they have read shared memory."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def store_release(pointer, value):
+    """By a partition of one warp, in the thread that issues its copies: what this has waited for can be seen by who
+    acquires value."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p st.release.gpu.global.u32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [pointer, value], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def wait_for(pointer, value):
+    """By a partition of one warp: wait until memory holds value, and acquire it."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 t;
+        AGAIN: ld.acquire.gpu.global.u32 t, [$1]; setp.ne.u32 p, t, $2; @p bra.uni AGAIN; mov.u32 $0, 0; }""",
+        "=r,l,r", [pointer, value], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -27,14 +28,18 @@ def _device_code() -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from ..kernels import hopper_forward
+    from ..kernels import hopper_backward, hopper_forward
     from . import views
 
     return SimpleNamespace(
         forward=hopper_forward.hopper_forward_kernel,
+        prepare=hopper_backward.hopper_prepare_kernel,
+        backward=hopper_backward.hopper_backward_kernel,
+        finish=hopper_backward.hopper_finish_kernel,
         Descriptor=TensorDescriptor,
         layout=gl.NVMMASharedLayout.get_default_for,
-        dtypes={torch.float16: gl.float16, torch.bfloat16: gl.bfloat16},
+        flat=gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1),
+        dtypes={torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32},
         views=views,
     )
 
@@ -175,5 +180,111 @@ def _bytes(rows: int, d: int) -> int:
 def backward(
     p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients that needs names, under no_grad, by the portable kernels."""
-    return portable.backward(p, out, lse, dout, dlse, needs)
+    """The gradients that needs names, under no_grad: in one pass over the keys, or else by the portable kernels."""
+    with torch.cuda.device_of(p.q):
+        form = _OnePass if _one_pass(p, needs) else portable._Backward
+        return form(p, out, lse.contiguous(), dout, dlse, needs).run()
+
+
+def _one_pass(p: Problem, needs: frozenset[str]) -> bool:
+    """Whether the one-pass backward serves. Its sums for dq are in no order, unless the configuration orders them."""
+    if _rich(p) or p.bias is not None or not needs >= {"q", "k", "v"} or needs - {"q", "k", "v", "sink"}:
+        return False
+    if not 0 < p.scale < math.inf or _tile_dim(p.q.shape[3]) > WIDEST:
+        return False
+    first, last = _seeing(p)
+    if p.sink is not None and (first > 0 or last < p.shape[2]):
+        return False  # the rows that see nothing have their part in the sink's gradient
+    return not p.deterministic or _config("hopper_backward", p).ordered
+
+
+def _seeing(p: Problem) -> tuple[int, int]:
+    """The rows that see any key, from the first up to but not including the last."""
+    _, _, m, n = p.shape
+    left, right = p.span.left, p.span.right
+    return max(0, -(right or 0)), m if left is None else min(m, n - left)
+
+
+WIDEST = 128  # head dim of which registers hold dk and dv
+FINE = 32  # rows of a program that prepares or finishes; shift and delta lie on a grid of so many numbers
+
+
+class _OnePass(portable._Backward):
+    """One backward pass of the Gluon kernel, which shows it no row and no key that has no part in it."""
+
+    def run(self) -> dict[str, Tensor]:
+        p, code = self.p, _device_code()
+        views = code.views
+        b, hq, m, n = p.shape
+        hkv, d = p.k.shape[1], p.q.shape[3]
+        c = _config("hopper_backward", p)
+        tile = _tile_dim(d)
+        rows, keys = slice(*_seeing(p)), slice(*_seen(p))
+        lead = -rows.start % FINE
+        padded = -(-(rows.stop - rows.start) // c.BLOCK_M) * c.BLOCK_M
+        length = -(-(lead + max(m, rows.start + padded)) // FINE) * FINE
+        turns = 1 + b * hq * (length // c.BLOCK_M) if c.ordered else 0
+        memory = p.q.new_empty(b * hq * m * d + turns, dtype=torch.float32)
+        sums = memory[: b * hq * m * d].view(b, hq, m, d)
+        shift, delta = (memory.new_empty((b * hq, length)) for _ in range(2))
+        dout = self.dout if _copyable(self.dout) else self.dout.contiguous()
+        seam.launch(
+            code.prepare,
+            length // FINE * b * hq,
+            *(views.view(x) for x in (self.out, dout)),
+            self.lse,
+            self.dlse,
+            shift,
+            delta,
+            views.view(sums),
+            *(m, rows.start, rows.stop, lead, length, hq, b * hq),
+            D=d,
+            BLOCK_D=tile,
+            BLOCK_M=FINE,
+            num_warps=c.num_warps,
+        )
+        dk, dv = (self.grads[name][:, :, keys] for name in ("k", "v"))
+        half = [1, c.BLOCK_M, tile // 2] if c.BLOCK_M == c.BLOCK_N else [1, c.BLOCK_M // 2, tile]
+        visited = sums.view(b * hq, m, d)[:, rows]
+        span = Span(*(None if x is None else x + rows.start - keys.start for x in (p.span.left, p.span.right)))
+        seam.launch(
+            code.backward,
+            -(-(keys.stop - keys.start) // (2 * c.BLOCK_N)) * b * hkv,
+            _descriptor(p.q[:, :, rows], c.BLOCK_M),
+            *(_descriptor(x[:, :, keys], c.BLOCK_N) for x in (p.k, p.v)),
+            _descriptor(dout[:, :, rows], c.BLOCK_M),
+            *(code.Descriptor(x.view(-1), [x.numel()], [1], [c.BLOCK_M], code.flat) for x in (shift, delta)),
+            code.Descriptor(
+                visited, list(visited.shape), [m * d, d, 1], half, code.layout(half, code.dtypes[visited.dtype])
+            ),
+            *(_descriptor(x, c.BLOCK_N) for x in (dk, dv)),
+            memory[-turns:].zero_().view(torch.int32) if turns else None,
+            views.transposed_span(span, keys.stop - keys.start),
+            p.scale,
+            p.scale * math.log2(math.e),
+            *(rows.stop - rows.start, keys.stop - keys.start, hkv, b * hkv, portable._wave(p, hkv)),
+            *(length, lead + rows.start),
+            GROUP=p.group,
+            STAGES=c.num_stages,
+            ORDERED=c.ordered,
+            num_warps=c.num_warps,
+        )
+        seam.launch(
+            code.finish,
+            -(-m // FINE) * b * hq,
+            *(views.view(x) for x in (sums, self.grads["q"])),
+            p.scale,
+            *(m, hq, b * hq),
+            D=d,
+            BLOCK_D=tile,
+            BLOCK_M=FINE,
+            num_warps=c.num_warps,
+        )
+        for unseen in (slice(0, keys.start), slice(keys.stop, n)):
+            if unseen.start < unseen.stop:
+                self.grads["k"][:, :, unseen] = 0
+                self.grads["v"][:, :, unseen] = 0
+        if "sink" in self.needs:
+            self.delta = delta.view(b, hq, length)[:, :, lead : lead + m]
+            self._keep("sink", -(self._sink_weights() * self.delta).sum((0, 2)))
+        return self.grads

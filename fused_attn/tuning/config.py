@@ -16,11 +16,13 @@ class Config:
     BLOCK_M counts query rows, BLOCK_N keys; the tile that a program owns and the tile that its loop visits follow from
     the kernel. overlap: the products of the next tile (forward) or both products of this one (backward) are issued
     before the exponentials, at the price of registers. split: dk and dv come from two launches, because registers do
-    not hold both at a large head dim; the scores are computed once more.
+    not hold both at a large head dim; the scores are computed once more. descriptors: full tiles of keys and values
+    come by TMA, which leaves the registers of their pointers to the products (forward, from sm_90 on).
 
     Of the Hopper kernels: consumers, groups of four warps with a tile each, BLOCK_M rows (forward) or BLOCK_N keys
     (backward); num_stages of keys and values (forward) or rows (backward) stand in shared memory; pingpong: consumers
-    take turns in issuing products.
+    take turns in issuing products; ordered: the one-pass backward adds up dq in one order, and serves deterministic
+    calls too.
     """
 
     BLOCK_M: int
@@ -29,8 +31,10 @@ class Config:
     num_stages: int
     overlap: bool = False
     split: bool = False
+    descriptors: bool = False
     consumers: int = 1
     pingpong: bool = False
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         for name in ("BLOCK_M", "BLOCK_N"):

@@ -1,0 +1,399 @@
+"""Backward for sm_90 in Gluon: dq, dk and dv in one pass over the keys, with five products a tile.
+
+A program owns two tiles of keys and sweeps over the rows that see them, for each query head of its group. One producer
+warp copies rows into shared memory; two consumers, groups of four warps with one tile of keys each, compute
+
+    s = k q^T     dp = v dout^T - delta     p = exp2(s - shift)     ds = p * dp     dv += p dout     dk += ds q
+
+transposed, so that p and ds enter the next products from registers. dq needs the ds of both, so they leave it in shared
+memory, and each computes its half of ds k, which TMA adds to a float32 accumulator in global memory: in whatever order,
+or, ORDERED, in the order of tickets, which is the same on every run. The exponentials run beside the product dp.
+
+Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import barriers, bulk_wait, fetch, pin_all, reduce_add, store_release, wait_for
+from .memory import head_pointer, load_rows, number, schedule, store_rows
+from .numerics import LOG2E
+from .types import Span
+
+
+@triton.jit(do_not_specialize=["M", "FIRST", "LAST", "LEAD", "ROWS", "HEADS", "BATCHED_HEADS"])
+def hopper_prepare_kernel(
+    out, dout, lse, dlse, shift, delta, total, M, FIRST, LAST, LEAD, ROWS, HEADS, BATCHED_HEADS,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """shift, lse in base 2, and delta, both (B * Hq, ROWS) with row 0 at LEAD; zeros in the accumulator of dq.
+
+    dlse is a pointer to what lse has, or None. Whatever is no row from FIRST to LAST gets +inf and 0, and with them
+    weights and gradients of 0, so that the sweeps need no mask for the ends of their tiles.
+    """
+    tile, head = schedule(tl.program_id(0), tl.cdiv(ROWS, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
+    b = head // HEADS
+    h = head % HEADS
+    start = tile * BLOCK_M - LEAD
+    rows = start + tl.arange(0, BLOCK_M)
+    seeing = (rows >= FIRST) & (rows < LAST)
+    o = load_rows(out, head_pointer(out, b, h), start, seeing, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    do = load_rows(dout, head_pointer(dout, b, h), start, seeing, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    found = tl.sum(o * do, 1)
+    at = head.to(tl.int64) * M + rows
+    if dlse is not None:
+        found -= tl.load(dlse + at, mask=seeing, other=0.0).to(tl.float32)
+    known = tl.load(lse + at, mask=seeing, other=float("-inf"))
+    to = head.to(tl.int64) * ROWS + LEAD + rows
+    tl.store(shift + to, tl.where(known == float("-inf"), float("inf"), known * LOG2E), mask=rows < ROWS - LEAD)
+    tl.store(delta + to, found, mask=rows < ROWS - LEAD)
+    zeros = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    store_rows(total, head_pointer(total, b, h), start, (rows >= 0) & (rows < M), zeros, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["scale", "M", "HEADS", "BATCHED_HEADS"])
+def hopper_finish_kernel(
+    total, dq, scale, M, HEADS, BATCHED_HEADS, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """dq, from the float32 sums of ds k."""
+    tile, head = schedule(tl.program_id(0), tl.cdiv(M, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
+    b = head // HEADS
+    h = head % HEADS
+    m = tile * BLOCK_M
+    live = m + tl.arange(0, BLOCK_M) < M
+    x = load_rows(total, head_pointer(total, b, h), m, live, BLOCK_M, D, BLOCK_D)
+    store_rows(dq, head_pointer(dq, b, h), m, live, x * scale, BLOCK_M, D, BLOCK_D)
+
+
+class Problem(NamedTuple):
+    """What every partition knows. span: of keys over rows. HEADS, BATCHED_HEADS: of keys. ROWS, LEAD: where shift and
+    delta lie. ticket: the program's. Constants from GROUP on; KEYS: of one consumer."""
+
+    span: Span
+    M: Any
+    N: Any
+    HEADS: Any
+    BATCHED_HEADS: Any
+    WAVE: Any
+    ROWS: Any
+    LEAD: Any
+    ticket: Any
+    factor: Any
+    GROUP: Any
+    BLOCK_M: Any
+    KEYS: Any
+    D: Any
+    STAGES: Any
+    ORDERED: Any
+
+
+class Task(NamedTuple):
+    """A program's: keys from n on of a head, b and h or both as one number, and the rows that see them, in whole tiles;
+    those from full_first to full_last need no mask."""
+
+    n: Any
+    b: Any
+    h: Any
+    head: Any
+    first: Any
+    last: Any
+    full_first: Any
+    full_last: Any
+
+
+class Shared(NamedTuple):
+    """Shared memory: k, v and sums of dq by consumer; q with shift and dout with delta by stage; ds twice for each
+    consumer; the numbers of a tile's rows; and the barriers that say when each is full or empty."""
+
+    k: Any
+    v: Any
+    dq: Any
+    q: Any
+    shift: Any
+    do: Any
+    delta: Any
+    ds: Any
+    order: Any
+    k_full: Any
+    v_full: Any
+    q_full: Any
+    q_empty: Any
+    do_full: Any
+    do_empty: Any
+    ds_full: Any
+    dq_full: Any
+    dq_empty: Any
+
+
+@gluon.jit
+def assignment(p):
+    """The Task of this program. Each key is seen by some row."""
+    KEYS: gl.constexpr = 2 * p.KEYS
+    tiles = gl.cdiv(p.N, KEYS)
+    tile, head = schedule(p.ticket, tiles, p.BATCHED_HEADS, p.WAVE)
+    if p.ORDERED:
+        tile = tiles - 1 - tile  # under a causal mask the shortest sweeps first, and nobody waits for long
+    n = tile * KEYS
+    last_key = gl.minimum(n + KEYS, p.N) - 1
+    first = 0
+    last = p.M
+    full_first = 0
+    full_last = gl.cdiv(p.M, p.BLOCK_M) * p.BLOCK_M
+    if p.span.left is not None:
+        first = gl.maximum(first, n + number(p.span.left))
+        full_first = gl.maximum(full_first, last_key + number(p.span.left))
+    if p.span.right is not None:
+        last = gl.minimum(last, last_key + number(p.span.right) + 1)
+        full_last = gl.minimum(full_last, n + number(p.span.right) + 1)
+    if n + KEYS > p.N:
+        full_last = 0  # keys that do not exist must not reach dq
+    return Task(
+        n,
+        head // p.HEADS,
+        head % p.HEADS,
+        head,
+        first // p.BLOCK_M * p.BLOCK_M,
+        gl.cdiv(last, p.BLOCK_M) * p.BLOCK_M,
+        gl.cdiv(full_first, p.BLOCK_M) * p.BLOCK_M,
+        full_last // p.BLOCK_M * p.BLOCK_M,
+    )
+
+
+@gluon.jit
+def produce(p, shared, q, k, v, dout, shift, delta):
+    """Copy what the consumers will ask for, as soon as there is room."""
+    t = assignment(p)
+    for g in gl.static_range(2):
+        fetch(k, [t.b, t.h, t.n + g * p.KEYS, 0], shared.k_full.index(0), shared.k.index(g))
+    count = 0
+    for member in range(p.GROUP):
+        h = t.h * p.GROUP + member
+        for m in range(t.first, t.last, p.BLOCK_M):
+            at = (t.head * p.GROUP + member) * p.ROWS + p.LEAD + m
+            stage = count % p.STAGES
+            phase = count // p.STAGES & 1
+            mbarrier.wait(shared.q_empty.index(stage), phase ^ 1)
+            fetch(q, [t.b, h, m, 0], shared.q_full.index(stage), shared.q.index(stage))
+            fetch(shift, [at], shared.q_full.index(stage), shared.shift.index(stage))
+            if count == 0:
+                for g in gl.static_range(2):
+                    fetch(v, [t.b, t.h, t.n + g * p.KEYS, 0], shared.v_full.index(g), shared.v.index(g))
+            mbarrier.wait(shared.do_empty.index(stage), phase ^ 1)
+            fetch(dout, [t.b, h, m, 0], shared.do_full.index(stage), shared.do.index(stage))
+            fetch(delta, [at], shared.do_full.index(stage), shared.delta.index(stage))
+            count += 1
+
+
+@gluon.jit
+def visible(p, order, n, m):
+    """The mask predicate, [KEYS, BLOCK_M], of keys from n and rows from m; order: 0, 1, 2 ... [1, BLOCK_M]."""
+    j = n + gl.arange(0, p.KEYS, gl.SliceLayout(1, order.type.layout))
+    stop = gl.where(j < p.N, p.BLOCK_M, 0)
+    if p.span.right is not None:
+        stop = gl.minimum(stop, j + (number(p.span.right) + 1 - m))
+    see = order < stop[:, None]
+    if p.span.left is not None:
+        see = see & (order >= (j + (number(p.span.left) - m))[:, None])
+    return see
+
+
+@gluon.jit
+def step(p, t, shared, g: gl.constexpr, count, m, partial, dk, dv):
+    """What the rows at m of a query head send to this consumer's keys, and what both tiles of keys send to its half of
+    the rows' dq. count: of the tiles so far; partial: some key does not see some row."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
+    ROWS: gl.constexpr = shared.dq.shape[2]
+    WIDTH: gl.constexpr = shared.dq.shape[3]
+    T: gl.constexpr = shared.q.dtype
+    stage = count % p.STAGES
+    phase = count // p.STAGES & 1
+    half = count & 1
+    # Zero, which the compiler does not know: else it keeps the addresses of k, v and dq in registers from tile to tile.
+    nil = count >> 30
+    n = t.n + g * p.KEYS
+    mbarrier.wait(shared.do_full.index(stage), phase)
+    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
+    # The accumulator begins at -delta: one subtraction less for each element between this product and the next.
+    less = pin_all(zeros - shared.delta.index(stage).load(COLUMN)[None, :])
+    mbarrier.wait(shared.q_full.index(stage), phase)
+    q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])
+    do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])
+    k = shared.k.index(g + nil).reshape([p.KEYS, p.D])
+    v = shared.v.index(g + nil).reshape([p.KEYS, p.D])
+    s = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    # Where the mask costs fewer registers depends on how many rows a tile has.
+    if p.BLOCK_M > p.KEYS:  # noqa: SIM102
+        if partial:
+            s = gl.where(visible(p, shared.order.load(COLUMN)[None, :], n, m), s, float("-inf"))
+    w = gl.exp2(s * p.factor - shared.shift.index(stage).load(COLUMN)[None, :])
+    if p.BLOCK_M <= p.KEYS:  # noqa: SIM102
+        if partial:
+            w = gl.where(visible(p, shared.order.load(COLUMN)[None, :], n, m), w, 0.0)
+    w = pin_all(w)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    ds = (w * dp).to(T)
+    shared.ds.index(half * 2 + g).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(shared.ds_full.index(half), count=1)
+    dv = warpgroup_mma(gl.convert_layout(w.to(T), gl.DotOperandLayout(0, A, 2)), do, dv, is_async=True)
+    mbarrier.wait(shared.ds_full.index(half), count // 2 & 1)
+    dq = gl.zeros((ROWS, WIDTH), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
+    for x in gl.static_range(2):
+        a = shared.ds.index(half * 2 + x)
+        b = shared.k.index(x + nil).reshape([p.KEYS, p.D])
+        if ROWS == p.BLOCK_M:  # both take all rows of the tile, and half of their columns each
+            b = b.slice(g * WIDTH, WIDTH, 1)
+        else:
+            a = a.slice(g * ROWS, ROWS, 1)
+        dq = warpgroup_mma(a.permute([1, 0]), b, dq, use_acc=x > 0, is_async=True)
+    dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)
+    dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
+    mbarrier.arrive(shared.do_empty.index(stage), count=1)
+    mbarrier.wait(shared.dq_empty.index(g), (count & 1) ^ 1)
+    shared.dq.index(g + nil).reshape([ROWS, WIDTH]).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(shared.dq_full.index(g), count=1)
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    mbarrier.arrive(shared.q_empty.index(stage), count=1)
+    return dk, dv
+
+
+@gluon.jit
+def consume(p, shared, dk_out, dv_out, scale, g: gl.constexpr):
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
+    t = assignment(p)
+    mbarrier.wait(shared.k_full.index(0), 0)
+    mbarrier.wait(shared.v_full.index(g), 0)
+    dk = gl.zeros((p.KEYS, p.D), gl.float32, A)
+    dv = gl.zeros((p.KEYS, p.D), gl.float32, A)
+    m = t.first
+    for count in range((t.last - t.first) // p.BLOCK_M * p.GROUP):
+        partial = (m < t.full_first) | (m >= t.full_last)
+        dk, dv = step(p, t, shared, g, count, m, partial, dk, dv)
+        m += p.BLOCK_M
+        if m == t.last:
+            m = t.first
+    # Nobody else reads this tile of v, and this consumer no more.
+    tile = shared.v.index(g)
+    tile.reshape([p.KEYS, p.D]).store(dv.to(shared.v.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dv_out, [t.b, t.h, t.n + g * p.KEYS, 0], tile)
+    tma.store_wait(0)
+    tile.reshape([p.KEYS, p.D]).store((dk * scale).to(shared.v.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dk_out, [t.b, t.h, t.n + g * p.KEYS, 0], tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def add(p, shared, sums, turns):
+    """Add each tile of dq to those of other programs: in any order, or when it is this program's turn."""
+    t = assignment(p)
+    ROWS: gl.constexpr = sums.block_type.shape[1]
+    WIDTH: gl.constexpr = sums.block_type.shape[2]
+    count = 0
+    for member in range(p.GROUP):
+        head = t.head * p.GROUP + member
+        for m in range(t.first, t.last, p.BLOCK_M):
+            place = 1 + head * (p.ROWS // p.BLOCK_M) + m // p.BLOCK_M
+            turn = turn_of(p, t, m)
+            for g in gl.static_range(2):
+                mbarrier.wait(shared.dq_full.index(g), count & 1)
+                if p.ORDERED and g == 0:
+                    wait_for(turns + place, turn)
+                if ROWS == p.BLOCK_M:
+                    reduce_add(sums, [head, m, g * WIDTH], shared.dq.index(g))
+                else:
+                    reduce_add(sums, [head, m + g * ROWS, 0], shared.dq.index(g))
+            tma.store_wait(0)
+            for g in gl.static_range(2):
+                mbarrier.arrive(shared.dq_empty.index(g), count=1)
+            if p.ORDERED:
+                bulk_wait()
+                store_release(turns + place, turn + 1)
+            count += 1
+
+
+@gluon.jit
+def turn_of(p, t, m):
+    """How many programs add to the tile of dq at m before this one. Those with later keys do."""
+    last = p.N - 1
+    if p.span.left is not None:
+        last = gl.minimum(last, m + p.BLOCK_M - 1 - number(p.span.left))
+    return (last - t.n) // (2 * p.KEYS)
+
+
+@gluon.jit
+def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
+    """Start the partitions. Constants inside of tuples live on as arguments only, so this is a function."""
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (p, shared, dk, dv, scale, 0)),
+            (consume, (p, shared, dk, dv, scale, 1)),
+            (produce, (p, shared, q, k, v, dout, shift, delta)),
+            (add, (p, shared, sums, turns)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
+
+
+@gluon.jit(do_not_specialize=["scale", "factor", "M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "ROWS", "LEAD"])
+def hopper_backward_kernel(
+    q, k, v, dout, shift, delta, sums, dk, dv, turns, span, scale, factor,
+    M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    """Descriptors of boxes: q, dout (B, Hq, M, D) of BLOCK_M rows; k, v, dk, dv (B, Hkv, N, D) of one consumer's keys;
+    shift, delta (B * Hq * ROWS) of BLOCK_M, with a head's row 0 at LEAD; sums (B * Hq, M, D) of one consumer's half of
+    a tile. turns: int32 zeros, one for the ticket and one for each tile of rows, or None. HEADS, BATCHED_HEADS count
+    heads of keys.
+    """
+    BLOCK_M: gl.constexpr = q.block_type.shape[2]
+    D: gl.constexpr = q.block_type.shape[3]
+    KEYS: gl.constexpr = k.block_type.shape[2]
+    ADDED: gl.constexpr = sums.block_type.shape[1]
+    WIDTH: gl.constexpr = sums.block_type.shape[2]
+    T: gl.constexpr = q.dtype
+    ticket = gl.program_id(0)
+    if ORDERED:
+        ticket = gl.atomic_add(turns, 1)
+    order = gl.allocate_shared_memory(gl.int32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])))
+    share(
+        Problem(
+            span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
+            GROUP, BLOCK_M, KEYS, D, STAGES, ORDERED,
+        ),
+        Shared(
+            gl.allocate_shared_memory(T, [2, 1, 1, KEYS, D], k.layout),
+            gl.allocate_shared_memory(T, [2, 1, 1, KEYS, D], v.layout),
+            gl.allocate_shared_memory(gl.float32, [2, 1, ADDED, WIDTH], sums.layout),
+            gl.allocate_shared_memory(T, [STAGES, 1, 1, BLOCK_M, D], q.layout),
+            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], shift.layout),
+            gl.allocate_shared_memory(T, [STAGES, 1, 1, BLOCK_M, D], dout.layout),
+            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta.layout),
+            gl.allocate_shared_memory(T, [4, KEYS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2)),
+            order,
+            barriers(1, 2), barriers(2, 1),
+            barriers(STAGES, 2), barriers(STAGES, 2), barriers(STAGES, 2), barriers(STAGES, 2),
+            barriers(2, 2), barriers(2, 1), barriers(2, 1),
+        ),
+        q, k, v, dout, shift, delta, sums, dk, dv, turns, scale,
+    )  # fmt: skip
