@@ -119,21 +119,25 @@ class _Empty(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
+NOTHING = "an empty Function through torch.autograd.grad"
+THROUGH = "backward through torch.autograd.grad"
 # Each subject, and the empty operator that it is measured by.
 SUBJECTS = {
     "inference": "empty forward",
     "autograd forward": "empty forward",
     "backward": "empty backward",
+    THROUGH: "empty backward",
+    NOTHING: "empty backward",
     "inference, unseen length": "empty forward",
-    "backward of nothing": "empty backward",
 }
 
 
 def overhead(calls: int, rounds: int = 60) -> dict[str, Any]:
     """Microseconds a call: the least of many interleaved rounds, because others on the machine only ever add.
 
-    "backward" goes through torch.autograd.grad, and "backward of nothing" is what that costs without us. A call counts
-    as it is in a loop, with others of its kind before it; "unseen length" has none.
+    "backward" is what is ours of a pass through torch.autograd.grad: less an empty Function's, which allocates the same
+    gradients, plus the operator that does. A call counts as it is in a loop, after others like it; an unseen length has
+    none before it.
     """
     pretend()
     torch.set_num_threads(1)
@@ -153,9 +157,9 @@ def overhead(calls: int, rounds: int = 60) -> dict[str, Any]:
     subjects = {
         "inference": lambda: ours(plain),
         "autograd forward": lambda: ours(leaves),
-        "backward": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
+        THROUGH: lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
         "inference, unseen length": unseen,
-        "backward of nothing": lambda: torch.autograd.grad(nothing, leaves, dout, retain_graph=True),
+        NOTHING: lambda: torch.autograd.grad(nothing, leaves, dout, retain_graph=True),
         "empty forward": lambda: empty_forward(*plain),
         "empty backward": lambda: empty_backward(*plain),
     }
@@ -167,6 +171,7 @@ def overhead(calls: int, rounds: int = 60) -> dict[str, Any]:
         for name, timer in timers.items():
             samples[name].append(1e6 * timer.timeit(max(1, calls // rounds)).median)
     least = {name: min(x) for name, x in samples.items()}
+    least["backward"] = least[THROUGH] - least[NOTHING] + least["empty backward"]
     ratios = {name: least[name] / least[base] for name, base in SUBJECTS.items()}
     return {"triton": triton.__version__, "microseconds": least, "ratios": ratios, "samples": samples}
 
@@ -200,7 +205,10 @@ def _unseen(count: int) -> Iterator[tuple[int, int]]:
 
 
 def compilations(count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
-    """How many kernels one warm-up call of each kind compiles, and how many `count` further lengths add."""
+    """How many kernels warm-up calls of each kind compile, and how many `count` further lengths add.
+
+    A length is called as often as it takes to be replayed, forward and backward.
+    """
     pretend()
     made: list[str] = []
 
@@ -214,6 +222,10 @@ def compilations(count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
         return len(made)
 
     def call(kind: str, m: int, n: int) -> None:
+        for _ in range(4):
+            once(kind, m, n)
+
+    def once(kind: str, m: int, n: int) -> None:
         b, h = SHAPE[:2]
         inputs = _inputs(m, n, requires_grad=True)
         out = fused_attn.attention(*inputs, **_options(kind, b, h, m, n), backend="triton")
@@ -237,11 +249,11 @@ def compilations(count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
 
 # torch is there already; everything else that a first call imports belongs to it.
 FIRST = """
-import sys, time, torch
-began = time.perf_counter()
+import os, sys, time, torch
+began, spent = time.perf_counter(), sum(os.times()[:4])
 from bench import host
 host.first_call(sys.argv[1] == "forward+backward")
-print(time.perf_counter() - began)
+print(time.perf_counter() - began, sum(os.times()[:4]) - spent)
 """
 
 
@@ -257,11 +269,12 @@ def first_call(backward: bool) -> None:
 def first(count: int) -> dict[str, Any]:
     """Seconds of the first call in a process that has imported torch: imports, compilation to machine code, launches.
 
-    Cold: nothing is cached. Warm: another process compiled the same kernels before. The least of `count` processes.
+    Cold: nothing is cached. Warm: another process compiled the same kernels before. The least of `count` processes, on
+    the clock and of processors, this process's and the assembler's; others on the machine add to the first alone.
     """
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in ("forward", "forward+backward"):
-        seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+        seconds: dict[str, list[list[float]]] = {"cold": [], "warm": []}
         for _ in range(count):
             with tempfile.TemporaryDirectory(prefix="fused_attn_first_") as directory:
                 for state in seconds.values():
@@ -270,8 +283,11 @@ def first(count: int) -> dict[str, Any]:
                         [sys.executable, "-c", FIRST, name],
                         cwd=ROOT, env=environ, capture_output=True, text=True, check=True,
                     )  # fmt: skip
-                    state.append(float(done.stdout.splitlines()[-1]))
-        found[name] = {state: min(x) for state, x in seconds.items()}
+                    state.append([float(x) for x in done.stdout.split()])
+        found[name] = {
+            state: {"clock": min(x for x, _ in pairs), "processor": min(x for _, x in pairs)}
+            for state, pairs in seconds.items()
+        }
     return {"triton": triton.__version__, "processes": count, "seconds": found}
 
 

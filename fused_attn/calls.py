@@ -102,9 +102,12 @@ def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | 
 
 
 class Call:
-    """All calls of one key. known: it has been made once, and by which backend it can be made again."""
+    """All calls of one key. known: how it was bound is known, and by which backend it can be made again.
 
-    __slots__ = ("_backward", "_forward", "backend", "differentiable", "known", "settings")
+    Of its tensors, in the order of `TENSORS`, it speaks without the absent ones at the end.
+    """
+
+    __slots__ = ("_backward", "_forward", "backend", "count", "differentiable", "known", "settings")
 
     def __init__(self) -> None:
         self.known = False
@@ -117,52 +120,53 @@ class Call:
             return
         flat = ops.flatten(p, backend)
         self.backend, self.settings = backend, flat[ops.TENSORS :]
+        self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())
         # Binding may have made tensors, from what is not known here.
         self.known = all(x is y for x, y in zip(flat, self._flat(tensors), strict=True)) and not p.empty
 
     def _flat(self, tensors: Given) -> tuple[Any, ...]:
         """The operators' arguments, as `ops.flatten` gives them."""
-        q, k, v, mask, bias, slopes, sink = tensors
+        all_of_them: Given = tensors + (None,) * (len(TENSORS) - len(tensors))
+        q, k, v, mask, bias, slopes, sink = all_of_them
         return q, k, v, None, None, bias, slopes, sink, mask, None, None, None, *self.settings
 
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor]:
         """(out, lse)"""
-        return autograd.again(self, *tensors) if self.differentiable else self.forward(tensors)
+        given = tensors[: self.count]
+        return autograd.again(self, *given) if self.differentiable else self.forward(given)
 
-    def forward(self, tensors: Given) -> tuple[Tensor, Tensor]:
+    def forward(self, given: Given) -> tuple[Tensor, Tensor]:
         """(out, lse) without a derivative."""
-        found = None if self._forward is None else self._forward(tensors)
+        found = None if self._forward is None else self._forward(given)
         if found is not None:
             return found
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with torch.autocast(given[0].device.type, enabled=False):
             if self._forward is not None:
-                return torch.ops.fused_attn.forward(*self._flat(tensors))
-            found, self._forward = ops.launcher(self.backend).record(self._work_forward, tensors)
+                return torch.ops.fused_attn.forward(*self._flat(given))
+            found, self._forward = ops.launcher(self.backend).record(self._work_forward, given)
         return found
 
-    def _work_forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ops.launcher(self.backend).forward(ops.rebuild(self._flat(tensors))[0])
+    def _work_forward(self, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.launcher(self.backend).forward(ops.rebuild(self._flat(given))[0])
 
     def backward(self, given: Given, needs: tuple[bool, ...]) -> Given:
-        """The gradients of `TENSORS` that needs asks for. given: them, out, lse, dout and dlse."""
+        """The gradients that needs asks for. given: the tensors, out, lse, dout and dlse."""
         key = _key(given, needs)
         replay = self._backward.get(key) if key is not None else None
         found = None if replay is None else replay(given)
         if found is not None:
             return found
-        names = frozenset(name for name, need in zip(TENSORS, needs, strict=True) if need)
+        names = frozenset(name for name, need in zip(TENSORS, needs, strict=False) if need)
         if key is None or replay is not None:
             wanted = [name in names for name in DIFFERENTIABLE]
-            tensors, rest = given[: len(TENSORS)], given[len(TENSORS) :]
-            grads = torch.ops.fused_attn.backward(*self._flat(tensors), *rest, wanted)
-            by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
-            return tuple(by_name[name] if name in names else None for name in TENSORS)
+            args = (*self._flat(given[: self.count]), *given[self.count :], wanted)
+            return self._shown(torch.ops.fused_attn.backward(*args), needs)
 
         def work(*given: Any) -> Given:
-            p, _ = ops.rebuild(self._flat(given[: len(TENSORS)]))
-            grads = ops.launcher(self.backend).backward(p, *given[len(TENSORS) :], names)
-            return tuple(grads.get(name) for name in TENSORS)
+            p, _ = ops.rebuild(self._flat(given[: self.count]))
+            grads = ops.launcher(self.backend).backward(p, *given[self.count :], names)
+            return tuple(grads.get(name) for name in TENSORS[: self.count])
 
         with torch.autocast(given[0].device.type, enabled=False):
             found, replay = ops.launcher(self.backend).record(work, given)
@@ -174,11 +178,17 @@ class Call:
 
     def again(self, given: Given, needs: tuple[bool, ...]) -> Given:
         """As `backward`, by operations that can be differentiated in their turn, or that say that they cannot."""
-        wanted = [name in TENSORS and needs[TENSORS.index(name)] for name in DIFFERENTIABLE]
-        out, lse, dout, dlse = given[len(TENSORS) :]
-        grads = autograd.differentiable(self._flat(given[: len(TENSORS)]), out, lse, dout, dlse, wanted)
+        names = [name for name, need in zip(TENSORS, needs, strict=False) if need]
+        out, lse, dout, dlse = given[self.count :]
+        wanted = [name in names for name in DIFFERENTIABLE]
+        return self._shown(
+            autograd.differentiable(self._flat(given[: self.count]), out, lse, dout, dlse, wanted), needs
+        )
+
+    def _shown(self, grads: Given, needs: tuple[bool, ...]) -> Given:
+        """Gradients in the order of DIFFERENTIABLE as those of the call's tensors."""
         by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
-        return tuple(by_name.get(name) if need else None for name, need in zip(TENSORS, needs, strict=True))
+        return tuple(by_name[name] if need else None for name, need in zip(TENSORS, needs, strict=False))
 
 
 _calls: dict[tuple[Any, ...], Call] = {}

@@ -25,8 +25,9 @@ from triton.language import constexpr
 from triton.runtime import driver, jit
 
 import fused_attn
+from bench import host
 from fused_attn import calls, launch, testing, tuning
-from fused_attn.launch import cache, portable, replay, views
+from fused_attn.launch import cache, portable, replay
 from fused_attn.tuning import Config
 
 LAUNCHES: list[Launch] = []
@@ -52,12 +53,16 @@ class Launch:
 
 
 def compiled(source: Any, target: Any = None, options: Any = None, **_: Any) -> CompiledKernel:
+    if knobs.compilation.listener is not None:
+        knobs.compilation.listener(src=source)
     box = object.__new__(CompiledKernel)
     box.src, box.module, box.function, box.packed_metadata = source, object(), object(), (4, 1, 0)
     box.name = source.fn.fn.__name__
     box.metadata, box.hash = None, ""
 
     def run(x: int, y: int, z: int, stream: int, function: Any, metadata: Any, *rest: Any) -> None:
+        if isinstance(driver.active, host.Driver):
+            return  # which takes no notes
         launched, enter, _, *args = rest
         assert (function, metadata) == (box.function, box.packed_metadata)
         if enter is not None:
@@ -591,6 +596,23 @@ def test_work_that_does_more_than_launch_is_not_kept() -> None:
         assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype) and x.data_ptr() != y.data_ptr()
 
 
-def test_views_are_not_asked_twice() -> None:
-    """The cache sees codes for integers, so every length of one kind has one signature."""
-    assert views.code(1) != 1 and all(views.code(x) % 16 for x in range(64))
+# --- what it is for
+
+
+def test_unseen_lengths_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own report of what it was asked to compile, whoever asked; replays included."""
+    asked = replays(monkeypatch)
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    found = host.compilations(12)["kinds"]
+    assert {name: x["unseen lengths"] for name, x in found.items()} == dict.fromkeys(host.KINDS, 0)
+    assert all(x["warm-up"] >= 1 for x in found.values())
+    assert sum(asked) >= 12 * len(host.KINDS)
+
+
+LIMITS = {"inference": 2.5, "autograd forward": 4.0, "backward": 8.0}
+
+
+def test_host_time_of_a_call() -> None:
+    """As a ratio to an empty operator with the same outputs: the least of many turns, so that others do not count."""
+    ratios = host.overhead(1200)["ratios"]
+    assert {name: ratios[name] for name, limit in LIMITS.items() if ratios[name] > limit} == {}
