@@ -68,10 +68,9 @@ class Emulation:
         machine = Machine(f"{self.seed} {len(self.machines)}", int(grid), self.deadline, self.ordered, kernel.__name__)
         self.machines.append(machine)
         language.Current.machine = machine
-        bound = inspect.signature(kernel.fn).bind(
-            *args, **{name: x for name, x in options.items() if name in kernel.arg_names}
-        )
-        constants = {p.name for p in kernel.params if p.is_constexpr}
+        signature = inspect.signature(kernel.fn)
+        bound = signature.bind(*args, **{name: x for name, x in options.items() if name in signature.parameters})
+        constants = {name for name, p in signature.parameters.items() if "constexpr" in str(p.annotation)}
         values = {
             name: self.constant(x) if name in constants else self._argument(machine, x)
             for name, x in bound.arguments.items()
@@ -166,11 +165,17 @@ def _home(machine: Machine, x: torch.Tensor) -> Global:
     return found
 
 
+def _runs_here(kernel: Any) -> bool:
+    """Gluon kernels, and the Triton kernels beside them, which the interpreter would take longer for."""
+    gluon = getattr(kernel, "is_gluon", None)
+    return (gluon is not None and gluon()) or kernel.fn.__module__.rpartition(".")[2].startswith("hopper")
+
+
 @contextlib.contextmanager
 def emulated(
     seed: int = 0, *, ordered: bool = False, deadline: int = 1_000_000, codes: Mapping[Place, CodeType] | None = None
 ) -> Iterator[Emulation]:
-    """Inside, launches of Gluon kernels on CPU tensors run here; others go where they would have gone.
+    """Inside, launches of the kernels for sm_90 on CPU tensors run here; others go where they would have gone.
 
     ordered: additions to global memory in floating point must be ordered like any other write, for then their sums
     have the same bits on every run. deadline: of scheduling steps, after which a launch is given up. codes: other code
@@ -180,8 +185,7 @@ def emulated(
     launch = seam.launch
 
     def instead(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-        here = getattr(kernel, "is_gluon", None)
-        (emulation.launch if here is not None and here() else launch)(kernel, grid, *args, **options)
+        (emulation.launch if _runs_here(kernel) else launch)(kernel, grid, *args, **options)
 
     seam.launch = instead
     try:

@@ -460,7 +460,6 @@ HOPPER = SimpleNamespace(
 HELPERS: dict[str, Any] = {
     "pin": same,
     "pin_all": same,
-    "uniform": lambda x: x,
     "reduce_add": reduce_add,
     "bulk_wait": bulk_wait,
     "wait_for": wait_for,
