@@ -113,7 +113,7 @@ class Task(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: k, v and sums of dq by consumer; q with shift and dout with delta by stage; ds twice for each
+    """Shared memory: k, v and sums of dq by consumer; q, dout, shift and delta by stage; ds twice for each
     consumer; the numbers of a tile's rows; and the barriers that say when each is full or empty."""
 
     k: Any
@@ -127,10 +127,8 @@ class Shared(NamedTuple):
     order: Any
     k_full: Any
     v_full: Any
-    q_full: Any
-    q_empty: Any
-    do_full: Any
-    do_empty: Any
+    full: Any
+    empty: Any
     ds_full: Any
     dq_full: Any
     dq_empty: Any
@@ -182,16 +180,14 @@ def produce(p, shared, q, k, v, dout, shift, delta):
         for m in range(t.first, t.last, p.BLOCK_M):
             at = (t.head * p.GROUP + member) * p.ROWS + p.LEAD + m
             stage = count % p.STAGES
-            phase = count // p.STAGES & 1
-            mbarrier.wait(shared.q_empty.index(stage), phase ^ 1)
-            fetch(q, [t.b, h, m, 0], shared.q_full.index(stage), shared.q.index(stage))
-            fetch(shift, [at], shared.q_full.index(stage), shared.shift.index(stage))
+            mbarrier.wait(shared.empty.index(stage), (count // p.STAGES & 1) ^ 1)
+            fetch(q, [t.b, h, m, 0], shared.full.index(stage), shared.q.index(stage))
             if count == 0:
                 for g in gl.static_range(2):
                     fetch(v, [t.b, t.h, t.n + g * p.KEYS, 0], shared.v_full.index(g), shared.v.index(g))
-            mbarrier.wait(shared.do_empty.index(stage), phase ^ 1)
-            fetch(dout, [t.b, h, m, 0], shared.do_full.index(stage), shared.do.index(stage))
-            fetch(delta, [at], shared.do_full.index(stage), shared.delta.index(stage))
+            fetch(dout, [t.b, h, m, 0], shared.full.index(stage), shared.do.index(stage))
+            fetch(shift, [at], shared.full.index(stage), shared.shift.index(stage))
+            fetch(delta, [at], shared.full.index(stage), shared.delta.index(stage))
             count += 1
 
 
@@ -219,16 +215,14 @@ def step(p, t, shared, g: gl.constexpr, count, m, partial, dk, dv):
     WIDTH: gl.constexpr = shared.dq.shape[3]
     T: gl.constexpr = shared.q.dtype
     stage = count % p.STAGES
-    phase = count // p.STAGES & 1
     half = count & 1
     # Zero, which the compiler does not know: else it keeps the addresses of k, v and dq in registers from tile to tile.
     nil = count >> 30
     n = t.n + g * p.KEYS
-    mbarrier.wait(shared.do_full.index(stage), phase)
+    mbarrier.wait(shared.full.index(stage), count // p.STAGES & 1)
     zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
     # The accumulator begins at -delta: one subtraction less for each element between this product and the next.
     less = pin_all(zeros - shared.delta.index(stage).load(COLUMN)[None, :])
-    mbarrier.wait(shared.q_full.index(stage), phase)
     q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])
     do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])
     k = shared.k.index(g + nil).reshape([p.KEYS, p.D])
@@ -263,13 +257,12 @@ def step(p, t, shared, g: gl.constexpr, count, m, partial, dk, dv):
         dq = warpgroup_mma(a.permute([1, 0]), b, dq, use_acc=x > 0, is_async=True)
     dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)
     dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
-    mbarrier.arrive(shared.do_empty.index(stage), count=1)
     mbarrier.wait(shared.dq_empty.index(g), (count & 1) ^ 1)
     shared.dq.index(g + nil).reshape([ROWS, WIDTH]).store(dq)
     fence_async_shared()
     mbarrier.arrive(shared.dq_full.index(g), count=1)
     dk = warpgroup_mma_wait(0, deps=(dk,))
-    mbarrier.arrive(shared.q_empty.index(stage), count=1)
+    mbarrier.arrive(shared.empty.index(stage), count=1)
     return dk, dv
 
 
@@ -392,7 +385,7 @@ def hopper_backward_kernel(
             gl.allocate_shared_memory(T, [4, KEYS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2)),
             order,
             barriers(1, 2), barriers(2, 1),
-            barriers(STAGES, 2), barriers(STAGES, 2), barriers(STAGES, 2), barriers(STAGES, 2),
+            barriers(STAGES, 4), barriers(STAGES, 2),
             barriers(2, 2), barriers(2, 1), barriers(2, 1),
         ),
         q, k, v, dout, shift, delta, sums, dk, dv, turns, scale,
