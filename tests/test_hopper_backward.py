@@ -1,0 +1,153 @@
+"""The one-pass Gluon backward in the emulator; see test_hopper.py, whose small machine and rules it shares."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from fused_attn import testing
+from fused_attn.launch import hopper
+from fused_attn.testing import CASES, Case
+from fused_attn.tuning import Config, override
+from fused_attn.tuning.select import table
+from tests.emulator import Fault, emulated
+from tests.emulator.mutations import Mutation, mutations
+from tests.test_hopper import ACCEPTED, FORWARD, HALF, KERNELS, pretend
+
+UNORDERED = (
+    Config(16, 16, 4, 2, consumers=2),
+    Config(32, 16, 4, 2, consumers=2),
+    Config(16, 16, 4, 3, consumers=2),
+    Config(32, 16, 4, 1, consumers=2),
+)
+ORDERED = tuple(replace(config, ordered=True) for config in UNORDERED)
+BACKWARD = (*UNORDERED, *ORDERED)
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+
+
+def _served() -> list[tuple[str, torch.dtype]]:
+    """Every case whose gradients are the kernel's, if they need not be deterministic."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch)
+        for name, dtype in ACCEPTED:
+            inputs = testing.make_inputs(name, dtype)
+            problem = replace(inputs.problem(), deterministic=False)
+            if inputs.leaves and hopper._one_pass(problem, frozenset(inputs.leaves)):
+                found.append((name, dtype))
+    return found
+
+
+SERVED = _served()
+Prepared = tuple[testing.Inputs, testing.Expected, torch.Tensor, torch.Tensor]
+
+
+@functools.lru_cache(32)
+def _prepared(case: Case, dtype: torch.dtype) -> Prepared:
+    """Inputs, what to expect of them, and what a forward has left."""
+    inputs = testing.make_inputs(case, dtype)
+    expected = testing.expect(inputs)
+    with torch.no_grad(), emulated(), override(hopper_forward=FORWARD[1]):
+        return inputs, expected, *hopper.forward(inputs.problem())
+
+
+def gradients(
+    case: Case, dtype: torch.dtype, config: Config, seed: int, codes: Mapping | None = None
+) -> dict[str, torch.Tensor]:
+    inputs, _, out, lse = _prepared(case, dtype)
+    problem = replace(inputs.problem(), deterministic=config.ordered)
+    dout = torch.zeros_like(out) if inputs.dout is None else inputs.dout
+    running = emulated(seed, ordered=config.ordered, codes=codes, deadline=200_000)
+    with torch.no_grad(), override(hopper_backward=config), running as emulation:
+        found = hopper.backward(problem, out, lse, dout, inputs.dlse, frozenset(inputs.leaves))
+    inputs.check_untouched()
+    assert [m.kernel for m in emulation.machines] == [f"hopper_{x}_kernel" for x in ("prepare", "backward", "finish")]
+    return found
+
+
+def compared(case: Case, dtype: torch.dtype, config: Config, seed: int, codes: Mapping | None = None) -> None:
+    """A case's gradients, held to their budget."""
+    found = gradients(case, dtype, config, seed, codes)
+    inputs, expected, *_ = _prepared(case, dtype)
+    testing.compare(inputs, found, expected, case.name)
+
+
+@pytest.mark.parametrize(("name", "dtype"), SERVED, ids=lambda x: str(x).removeprefix("torch."))
+def test_gradients(name: str, dtype: torch.dtype) -> None:
+    seed = list(CASES).index(name)
+    compared(CASES[name], dtype, BACKWARD[seed % len(BACKWARD)], seed)
+
+
+def test_many_cases_are_served() -> None:
+    """A kernel that serves nothing would pass everything."""
+    assert len({name for name, _ in SERVED}) > 50
+
+
+@pytest.mark.parametrize("key", [key for key in table("sm_90") if key.startswith("hopper_backward/")])
+@pytest.mark.parametrize("ordered", (False, True))
+def test_shipped_configuration(key: str, ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands in the table: it fits the shared memory, and its tiles, tails and padding come out right."""
+    monkeypatch.undo()
+    monkeypatch.setattr(hopper, "_machine", lambda device: [])
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 2)
+    row, d = table("sm_90")[key], int(key.split("/")[2])
+    m, n = 2 * row["BLOCK_M"] + 17, 2 * row["BLOCK_N"] + 12
+    case = Case("shipped", hq=2, hkv=1, m=m, n=n, d=d - 8, alignment="top_left", window=(70, 60))
+    compared(case, torch.bfloat16, replace(Config.from_row(row), ordered=ordered), 0)
+
+
+# --------------------------------------------------------------------------------------------------------- the protocol
+
+CONTENDED = (
+    Case("contended", hq=2, hkv=1, m=40, n=70, d=16, return_lse=True),
+    Case("contended_causal", b=2, hq=2, hkv=1, m=70, d=16, causal=True),
+    Case("contended_window", hq=2, m=70, n=90, d=16, window=(20, 5), alignment="bottom_right"),
+)
+
+
+def prove(seed: int, codes: Mapping | None = None) -> None:
+    """One problem under one configuration and one schedule, all of the seed's choosing."""
+    config = BACKWARD[seed % len(BACKWARD)]
+    compared(CONTENDED[seed % len(CONTENDED)], HALF[seed % 2], config, seed, codes)
+
+
+@pytest.mark.parametrize("seed", range(48))
+def test_protocol(seed: int) -> None:
+    prove(seed)
+
+
+@pytest.mark.parametrize("config", ORDERED, ids=str)
+def test_same_bits(config: Config) -> None:
+    """Whoever runs first, the ordered sums have the same bits."""
+    first, *others = (gradients(CONTENDED[1], torch.bfloat16, config, seed) for seed in range(6))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_unordered_bits() -> None:
+    """The others have not, which shows that whoever could run first does."""
+    case = Case("unordered", hq=1, m=64, n=224, d=64)
+    first, *others = (gradients(case, torch.float16, UNORDERED[0], seed) for seed in range(8))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in "kv")
+    assert not all(torch.equal(first["q"], other["q"]) for other in others)
+
+
+@pytest.mark.parametrize("mutation", mutations(KERNELS / "hopper_backward.py"), ids=lambda m: m.name)
+def test_mutation(mutation: Mutation) -> None:
+    """Leaving it out, or flipping its phase, makes the proof fail under one of the seeds."""
+    codes = mutation.codes()
+    for seed in range(24):
+        try:
+            prove(seed, codes)
+        except (Fault, AssertionError):
+            return
+    pytest.fail("nothing notices")
