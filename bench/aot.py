@@ -78,6 +78,7 @@ class Compiler:
         hopper._multiprocessors = lambda device: 132
         self.arch = "sm_90"
         self.wanted: frozenset[str] | None = None
+        self.consumers: dict[str, int] = {}
         self.compiled: list[dict[str, Any]] = []
 
     def _warmup(self, kernel: Any, grid: int, *args: Any, **options: Any) -> None:
@@ -89,14 +90,20 @@ class Compiler:
             compiled = kernel.warmup(*args, grid=(grid,), **options)
         # A kernel met before comes from the process's cache, and ptxas says nothing.
         compiled.log = log.getvalue() or getattr(compiled, "log", "")
-        consumers = options.get("CONSUMERS", 1)
+        consumers = self.consumers.get(name, 1)
         self.compiled.append(figures(name, compiled, DEVICES[self.arch], consumers, consumers * options["num_warps"]))
 
     def compile(
-        self, arch: str, launch: Callable[[], Any], wanted: Iterable[str] | None = None
+        self,
+        arch: str,
+        launch: Callable[[], Any],
+        wanted: Iterable[str] | None = None,
+        consumers: dict[str, int] | None = None,
     ) -> list[dict[str, Any]]:
-        """What every kernel that `launch` launches becomes on that target; `wanted` names the kernels to compile."""
+        """What every kernel that `launch` launches becomes on that target; `wanted` names the kernels to compile, and
+        `consumers` counts the groups of warps that multiply where there are several."""
         self.arch, self.wanted, self.compiled = arch, None if wanted is None else frozenset(wanted), []
+        self.consumers = consumers or {}
         launch()
         return self.compiled
 
@@ -180,8 +187,14 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            launch = Case(**request["case"]).launcher(request.get("configs", {}))
-            answer: dict[str, Any] = {"kernels": compiler.compile(request["target"], launch, request.get("kernels"))}
+            case, configs = Case(**request["case"]), request.get("configs", {})
+            found = compiler.compile(
+                request["target"],
+                case.launcher(configs),
+                request.get("kernels"),
+                case.consumers(request["target"], configs),
+            )
+            answer: dict[str, Any] = {"kernels": found}
         except Exception as error:
             # A compilation error names the call in the outermost function; its cause names the fault.
             chain = [error]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class Case:
         """The kernels that it launches."""
         if self.direction in ("forward", "hopper_forward"):
             return (self.direction,)
+        if self.direction == "hopper_backward":
+            others = self.feature == "plain"  # they know nothing of features
+            return (*(("hopper_prepare", "hopper_finish") if others else ()), "hopper_backward")
         return ("delta", "dkdv", "dq", *(("dbias",) if self.feature == "bias_batch" else ()))
 
     @property
@@ -40,8 +43,18 @@ class Case:
         return self.feature in MODIFIED
 
     def config(self, kernel: str, arch: str) -> Config:
-        """What the tables give one of its kernels."""
-        return config(kernel, arch, getattr(torch, DTYPES[self.dtype]), self.d, self.d, rich=self.rich)
+        """What the tables give one of its kernels. Those around the one-pass backward have its own."""
+        kernel = "hopper_backward" if self.direction == "hopper_backward" else kernel
+        found = config(kernel, arch, getattr(torch, DTYPES[self.dtype]), self.d, self.d, rich=self.rich)
+        return replace(found, ordered=True) if self.feature == "ordered" else found
+
+    def consumers(self, arch: str, configs: dict[str, dict[str, Any]]) -> dict[str, int]:
+        """Groups of warps that multiply, for the kernels that have several; configs as in `launcher`."""
+        if not self.direction.startswith("hopper"):
+            return {}
+        kernel = self.direction
+        chosen = Config.from_row(configs[kernel]) if kernel in configs else self.config(kernel, arch)
+        return {kernel: chosen.consumers}
 
     def launcher(self, configs: dict[str, dict[str, Any]]) -> Callable[[], Any]:
         """A call of the launch path; configs overrides what the tables say, by kernel."""
@@ -49,18 +62,21 @@ class Case:
 
         p = self.problem()
         scope = {kernel: Config.from_row(row) for kernel, row in configs.items()}
+        if self.feature == "ordered":
+            scope.setdefault("hopper_backward", self.config("hopper_backward", "sm_90"))
+        backend = hopper if self.direction.startswith("hopper") else portable
 
         def forward() -> Any:
             with override(**scope):
-                return (portable if self.direction == "forward" else hopper).forward(p)
+                return backend.forward(p)
 
         def backward() -> Any:
             out = p.empty_out()
             lse = torch.zeros(p.shape[:3])
             with override(**scope):
-                return portable.backward(p, out, lse, torch.zeros_like(out), None, frozenset(p.tensors()))
+                return backend.backward(p, out, lse, torch.zeros_like(out), None, frozenset(p.tensors()))
 
-        return torch.no_grad()(backward if self.direction == "backward" else forward)
+        return torch.no_grad()(backward if self.direction.endswith("backward") else forward)
 
     def problem(self) -> Problem:
         dtype = getattr(torch, DTYPES[self.dtype])
@@ -75,6 +91,7 @@ class Case:
         ids = torch.arange(LENGTH) // 100
         options: dict[str, Callable[[], dict[str, Any]]] = {
             "plain": dict,
+            "ordered": dict,
             "gqa": dict,
             "causal": lambda: {"causal": True},
             "window": lambda: {"window": (128, 128)},
@@ -89,11 +106,14 @@ class Case:
             "sink": lambda: {"sink": zeros(HEADS, dtype=torch.float32)},
             "dropout": lambda: {"dropout_p": 0.1, "seed": 7},
         }
-        return bind(q, k, v, return_lse=True, **options[self.feature]())
+        # An unordered sum is what the one-pass backward computes; with "ordered", deterministic.
+        deterministic = self.direction != "hopper_backward" or self.feature == "ordered"
+        return bind(q, k, v, return_lse=True, deterministic=deterministic, **options[self.feature]())
 
 
 RICH = ("gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments")
 DIMS, ODD = (16, 32, 64, 128, 256, 512), (40, 72, 88)
+HOPPER_BACKWARD = ("plain", "causal", "window", "gqa", "sink", "ordered")
 HOPPER_DIMS, HOPPER = (64, 128, 256), ("plain", "causal", "window", "gqa", "softcap", "alibi", "sink")
 
 
@@ -112,5 +132,6 @@ def cases(target: str) -> list[Case]:
     if target == "sm_90":
         found += [Case("hopper_forward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER]
         found += [Case("hopper_forward", "bf16", d, "bias") for d in HOPPER_DIMS[:-1]]
-        found += [Case("hopper_forward", "fp16", 128), Case("hopper_forward", "bf16", 96)]
+        found += [Case("hopper_backward", "bf16", d, feature) for d in HOPPER_DIMS[:-1] for feature in HOPPER_BACKWARD]
+        found += [Case(f"hopper_{x}", *rest) for x in ("forward", "backward") for rest in (("fp16", 128), ("bf16", 96))]
     return found

@@ -92,7 +92,7 @@ def static() -> str:
     rows = []
     for x in entries:
         wanted = x["target"] == "sm_90" and x["dtype"] == "bf16" and x["d"] in ("64", "128", "256")
-        if wanted and x["feature"] == "plain" and x["kernel"] not in ("delta", "dbias"):
+        if wanted and x["feature"] == "plain" and x["hidden"] and x["kernel"] != "dbias":
             shares = [f"{100 * float(x[name]):.0f}%" if x[name] else "" for name in ("hidden", "tensor_share")]
             rows.append([x["kernel"], x["d"], x["config"], x["registers"], x["programs"], *shares])
     headings = ["sm_90, bf16", "D", "tile", "registers", "programs", "exponentials hidden", "tensor share (model)"]

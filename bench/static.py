@@ -190,7 +190,9 @@ def spell(config: Config) -> str:
     """128x64 w8 s2 overlap: BLOCK_M x BLOCK_N, warps, stages; x2: of each of two consumers."""
     text = f"{config.BLOCK_M}x{config.BLOCK_N} w{config.num_warps} s{config.num_stages}"
     text += f" x{config.consumers}" if config.consumers > 1 else ""
-    return text + " overlap" * config.overlap + " split" * config.split + " pingpong" * config.pingpong
+    for flag in ("overlap", "split", "descriptors", "pingpong", "ordered"):
+        text += f" {flag}" * getattr(config, flag)
+    return text
 
 
 def read(path: Path = TABLE) -> dict[str, dict[str, Any]]:
