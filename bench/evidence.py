@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import fused_attn
+import fused_attn.bind as binding
 from bench import providers
 from bench.clock import gradients
 from bench.providers import Provider, ours
@@ -32,11 +34,12 @@ from fused_attn import testing, tuning
 from fused_attn.launch import hopper, portable
 from fused_attn.testing import CASES, Case
 from fused_attn.tuning import Config
-from fused_attn.tuning.select import KERNELS
+from fused_attn.tuning.select import KERNELS, table
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEPT = ("forward", "dkdv", "dq")  # the kernels whose tiles decide the speed
 GLUON = ("hopper_forward", "hopper_backward")  # the same of the Hopper backend
+FLAGS = ("overlap", "pingpong", "ordered")  # of a configuration
 OVERLAPPING = ("forward",)  # those that read Config.overlap
 CLASSES = {"half": torch.bfloat16, "single": torch.float32}
 Listed = tuple[str, bool, dict[str, Any]]
@@ -221,13 +224,13 @@ class Races:
 
 
 class Overlap:
-    """Is it faster to issue products before the exponentials, or in turns? The configuration's flags, flipped."""
+    """Is it faster to issue products before the exponentials, or in turns? What does order in dq's sum cost? The
+    configuration's flags, flipped."""
 
     shares = seconds(check=20, measure=40)
 
     def wanted(self, chosen: Config, rival: Config) -> bool:
-        flipped = replace(chosen, overlap=not chosen.overlap), replace(chosen, pingpong=not chosen.pingpong)
-        return rival in flipped
+        return any(rival == replace(chosen, **{flag: not getattr(chosen, flag)}) for flag in FLAGS)
 
     def provider(self, name: str, kernel: str, config: Config) -> Provider:
         if kernel in GLUON:
@@ -378,20 +381,25 @@ def neighbours(c: Config) -> list[Config]:
     return [replace(c, **step) for step in [*steps, *(tile | other for tile in tiles)]]
 
 
-def gluon_neighbours(c: Config) -> list[Config]:
-    """The same of a Hopper kernel, whose consumers are groups of four warps."""
-    steps: list[dict[str, Any]] = [{"pingpong": not c.pingpong}, {"num_stages": c.num_stages + 1}]
+def gluon_neighbours(kernel: str, c: Config) -> list[Config]:
+    """The same of a Hopper kernel, whose consumers are groups of four warps; the flag that it reads comes first."""
+    steps: list[dict[str, Any]] = [{"num_stages": c.num_stages + 1}]
     steps += [{"num_stages": c.num_stages - 1}] if c.num_stages > 1 else []
-    steps += [{"BLOCK_N": c.BLOCK_N // 2}, {"BLOCK_N": c.BLOCK_N * 2}, {"consumers": 5 - c.consumers}]
+    if kernel == "hopper_forward":
+        steps = [{"pingpong": not c.pingpong}, *steps, {"consumers": 5 - c.consumers}]
+        steps += [{"BLOCK_N": c.BLOCK_N // 2}, {"BLOCK_N": c.BLOCK_N * 2}]
+    else:
+        steps = [{"ordered": not c.ordered}, *steps, {"BLOCK_M": c.BLOCK_M // 2}, {"BLOCK_M": c.BLOCK_M * 2}]
     return [replace(c, **step) for step in steps]
 
 
 def rivals(s: Setting) -> Iterator[tuple[str, int, Config]]:
     for d in s.dims:
-        for kernel in (*SWEPT, *(GLUON if s.arch == hopper.ARCHITECTURE else ())):
+        gluon = [x for x in GLUON if tuning.key(x, s.half, d, d) in table(s.arch)]
+        for kernel in (*SWEPT, *gluon):
             chosen = tuning.config(kernel, s.arch, s.half, d, d)
             if kernel in GLUON:
-                found = gluon_neighbours(chosen)
+                found = gluon_neighbours(kernel, chosen)
             else:
                 found = [c for c in neighbours(chosen) if kernel in OVERLAPPING or c.overlap == chosen.overlap]
             for config in found[: s.rivals]:
@@ -426,9 +434,13 @@ def verify(provider: Provider, x: Sample) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN, so that an element that nobody writes is seen. torch does it in deterministic mode."""
+    """Fresh memory holds NaN, so that an element that nobody writes is seen. torch does it in deterministic mode.
+
+    That mode is on for its filling alone: a call may still ask for a sum in any order.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with mock.patch.object(binding, "_deterministic", lambda asked: asked is not False):
+            yield
     finally:
         torch.use_deterministic_algorithms(False)

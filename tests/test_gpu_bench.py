@@ -237,6 +237,40 @@ def test_a_hopper_row_needs_all_of_its_evidence(
     assert taken or "no row of the Hopper kernels" in said[0]
 
 
+# ---------------------------------------------------------------------------------- the Hopper kernels, in the emulator
+
+
+@needs_triton
+def test_hopper_evidence_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU machine will be asked of the Gluon kernels runs to its end."""
+    from bench.evidence import PARTS, TINY
+    from fused_attn import tuning
+    from tests.emulator import emulated
+    from tests.test_hopper import pretend
+
+    pretend(monkeypatch)
+    tiles = {
+        "hopper_forward": tuning.Config(16, 16, 4, 2, consumers=2, pingpong=True),
+        "hopper_backward": tuning.Config(16, 16, 4, 2, consumers=2),
+    }
+    s = replace(TINY, device="cpu", arch="sm_90", dims=(16,), dtypes=("bfloat16",), odd=40, repeats=2)
+    with emulated(0) as emulation, tuning.override(**tiles):
+        found = PARTS["parity"].check(s, "large_causal_16", "bfloat16", backend="hopper")
+        assert set(found["rows"]) == {"out", "lse", "dq", "dk", "dv"}
+        found = PARTS["races"].check(s, "causal_128", backend="hopper")
+        assert found["compared"] == ["out", "lse", "k", "v"], "dq is a sum in any order"
+        found = PARTS["configs"].check(s, 16, kernel="hopper_backward", config=tiles["hopper_backward"].to_row())
+        assert "dq" in found["rows"]
+    kernels = [machine.kernel for machine in emulation.machines]
+    assert kernels.count("hopper_forward_kernel") == kernels.count("hopper_backward_kernel") == 4
+    listed = {name for noun in PARTS.values() for name, _, _ in noun.cases(replace(s, dims=(64, 128)))}
+    assert {
+        "hopper/causal/bfloat16",
+        "hopper_forward/128/64x128w4s2x2",
+        "hopper_backward/64/128x64w4s2in_orderx2",
+    } <= listed
+
+
 # ------------------------------------------------------------------------------------------------ processes that fail
 
 
