@@ -264,11 +264,9 @@ def test_hopper_evidence_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = [machine.kernel for machine in emulation.machines]
     assert kernels.count("hopper_forward_kernel") == kernels.count("hopper_backward_kernel") == 4
     listed = {name for noun in PARTS.values() for name, _, _ in noun.cases(replace(s, dims=(64, 128)))}
-    assert {
-        "hopper/causal/bfloat16",
-        "hopper_forward/128/64x128w4s2x2",
-        "hopper_backward/64/128x64w4s2in_orderx2",
-    } <= listed
+    assert {"hopper/causal/bfloat16", "hopper/full_64/bfloat16"} <= listed
+    assert any(name.startswith("hopper_forward/128/") for name in listed)
+    assert any(name.startswith("hopper_backward/64/") and "in_order" in name for name in listed)
 
 
 # ------------------------------------------------------------------------------------------------ processes that fail
