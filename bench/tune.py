@@ -104,7 +104,8 @@ class Choice:
             if self.kernel == "dkdv" and self.d == 256:
                 found.append(replace(found[-1], split=True))
             # Where the assembler decides what to hide behind a product, its choice may turn on any detail.
-            found += [Config(m, n, warps, x, overlap=True) for x in range(min(2, most), most + 1) if ahead]
+            for stages in range(min(2, most), most + 1) if ahead else ():
+                found += [Config(m, n, warps, stages, overlap=True, descriptors=x) for x in (False, True)]
         return sorted(found, key=lambda x: -x.BLOCK_M * x.BLOCK_N)
 
     def _stages(self, m: int, n: int, shared: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import head_pointer, load_rows, schedule, store_rows
+from .memory import head_pointer, load_rows, load_tile, schedule, store_rows
 from .modifiers import Plane, keep, parameters, saturation, value
 from .numerics import LOG2E, dot
 from .scores import products
@@ -19,14 +19,18 @@ from .types import View
 
 
 class Rows(NamedTuple):
-    """A tile of query rows at m, and what a step of its sweep over the keys asks for."""
+    """A tile of query rows at m, and what a step of its sweep over the keys, of batch b and head h, asks for."""
 
     q: Any
     m: Any
     k: View
     k_head: Any
+    k_box: Any
     v: View
     v_head: Any
+    v_box: Any
+    b: Any
+    h: Any
     plane: Plane
     reach: Reach
     factor: Any
@@ -41,7 +45,8 @@ class Rows(NamedTuple):
 def issue(c, n, MASKED: tl.constexpr):
     """q k^T, [BLOCK_M, BLOCK_N]."""
     keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
-    return products(c.q, load_rows(c.k, c.k_head, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D), c.PRECISION)
+    k = load_tile(c.k, c.k_head, c.k_box, c.b, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
+    return products(c.q, k, c.PRECISION)
 
 
 @triton.jit
@@ -56,18 +61,18 @@ def absorb(c, state, s, n, MASKED: tl.constexpr):
     if c.plane.dropout is not None:
         p = tl.where(keep(c.plane, c.m, n, False), p, 0.0)
     keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
-    v = load_rows(c.v, c.v_head, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
+    v = load_tile(c.v, c.v_head, c.v_box, c.b, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
     acc = dot(p.to(v.dtype), v, acc * alpha[:, None], c.PRECISION)
     return m_i, l_i, acc
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def forward_kernel(
-    q, k, v, out, lse, score, span, mask, sink, dropout, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, out, lse, score, span, mask, sink, dropout, k_box, v_box, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out, mask: View; lse, sink: pointers (B, Hq, M) and (Hq,)."""
+    """q, k, v, out, mask: View; lse, sink: pointers (B, Hq, M) and (Hq,); k_box, v_box: tensor descriptors, or None."""
     tiles = tl.cdiv(M, BLOCK_M)
     tile, head = schedule(tl.program_id(0), tiles, BATCHED_HEADS, WAVE)
     m = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last rows take longest
@@ -86,7 +91,8 @@ def forward_kernel(
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
-            q_tile, m, k, head_pointer(k, b, h // GROUP), v, head_pointer(v, b, h // GROUP),
+            q_tile, m, k, head_pointer(k, b, h // GROUP), k_box, v, head_pointer(v, b, h // GROUP), v_box,
+            b, h // GROUP,
             Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),

@@ -77,6 +77,15 @@ def load_rows(view, head, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOC
 
 
 @triton.jit
+def load_tile(view, head, box, b, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """load_rows; a tile whose every row lives comes by the descriptor of its boxes, unless that is None."""
+    if (live is None) and (box is not None):
+        return tl.reshape(box.load([b, h, start, 0]), (ROWS, BLOCK_D))
+    else:
+        return load_rows(view, head, start, live, ROWS, D, BLOCK_D)
+
+
+@triton.jit
 def store_rows(view, head, start, live, x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """x [ROWS, BLOCK_D] to the live rows from `start`, columns below D."""
     mask = live[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]

@@ -126,13 +126,14 @@ def sweep(issue: tl.constexpr, absorb: tl.constexpr, context, state, visit, BLOC
     begin = visit.origin + visit.head * BLOCK
     if AHEAD:
         if visit.full > 0:
-            ahead = issue(context, begin, False)
-            for ordinal in tl.range(0, visit.full - 1):
-                start = begin + ordinal * BLOCK
+            start = begin
+            ahead = issue(context, start, False)
+            for _ in tl.range(0, visit.full - 1):
                 following = issue(context, start + BLOCK, False)
                 state = absorb(context, state, ahead, start, False)
                 ahead = following
-            state = absorb(context, state, ahead, begin + (visit.full - 1) * BLOCK, False)
+                start += BLOCK
+            state = absorb(context, state, ahead, start, False)
     else:
         for ordinal in tl.range(0, visit.full):
             start = begin + ordinal * BLOCK

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.language import constexpr
 from triton.runtime import driver, jit
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fused_attn
 from bench import host
@@ -47,6 +48,8 @@ class Launch:
                 return own.get(x.data_ptr(), "made"), x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0
             if isinstance(x, tuple):
                 return tuple(map(seen, x))
+            if isinstance(x, TensorDescriptor):
+                return seen(x.base), x.shape, x.strides, x.block_shape, x.padding
             return x.value if isinstance(x, constexpr) else x
 
         return self.box, self.grid, self.stream, seen(self.args)
@@ -165,7 +168,9 @@ RECORDED = {"plain", "causal", "window", "left", "scale", "mask", "bias", "full 
 FORWARD_ONLY = {"column bias", "alibi", "sink"}  # the backward adds up in torch
 
 
-@pytest.mark.parametrize("sizes", [{}, {"m": 7, "n": 130}, {"d": 40, "dtype": torch.float16}, {"dtype": torch.float32}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"m": 7, "n": 130}, {"d": 40, "dtype": torch.float16}, {"dtype": torch.float32}, {"d": 256}]
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_replay_launches_what_the_long_way_does(
     name: str, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -199,6 +204,28 @@ def test_a_replay_launches_what_the_long_way_does(
         assert asked == [True, False] * 2
     else:
         assert not asked
+
+
+def test_keys_come_by_descriptors_where_tma_can_copy_them() -> None:
+    """On sm_90, head dim 256; elsewhere by pointers, with a configuration that has registers for them."""
+    q, k, _ = tensors(d=256)
+    odd = torch.zeros(k.numel() + 4, dtype=k.dtype)[4:].view(k.shape)
+    roomy = tensors(n=64, d=256)[1][:, :, :48]
+    copied = {"dense": k, "bshd": k.transpose(1, 2).contiguous().transpose(1, 2), "roomy": roomy}
+    refused = {"one head for all": k[:, :1].expand(k.shape), "odd": odd, "columns": k.mT.contiguous().mT}
+    for name, x in (copied | refused).items():
+        LAUNCHES.clear()
+        attention(q, x, x)
+        words = dict(zip(LAUNCHES[0].box.src.fn.arg_names, LAUNCHES[0].args, strict=True))
+        chosen = tuning.config("forward", "sm_90", q.dtype, 256, 256, rich=name in refused)
+        assert chosen.descriptors is (name in copied)
+        assert (words["BLOCK_N"], words["OVERLAP"]) == (chosen.BLOCK_N, chosen.overlap)
+        for box in (words["k_box"], words["v_box"]):
+            if name in refused:
+                assert box is None
+            else:
+                assert box.base is x and box.shape == [2, 2, 48, 256] and box.strides == [*x.stride()]
+                assert box.block_shape == [1, 1, chosen.BLOCK_N, 256]
 
 
 def test_one_tensor_thrice_is_not_three_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,6 +583,11 @@ def test_every_kind_of_argument_against_the_binder(target: GPUTarget) -> None:
     values += [constexpr(x) for x in (0, 1, True, False, None, 8, "x", 0.5)]
     values += [x[i:] for x in (*draw.memory.values(), draw.far) for i in range(20)]
     values += [(x, y) for x in values[::7] for y in values[::11]]
+    values += [
+        TensorDescriptor(x, [n, 16], [16, 1], [rows, columns], padding)
+        for x in draw.memory.values() for n in (3, 4) for rows in (1, 16) for columns in (16, 32)
+        for padding in (("zero", "nan") if x.is_floating_point() else ("zero",))
+    ]  # fmt: skip
     classes: dict[Any, Any] = {}
     for x in values:
         theirs = str(jit.native_specialize_impl(backend, x, False, True, True))
@@ -565,12 +597,14 @@ def test_every_kind_of_argument_against_the_binder(target: GPUTarget) -> None:
 
 
 def test_unknown_arguments_go_to_the_binder() -> None:
-    """A host descriptor is not known to the cache: Triton launches it each time, and nothing is recorded."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    """Gluon's descriptor is not known to the cache: Triton launches it each time, and nothing is recorded."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     kernel = portable._device_code().delta
     x = torch.zeros(2, 4, 48, 32)
-    described = TensorDescriptor.from_tensor(x.view(-1, 32), [16, 32])
+    layout = gl.NVMMASharedLayout.get_default_for([16, 32], gl.float32)
+    described = TensorDescriptor.from_tensor(x.view(-1, 32), [16, 32], layout)
     assert cache.signature(kernel, (described,), {"DV": 1, "BLOCK_DV": 1, "BLOCK_M": 1}, 0) is None
     recorder = replay.Recorder(())
     with pytest.raises(replay.NotKept):

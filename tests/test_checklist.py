@@ -303,17 +303,17 @@ def test_line_19_groups_and_value_dims(backend: str, group: int, dv: int) -> Non
 
 
 @pytest.mark.parametrize("tile", ((16, 16), (16, 64), (64, 16), (32, 64), (128, 32)), ids=lambda t: f"{t[0]}x{t[1]}")
-@pytest.mark.parametrize("overlap", (False, True), ids=("plain", "overlap"))
-def test_line_20_every_tile(tile: tuple[int, int], overlap: bool) -> None:
+@pytest.mark.parametrize("flags", ((), ("overlap",), ("overlap", "descriptors")), ids=lambda x: x[-1] if x else "plain")
+def test_line_20_every_tile(tile: tuple[int, int], flags: tuple[str, ...]) -> None:
     """Line 20: forward and gradients for tiles other than the chosen ones, with every modifier and with none."""
     available("triton")
     from fused_attn.tuning import Config, override
     from fused_attn.tuning.select import KERNELS
 
-    pinned = Config(*tile, num_warps=1, num_stages=1, overlap=overlap)
+    pinned = Config(*tile, num_warps=1, num_stages=1, **dict.fromkeys(flags, True))
     with override(**dict.fromkeys(KERNELS, pinned)):
         testing.check_parity(replace(CASES["everything"], b=1, hq=2, hkv=1, m=33, n=70, window=(40, None)), "triton")
-        testing.check_parity(replace(CASES["window"], m=70, window=(25, 30)), "triton")
+        testing.check_parity(replace(CASES["window"], b=2, hq=2, m=70, window=(25, 30)), "triton")
 
 
 # ------------------------------------------------------------------------------------------- gradients and modifiers

@@ -21,6 +21,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.language import constexpr
 from triton.runtime import JITFunction, driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 READ = ("3.6.", "3.7.")  # the versions whose JITFunction.run and CompiledKernel were read
 KNOWN = triton.__version__.startswith(READ) and not knobs.runtime.interpret
@@ -127,6 +128,8 @@ def classify(x: Any, hip: bool = False) -> Any:
         return kind
     if kind is constexpr and type(x.value) in CONSTANTS:
         return constexpr, type(x.value), x.value
+    if kind is TensorDescriptor:
+        return kind, x.base.dtype, tuple(x.block_shape)
     if isinstance(x, tuple):
         return (kind, *[classify(y, hip) for y in x])
     raise Unknown(kind)

@@ -100,8 +100,8 @@ def _wave(p: Problem, heads: int) -> int:
     return max(1, min(b * heads, CACHE // pair * (heads // p.k.shape[1])))
 
 
-def _config(kernel: str, p: Problem) -> Config:
-    return config(kernel, architecture(p.q.device), p.q.dtype, p.q.shape[3], p.v.shape[3], rich=_rich(p))
+def _config(kernel: str, p: Problem, rich: bool = False) -> Config:
+    return config(kernel, architecture(p.q.device), p.q.dtype, p.q.shape[3], p.v.shape[3], rich=rich or _rich(p))
 
 
 def _constants(c: Config, p: Problem) -> dict[str, Any]:
@@ -125,6 +125,18 @@ def _compiled_for(c: Config, group: int, d: int, dv: int, precision: str) -> dic
     }
 
 
+def _forward_config(p: Problem) -> tuple[Config, tuple[Any, Any]]:
+    """The configuration, and descriptors of k and v or (None, None): a memory layout that has none wants the registers
+    of pointers, as a modifier wants its own."""
+    c = _config("forward", p)
+    if not c.descriptors:
+        return c, (None, None)
+    k, v = (_device_code().views.boxes(x, c.BLOCK_N) for x in (p.k, p.v))
+    if k is None or v is None:
+        return _config("forward", p, rich=True), (None, None)
+    return c, (k, v)
+
+
 def record(work: Any, given: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
     """work(*given), and the same as a replay: nothing here looks at values."""
     from .replay import record
@@ -139,7 +151,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     b, hq, m, n = p.shape
     out = p.empty_out()
     lse = p.q.new_empty((b, hq, m), dtype=torch.float32)
-    c = _config("forward", p)
+    c, boxes = _forward_config(p)
     with torch.cuda.device_of(p.q):
         seam.launch(
             code.forward,
@@ -151,6 +163,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             views.plane_view(p.mask, p.shape),
             None if p.sink is None else p.sink.contiguous(),
             views.dropout(p),
+            *boxes,
             *(m, n, hq, b * hq, _wave(p, hq)),
             **_constants(c, p),
             OVERLAP=c.overlap,

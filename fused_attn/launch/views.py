@@ -8,10 +8,12 @@ from typing import Any
 
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels.types import Dropout, Scalar, Score, Span, Vector, View
 from ..spec import Problem
 from ..spec import Span as Interval
+from ..tuning.select import padded
 
 # A tile is at most this long, so offsets inside it fit int32 up to a stride of 2**31 divided by it.
 LONGEST_TILE = 512
@@ -52,6 +54,19 @@ def view(x: Tensor) -> View:
     """A tensor (B, H, rows, columns)."""
     shape = x.shape
     return View(x, *_layout(shape, x.stride(), shape, x.element_size(), x.data_ptr() % 16 == 0))
+
+
+def boxes(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """x in boxes of whole rows of one batch and head, for TMA; None where it cannot copy them.
+
+    What a box holds of other than x reads as zeros.
+    """
+    unit = view(x).unit.value
+    apart = [(n, s) for n, s in zip(x.shape[:3], x.stride(), strict=False)]
+    if unit * x.element_size() != 16 or any(n > 1 and s == 0 for n, s in apart):
+        return None
+    strides = [unit if n == 1 else s for n, s in apart]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[3])])
 
 
 def plane_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
