@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench import table
+from bench.samples import GRID
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 DIRECTIONS = ("forward", "forward+backward")
+PEERS = {"naive": "whole matrices", "flex": "FlexAttention", "torch": "torch's own"}
 
 
-def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     headings = list(headings)
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -35,42 +39,53 @@ def _machine(result: dict[str, Any], part: str) -> str:
     return f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit'][:10]}"
 
 
-def _ratio(x: dict[str, Any]) -> str:
-    low, high = x["ratio_quantiles"]
-    return f"{x['ratio']:.2f} ({low:.2f} to {high:.2f})"
+def _ran(rows: list[table.Row]) -> str:
+    """Where rows of the benchmark's table are from."""
+    places = {f"{table.processors(x)}, torch {x['torch']}, commit {x['commit'][:10]}" for x in rows}
+    return "; ".join(sorted(places))
+
+
+def _spread(x: table.Row | None) -> str:
+    return "" if x is None else f"{x['value']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
+
+
+def _speedups() -> list[table.Row]:
+    rows = table.read(RESULTS / "cpu.csv")
+    return [x for x in rows if x.get("metric") == "speedup" and x["provider"] == "fused_attn"]
 
 
 def plain() -> str:
     """Plain calls against torch's own function."""
-    result = _cpu()
-    found = {(x["length"], x["name"], x["direction"]): x for x in result["plain"]}
-    columns = [(name, direction) for name in ("full", "causal") for direction in DIRECTIONS]
-    lengths = sorted({x["length"] for x in result["plain"]})
-    rows = [[str(n), *(_ratio(found[(n, *c)]) for c in columns)] for n in lengths]
-    return f"{table(['length', *map(', '.join, columns)], rows)}\n\n{_machine(result, 'plain')}."
+    rows = [x for x in _speedups() if x["case"] in GRID and x["against"] == "torch"]
+    found = {(x["length"], x["case"], x["direction"]): x for x in rows}
+    columns = [(name, direction) for name in GRID for direction in DIRECTIONS]
+    body = [[str(n), *(_spread(found[(n, *c)]) for c in columns)] for n in sorted({x["length"] for x in rows})]
+    return f"{markdown(['length', *map(', '.join, columns)], body)}\n\n{_ran(rows)}."
 
 
 def modifiers() -> str:
-    """Each modifier against whole matrices."""
-    result = _cpu()
-    found = {(x["name"], x["direction"]): x for x in result["modifiers"]}
-    names = dict.fromkeys(x["name"] for x in result["modifiers"])
-    rows = [[name, *(_ratio(found[name, d]) for d in DIRECTIONS)] for name in names]
-    return f"{table(['', *DIRECTIONS], rows)}\n\n{_machine(result, 'modifiers')}."
+    """Each modifier against whole matrices, and against the peers that have it."""
+    rows = [x for x in _speedups() if x["case"] not in GRID]
+    found = {(x["case"], x["against"], x["direction"]): x for x in rows}
+    columns = [c for c in ((p, d) for p in PEERS for d in DIRECTIONS) if any(c == key[1:] for key in found)]
+    names = dict.fromkeys(x["case"] for x in rows)
+    body = [[f"`{name}`", *(_spread(found.get((name, *c))) for c in columns)] for name in names]
+    headings = [f"÷ {PEERS[p]}, {direction}" for p, direction in columns]
+    return f"{markdown(['', *headings], body)}\n\n{_ran(rows)}."
 
 
 def memory() -> str:
     """Peak memory of a call by length."""
-    result = _cpu()
-    found = {(x["name"], x["direction"], x["length"]): f"{x['bytes'] / 2**20:.1f}" for x in result["memory"]}
-    lengths = sorted({x["length"] for x in result["memory"]})
+    rows = [x for x in table.read(RESULTS / "cpu.csv") if x.get("metric") == "peak_bytes"]
+    found = {(x["provider"], x["direction"], x["length"]): f"{x['value'] / 2**20:.1f}" for x in rows}
+    lengths = sorted({x["length"] for x in rows})
     labels = {"tiled": "`tiled`", "naive": "whole matrices"}
-    rows = [
+    body = [
         [f"{label}, {direction}", *(found.get((name, direction, n), "") for n in lengths)]
         for name, label in labels.items()
-        for direction in ("forward", "backward")
+        for direction in DIRECTIONS
     ]
-    return f"{table(['MiB', *map(str, lengths)], rows)}\n\n{_machine(result, 'memory')}."
+    return f"{markdown(['MiB', *map(str, lengths)], body)}\n\n{_ran(rows)}."
 
 
 def host() -> str:
@@ -80,7 +95,7 @@ def host() -> str:
     rows = [[name, f"{overhead['microseconds'][name]:.0f}", f"{x:.1f}"] for name, x in overhead["ratios"].items()]
     counts = ", ".join(f"{name} {x['unseen lengths']}" for name, x in compiled["kinds"].items())
     return (
-        f"{table(['host time of a call', 'µs', '÷ an empty operator'], rows)}\n\n{_machine(result, 'overhead')}.\n\n"
+        f"{markdown(['host time of a call', 'µs', '÷ an empty operator'], rows)}\n\n{_machine(result, 'overhead')}.\n\n"
         f"Kernels compiled over {compiled['lengths']} unseen lengths: {counts}. {_machine(result, 'compilations')}."
     )
 
@@ -96,7 +111,7 @@ def static() -> str:
             shares = [f"{100 * float(x[name]):.0f}%" if x[name] else "" for name in ("hidden", "tensor_share")]
             rows.append([x["kernel"], x["d"], x["config"], x["registers"], x["programs"], *shares])
     headings = ["sm_90, bf16", "D", "tile", "registers", "programs", "exponentials hidden", "tensor share (model)"]
-    return f"{table(headings, rows)}\n\n{len(entries)} rows for six targets in `bench/results/static.csv`."
+    return f"{markdown(headings, rows)}\n\n{len(entries)} rows for six targets in `bench/results/static.csv`."
 
 
 PARTS: dict[str, Callable[[], str]] = {x.__name__: x for x in (plain, modifiers, memory, host, static)}
