@@ -27,7 +27,6 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
 from torch import Tensor
-from torch.utils.benchmark import Timer
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -139,6 +138,8 @@ def overhead(calls: int, rounds: int = 60) -> dict[str, Any]:
     gradients, plus the operator that does. A call counts as it is in a loop, after others like it; an unseen length has
     none before it.
     """
+    from torch.utils.benchmark import Timer
+
     pretend()
     torch.set_num_threads(1)
     empty_forward, empty_backward = _empty_operator()
@@ -252,8 +253,9 @@ FIRST = """
 import os, sys, time, torch
 began, spent = time.perf_counter(), sum(os.times()[:4])
 from bench import host
+imported = sum(os.times()[:4])
 host.first_call(sys.argv[1] == "forward+backward")
-print(time.perf_counter() - began, sum(os.times()[:4]) - spent)
+print(time.perf_counter() - began, sum(os.times()[:4]) - spent, imported - spent)
 """
 
 
@@ -263,14 +265,15 @@ def first_call(backward: bool) -> None:
     inputs = _inputs(SHAPE[2], SHAPE[2], requires_grad=backward)
     out = fused_attn.attention(*inputs, causal=True, backend="triton")
     if backward:
-        torch.autograd.grad(out, inputs, torch.zeros_like(out))
+        out.sum().backward()
 
 
 def first(count: int) -> dict[str, Any]:
     """Seconds of the first call in a process that has imported torch: imports, compilation to machine code, launches.
 
-    Cold: nothing is cached. Warm: another process compiled the same kernels before. The least of `count` processes, on
-    the clock and of processors, this process's and the assembler's; others on the machine add to the first alone.
+    Cold: nothing is cached. Warm: another process compiled the same kernels before. The least of `count` processes: on
+    the clock; of processors, the assembler's included, to which others on the machine add little; and what of these
+    went into importing triton and fused_attn.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in ("forward", "forward+backward"):
@@ -285,8 +288,8 @@ def first(count: int) -> dict[str, Any]:
                     )  # fmt: skip
                     state.append([float(x) for x in done.stdout.split()])
         found[name] = {
-            state: {"clock": min(x for x, _ in pairs), "processor": min(x for _, x in pairs)}
-            for state, pairs in seconds.items()
+            state: dict(zip(("clock", "processor", "imports"), map(min, zip(*rows, strict=True)), strict=True))
+            for state, rows in seconds.items()
         }
     return {"triton": triton.__version__, "processes": count, "seconds": found}
 

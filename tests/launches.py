@@ -7,6 +7,7 @@ kernel is a launch by another box.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import random
 import threading
@@ -338,7 +339,11 @@ def test_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launched(lambda: attention(*x, backend=None))
 
 
-def test_gradients_wanted_later_are_had() -> None:
+def test_gradients_are_had_where_they_are_wanted() -> None:
+    x = warm(grad=True)
+    assert attention(*x).grad_fn is not None
+    with torch.no_grad():
+        assert attention(*x).grad_fn is None
     x = warm()
     assert attention(*x).grad_fn is None
     for y in x:
@@ -478,9 +483,49 @@ def test_the_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls._calls) <= 3 and len(cache._compiled) <= 3
 
 
+def test_what_is_alike_has_one_key() -> None:
+    """The quick question, to dynamo's guards, never passes what the slow one, fact by fact, tells apart."""
+    assert calls._guards_see()
+    draw = random.Random(0)
+
+    kinds = {
+        "rows": (4, 8), "batch": (1, 2), "dtype": (torch.float32, torch.bfloat16), "start": (0, 8, 2), "turned": (0, 1),
+        "negative": (0, 1), "parameter": (0, 1), "grad": (0, 1),
+    }  # fmt: skip
+
+    def tensor(
+        batch: int, rows: int, dtype: Any, start: int, turned: int, negative: int, parameter: int, grad: int
+    ) -> Any:
+        x = torch.zeros(1024, dtype=dtype)[start : start + batch * 2 * rows * 8].view(batch, 2, rows, 8)
+        x = x.mT if turned else x
+        x = torch._neg_view(x) if negative else x
+        x = torch.nn.Parameter(x, requires_grad=False) if parameter else x
+        return x.requires_grad_() if grad else x
+
+    def surroundings() -> Any:
+        return draw.choice(
+            (contextlib.nullcontext, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu"))
+        )()
+
+    alike = 0
+    for _ in range(3000):
+        one = {name: draw.choice(values) if draw.random() < 0.3 else values[0] for name, values in kinds.items()}
+        other_one = {name: draw.choice(values) if draw.random() < 0.1 else one[name] for name, values in kinds.items()}
+        x, y = tensor(**one), tensor(**other_one)
+        with surroundings():
+            ours, key = calls.Alike.of((x,)), calls._key((x,), ())
+        with surroundings():
+            passes, other = ours is not None and ours((y,)), calls._key((y,), ())
+        if not passes:
+            continue
+        alike += 1
+        assert key == other
+    assert 100 < alike < 2000
+
+
 # --- the key beside the binder's
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.bool)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int8, torch.bool)
 NUMBERS = (
     0, 1, -1, 2, 3, 7, 15, 16, 17, 32, 48, -16, -17, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**32,
     2**40 + 16, 2**62, 2**63 - 1, 2**63, 2**63 + 16, 2**64 - 1, -(2**63),
@@ -643,10 +688,16 @@ def test_unseen_lengths_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(asked) >= 12 * len(host.KINDS)
 
 
-LIMITS = {"inference": 2.5, "autograd forward": 4.0, "backward": 8.0}
+# The floors of a release. Where others keep the machine busy for a whole run, another run is better.
+LIMITS = {"inference": 2.5, "autograd forward": 4.0, "backward": 6.0}
 
 
 def test_host_time_of_a_call() -> None:
-    """As a ratio to an empty operator with the same outputs: the least of many turns, so that others do not count."""
-    ratios = host.overhead(1200)["ratios"]
-    assert {name: ratios[name] for name, limit in LIMITS.items() if ratios[name] > limit} == {}
+    """As a ratio to an empty operator with the same outputs, the launch itself dropped."""
+    least = dict.fromkeys(LIMITS, float("inf"))
+    for _ in range(4):
+        ratios = host.overhead(1200)["ratios"]
+        least = {name: min(x, ratios[name]) for name, x in least.items()}
+        if all(least[name] <= limit for name, limit in LIMITS.items()):
+            return
+    pytest.fail(f"{least} where {LIMITS} are allowed")

@@ -49,6 +49,9 @@ def _hopper(expression: str) -> tuple[str, str]:
     return "test_hopper.py", expression
 
 
+_launches = ("test_launches.py", "test_launches and not under")
+
+
 MUTANTS = (
     # 1-4: rows that see nothing, or nothing at first
     Mutant((1,), "a masked row's LSE is taken as it is in the backward", "kernels/backward.py",
@@ -225,6 +228,42 @@ MUTANTS = (
     Mutant((34,), "lengths are specialised", "kernels/forward.py",
            '@triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])', "@triton.jit",
            _operators("line_34_")),
+    # 34: what is remembered of a launch and of a call
+    Mutant((34,), "addresses are left out of a launch's signature", "fused_attn/launch/cache.py",
+           "aligned = x.data_ptr() % 16 == 0", "aligned = True", _launches),
+    Mutant((34,), "widths are left out of a launch's signature", "fused_attn/launch/cache.py",
+           "(x % 16 == 0, _width(x))", "(x % 16 == 0, 0)", _launches),
+    Mutant((34,), "one is any integer", "fused_attn/launch/cache.py",
+           'return ("=1",) if x == 1 else (', "return (", _launches),
+    Mutant((34,), "long buffers are short ones, on AMD", "fused_attn/launch/cache.py",
+           "(x.dtype, aligned, x.untyped_storage().nbytes() < 2**31) if hip else (x.dtype, aligned)",
+           "(x.dtype, aligned)", _launches),
+    Mutant((34,), "constants are left out of a launch's signature", "fused_attn/launch/cache.py",
+           "return id(kernel), classes, *options.items(), kinds", "return id(kernel), classes, kinds", _launches),
+    Mutant((34,), "constants in tuples are left out of a launch's signature", "fused_attn/launch/cache.py",
+           "return constexpr, type(x.value), x.value", "return constexpr, type(x.value)", _launches),
+    Mutant((34,), "strides are left out of a call's key", "fused_attn/calls.py",
+           "x.shape, x.stride(), x.dtype, x.device", "x.shape, x.dtype, x.device", _launches),
+    Mutant((34,), "addresses are left out of a call's key", "fused_attn/calls.py",
+           "x.requires_grad, where & 15", "x.requires_grad", _launches),
+    Mutant((34,), "addresses are left out of the quick question", "fused_attn/calls.py",
+           "return not places & 15", "return True", _launches),
+    Mutant((34,), "signs kept aside are lost", "fused_attn/calls.py",
+           "if not where or x.is_neg():", "if not where:", _launches),
+    Mutant((34,), "a call forgets whether gradients are recorded", "fused_attn/calls.py",
+           "return torch.is_grad_enabled(), _C._get_det", "return _C._get_det", _launches),
+    Mutant((34,), "1, 1.0 and True are one", "fused_attn/calls.py",
+           "name = (asked, kinds, words,", "name = (asked, words,", _launches),
+    Mutant((34,), "a replay ignores the scope of configurations", "fused_attn/launch/replay.py",
+           " or overrides() or cache", " or cache", _launches),
+    Mutant((34,), "a replay passes by who replaced the seam", "fused_attn/launch/replay.py",
+           "if self.work is None or seam.launch is not seam.LAUNCH or", "if self.work is None or", _launches),
+    Mutant((34,), "a replay keeps its stream", "fused_attn/launch/replay.py",
+           "around[0].get_current_stream(around[1]) if around else None", "0", _launches),
+    Mutant((34,), "launch hooks are passed by", "fused_attn/launch/cache.py",
+           'if getattr(enter, "calls", enter) or', "if", _launches),
+    Mutant((34,), "work that torch does is replayed without it", "fused_attn/launch/replay.py",
+           'self.why = f"{func} is neither an allocation nor a launch"', "pass", _launches),
     Mutant((35,), "backward computes under autocast", "fused_attn/ops.py",
            "with torch.autocast(p.q.device.type, enabled=False):", "with torch.enable_grad():",
            _operators("line_35_backward and tiled")),
