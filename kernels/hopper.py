@@ -100,14 +100,19 @@ def _look(n):
     return "{ .reg .pred p; .reg .b32 t; " + body + " }", ",".join(["=r"] * n + ["r"] * n)
 
 
-LOOK: gl.constexpr = gl.constexpr(_look(32)[0])
-LOOK_OPERANDS: gl.constexpr = gl.constexpr(_look(32)[1])
+LOOK_16: gl.constexpr = gl.constexpr(_look(16)[0])
+LOOK_16_OPERANDS: gl.constexpr = gl.constexpr(_look(16)[1])
+LOOK_32: gl.constexpr = gl.constexpr(_look(32)[0])
+LOOK_32_OPERANDS: gl.constexpr = gl.constexpr(_look(32)[1])
 
 
 @gluon.jit
 def pin_all(x):
-    """The same for each element of x, 32 of them at a time; half an instruction for each."""
-    return gl.inline_asm_elementwise(LOOK, LOOK_OPERANDS, [x], dtype=x.dtype, is_pure=False, pack=32)
+    """The same for each element of x, 32 of them at a time; half an instruction for each register."""
+    if x.dtype == gl.float32:
+        return gl.inline_asm_elementwise(LOOK_32, LOOK_32_OPERANDS, [x], dtype=x.dtype, is_pure=False, pack=32)
+    else:
+        return gl.inline_asm_elementwise(LOOK_16, LOOK_16_OPERANDS, [x], dtype=x.dtype, is_pure=False, pack=32)
 
 
 @builtin

@@ -78,7 +78,7 @@ def hopper_finish_kernel(
 
 class Problem(NamedTuple):
     """What every partition knows. span: of keys over rows. HEADS, BATCHED_HEADS: of keys. ROWS, LEAD: where shift and
-    delta lie. ticket: the program's. Constants from GROUP on; KEYS: of one consumer."""
+    delta lie. ticket: the program's. Constants from GROUP on; KEYS: of one of a program's TILES of keys."""
 
     span: Span
     M: Any
@@ -93,6 +93,7 @@ class Problem(NamedTuple):
     GROUP: Any
     BLOCK_M: Any
     KEYS: Any
+    TILES: Any
     D: Any
     STAGES: Any
     ORDERED: Any
@@ -137,7 +138,7 @@ class Shared(NamedTuple):
 @gluon.jit
 def assignment(p):
     """The Task of this program. Each key is seen by some row."""
-    KEYS: gl.constexpr = 2 * p.KEYS
+    KEYS: gl.constexpr = p.TILES * p.KEYS
     tiles = gl.cdiv(p.N, KEYS)
     tile, head = schedule(p.ticket, tiles, p.BATCHED_HEADS, p.WAVE)
     if p.ORDERED:
@@ -172,7 +173,7 @@ def assignment(p):
 def produce(p, shared, q, k, v, dout, shift, delta):
     """Copy what the consumers will ask for, as soon as there is room."""
     t = assignment(p)
-    for g in gl.static_range(2):
+    for g in gl.static_range(p.TILES):
         fetch(k, [t.b, t.h, t.n + g * p.KEYS, 0], shared.k_full.index(0), shared.k.index(g))
     count = 0
     for member in range(p.GROUP):
@@ -183,7 +184,7 @@ def produce(p, shared, q, k, v, dout, shift, delta):
             mbarrier.wait(shared.empty.index(stage), (count // p.STAGES & 1) ^ 1)
             fetch(q, [t.b, h, m, 0], shared.full.index(stage), shared.q.index(stage))
             if count == 0:
-                for g in gl.static_range(2):
+                for g in gl.static_range(p.TILES):
                     fetch(v, [t.b, t.h, t.n + g * p.KEYS, 0], shared.v_full.index(g), shared.v.index(g))
             fetch(dout, [t.b, h, m, 0], shared.full.index(stage), shared.do.index(stage))
             fetch(shift, [at], shared.full.index(stage), shared.shift.index(stage))
@@ -299,23 +300,25 @@ def add(p, shared, sums, turns):
     t = assignment(p)
     ROWS: gl.constexpr = sums.block_type.shape[1]
     WIDTH: gl.constexpr = sums.block_type.shape[2]
+    ACROSS: gl.constexpr = p.D // WIDTH
+    BUFFERS: gl.constexpr = shared.dq.shape[0]
+    ROUNDS: gl.constexpr = p.BLOCK_M // ROWS * ACROSS // BUFFERS
     count = 0
     for member in range(p.GROUP):
         head = t.head * p.GROUP + member
         for m in range(t.first, t.last, p.BLOCK_M):
             place = 1 + head * (p.ROWS // p.BLOCK_M) + m // p.BLOCK_M
             turn = turn_of(p, t, m)
-            for g in gl.static_range(2):
-                mbarrier.wait(shared.dq_full.index(g), count & 1)
-                if p.ORDERED and g == 0:
-                    wait_for(turns + place, turn)
-                if ROWS == p.BLOCK_M:
-                    reduce_add(sums, [head, m, g * WIDTH], shared.dq.index(g))
-                else:
-                    reduce_add(sums, [head, m + g * ROWS, 0], shared.dq.index(g))
-            tma.store_wait(0)
-            for g in gl.static_range(2):
-                mbarrier.arrive(shared.dq_empty.index(g), count=1)
+            for r in gl.static_range(ROUNDS):
+                for g in gl.static_range(BUFFERS):
+                    mbarrier.wait(shared.dq_full.index(g), (count * ROUNDS + r) & 1)
+                    if p.ORDERED and r + g == 0:
+                        wait_for(turns + place, turn)
+                    row = m + (r * BUFFERS + g) // ACROSS * ROWS
+                    reduce_add(sums, [head, row, (r * BUFFERS + g) % ACROSS * WIDTH], shared.dq.index(g))
+                tma.store_wait(0)
+                for g in gl.static_range(BUFFERS):
+                    mbarrier.arrive(shared.dq_empty.index(g), count=1)
             if p.ORDERED:
                 bulk_wait()
                 store_release(turns + place, turn + 1)
@@ -328,7 +331,7 @@ def turn_of(p, t, m):
     last = p.N - 1
     if p.span.left is not None:
         last = gl.minimum(last, m + p.BLOCK_M - 1 - number(p.span.left))
-    return (last - t.n) // (2 * p.KEYS)
+    return (last - t.n) // (p.TILES * p.KEYS)
 
 
 @gluon.jit
@@ -372,7 +375,7 @@ def hopper_backward_kernel(
     share(
         Problem(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
-            GROUP, BLOCK_M, KEYS, D, STAGES, ORDERED,
+            GROUP, BLOCK_M, KEYS, 2, D, STAGES, ORDERED,
         ),
         Shared(
             gl.allocate_shared_memory(T, [2, 1, 1, KEYS, D], k.layout),

@@ -28,13 +28,14 @@ def _device_code() -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from ..kernels import hopper_backward, hopper_forward
+    from ..kernels import hopper_backward, hopper_forward, hopper_wide
     from . import views
 
     return SimpleNamespace(
         forward=hopper_forward.hopper_forward_kernel,
         prepare=hopper_backward.hopper_prepare_kernel,
         backward=hopper_backward.hopper_backward_kernel,
+        wide=hopper_wide.hopper_wide_kernel,
         finish=hopper_backward.hopper_finish_kernel,
         Descriptor=TensorDescriptor,
         layout=gl.NVMMASharedLayout.get_default_for,
@@ -190,7 +191,7 @@ def _one_pass(p: Problem, needs: frozenset[str]) -> bool:
     """Whether the one-pass backward serves. Its sums for dq are in no order, unless the configuration orders them."""
     if _rich(p) or p.bias is not None or not needs >= {"q", "k", "v"} or needs - {"q", "k", "v", "sink"}:
         return False
-    if not 0 < p.scale < math.inf or _tile_dim(p.q.shape[3]) > WIDEST:
+    if not 0 < p.scale < math.inf:
         return False
     first, last = _seeing(p)
     if p.sink is not None and (first > 0 or last < p.shape[2]):
@@ -205,7 +206,7 @@ def _seeing(p: Problem) -> tuple[int, int]:
     return max(0, -(right or 0)), m if left is None else min(m, n - left)
 
 
-WIDEST = 128  # head dim of which registers hold dk and dv
+WIDE = 256  # head dim from which on no consumer's registers hold both dk and dv
 FINE = 32  # rows of a program that prepares or finishes; shift and delta lie on a grid of so many numbers
 
 
@@ -244,18 +245,22 @@ class _OnePass(portable._Backward):
             num_warps=c.num_warps,
         )
         dk, dv = (self.grads[name][:, :, keys] for name in ("k", "v"))
-        half = [1, c.BLOCK_M, tile // 2] if c.BLOCK_M == c.BLOCK_N else [1, c.BLOCK_M // 2, tile]
+        wide = tile >= WIDE
+        if wide:
+            box = [1, c.BLOCK_M, tile // 4]
+        else:
+            box = [1, c.BLOCK_M, tile // 2] if c.BLOCK_M == c.BLOCK_N else [1, c.BLOCK_M // 2, tile]
         visited = sums.view(b * hq, m, d)[:, rows]
         span = Span(*(None if x is None else x + rows.start - keys.start for x in (p.span.left, p.span.right)))
         seam.launch(
-            code.backward,
-            -(-(keys.stop - keys.start) // (2 * c.BLOCK_N)) * b * hkv,
+            code.wide if wide else code.backward,
+            -(-(keys.stop - keys.start) // (c.BLOCK_N * (1 if wide else 2))) * b * hkv,
             _descriptor(p.q[:, :, rows], c.BLOCK_M),
             *(_descriptor(x[:, :, keys], c.BLOCK_N) for x in (p.k, p.v)),
             _descriptor(dout[:, :, rows], c.BLOCK_M),
             *(code.Descriptor(x.view(-1), [x.numel()], [1], [c.BLOCK_M], code.flat) for x in (shift, delta)),
             code.Descriptor(
-                visited, list(visited.shape), [m * d, d, 1], half, code.layout(half, code.dtypes[visited.dtype])
+                visited, list(visited.shape), [m * d, d, 1], box, code.layout(box, code.dtypes[visited.dtype])
             ),
             *(_descriptor(x, c.BLOCK_N) for x in (dk, dv)),
             memory[-turns:].zero_().view(torch.int32) if turns else None,

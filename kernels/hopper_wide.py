@@ -1,0 +1,250 @@
+"""Backward for sm_90 in Gluon at head dims of which one consumer's registers hold either dk or dv.
+
+As hopper_backward.py, but a program owns one tile of keys, and its consumers share the work otherwise: one has dv and
+dq, the other ds and dk. Both compute the scores, so that three products fall to each. The exponentials of the first run
+beside the sum for dv of the tile before, those of the second beside the product dp.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import barriers, pin_all
+from .hopper_backward import Problem, add, assignment, produce, visible
+
+
+class Shared(NamedTuple):
+    """Shared memory: k and v; one box of dq; q, dout, shift and delta by stage; ds twice; the numbers of a tile's rows;
+    and the barriers that say when each is full or empty."""
+
+    k: Any
+    v: Any
+    dq: Any
+    q: Any
+    shift: Any
+    do: Any
+    delta: Any
+    ds: Any
+    order: Any
+    k_full: Any
+    v_full: Any
+    full: Any
+    empty: Any
+    ds_full: Any
+    ds_empty: Any
+    dq_full: Any
+    dq_empty: Any
+
+
+@gluon.jit
+def scores(p, shared, count):
+    """Issue k q^T [KEYS, BLOCK_M] of the count-th rows, which are there."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
+    q = shared.q.index(count % p.STAGES).reshape([p.BLOCK_M, p.D])
+    k = shared.k.index(count >> 30).reshape([p.KEYS, p.D])  # 0, but the compiler does not know
+    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
+    return warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weigh(p, t, shared, s, count, m, partial):
+    """The weights of scores s with the count-th rows, at m."""
+    COLUMN: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    w = gl.exp2(s * p.factor - shared.shift.index(count % p.STAGES).load(COLUMN)[None, :])
+    if partial:
+        w = gl.where(visible(p, shared.order.load(COLUMN)[None, :], t.n, m), w, 0.0)
+    return w
+
+
+@gluon.jit
+def advance(p, t, m):
+    """The rows after those at m: the next tile, or the first one of the next head."""
+    m += p.BLOCK_M
+    if m == t.last:
+        m = t.first
+    return m
+
+
+@gluon.jit
+def hand_in(p, shared, dq, count):
+    """Leave a box of dq for the partition that adds it up; count: of boxes so far."""
+    mbarrier.wait(shared.dq_empty.index(0), (count & 1) ^ 1)
+    shared.dq.index(count >> 30).reshape([p.BLOCK_M, shared.dq.shape[3]]).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(shared.dq_full.index(0), count=1)
+
+
+@gluon.jit
+def spread(p, shared, count):
+    """dq of the count-th rows, box by box."""
+    WIDTH: gl.constexpr = shared.dq.shape[3]
+    BOXES: gl.constexpr = p.D // WIDTH
+    half = count & 1
+    mbarrier.wait(shared.ds_full.index(half), count // 2 & 1)
+    ds = shared.ds.index(half).permute([1, 0])
+    k = shared.k.index(count >> 30).reshape([p.KEYS, p.D])
+    zeros = gl.zeros((p.BLOCK_M, WIDTH), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
+    for x in gl.static_range(BOXES):
+        dq = warpgroup_mma(ds, k.slice(x * WIDTH, WIDTH, 1), zeros, use_acc=False, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        if x == BOXES - 1:
+            mbarrier.arrive(shared.ds_empty.index(half), count=1)
+        hand_in(p, shared, dq, count * BOXES + x)
+
+
+@gluon.jit
+def sum_values(p, t, shared, dv_out):
+    """The consumer that has dv, and dq."""
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
+    T: gl.constexpr = shared.v.dtype
+    dv = gl.zeros((p.KEYS, p.D), gl.float32, A)
+    mbarrier.wait(shared.k_full.index(0), 0)
+    mbarrier.wait(shared.full.index(0), 0)
+    m = t.first
+    s = scores(p, shared, 0)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    w = weigh(p, t, shared, s, 0, m, (m < t.full_first) | (m >= t.full_last))
+    weights = gl.convert_layout(w.to(T), gl.DotOperandLayout(0, A, 2))
+    tiles = (t.last - t.first) // p.BLOCK_M * p.GROUP
+    for count in range(1, tiles):
+        m = advance(p, t, m)
+        mbarrier.wait(shared.full.index(count % p.STAGES), count // p.STAGES & 1)
+        s = scores(p, shared, count)
+        do = shared.do.index((count - 1) % p.STAGES).reshape([p.BLOCK_M, p.D])
+        sent = warpgroup_mma(weights, do, dv, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        w = weigh(p, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))
+        packed = pin_all(w.to(T))
+        dv = warpgroup_mma_wait(0, deps=(sent,))
+        mbarrier.arrive(shared.empty.index((count - 1) % p.STAGES), count=1)
+        weights = gl.convert_layout(packed, gl.DotOperandLayout(0, A, 2))
+        spread(p, shared, count - 1)
+    do = shared.do.index((tiles - 1) % p.STAGES).reshape([p.BLOCK_M, p.D])
+    dv = warpgroup_mma(weights, do, dv, is_async=True)
+    dv = warpgroup_mma_wait(0, deps=(dv,))
+    spread(p, shared, tiles - 1)
+    # The last ds is there, so nobody reads v any more.
+    tile = shared.v.index(0)
+    tile.reshape([p.KEYS, p.D]).store(dv.to(T))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dv_out, [t.b, t.h, t.n, 0], tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def sum_keys(p, t, shared, dk_out, scale):
+    """The consumer that has dk, and makes ds."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
+    T: gl.constexpr = shared.k.dtype
+    dk = gl.zeros((p.KEYS, p.D), gl.float32, A)
+    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
+    mbarrier.wait(shared.k_full.index(0), 0)
+    mbarrier.wait(shared.v_full.index(0), 0)
+    m = t.first
+    tiles = (t.last - t.first) // p.BLOCK_M * p.GROUP
+    for count in range(tiles):
+        stage = count % p.STAGES
+        half = count & 1
+        mbarrier.wait(shared.full.index(stage), count // p.STAGES & 1)
+        less = pin_all(zeros - shared.delta.index(stage).load(gl.SliceLayout(0, S))[None, :])
+        s = scores(p, shared, count)
+        v = shared.v.index(count >> 30).reshape([p.KEYS, p.D])
+        do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])
+        dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        w = weigh(p, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))
+        w = pin_all(w)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        ds = (w * dp).to(T)
+        mbarrier.wait(shared.ds_empty.index(half), (count // 2 & 1) ^ 1)
+        shared.ds.index(half).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(shared.ds_full.index(half), count=1)
+        q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])
+        dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        mbarrier.arrive(shared.empty.index(stage), count=1)
+        m = advance(p, t, m)
+    # The last dq is done, so nobody reads k any more.
+    mbarrier.wait(shared.ds_empty.index((tiles - 1) & 1), (tiles - 1) // 2 & 1)
+    tile = shared.k.index(0)
+    tile.reshape([p.KEYS, p.D]).store((dk * scale).to(T))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dk_out, [t.b, t.h, t.n, 0], tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def begin_values(p, shared, dv):
+    sum_values(p, assignment(p), shared, dv)
+
+
+@gluon.jit
+def begin_keys(p, shared, dk, scale):
+    sum_keys(p, assignment(p), shared, dk, scale)
+
+
+@gluon.jit
+def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
+    """Start the partitions."""
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (begin_values, (p, shared, dv)),
+            (begin_keys, (p, shared, dk, scale)),
+            (produce, (p, shared, q, k, v, dout, shift, delta)),
+            (add, (p, shared, sums, turns)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
+
+
+@gluon.jit(do_not_specialize=["scale", "factor", "M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "ROWS", "LEAD"])
+def hopper_wide_kernel(
+    q, k, v, dout, shift, delta, sums, dk, dv, turns, span, scale, factor,
+    M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    """See hopper_backward_kernel; sums: boxes of all rows of a tile and some columns."""
+    BLOCK_M: gl.constexpr = q.block_type.shape[2]
+    D: gl.constexpr = q.block_type.shape[3]
+    KEYS: gl.constexpr = k.block_type.shape[2]
+    WIDTH: gl.constexpr = sums.block_type.shape[2]
+    T: gl.constexpr = q.dtype
+    gl.static_assert(STAGES > 1)  # the scores of a tile are issued before the sum for dv of the one before is done
+    ticket = gl.program_id(0)
+    if ORDERED:
+        ticket = gl.atomic_add(turns, 1)
+    order = gl.allocate_shared_memory(gl.int32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])))
+    share(
+        Problem(
+            span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
+            GROUP, BLOCK_M, KEYS, 1, D, STAGES, ORDERED,
+        ),
+        Shared(
+            gl.allocate_shared_memory(T, [1, 1, 1, KEYS, D], k.layout),
+            gl.allocate_shared_memory(T, [1, 1, 1, KEYS, D], v.layout),
+            gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M, WIDTH], sums.layout),
+            gl.allocate_shared_memory(T, [STAGES, 1, 1, BLOCK_M, D], q.layout),
+            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], shift.layout),
+            gl.allocate_shared_memory(T, [STAGES, 1, 1, BLOCK_M, D], dout.layout),
+            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta.layout),
+            gl.allocate_shared_memory(T, [2, KEYS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2)),
+            order,
+            barriers(1, 1), barriers(1, 1),
+            barriers(STAGES, 4), barriers(STAGES, 2),
+            barriers(2, 1), barriers(2, 1), barriers(1, 1), barriers(1, 1),
+        ),
+        q, k, v, dout, shift, delta, sums, dk, dv, turns, scale,
+    )  # fmt: skip
