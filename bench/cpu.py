@@ -1,11 +1,12 @@
 """What a call costs its host where no GPU is needed to know it; the figures of attention itself are bench.run's.
 
-python -m bench.cpu                       both parts, into bench/results/cpu.json
-python -m bench.cpu overhead              one; the other keeps what the file holds
+python -m bench.cpu                       all parts, into bench/results/cpu.json
+python -m bench.cpu overhead              one; the others keep what the file holds
 python -m bench.cpu --quick               few calls, to see that it runs
 
 overhead      host time of a call that launches nothing, as a ratio to an empty operator
 compilations  kernels compiled over lengths that no call has seen
+first         seconds of a process's first call, with cold and warm caches
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from bench import table
 
 ROOT = table.ROOT
 RESULT = table.RESULTS / "cpu.json"
-PARTS = {"overhead": 3000, "compilations": 100}  # calls of each kind, and lengths
-QUICK = {"overhead": 150, "compilations": 3}
+PARTS = {"overhead": 6000, "compilations": 100, "first": 3}  # calls of each kind, lengths, and processes
+QUICK = {"overhead": 150, "compilations": 3, "first": 1}
 
 Entry = dict[str, Any]
 
@@ -44,11 +45,15 @@ def report(result: Entry) -> Iterator[str]:
     for name, x in result.get("compilations", {}).get("kinds", {}).items():
         lengths = result["compilations"]["lengths"]
         yield f"{name:>17}: {x['warm-up']} kernels at the first call, {x['unseen lengths']} more over {lengths} lengths"
+    for name, x in result.get("first", {}).get("seconds", {}).items():
+        for state, seconds in x.items():
+            shown = f"{seconds['clock']:.1f} s, {seconds['processor']:.1f} s of processors"
+            yield f"{name:>17}: {shown} at the first call, {state} caches"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; both by default")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="few: shows that it runs, measures nothing")
     parser.add_argument("--out", type=Path, help="the JSON file; bench/results/cpu.json, or none with --quick")
     args = parser.parse_args()
