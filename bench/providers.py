@@ -98,8 +98,8 @@ def tiles(backend: str | None, p: Problem) -> list[str]:
 
 
 def spelled(c: tuning.Config) -> str:
-    flags = "o" * c.overlap + "p" * c.pingpong + (f"x{c.consumers}" if c.consumers > 1 else "")
-    return f"{c.BLOCK_M}x{c.BLOCK_N}w{c.num_warps}s{c.num_stages}{flags}"
+    """As a word."""
+    return str(c).replace(" ", "")
 
 
 # ------------------------------------------------------------------------------------------------------------- peers

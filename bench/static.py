@@ -36,7 +36,6 @@ from typing import Any
 from bench.aot import ROOT, Pool, triton_version
 from bench.cases import cases
 from bench.device_model import DEVICES
-from fused_attn.tuning import Config
 from fused_attn.tuning.select import padded
 
 TABLE = ROOT / "bench" / "results" / "static.csv"
@@ -170,7 +169,7 @@ def requests(only: str = "") -> list[dict[str, Any]]:
                 config = case.config(kernel, target)
                 identity = {
                     "kernel": kernel, "target": target, "dtype": case.dtype, "d": case.d, "feature": case.feature,
-                    "config": spell(config),
+                    "config": str(config),
                 }  # fmt: skip
                 if only in name(identity):
                     rows[kernel] = identity | {
@@ -184,15 +183,6 @@ def requests(only: str = "") -> list[dict[str, Any]]:
 
 def name(row: dict[str, Any]) -> str:
     return "/".join(str(row[x]) for x in ("target", "kernel", "dtype", "d", "feature"))
-
-
-def spell(config: Config) -> str:
-    """128x64 w8 s2 overlap: BLOCK_M x BLOCK_N, warps, stages; x2: of each of two consumers."""
-    text = f"{config.BLOCK_M}x{config.BLOCK_N} w{config.num_warps} s{config.num_stages}"
-    text += f" x{config.consumers}" if config.consumers > 1 else ""
-    for flag in ("overlap", "split", "descriptors", "pingpong", "ordered"):
-        text += f" {flag}" * getattr(config, flag)
-    return text
 
 
 def read(path: Path = TABLE) -> dict[str, dict[str, Any]]:

@@ -266,7 +266,7 @@ def test_hopper_evidence_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = {name for noun in PARTS.values() for name, _, _ in noun.cases(replace(s, dims=(64, 128)))}
     assert {"hopper/causal/bfloat16", "hopper/full_64/bfloat16"} <= listed
     assert any(name.startswith("hopper_forward/128/") for name in listed)
-    assert any(name.startswith("hopper_backward/64/") and "in_order" in name for name in listed)
+    assert any(name.startswith("hopper_backward/64/") and "ordered" in name for name in listed)
 
 
 # ------------------------------------------------------------------------------------------------ processes that fail

@@ -46,6 +46,14 @@ class Config:
         if self.num_stages < 1:
             raise ValueError(f"num_stages: must be at least 1, got {self.num_stages}")
 
+    def __str__(self) -> str:
+        """128x64 w8 s2 overlap: BLOCK_M x BLOCK_N, warps, stages; x2: of each of two consumers."""
+        text = f"{self.BLOCK_M}x{self.BLOCK_N} w{self.num_warps} s{self.num_stages}"
+        text += f" x{self.consumers}" if self.consumers > 1 else ""
+        for flag in ("overlap", "split", "descriptors", "pingpong", "ordered"):
+            text += f" {flag}" * getattr(self, flag)
+        return text
+
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Config:
         """A table row may hold more than the configuration: who validated it, and where the result lies."""
