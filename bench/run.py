@@ -215,6 +215,15 @@ def memorised(provider: str, direction: str, length: int) -> Row:
     return described(case, "float32") | where | {"metric": "peak_bytes", "value": found, "samples": 1}
 
 
+def answers(device: str) -> bool:
+    """Whether the device still does. A fault on a GPU poisons this process's context for good."""
+    try:
+        torch.ones(1, device=device).item()
+    except Exception:
+        return False
+    return True
+
+
 # ----------------------------------------------------------------------------------------------------------- output
 
 
@@ -338,10 +347,15 @@ def main(argv: list[str] | None = None) -> int:
             what = described(case, size.dtype)
             if time.monotonic() > end:
                 keep([what | {"status": "not reached"}])
-            elif sides is None:
-                keep(measured(case, what, chosen, size, lambda: step(steps=1)))
-            else:
-                keep(revisions.measured(case, what, own, size.dtype, size.turns, sides, lambda: step(steps=1)))
+                continue
+            try:
+                if sides is None:
+                    keep(measured(case, what, chosen, size, lambda: step(steps=1)))
+                else:
+                    keep(revisions.measured(case, what, own, size.dtype, size.turns, sides, lambda: step(steps=1)))
+            except Exception as error:
+                keep([what | {"status": "refused", "reason": f"broke off: {providers.reason(error, [])}"}])
+                end = end if answers(size.device) else 0.0
         for peak in peaks if time.monotonic() < end else ():
             step(f"memory {peak[-1]}")
             keep([memorised(*peak)])

@@ -158,6 +158,27 @@ def test_what_is_wrong_is_not_timed(
     assert about(rows, provider="naive", metric="ms")
 
 
+@pytest.mark.parametrize("alive", (True, False))
+def test_a_case_that_breaks_off(alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs itself, and on a device that is lost with it, those after it."""
+    broken_off = iter((True, False))
+    interleave = providers.interleave
+
+    def fault(*arguments: Any) -> Any:
+        if next(broken_off):
+            raise RuntimeError("an illegal memory access")
+        return interleave(*arguments)
+
+    monkeypatch.setattr(providers, "interleave", fault)
+    monkeypatch.setattr(run, "answers", lambda device: alive and torch.ones(1, device=device).item() == 1)
+    code, rows = rehearse(tmp_path, "--only", "causal", "--providers", "naive")
+    assert code == 1
+    (refused,) = about(rows, status="refused")
+    assert "an illegal memory access" in refused["reason"] and refused["length"] == 32
+    assert bool(about(rows, metric="ms", length=48)) == alive
+    assert bool(about(rows, status="not reached", length=48)) != alive
+
+
 def test_an_inexact_peer_is_timed_and_its_error_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coarse = broken("coarse", lambda out: out * 1.01, inexact=True)
     monkeypatch.setattr(run, "ALL", (coarse, broken("absent", crash)))
