@@ -39,8 +39,8 @@ from fused_attn.tuning.select import KERNELS, table
 ROOT = Path(__file__).resolve().parent.parent
 SWEPT = ("forward", "dkdv", "dq")  # the kernels whose tiles decide the speed
 GLUON = ("hopper_forward", "hopper_backward")  # the same of the Hopper backend
-FLAGS = ("overlap", "pingpong", "ordered")  # of a configuration
-OVERLAPPING = ("forward",)  # those that read Config.overlap
+FLAGS = ("overlap", "descriptors", "pingpong", "ordered")  # of a configuration
+OVERLAPPING = ("forward",)  # those that read Config.overlap and Config.descriptors
 CLASSES = {"half": torch.bfloat16, "single": torch.float32}
 Listed = tuple[str, bool, dict[str, Any]]
 
@@ -224,8 +224,8 @@ class Races:
 
 
 class Overlap:
-    """Is it faster to issue products before the exponentials, or in turns? What does order in dq's sum cost? The
-    configuration's flags, flipped."""
+    """Is it faster to issue products before the exponentials, or in turns; by TMA, or by pointers? What does order in
+    dq's sum cost? The configuration's flags, flipped."""
 
     shares = seconds(check=20, measure=40)
 
@@ -376,7 +376,13 @@ def neighbours(c: Config) -> list[Config]:
         for size in (getattr(c, name) // 2, getattr(c, name) * 2)
         if 16 <= size <= 256
     ]
-    steps = [{"overlap": not c.overlap}, *tiles, other, {"num_stages": c.num_stages + 1}]
+    steps = [
+        {"overlap": not c.overlap},
+        {"descriptors": not c.descriptors},
+        *tiles,
+        other,
+        {"num_stages": c.num_stages + 1},
+    ]
     steps += [{"num_stages": c.num_stages - 1}] if c.num_stages > 1 else []
     return [replace(c, **step) for step in [*steps, *(tile | other for tile in tiles)]]
 
@@ -401,7 +407,10 @@ def rivals(s: Setting) -> Iterator[tuple[str, int, Config]]:
             if kernel in GLUON:
                 found = gluon_neighbours(kernel, chosen)
             else:
-                found = [c for c in neighbours(chosen) if kernel in OVERLAPPING or c.overlap == chosen.overlap]
+                same = [
+                    c for c in neighbours(chosen) if (c.overlap, c.descriptors) == (chosen.overlap, chosen.descriptors)
+                ]
+                found = neighbours(chosen) if kernel in OVERLAPPING else same
             for config in found[: s.rivals]:
                 yield kernel, d, config
 
