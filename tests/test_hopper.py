@@ -29,7 +29,7 @@ from tests.emulator.machine import Machine
 from tests.emulator.mutations import Mutation, mutations
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-FILES = ("hopper.py", "hopper_forward.py", "hopper_backward.py")
+FILES = sorted(path.name for path in KERNELS.glob("hopper*.py"))
 HALF = (torch.bfloat16, torch.float16)
 FORWARD = (
     Config(16, 16, 4, 2, consumers=2, pingpong=True),

@@ -65,7 +65,8 @@ class Emulation:
     functions: dict[int, FunctionType] = field(default_factory=dict)
 
     def launch(self, kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-        machine = Machine(f"{self.seed} {len(self.machines)}", int(grid), self.deadline, self.ordered, kernel.__name__)
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
+        machine = Machine(f"{self.seed} {len(self.machines)}", int(grid), self.deadline, self.ordered, name)
         self.machines.append(machine)
         language.Current.machine = machine
         signature = inspect.signature(kernel.fn)
