@@ -132,6 +132,6 @@ def cases(target: str) -> list[Case]:
     if target == "sm_90":
         found += [Case("hopper_forward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER]
         found += [Case("hopper_forward", "bf16", d, "bias") for d in HOPPER_DIMS[:-1]]
-        found += [Case("hopper_backward", "bf16", d, feature) for d in HOPPER_DIMS[:-1] for feature in HOPPER_BACKWARD]
+        found += [Case("hopper_backward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER_BACKWARD]
         found += [Case(f"hopper_{x}", *rest) for x in ("forward", "backward") for rest in (("fp16", 128), ("bf16", 96))]
     return found

@@ -127,9 +127,7 @@ def sum_values(p, t, shared, dv_out):
         mbarrier.arrive(shared.empty.index((count - 1) % p.STAGES), count=1)
         weights = gl.convert_layout(packed, gl.DotOperandLayout(0, A, 2))
         spread(p, shared, count - 1)
-    do = shared.do.index((tiles - 1) % p.STAGES).reshape([p.BLOCK_M, p.D])
-    dv = warpgroup_mma(weights, do, dv, is_async=True)
-    dv = warpgroup_mma_wait(0, deps=(dv,))
+    dv = warpgroup_mma(weights, shared.do.index((tiles - 1) % p.STAGES).reshape([p.BLOCK_M, p.D]), dv)
     spread(p, shared, tiles - 1)
     # The last ds is there, so nobody reads v any more.
     tile = shared.v.index(0)
@@ -210,12 +208,12 @@ def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
 
 
 @gluon.jit(do_not_specialize=["scale", "factor", "M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "ROWS", "LEAD"])
-def hopper_wide_kernel(
+def hopper_backward_kernel(
     q, k, v, dout, shift, delta, sums, dk, dv, turns, span, scale, factor,
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """See hopper_backward_kernel; sums: boxes of all rows of a tile and some columns."""
+    """See the kernel of this name in hopper_backward.py; sums: boxes of all rows of a tile and some columns."""
     BLOCK_M: gl.constexpr = q.block_type.shape[2]
     D: gl.constexpr = q.block_type.shape[3]
     KEYS: gl.constexpr = k.block_type.shape[2]

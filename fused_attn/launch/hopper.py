@@ -35,7 +35,7 @@ def _device_code() -> Any:
         forward=hopper_forward.hopper_forward_kernel,
         prepare=hopper_backward.hopper_prepare_kernel,
         backward=hopper_backward.hopper_backward_kernel,
-        wide=hopper_wide.hopper_wide_kernel,
+        wide=hopper_wide.hopper_backward_kernel,
         finish=hopper_backward.hopper_finish_kernel,
         Descriptor=TensorDescriptor,
         layout=gl.NVMMASharedLayout.get_default_for,
