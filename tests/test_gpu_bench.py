@@ -262,7 +262,8 @@ def test_hopper_evidence_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         found = PARTS["configs"].check(s, 16, kernel="hopper_backward", config=tiles["hopper_backward"].to_row())
         assert "dq" in found["rows"]
     kernels = [machine.kernel for machine in emulation.machines]
-    assert kernels.count("hopper_forward_kernel") == kernels.count("hopper_backward_kernel") == 4
+    forward, backward = (f"hopper_{x}.hopper_{x}_kernel" for x in ("forward", "backward"))
+    assert kernels.count(forward) == kernels.count(backward) == 4
     listed = {name for noun in PARTS.values() for name, _, _ in noun.cases(replace(s, dims=(64, 128)))}
     assert {"hopper/causal/bfloat16", "hopper/full_64/bfloat16"} <= listed
     assert any(name.startswith("hopper_forward/128/") for name in listed)
