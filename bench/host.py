@@ -131,7 +131,7 @@ SUBJECTS = {
 }
 
 
-def overhead(calls: int, rounds: int = 60) -> dict[str, Any]:
+def overhead(calls: int, rounds: int = 300) -> dict[str, Any]:
     """Microseconds a call: the least of many interleaved rounds, because others on the machine only ever add.
 
     "backward" is what is ours of a pass through torch.autograd.grad: less an empty Function's, which allocates the same

@@ -106,7 +106,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     for kernels in vars(portable._device_code()).values():
         if isinstance(kernels, jit.JITFunction):
             kernels.device_caches.clear()
-    for remembered in (cache._compiled, calls._calls, LAUNCHES):
+    for remembered in (cache._compiled, calls._calls, calls._last, LAUNCHES):
         remembered.clear()
     yield found
 
@@ -285,7 +285,7 @@ def test_a_changed_call_is_another_call(name: str) -> None:
     """After a call has been recorded, one that differs launches what it launches where nothing is remembered."""
     changed, options = CHANGES[name](warm())
     after = [launched(lambda: attention(*changed, **options), *changed) for _ in range(5)]
-    for remembered in (cache._compiled, calls._calls):
+    for remembered in (cache._compiled, calls._calls, calls._last):
         remembered.clear()
     expected = launched(lambda: attention(*changed, **options), *changed)
     assert all(x == expected for x in after)
