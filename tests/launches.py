@@ -87,7 +87,7 @@ class Machine:
         return self.device
 
     def get_current_stream(self, device: int) -> int:
-        return self.stream
+        return self.stream + 100 * device
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -381,6 +381,21 @@ def test_another_device_has_kernels_of_its_own(machine: Machine) -> None:
     assert first[0] not in boxes and len(set(boxes)) == 1
 
 
+def test_tensors_of_a_device_that_is_not_the_current_one(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch is on the tensors' device and on a stream of that device."""
+
+    @contextlib.contextmanager
+    def there(_: Tensor) -> Iterator[None]:
+        before, machine.device = machine.device, 1
+        yield
+        machine.device = before
+
+    monkeypatch.setattr(torch.cuda, "device_of", there)
+    x = tensors()
+    facts = [launched(lambda: attention(*x))[0] for _ in range(5)]
+    assert {y[2] for y in facts} == {100} and len({y[0] for y in facts}) == 1
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_launch_hooks_see_every_launch(grad: bool) -> None:
     x = warm(grad=grad)
@@ -653,7 +668,7 @@ def test_unknown_arguments_go_to_the_binder() -> None:
     layout = gl.NVMMASharedLayout.get_default_for([16, 32], gl.float32)
     described = TensorDescriptor.from_tensor(x.view(-1, 32), [16, 32], layout)
     assert cache.signature(kernel, (described,), {"DV": 1, "BLOCK_DV": 1, "BLOCK_M": 1}, 0) is None
-    recorder = replay.Recorder(())
+    recorder = replay.Recorder((), ())
     with pytest.raises(replay.NotKept):
         recorder.launched(None, kernel, 1, (described,), {})
 

@@ -258,6 +258,8 @@ MUTANTS = (
            " or overrides() or cache", " or cache", _launches),
     Mutant((34,), "a replay passes by who replaced the seam", "fused_attn/launch/replay.py",
            "if self.work is None or seam.launch is not seam.LAUNCH or", "if self.work is None or", _launches),
+    Mutant((34,), "a replay takes any device for the current one", "fused_attn/launch/replay.py",
+           "if cache.circumstances() != recorder.around:", "if False:", _launches),
     Mutant((34,), "a replay keeps its stream", "fused_attn/launch/replay.py",
            "around[0].get_current_stream(around[1]) if around else None", "0", _launches),
     Mutant((34,), "launch hooks are passed by", "fused_attn/launch/cache.py",

@@ -43,8 +43,9 @@ class NotKept(Exception):
 class Recorder(TorchDispatchMode):
     """Names for the tensors that a piece of work is given and makes, and its launches in order."""
 
-    def __init__(self, given: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, given: tuple[Tensor | None, ...], around: tuple[Any, ...]) -> None:
         super().__init__()
+        self.around = around
         self.given = [f"given_{i}" for i in range(len(given))]
         self.names = {id(x): name for x, name in zip(given, self.given, strict=True) if x is not None}
         self.made: dict[str, Tensor] = {}
@@ -155,6 +156,9 @@ def launch(kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any
         return
     with _disable_current_modes():
         compiled = cache.launch(kernel, grid, args, options)
+    if cache.circumstances() != recorder.around:
+        recorder.why = "a launch on a device that was not the current one"
+        return
     try:
         recorder.launched(compiled, kernel, grid, args, options)
     except NotKept as error:
@@ -191,7 +195,7 @@ def record(work: Work, given: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor |
         return work(*given), None
     # Of their own, so that one tensor given twice has two names.
     given = tuple(None if x is None else x.detach() for x in given)
-    recorder = Recorder(given)
+    recorder = Recorder(given, around)
     token = _recorder.set(recorder)
     try:
         with recorder:
