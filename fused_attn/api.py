@@ -193,13 +193,18 @@ def scaled_dot_product_attention(
     >>> fused_attn.scaled_dot_product_attention(x, x, x, is_causal=True).shape
     torch.Size([2, 8, 128, 64])
     """
+    allows = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    mask, bias = (attn_mask, None) if allows else (None, attn_mask)
+    given = (query, key, value, mask, bias, alibi_slopes, sink)
+    call = calls.find(given, ("sdpa", scale, is_causal, window, softcap, dropout_p, enable_gqa), backend)
+    if call is not None and call.known:
+        return call(given)[0]
     query, key, value = _autocast(query, key, value)
     check_qkv(query, key, value, "sdpa")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask: must be None when is_causal is True")
     lead = _lead(query, key, value, enable_gqa)
     q, k, v = (_four_dims(x, lead, enable_gqa) for x in (query, key, value))
-    mask = bias = None
     if attn_mask is not None:
         attn_mask = _four_dim_mask(attn_mask, query, (*lead, query.shape[-2], key.shape[-2]))
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
@@ -208,7 +213,10 @@ def scaled_dot_product_attention(
             q, k, v, scale=scale, mask=mask, causal=is_causal, window=window, alignment="top_left", bias=bias,
             alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
         )  # fmt: skip
-        out, _ = dispatch.run(problem, dispatch.choose(problem, backend))
+        name = dispatch.choose(problem, backend)
+        out, _ = dispatch.run(problem, name)
+    if call is not None:
+        call.learn(given, problem, name)
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
@@ -241,7 +249,7 @@ def _four_dims(x: Tensor, lead: tuple[int, ...], enable_gqa: bool) -> Tensor:
         x = x.expand(*lead, *x.shape[-2:])
     if len(lead) > 2:
         return x.reshape(_product(lead[:-1]), *x.shape[-3:])
-    return x[(None,) * (2 - len(lead))]
+    return x if len(lead) == 2 else x[(None,) * (2 - len(lead))]
 
 
 def _product(sizes: Iterable[int]) -> int:
@@ -264,6 +272,8 @@ def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
     if not fits:
         raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {shape}")
+    if mask.ndim == 4 == len(shape):
+        return mask
     mask = mask[(None,) * (max(4, len(shape)) - mask.ndim)]
     if _product(mask.shape[:-3]) == 1:
         return mask.reshape(1, *mask.shape[-3:])

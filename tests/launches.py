@@ -229,6 +229,20 @@ def test_keys_come_by_descriptors_where_tma_can_copy_them() -> None:
                 assert box.block_shape == [1, 1, chosen.BLOCK_N, 256]
 
 
+@pytest.mark.parametrize("words", [{}, {"is_causal": True}, {"enable_gqa": True}, {"attn_mask": torch.bool},
+                                   {"attn_mask": torch.float32}, {"scale": 0.5, "window": (3, 4)}])  # fmt: skip
+def test_the_door_of_torch_replays(words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replays(monkeypatch)
+    found = []
+    for _ in range(5):
+        q, k, v = tensors(g=2 if words.get("enable_gqa") else 4)
+        options = {n: torch.ones(2, 1, 48, 48, dtype=x) if n == "attn_mask" else x for n, x in words.items()}
+        call = lambda: fused_attn.scaled_dot_product_attention(q, k, v, **options, backend="triton")  # noqa: B023, E731
+        found.append(launched(call, q, k, v, options.get("attn_mask")))
+    assert len(found[0]) == 1 and all(x == found[0] for x in found)
+    assert asked == [True, True]
+
+
 def test_one_tensor_thrice_is_not_three_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = replays(monkeypatch)
     x = torch.zeros(1, 2, 32, 32)
