@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -174,7 +175,8 @@ def overhead(calls: int, rounds: int = 300) -> dict[str, Any]:
     least = {name: min(x) for name, x in samples.items()}
     least["backward"] = least[THROUGH] - least[NOTHING] + least["empty backward"]
     ratios = {name: least[name] / least[base] for name, base in SUBJECTS.items()}
-    return {"triton": triton.__version__, "microseconds": least, "ratios": ratios, "samples": samples}
+    quantiles = {name: statistics.quantiles(x, n=10) for name, x in samples.items()}
+    return {"triton": triton.__version__, "microseconds": least, "ratios": ratios, "deciles": quantiles}
 
 
 # ------------------------------------------------------------------------------------------------------ compilations

@@ -89,14 +89,21 @@ def memory() -> str:
 
 
 def host() -> str:
-    """Host time of a call, and compilations over lengths that no call has seen."""
+    """Host time of a call, compilations over lengths that no call has seen, and the first call of a process."""
     result = _cpu()
     overhead, compiled = result["overhead"], result["compilations"]
     rows = [[name, f"{overhead['microseconds'][name]:.0f}", f"{x:.1f}"] for name, x in overhead["ratios"].items()]
     counts = ", ".join(f"{name} {x['unseen lengths']}" for name, x in compiled["kinds"].items())
+    first = [
+        [f"{name}, {state} caches", *(f"{x[column]:.1f}" for column in ("clock", "processor", "imports"))]
+        for name, states in result["first"]["seconds"].items()
+        for state, x in states.items()
+    ]
     return (
         f"{markdown(['host time of a call', 'µs', '÷ an empty operator'], rows)}\n\n{_machine(result, 'overhead')}.\n\n"
-        f"Kernels compiled over {compiled['lengths']} unseen lengths: {counts}. {_machine(result, 'compilations')}."
+        f"Kernels compiled over {compiled['lengths']} unseen lengths: {counts}. {_machine(result, 'compilations')}.\n\n"
+        f"{markdown(['first call of a process', 's', 's of processors', 'of them imports'], first)}\n\n"
+        f"{_machine(result, 'first')}."
     )
 
 
