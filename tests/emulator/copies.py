@@ -40,6 +40,7 @@ class Descriptor:
         if start + sum((n - 1) * s for n, s in zip(self.bounds, strides, strict=True)) >= home.size:
             raise Fault(f"a descriptor of shape {self.bounds} and strides {strides} reaches past its tensor")
         self._view = (start, self.bounds, strides)
+        self._strided: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.data = self.strided(home.raw)
         self.nbytes = math.prod(self.block_shape) * size
         self.nbytes_per_cta = self.nbytes
@@ -48,9 +49,13 @@ class Descriptor:
         self.type = SimpleNamespace(block_type=self.block_type, layout=LAYOUT, nbytes_per_cta=self.nbytes)
 
     def strided(self, flat: np.ndarray) -> np.ndarray:
-        start, bounds, strides = self._view
-        steps = [s * flat.itemsize for s in strides]
-        return np.lib.stride_tricks.as_strided(flat[start:], bounds, steps)
+        found = self._strided.get(id(flat))
+        if found is None or found[0] is not flat:
+            start, bounds, strides = self._view
+            steps = [s * flat.itemsize for s in strides]
+            found = flat, np.lib.stride_tricks.as_strided(flat[start:], bounds, steps)
+            self._strided[id(flat)] = found
+        return found[1]
 
     def box(self, coord: Any) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where the part of a box that is inside of the tensor lies in the tensor and in the box."""

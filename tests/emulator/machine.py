@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +46,11 @@ class Strand:
     """A partition of a program, or the program itself. known: events before its next step. fenced: those of them that
     are visible to the asynchronous proxy. products, bulk: its operations in flight, oldest first."""
 
-    def __init__(self, machine: Machine, program: Program, name: str, body: Callable[[], None]) -> None:
-        self.program, self.name = program, name
+    def __init__(
+        self, machine: Machine, program: Program, name: str, body: Callable[[], None], parent: Strand | None = None
+    ) -> None:
+        self.program, self.name, self.parent = program, name, parent
+        self.children = 0
         self.known = self.fenced = 0
         self.products: list[Any] = []
         self.unrun: list[Any] = []
@@ -57,7 +61,10 @@ class Strand:
         self.turn = threading.Lock()
         self.turn.acquire()
         self.thread = threading.Thread(target=machine._live, args=(self, body), daemon=True)
-        self.started = False
+        self.started = self.ended = False
+
+    def can_go_on(self) -> bool:
+        return self.condition is None or self.condition()
 
     def __str__(self) -> str:
         return f"program {self.program.index}, {self.name}"
@@ -92,7 +99,7 @@ class Machine:
         # How one run differs from another: how soon what is pending happens, how often a strand that could go on is
         # interrupted, and whether the next one is drawn anew or the same one is favoured for long.
         self.haste = rng.choice((0.0, 0.05, 0.3, 1.0))
-        self.interrupt = rng.choice((0.05, 0.3, 0.6))
+        self.interrupt = rng.choice((0.02, 0.1, 0.4))
         self.favour = rng.random() < 0.5
         self.resident = rng.choice((1, 2, 3))
         self.order = list(range(grid))
@@ -139,8 +146,13 @@ class Machine:
             pass
         except BaseException as error:
             self._fail(strand, error)
+        strand.ended = True
         if self.failure is None:
             self.strands.remove(strand)
+            if strand.parent is not None:
+                strand.parent.children -= 1
+                if strand.parent.children == 0:
+                    self.strands.append(strand.parent)
             if strand.name == "whole" and self.waiting:
                 self._admit()
             try:
@@ -152,8 +164,8 @@ class Machine:
         if self.failure is None:
             error.args = (f"{strand}: {error}", *error.args[1:]) if isinstance(error, Fault) else error.args
             self.failure = error
-            for other in self.strands:
-                if other is not strand and other.started:
+            for other in self.all:
+                if other is not strand and other.started and not other.ended:
                     other.turn.release()
             self.done.release()
 
@@ -161,11 +173,13 @@ class Machine:
         """Run partitions beside each other and wait for all of them."""
         me = self.running
         assert me is not None
-        children = [Strand(self, me.program, name, body) for name, body in bodies]
+        children = [Strand(self, me.program, name, body, me) for name, body in bodies]
         for child in children:
             child.known, child.fenced = me.known, me.fenced
             self._join(child)
-        self.switch(lambda: not any(c in self.strands for c in children), "its partitions to end")
+        me.children = len(children)
+        self.strands.remove(me)  # until the last of them ends
+        self._hand_over(me)
         for child in children:
             me.known |= child.known
             me.fenced |= child.fenced
@@ -209,22 +223,21 @@ class Machine:
         while True:
             if self.steps >= self.deadline:
                 raise Fault(f"still running after {self.steps} steps; {self._who_waits()}")
-            ready = [s for s in self.strands if s.condition is None or s.condition()]
-            if self.events and (not ready or self.rng.random() < self.haste):
+            if self.events and self.rng.random() < self.haste:
                 self.fire(self.rng.choice(self.events))
                 continue
-            if not ready:
+            if me is not None and self.rng.random() < 0.1:
+                me.priority = self.rng.random()
+            chosen = self._ready()
+            if chosen is None:
+                if self.events:
+                    self.fire(self.rng.choice(self.events))
+                    continue
                 if self.strands:
                     raise Fault(f"deadlock; {self._who_waits()}")
                 self.running = None
                 self.done.release()
                 return
-            if self.favour:
-                if me is not None and self.rng.random() < 0.1:
-                    me.priority = self.rng.random()
-                chosen = max(ready, key=lambda s: s.priority)
-            else:
-                chosen = self.rng.choice(ready)
             self.steps += 1
             self.running = chosen
             if chosen is me:
@@ -240,6 +253,21 @@ class Machine:
                 if self.failure is not None:
                     raise Killed
             return
+
+    def _ready(self) -> Strand | None:
+        """One that can go on: of the highest priority, or any."""
+        best = None
+        if self.favour:
+            for strand in self.strands:
+                if (best is None or strand.priority > best.priority) and strand.can_go_on():
+                    best = strand
+            return best
+        n = len(self.strands)
+        first = self.rng.randrange(n) if n else 0
+        for i in range(first, first + n):
+            if self.strands[i % n].can_go_on():
+                return self.strands[i % n]
+        return None
 
     def _who_waits(self) -> str:
         return "; ".join(f"{s} waits for {s.why}" for s in self.strands if s.condition is not None) or "nobody waits"
@@ -264,7 +292,7 @@ class Machine:
     def record(self, what: str) -> None:
         """Into the trace."""
         frame, within = _kernel_frame(), []
-        while frame.f_code.co_filename.rpartition("/")[0] != HERE:
+        while frame.f_code.co_filename not in OWN:
             within.append(frame.f_code.co_name)
             frame = frame.f_back
         self.trace.append(Step(self.running.program.index, self.running.name, what, tuple(within)))
@@ -275,12 +303,12 @@ class Machine:
         return f"{what} by {strand} in {code.co_name}, {code.co_filename.rpartition('/')[2]}:{line}"
 
 
-HERE = __file__.rpartition("/")[0]
+OWN = {str(path) for path in Path(__file__).parent.glob("*.py")}
 
 
 def _kernel_frame() -> Any:
     """The innermost frame that is not of the emulator."""
     frame = sys._getframe(2)
-    while frame.f_code.co_filename.rpartition("/")[0] == HERE and frame.f_back is not None:
+    while frame.f_code.co_filename in OWN and frame.f_back is not None:
         frame = frame.f_back
     return frame

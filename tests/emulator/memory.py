@@ -133,9 +133,10 @@ class Shared:
             raise Fault(f"a store of {value.dtype} {value.shape} to shared memory of {self.dtype} {self.shape}")
         machine = self.block.machine
         machine.switch()
-        machine.running.known |= self.block.access(self.cells, True, True, "a store")
+        cells = self.cells
+        machine.running.known |= self.block.access(cells, True, True, "a store")
         self.data[...] = value.x
-        self.block.written |= self.cells
+        self.block.written |= cells
 
     def load(self, layout: Any = None) -> Tensor:
         machine = self.block.machine
