@@ -147,6 +147,7 @@ def wait_for(pointer, value):
     """By a partition of one warp: wait until memory holds value, and acquire it."""
     gl.inline_asm_elementwise(
         """{ .reg .pred p; .reg .b32 t;
-        AGAIN: ld.acquire.gpu.global.u32 t, [$1]; setp.ne.u32 p, t, $2; @p bra.uni AGAIN; mov.u32 $0, 0; }""",
+        AGAIN: ld.acquire.gpu.global.u32 t, [$1]; setp.ne.u32 p, t, $2; @p bra.uni AGAIN;
+        fence.proxy.async.global; mov.u32 $0, 0; }""",
         "=r,l,r", [pointer, value], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip

@@ -97,6 +97,7 @@ class Problem(NamedTuple):
     D: Any
     STAGES: Any
     ORDERED: Any
+    OVERLAP: Any
 
 
 class Task(NamedTuple):
@@ -206,29 +207,37 @@ def visible(p, order, n, m):
 
 
 @gluon.jit
-def step(p, t, shared, g: gl.constexpr, count, m, partial, dk, dv):
-    """What the rows at m of a query head send to this consumer's keys, and what both tiles of keys send to its half of
-    the rows' dq. count: of the tiles so far; partial: some key does not see some row."""
+def prepare(p, shared, count):
+    """-delta of the count-th rows, once they are there: where the accumulator of dp begins, which costs one subtraction
+    less for each element between this product and the next. Before any product is in flight, or else it waits for it.
+    """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
-    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
-    ROWS: gl.constexpr = shared.dq.shape[2]
-    WIDTH: gl.constexpr = shared.dq.shape[3]
-    T: gl.constexpr = shared.q.dtype
     stage = count % p.STAGES
-    half = count & 1
-    # Zero, which the compiler does not know: else it keeps the addresses of k, v and dq in registers from tile to tile.
-    nil = count >> 30
-    n = t.n + g * p.KEYS
     mbarrier.wait(shared.full.index(stage), count // p.STAGES & 1)
     zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
-    # The accumulator begins at -delta: one subtraction less for each element between this product and the next.
-    less = pin_all(zeros - shared.delta.index(stage).load(COLUMN)[None, :])
-    q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])
+    return pin_all(zeros - shared.delta.index(stage).load(gl.SliceLayout(0, S))[None, :])
+
+
+@gluon.jit
+def scores(p, shared, g: gl.constexpr, count):
+    """Issue k q^T [KEYS, BLOCK_M] of the count-th rows."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
+    q = shared.q.index(count % p.STAGES).reshape([p.BLOCK_M, p.D])
+    # A zero that the compiler does not know: else it keeps the addresses of k, v and dq in registers from tile to tile.
+    k = shared.k.index(g + (count >> 30)).reshape([p.KEYS, p.D])
+    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
+    return warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weigh(p, t, shared, g: gl.constexpr, count, m, s, less):
+    """(p, dp) of the count-th rows, at m, the exponentials beside the product."""
+    COLUMN: gl.constexpr = gl.SliceLayout(0, less.type.layout)
+    stage = count % p.STAGES
+    n = t.n + g * p.KEYS
+    partial = (m < t.full_first) | (m >= t.full_last)
     do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])
-    k = shared.k.index(g + nil).reshape([p.KEYS, p.D])
-    v = shared.v.index(g + nil).reshape([p.KEYS, p.D])
-    s = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    v = shared.v.index(g + (count >> 30)).reshape([p.KEYS, p.D])
     dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     # Where the mask costs fewer registers depends on how many rows a tile has.
@@ -240,31 +249,52 @@ def step(p, t, shared, g: gl.constexpr, count, m, partial, dk, dv):
         if partial:
             w = gl.where(visible(p, shared.order.load(COLUMN)[None, :], n, m), w, 0.0)
     w = pin_all(w)
-    dp = warpgroup_mma_wait(0, deps=(dp,))
+    return w, warpgroup_mma_wait(0, deps=(dp,))
+
+
+@gluon.jit
+def spread(p, shared, g: gl.constexpr, count, w, dp, dk, dv):
+    """What follows from p and dp of the count-th rows: (dk, dv), with dk still in flight; and dq, which both tiles of
+    keys send to this consumer's half of the rows, for the partition that adds it up."""
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
+    ROWS: gl.constexpr = shared.dq.shape[2]
+    WIDTH: gl.constexpr = shared.dq.shape[3]
+    T: gl.constexpr = shared.q.dtype
+    stage = count % p.STAGES
+    half = count & 1
     ds = (w * dp).to(T)
     shared.ds.index(half * 2 + g).store(ds)
     fence_async_shared()
     mbarrier.arrive(shared.ds_full.index(half), count=1)
+    do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])
     dv = warpgroup_mma(gl.convert_layout(w.to(T), gl.DotOperandLayout(0, A, 2)), do, dv, is_async=True)
     mbarrier.wait(shared.ds_full.index(half), count // 2 & 1)
     dq = gl.zeros((ROWS, WIDTH), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
     for x in gl.static_range(2):
         a = shared.ds.index(half * 2 + x)
-        b = shared.k.index(x + nil).reshape([p.KEYS, p.D])
+        b = shared.k.index(x + (count >> 30)).reshape([p.KEYS, p.D])
         if ROWS == p.BLOCK_M:  # both take all rows of the tile, and half of their columns each
             b = b.slice(g * WIDTH, WIDTH, 1)
         else:
             a = a.slice(g * ROWS, ROWS, 1)
         dq = warpgroup_mma(a.permute([1, 0]), b, dq, use_acc=x > 0, is_async=True)
+    q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])
     dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)
     dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
     mbarrier.wait(shared.dq_empty.index(g), (count & 1) ^ 1)
-    shared.dq.index(g + nil).reshape([ROWS, WIDTH]).store(dq)
+    shared.dq.index(g + (count >> 30)).reshape([ROWS, WIDTH]).store(dq)
     fence_async_shared()
     mbarrier.arrive(shared.dq_full.index(g), count=1)
-    dk = warpgroup_mma_wait(0, deps=(dk,))
-    mbarrier.arrive(shared.empty.index(stage), count=1)
     return dk, dv
+
+
+@gluon.jit
+def advance(p, t, m):
+    """The rows after those at m: the next tile, or the first one of the next head."""
+    m += p.BLOCK_M
+    if m == t.last:
+        m = t.first
+    return m
 
 
 @gluon.jit
@@ -276,12 +306,29 @@ def consume(p, shared, dk_out, dv_out, scale, g: gl.constexpr):
     dk = gl.zeros((p.KEYS, p.D), gl.float32, A)
     dv = gl.zeros((p.KEYS, p.D), gl.float32, A)
     m = t.first
-    for count in range((t.last - t.first) // p.BLOCK_M * p.GROUP):
-        partial = (m < t.full_first) | (m >= t.full_last)
-        dk, dv = step(p, t, shared, g, count, m, partial, dk, dv)
-        m += p.BLOCK_M
-        if m == t.last:
-            m = t.first
+    tiles = (t.last - t.first) // p.BLOCK_M * p.GROUP
+    if p.OVERLAP:
+        # The scores of the next tile are issued behind dk of this one; nothing is in flight where the loop ends.
+        less = prepare(p, shared, 0)
+        w, dp = weigh(p, t, shared, g, 0, m, scores(p, shared, g, 0), less)
+        for count in range(tiles - 1):
+            m = advance(p, t, m)
+            dk, dv = spread(p, shared, g, count, w, dp, dk, dv)
+            less = prepare(p, shared, count + 1)
+            s = scores(p, shared, g, count + 1)
+            dk = warpgroup_mma_wait(1, deps=(dk,))
+            mbarrier.arrive(shared.empty.index(count % p.STAGES), count=1)
+            w, dp = weigh(p, t, shared, g, count + 1, m, s, less)
+        dk, dv = spread(p, shared, g, tiles - 1, w, dp, dk, dv)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+    else:
+        for count in range(tiles):
+            less = prepare(p, shared, count)
+            w, dp = weigh(p, t, shared, g, count, m, scores(p, shared, g, count), less)
+            dk, dv = spread(p, shared, g, count, w, dp, dk, dv)
+            dk = warpgroup_mma_wait(0, deps=(dk,))
+            mbarrier.arrive(shared.empty.index(count % p.STAGES), count=1)
+            m = advance(p, t, m)
     # Nobody else reads this tile of v, and this consumer no more.
     tile = shared.v.index(g)
     tile.reshape([p.KEYS, p.D]).store(dv.to(shared.v.dtype))
@@ -354,7 +401,7 @@ def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
 def hopper_backward_kernel(
     q, k, v, dout, shift, delta, sums, dk, dv, turns, span, scale, factor,
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of boxes: q, dout (B, Hq, M, D) of BLOCK_M rows; k, v, dk, dv (B, Hkv, N, D) of one consumer's keys;
     shift, delta (B * Hq * ROWS) of BLOCK_M, with a head's row 0 at LEAD; sums (B * Hq, M, D) of one consumer's half of
@@ -367,6 +414,7 @@ def hopper_backward_kernel(
     ADDED: gl.constexpr = sums.block_type.shape[1]
     WIDTH: gl.constexpr = sums.block_type.shape[2]
     T: gl.constexpr = q.dtype
+    gl.static_assert(STAGES > 1 or not OVERLAP)
     ticket = gl.program_id(0)
     if ORDERED:
         ticket = gl.atomic_add(turns, 1)
@@ -375,7 +423,7 @@ def hopper_backward_kernel(
     share(
         Problem(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
-            GROUP, BLOCK_M, KEYS, 2, D, STAGES, ORDERED,
+            GROUP, BLOCK_M, KEYS, 2, D, STAGES, ORDERED, OVERLAP,
         ),
         Shared(
             gl.allocate_shared_memory(T, [2, 1, 1, KEYS, D], k.layout),

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barriers, pin_all
-from .hopper_backward import Problem, add, assignment, produce, visible
+from .hopper_backward import Problem, add, advance, assignment, produce, visible
 
 
 class Shared(NamedTuple):
@@ -62,15 +62,6 @@ def weigh(p, t, shared, s, count, m, partial):
     if partial:
         w = gl.where(visible(p, shared.order.load(COLUMN)[None, :], t.n, m), w, 0.0)
     return w
-
-
-@gluon.jit
-def advance(p, t, m):
-    """The rows after those at m: the next tile, or the first one of the next head."""
-    m += p.BLOCK_M
-    if m == t.last:
-        m = t.first
-    return m
 
 
 @gluon.jit
@@ -211,9 +202,11 @@ def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
 def hopper_backward_kernel(
     q, k, v, dout, shift, delta, sums, dk, dv, turns, span, scale, factor,
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """See the kernel of this name in hopper_backward.py; sums: boxes of all rows of a tile and some columns."""
+    """See the kernel of this name in hopper_backward.py; sums: boxes of all rows of a tile and some columns.
+    It knows one order of issue, whatever OVERLAP says.
+    """
     BLOCK_M: gl.constexpr = q.block_type.shape[2]
     D: gl.constexpr = q.block_type.shape[3]
     KEYS: gl.constexpr = k.block_type.shape[2]
@@ -228,7 +221,7 @@ def hopper_backward_kernel(
     share(
         Problem(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
-            GROUP, BLOCK_M, KEYS, 1, D, STAGES, ORDERED,
+            GROUP, BLOCK_M, KEYS, 1, D, STAGES, ORDERED, OVERLAP,
         ),
         Shared(
             gl.allocate_shared_memory(T, [1, 1, 1, KEYS, D], k.layout),

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from fused_attn import testing
+from fused_attn.bind import bind
 from fused_attn.launch import hopper
 from fused_attn.testing import CASES, Case
 from fused_attn.tuning import Config, override
@@ -30,12 +31,13 @@ class Form:
 
     def __str__(self) -> str:
         c = self.config
-        return f"{c.BLOCK_M}x{c.BLOCK_N}x{c.num_stages}{'-wide' * self.wide}{'-ordered' * c.ordered}"
+        words = {"wide": self.wide, "overlap": c.overlap, "ordered": c.ordered}
+        return "-".join([f"{c.BLOCK_M}x{c.BLOCK_N}x{c.num_stages}", *(word for word, so in words.items() if so)])
 
 
 NARROW = tuple(
-    Form(Config(m, 16, 4, stages, consumers=2, ordered=ordered), False)
-    for m, stages in ((16, 2), (32, 2), (16, 3), (32, 1))
+    Form(Config(m, 16, 4, stages, overlap, consumers=2, ordered=ordered), False)
+    for m, stages, overlap in ((16, 2, True), (32, 2, False), (16, 3, True), (32, 1, False))
     for ordered in (False, True)
 )
 WIDE = tuple(
@@ -123,6 +125,22 @@ def test_gradients(name: str, dtype: torch.dtype) -> None:
 def test_many_cases_are_served() -> None:
     """A kernel that serves nothing would pass everything."""
     assert len(SERVED) > 50
+
+
+@pytest.mark.parametrize("form", ROOMY, ids=str)
+def test_keys_that_do_not_exist(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read as zeros, beside which a row of scores near -256 has a weight of inf: inf * 0 must not reach dq."""
+    monkeypatch.setattr(hopper, "WIDE", 16 if form.wide else 1024)
+    q, k = torch.full((1, 1, 40, 16), -8.0), torch.full((1, 1, 41, 16), 8.0)
+    generator = torch.Generator().manual_seed(0)
+    v, dout = torch.randn(1, 1, 41, 16, generator=generator), torch.randn(1, 1, 40, 16, generator=generator)
+    q, k, v, dout = (x.bfloat16() for x in (q, k, v, dout))
+    problem = replace(bind(q, k, v), deterministic=form.config.ordered)
+    with torch.no_grad(), override(hopper_forward=FORWARD[0], hopper_backward=form.config), emulated():
+        out, lse = hopper.forward(problem)
+        found = hopper.backward(problem, out, lse, dout, None, frozenset("qkv"))
+    assert lse.max() < -200
+    assert all(x.isfinite().all() for x in found.values())
 
 
 @pytest.mark.parametrize("key", [key for key in table("sm_90") if key.startswith("hopper_backward/")])

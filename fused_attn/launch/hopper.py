@@ -272,6 +272,7 @@ class _OnePass(portable._Backward):
             GROUP=p.group,
             STAGES=c.num_stages,
             ORDERED=c.ordered,
+            OVERLAP=c.overlap,
             num_warps=c.num_warps,
         )
         seam.launch(
