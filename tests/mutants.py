@@ -49,6 +49,10 @@ def _hopper(expression: str) -> tuple[str, str]:
     return "test_hopper.py", expression
 
 
+def _backward(expression: str) -> tuple[str, str]:
+    return "test_hopper_backward.py", expression
+
+
 _launches = ("test_launches.py", "test_launches and not under")
 
 
@@ -171,6 +175,14 @@ MUTANTS = (
            "partial = gl.maximum(seen.total - seen.full, 1)", "partial = 1", _hopper("test_forward and causal")),
     Mutant((20,), "sm_90: nobody computes what is left of the last round", "kernels/hopper_forward.py",
            "if rounds * programs + place < total:", "if False:", _hopper("test_every_number_of_programs")),
+    Mutant((9,), "sm_90: keys past the end send gradients", "kernels/hopper_backward.py",
+           "stop = gl.where(j < p.N, p.BLOCK_M, 0)", "stop = j * 0 + p.BLOCK_M",
+           _backward("test_keys_that_do_not_exist")),
+    Mutant((13,), "sm_90: the diagonal itself sends no gradients", "kernels/hopper_backward.py",
+           "(number(p.span.right) + 1 - m)", "(number(p.span.right) - m)", _backward("test_gradients and window")),
+    Mutant((24,), "sm_90: the LSE's gradient is left out", "kernels/hopper_backward.py",
+           "found -= tl.load(dlse + at, mask=seeing, other=0.0).to(tl.float32)", "found -= 0.0",
+           _backward("test_gradients and lse")),
     # 21-25: gradients, modifiers, dropout
     Mutant((21,), "the keys' kernel runs only where k asks", "fused_attn/launch/portable.py",
            'if needs & {"k", "v"} or', 'if needs & {"k"} or', _checklist("line_21_ and triton")),
