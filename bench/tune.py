@@ -155,7 +155,7 @@ def broken(choice: Choice, config: Config, figures: dict[str, Any]) -> list[str]
         "target": choice.arch,
         "dtype": CLASSES[choice.kind][0],
         "d": choice.d,
-        "config": static.spell(config),
+        "config": str(config),
     }
     return static.gates(identity | figures)
 
@@ -275,7 +275,7 @@ def main() -> int:
         for config, x in choice.tried if args.show else ():
             clocks = modelled(choice, config, x) if "error" not in x else float("nan")
             shown = x.get("error") or {k: x[k] for k in SHOWN if k in x}
-            print(f"    {static.spell(config):24s} {1e3 * clocks:8.2f} ", shown)
+            print(f"    {config!s:24s} {1e3 * clocks:8.2f} ", shown)
     return 0
 
 

@@ -115,6 +115,12 @@ def _seen(p: Problem) -> tuple[int, int]:
     return max(0, left or 0), n if right is None else min(n, m + right)
 
 
+def _moved(span: Span, by: int) -> Span:
+    """The same interval where the first row less the first key is by so much larger."""
+    left, right = (None if x is None else x + by for x in (span.left, span.right))
+    return Span(left, right)
+
+
 def _rich(p: Problem) -> bool:
     """Whether something beside the products wants registers in the loops."""
     return any(x is not None for x in (p.softcap, p.bias, p.slopes)) or not isinstance(p.scale, float)
@@ -140,7 +146,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     # Keys that no row sees may hold anything, so they are outside what the kernel is shown.
     first, last = _seen(p)
     k, v = (x[:, :, first:last] for x in (p.k, p.v))
-    span = Span(*(None if x is None else x - first for x in (p.span.left, p.span.right)))
+    span = _moved(p.span, -first)
     out = p.empty_out()
     lse = p.q.new_empty((b, hq, m), dtype=torch.float32)
     c = _config("hopper_forward", p)
@@ -251,7 +257,7 @@ class _OnePass(portable._Backward):
         else:
             box = [1, c.BLOCK_M, tile // 2] if c.BLOCK_M == c.BLOCK_N else [1, c.BLOCK_M // 2, tile]
         visited = sums.view(b * hq, m, d)[:, rows]
-        span = Span(*(None if x is None else x + rows.start - keys.start for x in (p.span.left, p.span.right)))
+        span = _moved(p.span, rows.start - keys.start)
         seam.launch(
             code.wide if wide else code.backward,
             -(-(keys.stop - keys.start) // (c.BLOCK_N * (1 if wide else 2))) * b * hkv,
