@@ -21,8 +21,8 @@ class Config:
 
     Of the Hopper kernels: consumers, groups of four warps with a tile each, BLOCK_M rows (forward) or BLOCK_N keys
     (backward); num_stages of keys and values (forward) or rows (backward) stand in shared memory; pingpong: consumers
-    take turns in issuing products; ordered: the one-pass backward adds up dq in one order, and serves deterministic
-    calls too.
+    take turns in issuing products; overlap (backward): the scores of the next tile are issued behind dk; ordered: dq is
+    added up in one order, and the one-pass backward serves deterministic calls too.
     """
 
     BLOCK_M: int
