@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.language import constexpr
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -27,6 +28,7 @@ READ = ("3.6.", "3.7.")  # the versions whose JITFunction.run and CompiledKernel
 KNOWN = triton.__version__.startswith(READ) and not knobs.runtime.interpret
 LIMIT = 4096  # signatures kept
 CONSTANTS = {int, float, bool, str, type(None)}  # what a kernel may be compiled for here
+DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 
 INT32, INT64 = range(-(2**31), 2**31), range(-(2**63), 2**63)
 
@@ -128,8 +130,8 @@ def classify(x: Any, hip: bool = False) -> Any:
         return kind
     if kind is constexpr and type(x.value) in CONSTANTS:
         return constexpr, type(x.value), x.value
-    if kind is TensorDescriptor:
-        return kind, x.base.dtype, tuple(x.block_shape)
+    if kind in DESCRIPTORS:
+        return kind, x.base.dtype, tuple(x.block_shape), getattr(x, "layout", None)
     if isinstance(x, tuple):
         return (kind, *[classify(y, hip) for y in x])
     raise Unknown(kind)

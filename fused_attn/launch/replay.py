@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.language import constexpr
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch as seam
 from ..tuning.config import overrides
@@ -102,9 +101,9 @@ class Recorder(TorchDispatchMode):
         if isinstance(x, tuple) and not _plain(x):
             inside = ", ".join(self._open(y, plain) for y in x)
             return f"({inside},)" if plain or type(x) is tuple else f"{self._constant(type(x))}({inside})"
-        if type(x) is TensorDescriptor:
+        if type(x) in cache.DESCRIPTORS:
             rest = ", ".join(self._constant(getattr(x, field.name)) for field in fields(x) if field.name != "base")
-            return f"{self._constant(TensorDescriptor)}({self._name(x.base)}, {rest})"
+            return f"{self._constant(type(x))}({self._name(x.base)}, {rest})"
         if not _plain(x):
             raise NotKept(f"a {type(x).__name__}, which may hold a tensor")
         return self._constant(x)
