@@ -103,8 +103,9 @@ def _copyable(x: Tensor) -> bool:
     """Whether TMA can copy boxes of x: a pointer and strides of 16 bytes, rows without gaps inside."""
     per = 16 // x.element_size()
     apart = [s for n, s in zip(x.shape[:3], x.stride(), strict=False) if n > 1]
-    # A compiler traces without addresses; the descriptor asserts them when the operator runs.
-    aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
+    # Who traces or transforms has no addresses; the descriptor asserts them when the operator runs.
+    unknown = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    aligned = unknown or x.data_ptr() % 16 == 0
     return x.stride(3) == 1 and aligned and all(s > 0 and s % per == 0 for s in apart)
 
 
@@ -200,7 +201,7 @@ def backward(
 
 def _one_pass(p: Problem, needs: frozenset[str]) -> bool:
     """Whether the one-pass backward serves. Its sums for dq are in no order, unless the configuration orders them."""
-    if _rich(p) or p.bias is not None or not needs >= {"q", "k", "v"} or needs - {"q", "k", "v", "sink"}:
+    if _rich(p) or not needs >= {"q", "k", "v"} or needs - {"q", "k", "v", "sink"}:
         return False
     if not 0 < p.scale < math.inf:
         return False
