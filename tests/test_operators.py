@@ -322,6 +322,17 @@ def test_compile_fullgraph(backend: str | None, dynamic: bool) -> None:
     assert compiles.frame_count == first
 
 
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_traced_by_fx(mode: str) -> None:
+    """Tensors that have no memory find a backend, and the graph holds our operator."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q, sink = torch.randn(1, 2, 16, 64), torch.zeros(2)
+    graph = make_fx(lambda q, sink: attention(q, q, q, causal=True, sink=sink), tracing_mode=mode)(q, sink)
+    assert torch.ops.fused_attn.forward.default in [node.target for node in graph.graph.nodes]
+    torch.testing.assert_close(graph(q, sink), attention(q, q, q, causal=True, sink=sink))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 def test_compile_inductor() -> None:
     """The default compiler, where it has a C++ compiler to call."""

@@ -103,10 +103,17 @@ def _copyable(x: Tensor) -> bool:
     """Whether TMA can copy boxes of x: a pointer and strides of 16 bytes, rows without gaps inside."""
     per = 16 // x.element_size()
     apart = [s for n, s in zip(x.shape[:3], x.stride(), strict=False) if n > 1]
-    # Who traces or transforms has no addresses; the descriptor asserts them when the operator runs.
-    unknown = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    aligned = unknown or x.data_ptr() % 16 == 0
-    return x.stride(3) == 1 and aligned and all(s > 0 and s % per == 0 for s in apart)
+    return x.stride(3) == 1 and _aligned(x) and all(s > 0 and s % per == 0 for s in apart)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether x lies on a grid of 16 bytes. Who traces or transforms has no addresses; the operator will ask again."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return x.data_ptr() % 16 == 0
+    except RuntimeError:
+        return True
 
 
 def _seen(p: Problem) -> tuple[int, int]:
