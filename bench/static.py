@@ -78,20 +78,21 @@ def _imported(source: str) -> set[str]:
 
 
 @cache
-def kernel_file(kernel: str) -> str:
-    """The stem of the file that defines a kernel."""
+def kernel_files(kernel: str) -> tuple[str, ...]:
+    """The stems of the files that define a kernel: more than one where it has forms for different head dims."""
+    found = []
     for path in sorted(KERNELS.glob("*.py")):
-        if any(
-            isinstance(x, ast.FunctionDef) and x.name == f"{kernel}_kernel" for x in ast.parse(path.read_text()).body
-        ):
-            return path.stem
-    raise KeyError(f"no file of {KERNELS} defines {kernel!r}")
+        names = [x.name for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)]
+        found += [path.stem] if f"{kernel}_kernel" in names else []
+    if not found:
+        raise KeyError(f"no file of {KERNELS} defines {kernel!r}")
+    return tuple(found)
 
 
 @cache
-def source_hash(stem: str) -> str:
-    """Of one kernel file and of every kernel file that it imports, directly or not."""
-    texts, waiting = {}, [stem]
+def source_hash(stems: tuple[str, ...]) -> str:
+    """Of kernel files and of every kernel file that they import, directly or not."""
+    texts, waiting = {}, list(stems)
     while waiting:
         name = waiting.pop()
         path = KERNELS / f"{name}.py"
@@ -103,7 +104,7 @@ def source_hash(stem: str) -> str:
 
 
 def row_hash(kernel: str, target: str, case: dict[str, Any], config: str, version: str) -> str:
-    parts = [source_hash(kernel_file(kernel)), kernel, target, sorted(case.items()), config, version]
+    parts = [source_hash(kernel_files(kernel)), kernel, target, sorted(case.items()), config, version]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -199,15 +199,21 @@ def test_a_changed_kernel_makes_its_rows_stale_and_a_changed_comment_does_not(tm
     for path in static.KERNELS.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.setattr(static, "KERNELS", tmp_path)
-    before = static.source_hash.__wrapped__("forward")
+    before = static.source_hash.__wrapped__(("forward",))
     softmax = tmp_path / "softmax.py"
     softmax.write_text("# a comment\n" + softmax.read_text())
-    assert static.source_hash.__wrapped__("forward") == before
+    assert static.source_hash.__wrapped__(("forward",)) == before
     backward = tmp_path / "backward.py"
     backward.write_text(backward.read_text() + "\nunrelated = 1\n")
-    assert static.source_hash.__wrapped__("forward") == before
+    assert static.source_hash.__wrapped__(("forward",)) == before
     softmax.write_text(softmax.read_text().replace("tl.exp2(", "tl.exp(", 1))
-    assert static.source_hash.__wrapped__("forward") != before
+    assert static.source_hash.__wrapped__(("forward",)) != before
+
+
+def test_a_kernel_of_several_forms_is_all_of_its_files():
+    files = static.kernel_files("hopper_backward")
+    assert files == ("hopper_backward", "hopper_wide")
+    assert static.source_hash(files) != static.source_hash(files[:1])
 
 
 def test_a_changed_configuration_makes_a_row_stale():
