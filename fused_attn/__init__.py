@@ -31,12 +31,13 @@ __all__ = [
     "merge_states",
     "scaled_dot_product_attention",
     "testing",
+    "viz",
     "warmup",
 ]
 
 _LATER = (
     "attention_decode", "attention_map", "attention_stats", "attention_varlen", "debug", "modules", "PagedKVCache",
-    "parallel", "scores", "viz",
+    "parallel", "scores",
 )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ class _NotBuilt:
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("compat", "testing"):
+    if name in ("compat", "testing", "viz"):
         return _import_module(f".{name}", __name__)
     if name in _LATER:
         return _NotBuilt(name)

@@ -242,7 +242,6 @@ LATER: dict[str, Callable[[], Any]] = {
     "attention_map": lambda: fused_attn.attention_map(None, None),
     "scores": lambda: fused_attn.scores.Bilinear(zeros(2, 2)),
     "PagedKVCache": lambda: fused_attn.PagedKVCache(),
-    "viz": lambda: fused_attn.viz.heatmap(None),
     "debug": lambda: fused_attn.debug(),
     "modules": lambda: fused_attn.modules.MultiheadAttention(8, 2),
     "parallel": lambda: fused_attn.parallel.ring_attention(None),

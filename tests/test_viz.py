@@ -1,0 +1,291 @@
+"""Pictures by fused_attn.viz: what they show, and in which fonts; every warning of matplotlib's is an error here."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import math
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fused_attn import viz
+
+matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("fontTools")
+
+from fontTools.fontBuilder import FontBuilder  # noqa: E402
+from fontTools.pens.ttGlyphPen import TTGlyphPen  # noqa: E402
+from matplotlib import font_manager  # noqa: E402
+
+QUERIES, KEYS = ["march", "5"], ["三", "月", "五", "日"]
+WEIGHTS = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.125, 0.0, 0.625, 0.25]])
+
+
+def font(path: Path, family: str, characters: str, style: str) -> Path:
+    """A font file with a square for each of the characters."""
+    pen = TTGlyphPen(None)
+    for i, corner in enumerate([(0, 0), (0, 700), (700, 700), (700, 0)]):
+        (pen.lineTo if i else pen.moveTo)(corner)
+    pen.closePath()
+    names = [".notdef", *(f"u{ord(x):X}" for x in characters)]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(x): f"u{ord(x):X}" for x in characters})
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": style})
+    builder.setupOS2(usWeightClass=700 if style == "Bold" else 400)
+    builder.setupPost()
+    builder.save(path)
+    return path
+
+
+class Machine:
+    """A machine whose fonts are matplotlib's own, and those that are installed here."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.files = directory, [str(directory / "broken.ttf")]
+        Path(self.files[0]).write_bytes(b"no font")
+
+    def install(self, family: str, characters: str, style: str = "Regular") -> None:
+        self.files.append(str(font(self.directory / f"{family} {style}.ttf", family, characters, style)))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
+    found, manager = Machine(tmp_path), font_manager.fontManager
+    own = [entry for entry in manager.ttflist if entry.fname.startswith(matplotlib.get_data_path())]
+    monkeypatch.setattr(manager, "ttflist", own)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: found.files)
+    monkeypatch.setattr(viz, "_said", set())
+    manager._findfont_cached.cache_clear()
+    yield found
+    manager._findfont_cached.cache_clear()
+
+
+def labels(axes: Any) -> tuple[list[str], list[str]]:
+    """What stands at the rows and at the columns, once every glyph has been drawn."""
+    axes.figure.savefig(io.BytesIO())
+    return [x.get_text() for x in axes.get_yticklabels()], [x.get_text() for x in axes.get_xticklabels()]
+
+
+def said(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(x.message) for x in caught]
+
+
+# -------------------------------------------------------------------------------------------------------------- fonts
+
+
+def test_no_font_has_them(machine: Machine) -> None:
+    """Labels by index where they must be, and only there; the package is named once, a second one by itself."""
+    messages = said(lambda: viz.heatmap(WEIGHTS, QUERIES, KEYS))
+    assert len(messages) == 1 and "install fonts-noto-cjk" in messages[0] and "三 (U+4E09)" in messages[0]
+    axes = viz.heatmap(WEIGHTS, QUERIES, ["三", "of", "五日", "é"], title="三 days")
+    assert labels(axes) == (QUERIES, ["#0", "of", "#2", "é"])
+    assert axes.get_title() == "? days"
+    (message,) = said(lambda: viz.heatmap(WEIGHTS, ["ก", "五"], KEYS))
+    assert "install fonts-noto-core" in message and "cjk" not in message
+
+
+def test_a_font_newer_than_matplotlibs_list(machine: Machine) -> None:
+    machine.install("Brush", "三月五日")
+    axes = viz.heatmap(WEIGHTS, QUERIES, KEYS, title="三月")
+    assert labels(axes) == (QUERIES, KEYS) and axes.get_title() == "三月"
+    assert axes.get_xticklabels()[0].get_fontfamily() == [*matplotlib.rcParams["font.family"], "Brush"]
+
+
+def test_fonts_that_share_the_work(machine: Machine) -> None:
+    """The one with most first; one that adds nothing is not taken; what is left goes by index."""
+    for family, characters in (("A", "三"), ("B", "三月五"), ("C", "月日")):
+        machine.install(family, characters)
+    with pytest.warns(UserWarning, match=r"for ก \(U\+0E01\) install fonts-noto-core"):
+        axes = viz.heatmap(WEIGHTS, ["ก", "5"], KEYS)
+    assert labels(axes) == (["#0", "5"], KEYS)
+    assert axes.get_xticklabels()[0].get_fontfamily() == [*matplotlib.rcParams["font.family"], "B", "C"]
+
+
+def test_what_only_the_bold_face_has(machine: Machine) -> None:
+    """Is not written in the regular one."""
+    machine.install("Brush", "三月", "Regular")
+    machine.install("Brush", "三月五日", "Bold")
+    with pytest.warns(UserWarning, match="for 五 .*, 日 .* install fonts-noto-cjk"):
+        axes = viz.heatmap(WEIGHTS, QUERIES, KEYS)
+    assert labels(axes) == (QUERIES, ["三", "月", "#2", "#3"])
+    machine.install("Pen", "五日")
+    assert labels(viz.heatmap(WEIGHTS, QUERIES, KEYS)) == (QUERIES, KEYS)
+
+
+def test_the_fonts_that_the_caller_chose_come_first(machine: Machine) -> None:
+    machine.install("Chosen", "三月五日")
+    machine.install("Another", "三月五日")
+    font_manager.fontManager.addfont(machine.files[1])
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", "Chosen"]}):
+        axes = viz.heatmap(WEIGHTS, QUERIES, KEYS)
+        assert labels(axes) == (QUERIES, KEYS)
+    assert axes.get_xticklabels()[0].get_fontfamily() == ["DejaVu Sans", "Chosen"]
+
+
+@pytest.mark.parametrize(
+    ("character", "package"),
+    [
+        ("〇", "fonts-noto-cjk"), ("ア", "fonts-noto-cjk"), ("한", "fonts-noto-cjk"), ("，", "fonts-noto-cjk"),
+        ("\U00020000", "fonts-noto-cjk"), ("ᄀ", "fonts-noto-cjk"), ("﹁", "fonts-noto-cjk"),
+        ("\uf900", "fonts-noto-cjk"),
+        ("ก", "fonts-noto-core"), ("न", "fonts-noto-core"), ("አ", "fonts-noto-core"), ("ꦀ", "fonts-noto-core"),
+        ("𐎀", "fonts-noto-core"), ("🙂", "fonts-symbola"), ("⏰", "fonts-symbola"), ("🇫", "fonts-symbola"),
+    ],
+)  # fmt: skip
+def test_package_for_a_script(machine: Machine, character: str, package: str) -> None:
+    (message,) = said(lambda: viz._warn({character}))
+    assert re.findall(r"install (\S+)", message) == [package]
+
+
+def test_no_package_for_private_characters(machine: Machine) -> None:
+    (message,) = said(lambda: viz._warn(set("\ue000\ue001\ue002\ue003")))
+    assert "no package of fonts is known for \ue000 (U+E000), \ue001 (U+E001), \ue002 (U+E002) and 1 more" in message
+    assert " install " not in message
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_heatmap(tmp_path: Path) -> None:
+    path = tmp_path / "map.png"
+    given = WEIGHTS.to(torch.bfloat16).requires_grad_()
+    axes = viz.heatmap(given, QUERIES, list("abcd"), title="a map", path=path)
+    assert axes.images[0].get_array().tolist() == WEIGHTS.tolist()
+    assert labels(axes) == (QUERIES, list("abcd")) and axes.get_title() == "a map"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    drawn = matplotlib.image.imread(path)[..., :3]
+    box = axes.get_window_extent()
+    corner = drawn[int(len(drawn) * (1 - box.y1 / axes.figure.bbox.height)) + 8, int(box.x0 * 1.2) + 8]
+    assert corner == pytest.approx(matplotlib.colormaps["magma"](0.5 / 0.625)[:3], abs=0.02), "the first row on top"
+
+
+def test_labels_are_written_as_they_are(machine: Machine) -> None:
+    axes = viz.heatmap(WEIGHTS, ["$x_1$", "\n"], ["", " ", "a b", "it's\t"], title="$\\frac$")
+    assert labels(axes) == (["$x_1$", "'\\n'"], ["''", "' '", "a b", '"it\'s\\t"'])
+
+
+def test_nan_is_blank() -> None:
+    image = viz.heatmap(WEIGHTS.masked_fill(WEIGHTS == 0.5, math.nan), QUERIES, list("abcd")).images[0]
+    assert image.get_array().mask.tolist() == (WEIGHTS == 0.5).tolist()
+    labels(viz.heatmap(WEIGHTS * math.nan, QUERIES, list("abcd")))
+
+
+def test_axes_of_the_caller(tmp_path: Path) -> None:
+    figure = matplotlib.figure.Figure()
+    left, right = figure.subplots(1, 2)
+    assert viz.heatmap(WEIGHTS, QUERIES, list("abcd"), axes=left) is left
+    assert viz.top_k(WEIGHTS, QUERIES, list("abcd"), 1, axes=right) == [[("a", 0.5)], [("c", 0.625)]]
+    assert [len(x.images) for x in (left, right)] == [1, 1]
+    for draw in (viz.heatmap, viz.top_k):
+        with pytest.raises(ValueError, match="path: with axes of your own"):
+            draw(WEIGHTS, QUERIES, list("abcd"), axes=left, path=tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_top_k(machine: Machine) -> None:
+    """Heaviest first, ties to the lower index, repeated tokens apart; and the same drawn."""
+    keys = ["a", "b", "b", "日"]
+    expected = [[("a", 0.5), ("b", 0.25), ("b", 0.25)], [("b", 0.625), ("日", 0.25), ("a", 0.125)]]
+    assert viz.top_k(WEIGHTS, QUERIES, keys) == expected
+    axes = matplotlib.figure.Figure().add_subplot()
+    with pytest.warns(UserWarning, match="fonts-noto-cjk"):
+        assert viz.top_k(WEIGHTS, QUERIES, keys, axes=axes) == expected
+    assert labels(axes) == (QUERIES, ["1", "2", "3"])
+    cells = {x.get_position(): x.get_text() for x in axes.texts}
+    assert cells == {
+        (0, 0): "a  0.50", (1, 0): "b  0.25", (2, 0): "b  0.25",
+        (0, 1): "b  0.62", (1, 1): "#3  0.25", (2, 1): "a  0.12",
+    }  # fmt: skip
+
+
+def test_top_k_of_statistics(tmp_path: Path) -> None:
+    """Of weights and indices as attention_stats gives them, with missing places."""
+    weights = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.0, 0.0]])
+    indices = torch.tensor([[2, 0, -1], [-1, -1, -1]])
+    got = viz.top_k(weights, QUERIES, KEYS, 3, indices=indices)
+    assert got == [[("五", 0.75), ("三", 0.25)], []]
+    assert viz.top_k(weights, QUERIES, KEYS, 1, indices=indices) == [[("五", 0.75)], []]
+    axes = matplotlib.figure.Figure().add_subplot()
+    viz.top_k(weights, QUERIES, list("abcd"), 2, indices=indices, axes=axes)
+    assert axes.images[0].get_array().mask.tolist() == [[False, False], [True, True]]
+    assert [x.get_text() for x in axes.texts] == ["c  0.75", "a  0.25"]
+    path = tmp_path / "k.png"
+    viz.top_k(weights, QUERIES, list("abcd"), 2, indices=indices, path=path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ties_of_many_keys() -> None:
+    keys = [str(j) for j in range(500)]
+    weights = torch.full((2, 500), 1 / 512).index_fill(1, torch.tensor([7]), 0.0)
+    got = viz.top_k(weights, QUERIES, keys, 500)
+    assert [[key for key, _ in row] for row in got] == [[*keys[:7], *keys[8:], "7"]] * 2
+
+
+def test_top_k_shows_nan() -> None:
+    axes = matplotlib.figure.Figure().add_subplot()
+    ((key, weight),), _ = viz.top_k(WEIGHTS.masked_fill(WEIGHTS == 0.0, math.nan), QUERIES, list("abcd"), 1, axes=axes)
+    assert key == "d" and math.isnan(weight)
+    labels(axes)
+
+
+WRONG: dict[str, tuple[type[Exception], str, Any]] = {
+    "shape": (ValueError, r"weights: expected the shape \(2, 3\).*got \(2, 4\)", (WEIGHTS, QUERIES, list("abc"))),
+    "four dimensions": (ValueError, r"got \(1, 1, 2, 4\)", (WEIGHTS[None, None], QUERIES, KEYS)),
+    "empty": (ValueError, "none 0", (torch.zeros(2, 0), QUERIES, [])),
+    "integers": (TypeError, "weights: expected a floating tensor, got torch.int64", (WEIGHTS.long(), QUERIES, KEYS)),
+    "a list": (TypeError, "weights: expected a floating tensor, got <class 'list'>", ([[1.0]], QUERIES, KEYS)),
+    "one string": (TypeError, "keys: expected a sequence of strings, got 'abcd'", (WEIGHTS, QUERIES, "abcd")),
+    "numbers": (TypeError, r"queries: expected a sequence of strings, got \[1, 2\]", (WEIGHTS, [1, 2], KEYS)),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_arguments(what: str) -> None:
+    error, words, given = WRONG[what]
+    with pytest.raises(error, match=words):
+        viz.heatmap(*given)
+    if what != "empty":
+        with pytest.raises(error, match=words):
+            viz.top_k(*given)
+
+
+def test_wrong_arguments_of_top_k() -> None:
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k: expected 1 to 4, the number of keys, got {k}"):
+            viz.top_k(WEIGHTS, QUERIES, KEYS, k)
+    index = torch.zeros(2, 4, dtype=torch.int32)
+    for bad, words in (
+        (WEIGHTS, "expected integers .*float32"),
+        (index[:, :1], r"expected integers \(M, 2 or more\), got torch.int32 \(2, 1\)"),
+        (index + 4, "expected -1 to 3, got 4 to 4"),
+        (index - 2, "expected -1 to 3, got -2 to -2"),
+    ):
+        with pytest.raises(ValueError, match=f"indices: {words}"):
+            viz.top_k(WEIGHTS, QUERIES, KEYS, 2, indices=bad)
+    with pytest.raises(ValueError, match=r"weights: expected the shape \(2, 3\), that of indices"):
+        viz.top_k(WEIGHTS, QUERIES, KEYS, 2, indices=index[:, :3])
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The list needs none; a picture says what is missing."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert doctest.testmod(viz, raise_on_error=True).attempted >= 3
+    with pytest.raises(ImportError, match="drawn with matplotlib, which is missing: pip install matplotlib"):
+        viz.heatmap(WEIGHTS, QUERIES, KEYS)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        viz.top_k(WEIGHTS, QUERIES, KEYS, path=tmp_path / "x.png")
