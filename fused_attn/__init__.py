@@ -14,6 +14,7 @@ _root = _pathlib.Path(__file__).resolve().parent.parent
 if not (_root / "fused_attn" / "kernels").is_dir() and (_root / "kernels").is_dir() and (_root / "setup.py").is_file():
     __path__.append(str(_root))
 
+from . import scores  # noqa: E402
 from .api import attention, explain, merge_states, scaled_dot_product_attention, warmup  # noqa: E402
 from .dispatch import BACKENDS, Explanation  # noqa: E402
 from .spec import BackendError, Mask, TransformError  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "merge_states",
     "scaled_dot_product_attention",
+    "scores",
     "testing",
     "viz",
     "warmup",
@@ -37,7 +39,7 @@ __all__ = [
 
 _LATER = (
     "attention_decode", "attention_map", "attention_stats", "attention_varlen", "debug", "modules", "PagedKVCache",
-    "parallel", "scores",
+    "parallel",
 )  # fmt: skip
 
 

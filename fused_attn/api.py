@@ -85,28 +85,25 @@ def attention(
     >>> fused_attn.attention(q, k, v, causal=True, softcap=30.0).shape
     torch.Size([2, 8, 128, 64])
     """
-    if score != "dot":
-        raise NotImplementedError(f'score: only "dot" is built, got {describe(score)}')
-    if normalizer != "softmax":
-        raise NotImplementedError(f'normalizer: only "softmax" is built, got {normalizer!r}')
     lse: Any
     call = calls.find(
         (q, k, v, mask, bias, alibi_slopes, sink),
-        (layout, scale, causal, window, alignment, softcap, dropout_p, seed, return_lse, deterministic),
+        (layout, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer, return_lse,
+         deterministic),
         backend,
-    )
+    )  # fmt: skip
     if call is not None and call.known:
         swapped = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if layout == "bshd" else (q, k, v)
         out, lse = call((*swapped, mask, bias, alibi_slopes, sink))
     else:
-        heads = _heads_first(q, k, v, layout)
+        heads = _heads_first(q, k, v, layout, score)
         with _no_autocast(q):
             problem = bind(
-                *heads, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
-                alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
-                return_lse=return_lse, deterministic=deterministic,
+                *heads, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment,
+                bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
+                normalizer=normalizer, return_lse=return_lse, deterministic=deterministic,
             )  # fmt: skip
-            name = dispatch.choose(problem, backend)
+            name, problem = dispatch.choose(problem, backend)
             out, lse = dispatch.run(problem, name)
         if call is not None and all(x.dtype == y.dtype for x, y in zip(heads, (q, k, v), strict=True)):
             call.learn((*heads, mask, bias, alibi_slopes, sink), problem, name)
@@ -126,15 +123,16 @@ def explain(
     >>> fused_attn.explain(x, x, x, sink=torch.zeros(2)).backend
     'tiled'
     """
-    return dispatch.explain(bind(*_heads_first(q, k, v, layout), **options), backend)
+    heads = _heads_first(q, k, v, layout, options.get("score", "dot"))
+    return dispatch.explain(bind(*heads, **options), backend)
 
 
-def _heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+def _heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
     q, k, v = _autocast(q, k, v)
-    check_qkv(q, k, v, layout)
+    check_qkv(q, k, v, layout, score)
     return (q, k, v) if layout == "bhsd" else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
 
@@ -213,7 +211,7 @@ def scaled_dot_product_attention(
             q, k, v, scale=scale, mask=mask, causal=is_causal, window=window, alignment="top_left", bias=bias,
             alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
         )  # fmt: skip
-        name = dispatch.choose(problem, backend)
+        name, problem = dispatch.choose(problem, backend)
         out, _ = dispatch.run(problem, name)
     if call is not None:
         call.learn(given, problem, name)

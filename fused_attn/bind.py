@@ -10,28 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .scores import Bilinear, Distance, Score
 from .spec import (
     ALIGNMENTS,
     DTYPES,
+    NORMALIZERS,
     Dropout,
     Mask,
     Problem,
     check_broadcastable,
+    check_parameter,
     check_window,
     describe,
     diagonal_offset,
 )
-
-
-def _parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
-    """A tensor parameter of an allowed shape, dtype and device."""
-    if shapes and tuple(x.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, q.dtype):
-        raise TypeError(f"{name}: expected float32 or q's {q.dtype}, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-    return x
 
 
 def _number(name: str, x: Any) -> Any:
@@ -44,7 +36,7 @@ NAMES = {"sdpa": ("query", "key", "value")}
 HEADS = {"bshd": 2}
 
 
-def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd") -> None:
+def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") -> None:
     """Types, devices and shapes of q, k and v; layout "sdpa" has any rank and only the last dims are judged."""
     names = NAMES.get(layout, ("q", "k", "v"))
     for name, x in zip(names, (q, k, v), strict=True):
@@ -63,7 +55,7 @@ def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd") -> None:
             raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}")
         if x.shape[-1] == 0:
             raise ValueError(f"{name}: the head dim must be at least 1, got shape {tuple(x.shape)}")
-    if k.shape[-1] != q.shape[-1]:
+    if k.shape[-1] != q.shape[-1] and not isinstance(score, Bilinear):
         raise ValueError(f"{names[1]}: expected {names[0]}'s head dim {q.shape[-1]}, got shape {tuple(k.shape)}")
     if layout == "sdpa":
         if v.shape[-2] != k.shape[-2]:
@@ -85,6 +77,7 @@ def bind(
     k: Tensor,
     v: Tensor,
     *,
+    score: Any = "dot",
     scale: float | Tensor | None = None,
     mask: Tensor | Mask | None = None,
     causal: bool = False,
@@ -96,6 +89,7 @@ def bind(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    normalizer: str = "softmax",
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> Problem:
@@ -109,7 +103,7 @@ def bind(
     if alibi_slopes is not None:
         if not isinstance(alibi_slopes, Tensor):
             raise TypeError(f"alibi_slopes: expected a tensor, got {describe(alibi_slopes)}")
-        _parameter("alibi_slopes", alibi_slopes, q, (heads,), (q.shape[0], heads))
+        check_parameter("alibi_slopes", alibi_slopes, q, (heads,), (q.shape[0], heads))
         offset = diagonal_offset(alignment, shape[2], shape[3], "alibi_slopes")
 
     if mask is None:
@@ -127,29 +121,56 @@ def bind(
         if x is not None and x.device != q.device:
             raise ValueError(f"mask: expected q's device {q.device}, got {x.device}")
 
+    score = _score(score, q, k)
     if isinstance(scale, Tensor):
-        _parameter("scale", scale, q, (), (heads,))
+        check_parameter("scale", scale, q, (), (heads,))
+    elif scale is not None:
+        scale = _number("scale", scale)
     else:
-        scale = q.shape[3] ** -0.5 if scale is None else _number("scale", scale)
+        scale = q.shape[3] ** -0.5 if score is None else score.default_scale(q.shape[3])
     if isinstance(softcap, Tensor):
-        _parameter("softcap", softcap, q, ())
+        check_parameter("softcap", softcap, q, ())
     elif softcap is not None:
         softcap = _number("softcap", softcap)
         if not softcap > 0:
             raise ValueError(f"softcap: must be > 0, got {softcap}")
+    if softcap is not None and isinstance(score, Distance):
+        raise ValueError("softcap: scores.Distance has none, got both")
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"bias: expected a tensor, got {describe(bias)}")
-        bias = check_broadcastable("bias", _parameter("bias", bias, q), shape)
+        bias = check_broadcastable("bias", check_parameter("bias", bias, q), shape)
     if sink is not None:
         if not isinstance(sink, Tensor):
             raise TypeError(f"sink: expected a tensor, got {describe(sink)}")
-        _parameter("sink", sink, q, (heads,))
+        check_parameter("sink", sink, q, (heads,))
+
+    _check_normalizer(normalizer, sink is not None, bool(return_lse))
 
     return Problem(
-        q, k, v, scale, softcap, bias, alibi_slopes, sink, allowed, span, offset,
-        _dropout(dropout_p, seed, q), bool(return_lse), _deterministic(deterministic),
+        q, k, v, scale, softcap, bias, alibi_slopes, sink, mask=allowed, span=span, offset=offset,
+        dropout=_dropout(dropout_p, seed, q), return_lse=bool(return_lse),
+        deterministic=_deterministic(deterministic), normalizer=normalizer, score=score,
     )  # fmt: skip
+
+
+def _score(score: Any, q: Tensor, k: Tensor) -> Score | None:
+    """None for the dot product."""
+    if isinstance(score, Score):
+        score.check(q, k)
+        return score
+    if not isinstance(score, str) or score != "dot":
+        raise ValueError(f'score: expected "dot" or one of fused_attn.scores, got {describe(score)}')
+    return None
+
+
+def _check_normalizer(normalizer: Any, sink: bool, return_lse: bool) -> None:
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"normalizer: expected one of {NORMALIZERS}, got {normalizer!r}")
+    if sink and normalizer != "softmax":
+        raise ValueError(f'sink: normalizer "{normalizer}" takes none, got both')
+    if return_lse and normalizer == "sigmoid":
+        raise ValueError('return_lse: normalizer "sigmoid" has no log-sum-exp')
 
 
 def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:

@@ -192,7 +192,8 @@ class Call:
         """The operators' arguments, as `ops.flatten` gives them."""
         all_of_them: Given = tensors + (None,) * (len(TENSORS) - len(tensors))
         q, k, v, mask, bias, slopes, sink = all_of_them
-        return q, k, v, None, None, bias, slopes, sink, mask, None, None, None, *self.settings
+        absent = (None,) * 3
+        return q, k, v, None, None, bias, slopes, sink, *absent, mask, *absent, *self.settings
 
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor]:
         """(out, lse)"""

@@ -6,7 +6,7 @@ nobody may see, shows it; the buffers are compared afterwards, so that whoever w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from .bind import bind
-from .spec import DIFFERENTIABLE, Mask, Problem
+from .recipes import MASK_SHAPES, MASKS, SCORES, VALUES, Draw, parameter, place
+from .spec import Mask, Problem
 
-PARAMETERS = frozenset(DIFFERENTIABLE) - {"q", "k", "v"}
+PARAMETERS = frozenset({"scale", "softcap", "bias", "slopes", "sink", "parameter"})
+LEAVES = ("q", "k", "v", *sorted(PARAMETERS))
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,11 @@ class Case:
     n: int | None = None
     d: int = 32
     dv: int | None = None
+    dk: int | None = None  # k's head dim, which only a bilinear score lets differ
     # options of `attention`
+    score: str | None = None  # a key of SCORES
+    parameter: str | float = ""  # its shape, or the number that it is
+    normalizer: str = "softmax"
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     alignment: str | None = None
@@ -60,17 +66,17 @@ class Case:
     float32_parameters: bool = False
     # outputs
     dout: str | None = "gaps"  # a key of MEMORIES, "ones" (stride 0), or None: only the LSE has a gradient
-    needs: tuple[str, ...] = DIFFERENTIABLE
+    needs: tuple[str, ...] = LEAVES
     backward: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
     def sizes(self) -> dict[str, int]:
-        """B, Hq, Hkv, M, N, D and Dv by letter; g is Hkv and e is Dv."""
-        hkv, n, dv = (
+        """B, Hq, Hkv, M, N, D, Dv and k's D by letter; g is Hkv, e is Dv and c is k's D."""
+        hkv, n, dv, dk = (
             default if own is None else own
-            for own, default in ((self.hkv, self.hq), (self.n, self.m), (self.dv, self.d))
+            for own, default in ((self.hkv, self.hq), (self.n, self.m), (self.dv, self.d), (self.dk, self.d))
         )
-        return {"b": self.b, "h": self.hq, "g": hkv, "m": self.m, "n": n, "d": self.d, "e": dv, "1": 1}
+        return {"b": self.b, "h": self.hq, "g": hkv, "m": self.m, "n": n, "d": self.d, "e": dv, "c": dk, "1": 1}
 
     def shape(self, letters: str) -> tuple[int, ...]:
         sizes = self.sizes()
@@ -82,7 +88,7 @@ class Inputs:
     """Tensors and keywords ready for `fused_attn.attention`, in the case's layout, and the cotangents."""
 
     case: Case
-    tensors: dict[str, Tensor]  # by the names of DIFFERENTIABLE; q, k, v heads-first
+    tensors: dict[str, Tensor]  # by the names of LEAVES; q, k, v heads-first
     options: dict[str, Any]
     clean: dict[str, Tensor]  # the same values, dense, and numbers where unseen keys hold NaN
     dout: Tensor | None
@@ -124,7 +130,11 @@ class Inputs:
                 raise AssertionError(f"{self.case.name}: an input, or the memory around it, was written to")
 
     def _keywords(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        named = {"alibi_slopes" if x == "slopes" else x: t for x, t in tensors.items() if x in PARAMETERS}
+        named: dict[str, Any] = {
+            "alibi_slopes" if x == "slopes" else x: t for x, t in tensors.items() if x in PARAMETERS
+        }
+        if self.case.score is not None:
+            named["score"] = SCORES[self.case.score](named.pop("parameter", self.case.parameter))  # type: ignore[call-arg]
         return self.options | named
 
     def _bind(self, tensors: dict[str, Tensor]) -> Problem:
@@ -132,166 +142,9 @@ class Inputs:
         return bind(*(tensors[x] for x in "qkv"), **keywords)
 
 
-# ---------------------------------------------------------------------------------------------------------- values
-
-Draw = Callable[..., Tensor]  # (*shape) -> float64 Gaussian, from a generator on the CPU
-
-
-def _leaning(size: float) -> Callable:
-    """q leans to +size and k to -size in their first channel, so that every logit is far below zero."""
-
-    def fill(q: Tensor, k: Tensor, v: Tensor) -> None:
-        q[..., 0] = size
-        k[..., 0] = -size
-
-    return fill
-
-
-def _put(name: str, value: float) -> Callable:
-    """One bad number, in the middle of one tensor."""
-
-    def fill(**x: Tensor) -> None:
-        t = x[name]
-        t[0, -1, t.shape[2] // 2, t.shape[3] // 2] = value
-
-    return fill
-
-
-def _small_integers(**x: Tensor) -> None:
-    for t in x.values():
-        t.copy_(torch.where(t.abs() > 1.0, t.mul(1.5).round(), 0.0))
-
-
-def _one_hot(**x: Tensor) -> None:
-    for t in x.values():
-        t.copy_(4.0 * (t == t.amax(-1, keepdim=True)))
-
-
-def _ramps(**x: Tensor) -> None:
-    for t in x.values():
-        rows = torch.linspace(-1, 1, t.shape[2], dtype=t.dtype)[:, None]
-        t.copy_((rows + torch.linspace(-1, 1, t.shape[3], dtype=t.dtype)).expand_as(t))
-
-
-def _constant(value: float) -> Callable:
-    return lambda **x: [t.fill_(value) for t in x.values()]
-
-
-VALUES: dict[str, Callable] = {
-    "gaussian": lambda **x: None,
-    "small_integers": _small_integers,
-    "one_hot": _one_hot,
-    "constant": _constant(0.75),
-    "ramps": _ramps,
-    "huge_equal": _constant(133120.0),
-    "negative": _leaning(32.0),
-    "very_negative": _leaning(640.0),
-    "nan_q": _put("q", torch.nan),
-    "nan_k": _put("k", torch.nan),
-    "nan_v": _put("v", torch.nan),
-    "inf_q": _put("q", torch.inf),
-}
-
-
-# ----------------------------------------------------------------------------------------------------------- masks
-
-
-def _lengths(c: Case, total: int) -> Tensor:
-    """Uneven lengths; the third batch, if there is one, is empty."""
-    return torch.tensor([total * 5 // 6, total // 2, 0][: c.b], dtype=torch.int32)
-
-
-def _ids(c: Case, total: int, *cuts: float) -> Tensor:
-    """(B, total) segment ids that step up at each cut, a little later in each batch."""
-    place = torch.arange(total) - torch.arange(c.b)[:, None] * 3
-    return torch.stack([place >= int(cut * total) for cut in cuts]).int().sum(0, dtype=torch.int32)
-
-
-def _random(letters: str) -> Callable:
-    return lambda c, draw, dev: (draw(*c.shape(letters)) > -0.4).to(dev)
-
-
-def _some_rows(c: Case, draw: Draw, dev: Any) -> Tensor:
-    """Row 0, every fifth row, and all of the rows from 64 to 96 see nothing."""
-    allowed = draw(*c.shape("bhmn")) > -0.4
-    allowed[:, :, ::5] = False
-    allowed[:, :, 64:97] = False
-    return allowed.to(dev)
-
-
-def _after(first: int) -> Callable:
-    """No row sees a key before `first`: one whole tile of keys and more is masked."""
-    return lambda c, draw, dev: (torch.arange(c.sizes()["n"]) >= first)[None, None, None].to(dev)
-
-
-MASK_SHAPES = ("bhmn", "1hmn", "11mn", "b11n", "h1n", "bhm1", "n")
-MASKS: dict[str, Callable[[Case, Draw, Any], Mask | Tensor]] = {
-    "lengths": lambda c, draw, dev: Mask.lengths(_lengths(c, c.sizes()["n"]).to(dev)),
-    "lengths_q": lambda c, draw, dev: Mask.lengths(
-        _lengths(c, c.sizes()["n"]).to(dev), _lengths(c, c.m).flip(0).to(dev)
-    ),
-    "prefix": lambda c, draw, dev: Mask.prefix(_lengths(c, c.sizes()["n"] // 2).to(dev), c.alignment),
-    "segments": lambda c, draw, dev: Mask.segments(_ids(c, c.m, 0.2, 0.3, 0.7).to(dev)),
-    # Query segments 0 and 2 have no keys, and keys of segment 4 have no query.
-    "segments_cross": lambda c, draw, dev: Mask.segments(
-        _ids(c, c.m, 0.2, 0.5, 0.8).to(dev), (_ids(c, c.sizes()["n"], 0.6, 0.6, 0.9) + 1).to(dev)
-    ),
-    # Keys of segment 1, which no query has, lie between those that a tile of rows does see.
-    "segments_gap": lambda c, draw, dev: Mask.segments(
-        (2 * _ids(c, c.m, 0.5)).to(dev), _ids(c, c.sizes()["n"], 0.3, 0.6).to(dev)
-    ),
-    "causal": lambda c, draw, dev: Mask.causal(c.alignment),
-    "window": lambda c, draw, dev: Mask.window(40, 7, c.alignment),
-    "some_rows": _some_rows,
-    "nothing": lambda c, draw, dev: torch.zeros(c.shape("11mn"), dtype=torch.bool, device=dev),
-    "after_70": _after(70),
-    **{f"random_{x}": _random(x) for x in MASK_SHAPES},
-}
-
-
-# ---------------------------------------------------------------------------------------------------------- memory
-
-# order of the dims in memory, elements of gap after each row, inner step, first element, stride of size-1 dims
-MEMORIES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
-    "gaps": ((0, 1, 2, 3), 8, 1, 0, 48),
-    "corrupt": ((0, 1, 2, 3), 8, 1, 0, 2**33 + 3),
-    "unaligned": ((0, 1, 2, 3), 3, 1, 1, 3),
-    "odd_rows": ((0, 1, 2, 3), 3, 1, 0, 3),  # an aligned base, and rows that are not
-    "strided": ((0, 1, 2, 3), 1, 2, 0, 3),
-    "bshd": ((0, 2, 1, 3), 8, 1, 0, 48),
-    "transposed": ((0, 1, 3, 2), 8, 1, 0, 48),
-    "expanded_heads": ((0, 1, 2, 3), 8, 1, 0, 48),
-    "expanded_batch": ((0, 1, 2, 3), 8, 1, 0, 48),
-}
-
-
-def _place(x: Tensor, memory: str, buffers: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """x's values in the midst of a larger buffer of NaN (True, for a mask), with the recipe's strides."""
-    if memory.startswith("expanded"):
-        dim = int(memory == "expanded_heads")
-        return _place(x.narrow(dim, 0, min(1, x.shape[dim])), "gaps", buffers).expand(x.shape)
-    if x.ndim == 0 or memory == "dense":
-        return x.clone()
-    order, gap, step, first, odd = MEMORIES[memory]
-    order = order[: x.ndim] if x.ndim == 4 else tuple(range(x.ndim))
-    sizes = [x.shape[i] for i in order]
-    padded = [n + (2 if i else 0) for i, n in enumerate(sizes)]
-    padded[-1] = (sizes[-1] + gap) * step
-    total = first + torch.Size(padded).numel()
-    buffer = x.new_full((total,), 1.0 if x.dtype == torch.bool else torch.nan)
-    home = buffer[first:].view(padded)
-    for dim, n in enumerate(sizes):
-        home = home[(slice(None),) * dim + (slice(0, n * step, step) if dim == x.ndim - 1 else slice(0, n),)]
-    home = home.permute([order.index(d) for d in range(x.ndim)])
-    home.copy_(x)
-    buffers.append((buffer, buffer.clone()))
-    stride = [odd if n == 1 else s for n, s in zip(home.shape, home.stride(), strict=True)]
-    return home.as_strided(home.shape, stride)
-
-
 def _place_packed(x: dict[str, Tensor], buffers: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """q, k and v as views of one (B, S, Hq + 2 Hkv, D) projection."""
-    together = _place(torch.cat([x[name] for name in "qkv"], 1), "bshd", buffers)
+    together = place(torch.cat([x[name] for name in "qkv"], 1), "bshd", buffers)
     return dict(zip("qkv", together.split([x[name].shape[1] for name in "qkv"], 1), strict=True))
 
 
@@ -304,7 +157,7 @@ def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: An
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device=source)
 
-    x = {"q": draw(*c.shape("bhmd")), "k": draw(*c.shape("bgnd")), "v": draw(*c.shape("bgne"))}
+    x = {"q": draw(*c.shape("bhmd")), "k": draw(*c.shape("bgnc")), "v": draw(*c.shape("bgne"))}
     if 0 not in c.shape("bhmn"):
         VALUES[c.values](**x)
     if c.memory.startswith("expanded"):
@@ -321,13 +174,13 @@ def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: An
     for name, t in clean.items():
         if name not in homes:
             expanded = c.memory.startswith("expanded") and name not in "kv"
-            homes[name] = _place(t, around if name in PARAMETERS or expanded else c.memory, buffers)
+            homes[name] = place(t, around if name in PARAMETERS or expanded else c.memory, buffers)
     tensors = {name: t.detach().requires_grad_(c.backward and name in c.needs) for name, t in homes.items()}
     dout = dlse = None
     if c.dout == "ones":
         dout = torch.ones((), dtype=dtype, device=device).expand(c.shape("bhme"))
     elif c.dout is not None:
-        dout = _place(draw(*c.shape("bhme")).to(device, dtype), "dense" if around == "dense" else c.dout, buffers)
+        dout = place(draw(*c.shape("bhme")).to(device, dtype), "dense" if around == "dense" else c.dout, buffers)
     if c.return_lse:
         dlse = draw(*c.shape("bhm")).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     inputs = Inputs(c, tensors, options, clean, dout, dlse, buffers)
@@ -338,12 +191,12 @@ def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: An
 
 def _options(c: Case, draw: Draw, device: Any, seed: int) -> dict[str, Any]:
     options: dict[str, Any] = {"causal": c.causal, "window": c.window, "alignment": c.alignment}
-    options["deterministic"] = c.deterministic
+    options |= {"deterministic": c.deterministic, "normalizer": c.normalizer}
     mask = None
     for kind in c.masks:
         part = MASKS[kind](c, draw, device)
         if not isinstance(part, Mask):
-            part = _place(part, "dense" if c.memory == "dense" else "gaps" if part.ndim == 4 else "unaligned", [])
+            part = place(part, "dense" if c.memory == "dense" else "gaps" if part.ndim == 4 else "unaligned", [])
         mask = part if mask is None else mask & part if isinstance(mask, Mask) else Mask.tensor(mask) & part
     options["mask"] = mask
     options |= {} if c.softcap_tensor else {"softcap": c.softcap}
@@ -368,6 +221,8 @@ def _parameters(c: Case, draw: Draw) -> dict[str, Tensor]:
         made["scale"] = base * (1 + 0.25 * draw(*c.shape(c.scale_tensor)))
     if c.sink:
         made["sink"] = draw(c.hq)
+    if c.score is not None and isinstance(c.parameter, str):
+        made["parameter"] = parameter(c, draw)
     return made
 
 
@@ -412,6 +267,12 @@ EVERYTHING: dict[str, Any] = {
     "dropout_p": 0.2, "return_lse": True,
 }  # fmt: skip
 FLOAT_ONLY = (torch.float32, torch.float64)
+SCORE_CASES: dict[str, dict[str, Any]] = {
+    "bilinear": {"parameter": "hdc", "dk": 24},
+    "cosine": {"parameter": "h"},
+    "distance": {"parameter": "h"},
+    "additive": {"parameter": "hd"},
+}
 
 # Tags: "core" is the subset for a second version of the toolchain and for a quick look, "half" the cases that also run
 # in float16 and bfloat16, "large" those too slow for the interpreter.
@@ -514,6 +375,51 @@ CASES: dict[str, Case] = _table(
     _case("dropout_gqa_causal", hq=4, hkv=2, dropout_p=0.6, causal=True),
     _case("everything", "core half", **EVERYTHING),
     _case("everything_tensor", softcap_tensor=True, scale_tensor="h", **EVERYTHING),
+    # scores and normalizers
+    *(
+        _case(f"{score}{suffix}", tags, score=score, **options, **more)
+        for score, options in SCORE_CASES.items()
+        for suffix, tags, more in (
+            ("", "core half", {"m": 63, "n": 97}),
+            ("_causal_gqa", "", {"b": 2, "hq": 4, "hkv": 2, "m": 33, "n": 65, "causal": True, "window": (40, None),
+                                 "alignment": "bottom_right", "return_lse": True, "sink": True, "unseen_nan": True}),
+            ("_modified", "", {"m": 63, "n": 65, "scale_tensor": "h", "bias": "1hmn", "alibi": "h", "dropout_p": 0.2,
+                               "masks": ("random_b11n",), "alignment": "top_left"}),
+            ("_sigmoid", "", {"b": 2, "m": 63, "n": 65, "d": 40, "dv": 24, "normalizer": "sigmoid",
+                              "masks": ("lengths",), "unseen_nan": True}),
+        )
+    ),
+    _case("bilinear_shared", "half", score="bilinear", parameter="dc", dk=40, hq=4, hkv=2, m=33),
+    _case("cosine_float", score="cosine", parameter=5.0, hq=1, m=63),
+    _case("cosine_scalar", score="cosine", parameter="", m=63, softcap=2.0, normalizer="softmax1"),
+    _case("cosine_zeros", score="cosine", parameter="h", m=63, values="zero_rows"),
+    _case("cosine_huge", "half", score="cosine", parameter="h", m=63, values="huge_rows",
+          dtypes=(torch.bfloat16, *FLOAT_ONLY)),
+    _case("distance_float", score="distance", parameter=3.0, hq=1, m=63),
+    _case("distance_scalar", score="distance", parameter="", hq=4, hkv=2, m=33, n=65, return_lse=True),
+    _case("distance_bias_rows", score="distance", parameter="h", m=63, bias="bhm1", normalizer="sigmoid"),
+    _case("additive_shared", "half", score="additive", parameter="d", hq=4, hkv=2, m=33, n=65, d=20),
+    _case("additive_odd", score="additive", parameter="hd", hq=1, d=5, m=33, n=65),
+    _case("additive_softcap", score="additive", parameter="hd", m=33, n=65, softcap=2.0, softcap_tensor=True,
+          scale_tensor=""),
+    _case("additive_saturated", "half", score="additive", parameter="d", m=33, n=65, values="cancelling"),
+    _case("additive_bias_shared", score="additive", parameter="d", b=2, m=33, n=65, bias="11mn"),
+    _case("additive_bias_columns", score="additive", parameter="d", b=2, m=33, n=65, bias="1h1n"),
+    *(_case(f"only_parameter_{score}", needs=("parameter",), score=score, m=33, **options)
+      for score, options in SCORE_CASES.items()),
+    _case("softmax1", "core half", normalizer="softmax1", return_lse=True, m=63),
+    _case("softmax1_masked_rows", normalizer="softmax1", masks=("some_rows",), return_lse=True),
+    _case("softmax1_negative", normalizer="softmax1", values="negative", m=63, hq=1, return_lse=True),
+    _case("sigmoid", "core half", normalizer="sigmoid", m=63),
+    _case("sigmoid_causal", normalizer="sigmoid", causal=True, hq=4, hkv=2, b=2, m=63, n=97, alignment="bottom_right"),
+    _case("sigmoid_masked_rows", normalizer="sigmoid", masks=("some_rows",), softcap=3.0, softcap_tensor=True),
+    _case("sigmoid_masked_rows_bias", normalizer="sigmoid", hq=1, bias="bhmn", bias_mask="some_rows"),
+    _case("sigmoid_modified", normalizer="sigmoid", b=2, m=63, n=97, bias="b11n", alibi="h", scale_tensor="h",
+          dropout_p=0.3, alignment="top_left"),
+    _case("sigmoid_bias_rows", normalizer="sigmoid", b=2, m=63, bias="bhm1", window=(9, 4)),
+    _case("sigmoid_bias_one", normalizer="sigmoid", b=2, m=63, bias="1h11", masks=("some_rows",)),
+    *_family("sigmoid", "values", ("very_negative", "nan_q", "nan_k", "nan_v"), m=97, normalizer="sigmoid", hq=1),
+    *_family("additive", "values", ("nan_q", "nan_k", "nan_v", "inf_q"), score="additive", parameter="d", m=33, hq=1),
     # memory
     _case("layout_bshd", "core half", b=2, layout="bshd", memory="bshd", m=63),
     _case("layout_bshd_gaps", b=2, layout="bshd", m=63, n=97, hq=4, hkv=2),
@@ -535,6 +441,6 @@ CASES: dict[str, Case] = _table(
     *_family("values", "values", ("nan_q", "nan_k", "nan_v", "inf_q"), m=97, return_lse=True),
     # who needs a gradient
     *(_case(f"only_{x}", needs=(x,), b=2, m=63, bias="b11n", sink=True, softcap=3.0, softcap_tensor=True,
-            scale_tensor="h", alibi="h") for x in DIFFERENTIABLE),
+            scale_tensor="h", alibi="h") for x in LEAVES if x != "parameter"),
     _case("no_gradient", needs=(), m=63),
 )  # fmt: skip

@@ -70,27 +70,37 @@ def _tracing() -> bool:
 
 def explain(p: Problem, backend: str | None = None) -> Explanation:
     """The backend that runs p, and the reasons against those tried before it."""
+    return _explain(p, p.lower(), backend)
+
+
+def taken(name: str, p: Problem, lowered: Problem) -> Problem:
+    """Which of two forms of one problem a backend takes."""
+    return p if name == "reference" else lowered
+
+
+def _explain(p: Problem, lowered: Problem, backend: str | None) -> Explanation:
     asked = backend or os.environ.get("FUSED_ATTN_BACKEND") or None
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {asked!r}")
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if asked is None else (asked,):
-        reasons = why_not(name, p, asked is not None, transform)
+        reasons = why_not(name, taken(name, p, lowered), asked is not None, transform)
         if not reasons:
             return Explanation(name, refused)
         refused[name] = reasons
     return Explanation(None, refused)
 
 
-def choose(p: Problem, backend: str | None = None) -> str:
-    """The first backend that can run p, or the one asked for."""
-    choice = explain(p, backend)
+def choose(p: Problem, backend: str | None = None) -> tuple[str, Problem]:
+    """The first backend that can run p, or the one asked for, and the form of p that it takes."""
+    lowered = p.lower()
+    choice = _explain(p, lowered, backend)
     if choice.backend is None:
         asked, reasons = next(reversed(choice.reasons.items()))
         error = TransformError if transformed(p) else BackendError
         raise error(f"backend {asked!r} cannot run this call: " + "; ".join(reasons))
-    return choice.backend
+    return choice.backend, taken(choice.backend, p, lowered)
 
 
 def run(p: Problem, name: str) -> tuple[Tensor, Tensor | None]:

@@ -56,6 +56,9 @@ def _modifiers(p: Problem) -> dict[str, bool]:
         "zeros for rows that a mask empties": p.mask is not None,
         "counter-based dropout": p.dropout is not None,
         "log-sum-exp to return": p.return_lse,
+        "additive score": p.w is not None,
+        "terms of rows and keys beside the product": p.key_terms is not None,
+        "sigmoid normalizer": p.sigmoid,
     }
 
 

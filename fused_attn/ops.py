@@ -25,10 +25,11 @@ LAUNCHERS = {
 
 PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? scale, Tensor? softcap, Tensor? bias, Tensor? slopes, Tensor? sink, "
-    "Tensor? mask, Tensor? lo, Tensor? hi, Tensor? rng, float scale_value, float? softcap_value, float dropout_p, "
-    "SymInt? left, SymInt? right, SymInt offset, bool deterministic, str backend"
+    "Tensor? w, Tensor? row_terms, Tensor? key_terms, Tensor? mask, Tensor? lo, Tensor? hi, Tensor? rng, "
+    "float scale_value, float? softcap_value, float dropout_p, SymInt? left, SymInt? right, SymInt offset, "
+    "bool deterministic, str normalizer, str backend"
 )
-TENSORS = 12  # how many of the problem's arguments are tensors; they come first
+TENSORS = 15  # how many of the problem's arguments are tensors; they come first
 
 _library = torch.library.Library("fused_attn", "DEF")
 _library.define(f"forward({PROBLEM}) -> (Tensor out, Tensor lse)")
@@ -54,20 +55,22 @@ def flatten(p: Problem, backend: str) -> tuple[Any, ...]:
     span, dropout = p.span, p.dropout
     return (
         p.q, p.k, p.v, p.scale if scale_is_tensor else None, p.softcap if cap_is_tensor else None,
-        p.bias, p.slopes, p.sink, p.mask, span.lo, span.hi, None if dropout is None else dropout.rng,
+        p.bias, p.slopes, p.sink, p.w, p.row_terms, p.key_terms, p.mask, span.lo, span.hi,
+        None if dropout is None else dropout.rng,
         1.0 if scale_is_tensor else p.scale, None if cap_is_tensor else p.softcap,
-        0.0 if dropout is None else dropout.p, span.left, span.right, p.offset, p.deterministic, backend,
+        0.0 if dropout is None else dropout.p, span.left, span.right, p.offset, p.deterministic,
+        p.normalizer, backend,
     )  # fmt: skip
 
 
 def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
     """The inverse of flatten."""
-    q, k, v, scale, cap, bias, slopes, sink, mask, lo, hi, rng = args[:TENSORS]
-    scale_value, cap_value, dropout_p, left, right, offset, deterministic, backend = args[TENSORS:]
+    q, k, v, scale, cap, bias, slopes, sink, w, row_terms, key_terms, mask, lo, hi, rng = args[:TENSORS]
+    scale_value, cap_value, dropout_p, left, right, offset, deterministic, normalizer, backend = args[TENSORS:]
     problem = Problem(
         q, k, v, scale_value if scale is None else scale, cap_value if cap is None else cap,
-        bias, slopes, sink, mask, Span(left, right, lo, hi), offset,
-        None if rng is None else Dropout(dropout_p, rng), True, deterministic,
+        bias, slopes, sink, w, row_terms, key_terms, mask, Span(left, right, lo, hi), offset,
+        None if rng is None else Dropout(dropout_p, rng), normalizer != "sigmoid", deterministic, normalizer,
     )  # fmt: skip
     return problem, backend
 
@@ -94,7 +97,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     p, _ = rebuild(args)
-    return p.empty_out(), p.q.new_empty(p.q.shape[:3], dtype=p.lse_dtype)
+    return p.empty_out(), p.empty_lse()
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .scores import Additive
 from .spec import HALF, Problem
 
 
@@ -19,7 +20,10 @@ def why_not(p: Problem) -> list[str]:
 def scores(p: Problem, dtype: torch.dtype) -> Tensor:
     """(B, Hq, M, N): every modifier applied, -inf where the mask forbids."""
     q, k = p.q.to(dtype), _reached(p.k, p).to(dtype)
-    s = q @ k.mT * _number(p.scale, dtype)
+    score = p.score if p.w is None else Additive(p.w)
+    s = (q @ k.mT if score is None else score.materialize(q, k, dtype)) * _number(p.scale, dtype)
+    if p.row_terms is not None and p.key_terms is not None:
+        s = s + p.row_terms.to(dtype)[..., None] + p.key_terms.to(dtype)[..., None, :]
     if p.softcap is not None:
         cap = _number(p.softcap, dtype)
         s = cap * torch.tanh(s / cap)
@@ -36,26 +40,34 @@ def scores(p: Problem, dtype: torch.dtype) -> Tensor:
 def attention(p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse), computed in dtype; half precision is computed in float32 unless dtype says otherwise."""
     dtype = dtype or (torch.float32 if p.q.dtype in HALF else p.q.dtype)
-    s = scores(p, dtype)
-    peak = s.detach().amax(-1) if p.shape[3] else s.new_full(s.shape[:-1], -torch.inf)
-    if p.sink is not None:
-        sink = p.sink.to(dtype)[:, None].expand(s.shape[:-1])
-        peak = torch.maximum(peak, sink.detach())
-    peak = torch.where(peak == -torch.inf, 0.0, peak)
-    weights = torch.exp(s - peak[..., None])
-    total = weights.sum(-1)
-    if p.sink is not None:
-        total = total + torch.exp(sink - peak)
-    # A row that sees nothing has total 0: its weights stay 0, its lse is -inf, and no 0 / 0 reaches a gradient.
-    seen = total != 0
-    total = torch.where(seen, total, 1.0)
-    lse = torch.where(seen, peak + torch.log(total), -torch.inf)
-    weights = weights / total[..., None]
+    weights, lse = normalized(p, scores(p, dtype))
     if p.dropout is not None:
         i, j = _positions(p)
         heads = torch.arange(p.shape[0] * p.shape[1], device=i.device).view(p.shape[:2])
         weights = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
     return p.in_order(weights @ _reached(p.v, p).to(dtype)), lse.to(p.lse_dtype)
+
+
+def normalized(p: Problem, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of scores (B, Hq, M, N), without dropout, and the log of what divided them; (0,) for a sigmoid."""
+    if p.sigmoid:
+        return torch.sigmoid(s), p.empty_lse()
+    peak = s.detach().amax(-1) if p.shape[3] else s.new_full(s.shape[:-1], -torch.inf)
+    # softmax1 is a sink whose logit is 0.
+    sink = s.new_zeros(p.shape[1]) if p.normalizer == "softmax1" else None if p.sink is None else p.sink.to(s.dtype)
+    if sink is not None:
+        sink = sink[:, None].expand(s.shape[:-1])
+        peak = torch.maximum(peak, sink.detach())
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    weights = torch.exp(s - peak[..., None])
+    total = weights.sum(-1)
+    if sink is not None:
+        total = total + torch.exp(sink - peak)
+    # A row that sees nothing has total 0: its weights stay 0, its lse is -inf, and no 0 / 0 reaches a gradient.
+    seen = total != 0
+    total = torch.where(seen, total, 1.0)
+    lse = torch.where(seen, peak + torch.log(total), -torch.inf)
+    return weights / total[..., None], lse
 
 
 def _reached(x: Tensor, p: Problem) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes are heads-first: q (B, Hq, M, D), k (B, Hkv, N, D), v (B, Hkv, N, Dv). Row i counts queries, column j keys,
 and query head h reads key-value head h // (Hq // Hkv). The score of (i, j) is, in this order:
 
-    softcap(q_i . k_j * scale)  + bias  - slope * |i + offset - j|,   -inf where the mask forbids it
+    softcap(score(q_i, k_j) * scale)  + bias  - slope * |i + offset - j|,   -inf where the mask forbids it
 
 `materialize()` is the executable meaning of a noun; the reference is built from nothing else.
 """
@@ -20,7 +20,9 @@ from torch import Tensor
 ALIGNMENTS = ("top_left", "bottom_right")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
-DIFFERENTIABLE = ("q", "k", "v", "scale", "softcap", "bias", "slopes", "sink")
+NORMALIZERS = ("softmax", "softmax1", "sigmoid")
+# What a backend may be asked for a gradient of. "parameter", of a score that is not lowered yet, is none of them.
+DIFFERENTIABLE = ("q", "k", "v", "scale", "softcap", "bias", "slopes", "sink", "w", "row_terms", "key_terms")
 
 
 class BackendError(ValueError):
@@ -288,6 +290,10 @@ class Problem:
 
     scale, softcap: floats, or tensors () or (Hq,) for scale and () for softcap. mask (bool) and bias are 4-d and
     broadcastable to (B, Hq, M, N); slopes (Hq,) or (B, Hq); sink (Hq,). offset places the diagonal that ALiBi sees.
+
+    score: one of `fused_attn.scores`, None for the dot product. `lower` turns it into what backends take: other q and
+    k; w (D,) or (Hq, D), the weights of an additive score; row_terms (B, Hq, M) and key_terms (B, Hq, N), added to the
+    product times the scale. The normalizer softmax1 becomes a sink of zeros.
     """
 
     q: Tensor
@@ -298,12 +304,17 @@ class Problem:
     bias: Tensor | None = None
     slopes: Tensor | None = None
     sink: Tensor | None = None
+    w: Tensor | None = None
+    row_terms: Tensor | None = None
+    key_terms: Tensor | None = None
     mask: Tensor | None = None
     span: Span = Span()
     offset: int = 0
     dropout: Dropout | None = None
     return_lse: bool = False
     deterministic: bool = True
+    normalizer: str = "softmax"
+    score: Any = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -322,12 +333,25 @@ class Problem:
 
     @property
     def plain(self) -> bool:
-        """A scaled dot product under a span: no modifier, tensor mask, sink, dropout or LSE."""
+        """A scaled dot product under a span: no modifier, tensor mask, sink, dropout, LSE or other normalizer."""
+        absent = (self.softcap, self.bias, self.slopes, self.sink, self.mask, self.dropout, self.score)
+        lowered = (self.w, self.row_terms, self.key_terms)
         return (
             isinstance(self.scale, float)
             and not self.return_lse
-            and all(x is None for x in (self.softcap, self.bias, self.slopes, self.sink, self.mask, self.dropout))
+            and self.normalizer == "softmax"
+            and all(x is None for x in (*absent, *lowered))
         )
+
+    @property
+    def sigmoid(self) -> bool:
+        """Each weight is of its score alone; there is no denominator and no LSE."""
+        return self.normalizer == "sigmoid"
+
+    @property
+    def parameter(self) -> Any:
+        """The score's own, before it is lowered."""
+        return None if self.score is None else self.score.parameter
 
     @property
     def lse_dtype(self) -> torch.dtype:
@@ -335,11 +359,22 @@ class Problem:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that a gradient can flow to, by name."""
-        found = {name: getattr(self, name) for name in DIFFERENTIABLE}
+        found = {name: getattr(self, name) for name in (*DIFFERENTIABLE, "parameter")}
         return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
     def replace(self, **changes: Any) -> Problem:
         return Problem(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+    def lower(self) -> Problem:
+        """The same problem without a score object and softmax1, which only the reference takes as they are."""
+        p = self if self.score is None else self.score.lower(self)
+        if p.normalizer != "softmax1":
+            return p
+        return p.replace(normalizer="softmax", sink=p.q.new_zeros(p.q.shape[1], dtype=p.lse_dtype))
+
+    def empty_lse(self) -> Tensor:
+        """An uninitialised (B, Hq, M); a sigmoid has none, which is (0,) to the operators."""
+        return self.q.new_empty((0,) if self.sigmoid else self.q.shape[:3], dtype=self.lse_dtype)
 
     def empty_out(self) -> Tensor:
         """An uninitialised (B, Hq, M, Dv) whose memory order follows q's."""
@@ -364,6 +399,17 @@ def memory_order(q: Tensor) -> tuple[list[int], list[int]]:
 
 def describe(x: Any) -> str:
     return f"{x.dtype} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r}"
+
+
+def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
+    """A tensor parameter of an allowed shape, dtype and device."""
+    if shapes and tuple(x.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, q.dtype):
+        raise TypeError(f"{name}: expected float32 or q's {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+    return x
 
 
 def check_integers(name: str, x: Any, *ranks: int) -> None:

@@ -5,12 +5,13 @@ forward     for each tile of rows, over the tiles of keys that its span reaches,
             and at the end O / l and lse = m + log l; a sink starts m at its logit and l at 1.
 backward    P = exp(S - lse) again, delta = sum(dO * O) - dlse, dS = P * (dO V^T - delta), and then
                 dV += P^T dO,  dQ += dS K scale,  dK += dS^T Q scale
+sigmoid     P = sigmoid(S) and dS = P * (1 - P) * (dO V^T): no maximum, no lse and no delta
 attention   the same tiles of rows under plain autograd, for the transforms that need to see every operation.
 
-The score of a tile, in order: product * scale, softcap, + bias, - slope * distance, span, mask. A tile lies in a few
-buffers that every step overwrites: on a CPU, a pass over a tile in cache costs a tenth of its product, and a pass over
-a whole matrix in memory as much as one. Query heads of one group are folded into rows, so k and v are never repeated.
-Everything is computed in float32, or in float64 for float64.
+The score of a tile, in order: product * scale, terms of rows and keys, softcap, + bias, - slope * distance, span, mask.
+A tile lies in a few buffers that every step overwrites: on a CPU, a pass over a tile in cache costs a tenth of its
+product, and a pass over a whole matrix in memory as much as one. Query heads of one group are folded into rows, so k
+and v are never repeated. Everything is computed in float32, or in float64 for float64.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import state
+from . import additive, state
+from .scores import Additive
 from .spec import HALF, Problem, philox
 from .tiles import Share, Tile, bounded_per_row, part, row_tiles, seen, shares
 
@@ -105,6 +107,15 @@ class _Work:
         b, heads = self.q.shape[:2]
         return x.view(b, heads, -1, x.shape[2])
 
+    def by_head(self, x: Tensor) -> Tensor:
+        """k's tile, (B * Hkv, keys, D), as (B, Hkv, keys, D)."""
+        return x.unflatten(0, (self.q.shape[0], -1))
+
+    @property
+    def w(self) -> Tensor:
+        """The weights of an additive score, of this share's heads."""
+        return self.p.w if self.p.w.ndim == 1 else self.p.w[self.share.heads]
+
     def of_rows(self, x: Tensor, tile: Tile) -> Tensor:
         """What a (B, Hq, M, D) tensor of the whole problem holds for one tile of this share, folded."""
         return self.fold(x[self.share.batch, self.share.heads, tile.rows])
@@ -117,10 +128,16 @@ class _Work:
         cap = None if p.softcap is None else _number(p.softcap, dtype)
         if cap is not None:
             factor = factor / cap
-        alpha, product = 1 if isinstance(factor, Tensor) else factor, self.fold(s)
-        torch.baddbmm(product, q, self.k[:, keys].mT, beta=0, alpha=alpha, out=product)
-        if isinstance(factor, Tensor):
+        if p.w is None:
+            alpha, product = 1 if isinstance(factor, Tensor) else factor, self.fold(s)
+            torch.baddbmm(product, q, self.k[:, keys].mT, beta=0, alpha=alpha, out=product)
+        else:
+            additive.products(self.unfold(q), self.by_head(self.k[:, keys]), self.w, s)
+        if p.w is not None or isinstance(factor, Tensor):
             s.mul_(factor)
+        if p.key_terms is not None:
+            s.add_(p.row_terms[share.batch, share.heads, tile.rows, None])
+            s.add_(p.key_terms[share.batch, share.heads, None, keys])
         if cap is not None:
             torch.mul(torch.tanh(s, out=self.buffer("tanh", tile, keys)), cap, out=s)
         if p.bias is not None:
@@ -161,7 +178,7 @@ class _Work:
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem; no autograd."""
-    out, lse = state.empty(p.empty_out(), p.q.new_empty(p.shape[:3], dtype=p.lse_dtype))
+    out, lse = state.empty(p.empty_out(), p.empty_lse())
     if p.sink is not None:
         lse.copy_(p.sink[:, None])
     visible = seen(p)
@@ -169,10 +186,23 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         work = _Work(p, share, visible)
         for tile in share.tiles:
             place = (share.batch, share.heads, tile.rows)
-            tile_out, tile_lse = _row_tile(work, tile)
+            tile_out, tile_lse = (_sigmoid_tile if p.sigmoid else _row_tile)(work, tile)
             out[place] = work.unfold(tile_out).to(out.dtype)
-            lse[place] = work.unfold(tile_lse)[..., 0]
+            if tile_lse is not None:
+                lse[place] = work.unfold(tile_lse)[..., 0]
     return out, lse
+
+
+def _sigmoid_tile(work: _Work, tile: Tile) -> tuple[Tensor, None]:
+    """out (B * Hkv, group * rows, Dv) of one tile of rows: each weight is of its score alone."""
+    p, q = work.p, work.fold(work.q[:, :, tile.rows])
+    o = q.new_zeros(*q.shape[:2], work.v.shape[2])
+    for keys in tile.key_tiles():
+        weights = work.scores(q, tile, keys).sigmoid_()
+        if p.dropout is not None:
+            weights.mul_(work.kept(tile, keys))
+        o.baddbmm_(work.fold(weights), work.v[:, keys])
+    return o if p.dropout is None else o.mul_(p.dropout.rescale), None
 
 
 def _row_tile(work: _Work, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -212,12 +242,15 @@ def backward(
     dtype, visible = _work_dtype(p), seen(p)
     if visible is not None:
         dout = torch.where(visible[0], dout, 0)
-    delta = (dout.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
-    if dlse is not None:
-        delta = delta - dlse.to(dtype)[..., None]
-    # A row that sees nothing: exp(s - inf) = 0, and whatever stands in its cotangents goes nowhere.
-    blind = (lse == -torch.inf)[..., None]
-    lse, delta = lse.to(dtype)[..., None].masked_fill(blind, torch.inf), delta.masked_fill(blind, 0)
+    if p.sigmoid:
+        lse = delta = None
+    else:
+        delta = (dout.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta = delta - dlse.to(dtype)[..., None]
+        # A row that sees nothing: exp(s - inf) = 0, and whatever stands in its cotangents goes nowhere.
+        blind = (lse == -torch.inf)[..., None]
+        lse, delta = lse.to(dtype)[..., None].masked_fill(blind, torch.inf), delta.masked_fill(blind, 0)
     grads = _Gradients(p, needs, dtype)
     if "sink" in needs:
         grads.sums["sink"] = -(torch.exp(p.sink.to(dtype)[:, None, None] - lse) * delta).sum((0, 2, 3))
@@ -234,12 +267,15 @@ def _backward_tile(work: _Work, tile: Tile, dout: Tensor, lse: Tensor, delta: Te
     """Add what one tile of rows gives to every gradient."""
     p = work.p
     q, do = work.fold(work.q[:, :, tile.rows]), work.of_rows(dout, tile)
-    lse, delta = (work.of_rows(x, tile) for x in (lse, delta))
+    lse, delta = (None if x is None else work.of_rows(x, tile) for x in (lse, delta))
     grads.open_rows(work, q)
     for keys in tile.key_tiles():
         weights4 = work.scores(q, tile, keys)
         weights = work.fold(weights4)
-        _exp(weights, lse)
+        if p.sigmoid:
+            weights.sigmoid_()
+        else:
+            _exp(weights, lse)
         kept = None if p.dropout is None else work.kept(tile, keys).mul_(p.dropout.rescale)
         ds4 = None
         if grads.of_scores:
@@ -248,7 +284,10 @@ def _backward_tile(work: _Work, tile: Tile, dout: Tensor, lse: Tensor, delta: Te
             torch.bmm(do, work.v[:, keys].mT, out=ds)
             if kept is not None:
                 ds4.mul_(kept)
-            ds.sub_(delta).mul_(weights)
+            if p.sigmoid:
+                torch.ops.aten.sigmoid_backward.grad_input(ds, weights, grad_input=ds)
+            else:
+                ds.sub_(delta).mul_(weights)
         if grads.dv is not None:
             if kept is not None:
                 weights4.mul_(kept)
@@ -276,23 +315,27 @@ class _Gradients:
         self.sums = {
             name: torch.zeros_like(x, dtype=dtype)
             for name, x in p.tensors().items()
-            if name in needs - self.whole.keys() and name in ("scale", "softcap", "slopes", "bias")
+            if name in needs - self.whole.keys() - {"sink"}
         }
         self.dq: Tensor | None = None
         self.dk: Tensor | None = None
         self.dv: Tensor | None = None
 
+        self.dw: Tensor | None = None
+
     def open(self, work: _Work) -> None:
+        self.dw = None if self.p.w is None else work.k.new_zeros(*work.q.shape[:2], work.k.shape[2])
         self.dk = torch.zeros_like(work.k) if "k" in self.needs else None
         self.dv = torch.zeros_like(work.v) if "v" in self.needs else None
 
     def open_rows(self, work: _Work, q: Tensor) -> None:
         # k's product with a tensor scale takes q times that scale; a number is left to the end.
         self.q = q
-        if isinstance(self.p.scale, Tensor) and self.dk is not None:
+        if self.p.w is None and isinstance(self.p.scale, Tensor) and self.dk is not None:
             scale = _number(self.p.scale, self.dtype, work.share.heads)
             self.q = work.fold(work.unfold(q) * scale)
-        self.dq = torch.zeros_like(q) if self.needs & {"q", "scale", "softcap"} else None
+        wanted = {"q", "scale", "softcap"} if self.p.w is None else {"q"}
+        self.dq = torch.zeros_like(q) if self.needs & wanted else None
 
     def add(self, work: _Work, tile: Tile, keys: slice, ds4: Tensor) -> None:
         p, share, sums = self.p, work.share, self.sums
@@ -309,43 +352,76 @@ class _Gradients:
                 sums["slopes"][share.heads].sub_(total.sum(0))
             else:
                 sums["slopes"][share.batch, share.heads].sub_(total)
+        if "row_terms" in sums:
+            sums["row_terms"][share.batch, share.heads, tile.rows].add_(ds4.sum(3))
+        if "key_terms" in sums:
+            sums["key_terms"][share.batch, share.heads, keys].add_(ds4.sum(2))
         if p.softcap is not None:
             tanh = work.buffer("tanh", tile, keys)
             if "softcap" in sums:
                 sums["softcap"].add_(torch.dot(ds4.view(-1), tanh.view(-1)))
             torch.ops.aten.tanh_backward.grad_input(ds4, tanh, grad_input=ds4)
+        if p.w is not None:
+            self._add_additive(work, tile, keys, ds4)
+            return
         ds = work.fold(ds4)
         if self.dq is not None:
             self.dq.baddbmm_(ds, work.k[:, keys])
         if self.dk is not None:
             self.dk[:, keys].baddbmm_(ds.mT, self.q)
 
+    def _add_additive(self, work: _Work, tile: Tile, keys: slice, du: Tensor) -> None:
+        q, k, scale = work.unfold(self.q), work.by_head(work.k[:, keys]), self.p.scale
+        if isinstance(scale, Tensor):
+            scale = scale.to(self.dtype).expand(self.p.shape[1])[work.share.heads]
+        dq, dk, dw = additive.gradients(q, k, work.w, du, scale)
+        self.dw.add_(dw)
+        if self.dq is not None:
+            self.dq.add_(work.fold(dq))
+        if self.dk is not None:
+            self.dk[:, keys].add_(dk.flatten(0, 1))
+
+    def _add_numbers(self, share: Share, per_head: Tensor) -> None:
+        """What the sum of du times the product, (Hq,), is to scale and softcap."""
+        scale = _number(self.p.scale, self.dtype, share.heads)
+        if "scale" in self.sums:
+            whole = self.sums["scale"].ndim == 0
+            target = self.sums["scale"] if whole else self.sums["scale"][share.heads]
+            target.add_(per_head.sum() if whole else per_head)
+        if "softcap" in self.sums:
+            flat = scale.view(-1) if isinstance(scale, Tensor) else scale
+            cap = torch.as_tensor(self.p.softcap, dtype=self.dtype)
+            self.sums["softcap"].sub_((per_head * flat).sum() / cap)
+
     def close_rows(self, work: _Work, tile: Tile, q: Tensor) -> None:
         """dq so far is dS K. Its product with q, summed, is the gradient of the scale and part of the softcap's."""
         if self.dq is None:
             return
-        p, share, sums = self.p, work.share, self.sums
-        scale = _number(p.scale, self.dtype, share.heads)
-        if "scale" in sums or "softcap" in sums:
-            per_head = work.unfold(q * self.dq).sum((0, 2, 3))
-            if "scale" in sums:
-                whole = sums["scale"].ndim == 0
-                target, found = (sums["scale"], per_head.sum()) if whole else (sums["scale"][share.heads], per_head)
-                target.add_(found)
-            if "softcap" in sums:
-                flat = scale.view(-1) if isinstance(scale, Tensor) else scale
-                cap = torch.as_tensor(p.softcap, dtype=self.dtype)
-                sums["softcap"].sub_((per_head * flat).sum() / cap)
+        share = work.share
+        if self.p.w is None:
+            if self.sums.keys() & {"scale", "softcap"}:
+                self._add_numbers(share, work.unfold(q * self.dq).sum((0, 2, 3)))
+            self.dq = work.fold(work.unfold(self.dq) * _number(self.p.scale, self.dtype, share.heads))
         if "q" in self.needs:
-            self.whole["q"][share.batch, share.heads, tile.rows] = (work.unfold(self.dq) * scale).to(p.q.dtype)
+            self.whole["q"][share.batch, share.heads, tile.rows] = work.unfold(self.dq).to(self.p.q.dtype)
 
     def close(self, work: _Work) -> None:
-        place = (work.share.batch, work.share.kv_heads)
+        p, share = self.p, work.share
+        place = (share.batch, share.kv_heads)
+        if p.w is not None:
+            # The weights' gradient, as far as the scale has not been multiplied in, knows the products too.
+            self._add_numbers(share, (self.dw * work.w).sum((0, 2)))
+            if "w" in self.sums:
+                per_head = self.dw.sum(0)[..., None] * _number(p.scale, self.dtype, share.heads)
+                whole = p.w.ndim == 1
+                target = self.sums["w"] if whole else self.sums["w"][share.heads]
+                target.add_(per_head[..., 0].sum(0) if whole else per_head[..., 0])
         if self.dk is not None:
-            dk = self.dk if isinstance(self.p.scale, Tensor) else self.dk.mul_(self.p.scale)
-            self.whole["k"][place] = dk.view(self.whole["k"][place].shape).to(self.p.k.dtype)
+            scaled = p.w is not None or isinstance(p.scale, Tensor)
+            dk = self.dk if scaled else self.dk.mul_(p.scale)
+            self.whole["k"][place] = dk.view(self.whole["k"][place].shape).to(p.k.dtype)
         if self.dv is not None:
-            self.whole["v"][place] = self.dv.view(self.whole["v"][place].shape).to(self.p.v.dtype)
+            self.whole["v"][place] = self.dv.view(self.whole["v"][place].shape).to(p.v.dtype)
 
     def finish(self) -> dict[str, Tensor]:
         return self.whole | {name: x.to(self.p.tensors()[name].dtype) for name, x in self.sums.items()}
@@ -369,16 +445,22 @@ def attention(p: Problem) -> tuple[Tensor, Tensor]:
     begin, end = (tiles[0].start, tiles[-1].stop) if tiles else (m, m)
     blind = [Tile(*rows, 0, 0, 0, 0) for rows in ((0, begin), (end, m)) if rows[0] < rows[1] or not m]
     outs, lses = zip(*(_plain_rows(p, tile) for tile in sorted(blind + tiles)), strict=True)
-    return p.in_order(torch.cat(outs, 2)), torch.cat(lses, 2).to(p.lse_dtype)
+    return p.in_order(torch.cat(outs, 2)), p.empty_lse() if p.sigmoid else torch.cat(lses, 2).to(p.lse_dtype)
 
 
-def _plain_rows(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, rows, Dv) and lse (B, Hq, rows) of one tile of rows."""
+def _plain_rows(p: Problem, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """out (B, Hq, rows, Dv) and lse (B, Hq, rows), None for a sigmoid, of one tile of rows."""
     dtype, rows, keys = _work_dtype(p), tile.rows, tile.keys
     (b, h), kv_heads, size = p.shape[:2], p.k.shape[1], tile.stop - tile.start
     q = p.q[:, :, rows].to(dtype).reshape(b, kv_heads, p.group * size, p.q.shape[3])
     k, v = (x[:, :, keys].to(dtype) for x in (p.k, p.v))
-    s = (q @ k.mT).reshape(b, h, size, keys.stop - keys.start) * _number(p.scale, dtype)
+    if p.w is None:
+        s = (q @ k.mT).reshape(b, h, size, keys.stop - keys.start)
+    else:
+        s = Additive(p.w).materialize(p.q[:, :, rows], p.k[:, :, keys], dtype)
+    s = s * _number(p.scale, dtype)
+    if p.key_terms is not None:
+        s = s + p.row_terms[:, :, rows, None] + p.key_terms[:, :, None, keys]
     if p.softcap is not None:
         cap = _number(p.softcap, dtype)
         s = cap * torch.tanh(s / cap)
@@ -391,9 +473,18 @@ def _plain_rows(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
         s = torch.where(p.span.materialize(i, j, p.shape[3]), s, -torch.inf)
     if p.mask is not None:
         s = torch.where(part(p.mask, slice(b), slice(h), rows, keys), s, -torch.inf)
+    weights, lse = (torch.sigmoid(s), None) if p.sigmoid else _plain_softmax(p, s)
+    if p.dropout is not None:
+        heads = torch.arange(b * h, device=s.device).view(b, h)
+        weights = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
+    weights = weights.reshape(b, kv_heads, p.group * size, keys.stop - keys.start)
+    return (weights @ v).reshape(b, h, size, v.shape[3]), lse
+
+
+def _plain_softmax(p: Problem, s: Tensor) -> tuple[Tensor, Tensor]:
     # The peak cancels in every derivative, so none needs to flow through it.
-    peak = s.detach().amax(-1) if keys.stop > keys.start else s.new_full(s.shape[:-1], -torch.inf)
-    sink = None if p.sink is None else p.sink.to(dtype)[:, None]
+    peak = s.detach().amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
+    sink = None if p.sink is None else p.sink.to(s.dtype)[:, None]
     if sink is not None:
         peak = torch.maximum(peak, sink.detach())
     peak = _finite_peak(peak)
@@ -404,9 +495,4 @@ def _plain_rows(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
     some = total != 0
     total = torch.where(some, total, 1)
     lse = torch.where(some, peak + torch.log(total), -torch.inf)
-    weights = weights / total[..., None]
-    if p.dropout is not None:
-        heads = torch.arange(b * h, device=s.device).view(b, h)
-        weights = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
-    weights = weights.reshape(b, kv_heads, p.group * size, keys.stop - keys.start)
-    return (weights @ v).reshape(b, h, size, v.shape[3]), lse
+    return weights / total[..., None], lse

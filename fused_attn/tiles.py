@@ -141,14 +141,17 @@ def shares(p: Problem) -> Iterator[Share]:
 
 
 def seen(p: Problem) -> tuple[Tensor, Tensor] | None:
-    """bool (B or 1, 1, M, 1) and (B or 1, 1, N, 1): rows that see a key and keys that a row sees, where lo, hi say so.
+    """`reached`, where lo and hi say so; what left and right say, tiles skip by themselves."""
+    return reached(p) if bounded_per_row(p.span) else None
+
+
+def reached(p: Problem) -> tuple[Tensor, Tensor]:
+    """bool (B or 1, 1, M, 1) and (B or 1, 1, N, 1): rows that see a key and keys that a row sees, by the span alone.
 
     What is padding may hold NaN, and a product with a weight of zero would let it through.
     """
-    if not bounded_per_row(p.span):
-        return None
     lo, hi = _bounds(p)
     keys = torch.arange(p.shape[3], device=p.q.device).expand(lo.shape[0], -1).contiguous()
     # Neither bound decreases, so the rows with lo <= j are the first ones and those with j < hi are the last ones.
-    reached = torch.searchsorted(hi, keys, right=True) < torch.searchsorted(lo, keys, right=True)
-    return (lo < hi)[:, None, :, None], reached[:, None, :, None]
+    found = torch.searchsorted(hi, keys, right=True) < torch.searchsorted(lo, keys, right=True)
+    return (lo < hi)[:, None, :, None], found[:, None, :, None]

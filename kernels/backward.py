@@ -1,6 +1,7 @@
 """Backward: dq, dk, dv and every parameter's gradient, from out and lse, with the weights computed again.
 
     p = exp(x - lse)    dp = keep * (dout v^T)    dx = p * (dp - delta)    delta = sum(dout * out) - dlse
+    p = sigmoid(x)                                dx = p * (1 - p) * dp    where the normalizer is a sigmoid
 
 Four kernels, none with an atomic: delta; dk, dv (a program owns keys, and adds up its group's query heads in order);
 dq with what sums over a row; and dbias, for a bias that is broadcast over batch or heads (a program owns a tile of it).
@@ -26,7 +27,7 @@ from .modifiers import (
     tile_pointers,
     value,
 )
-from .numerics import LOG2E, dot
+from .numerics import LOG2E, dot, sigmoid
 from .scores import products
 from .spans import Reach, interval, live, sweep, visible, visit
 from .types import KeyGradients, RowGradients, View
@@ -34,7 +35,12 @@ from .types import KeyGradients, RowGradients, View
 
 @triton.jit
 def statistics(shift, delta, head, rows, seeing, M):
-    """(shift, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row sees."""
+    """(shift, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row sees.
+
+    Zeros for a sigmoid, which asks for neither: shift and delta are None.
+    """
+    if shift is None:
+        return rows * 0.0, rows * 0.0
     at = head.to(tl.int64) * M + rows
     if seeing is None:
         return tl.load(shift + at), tl.load(delta + at)
@@ -46,7 +52,9 @@ def statistics(shift, delta, head, rows, seeing, M):
 def weights(plane, s, t, shift, see, m, n, TRANSPOSED: tl.constexpr):
     """p of products s; shift is shaped to broadcast."""
     # The difference first: a factor with log2(e) in it would multiply its rounding by the whole score.
-    if plane.score.folds:
+    if plane.score.sigmoid:
+        p = sigmoid(value(plane, s, t, m, n, TRANSPOSED))
+    elif plane.score.folds:
         p = tl.exp2((s * plane.own.scale - shift) * LOG2E)
     else:
         p = tl.exp2((value(plane, s, t, m, n, TRANSPOSED) - shift) * LOG2E)
@@ -60,7 +68,10 @@ def score_gradient(plane, p, dp, delta, kept):
     """dx; kept is dropout's tile, or None."""
     if kept is not None:
         dp = tl.where(kept, dp * plane.dropout.rescale, 0.0)
-    return p * (dp - delta)
+    if plane.score.sigmoid:
+        return p * (1.0 - p) * dp
+    else:
+        return p * (dp - delta)
 
 
 @triton.jit
@@ -148,9 +159,9 @@ def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
         else:
             sent = tl.where(kept, p, 0.0)
         dv = dot(sent.to(do.dtype), do, dv, c.PRECISION)
-    if (c.gradients.dk is not None) or (c.gradients.bias is not None):
+    if (c.gradients.dk is not None) or (c.gradients.sums is not None):
         dx = score_gradient(c.plane, p, dp, delta[None, :], kept)
-        if c.gradients.bias is not None:
+        if c.gradients.sums is not None:
             columns += tl.sum(dx, 1)
         if c.gradients.dk is not None:
             du = backward(c.plane, dx, t)
@@ -192,8 +203,8 @@ def dkdv_kernel(
             ),
             (dk, dv, tl.zeros([BLOCK_N], tl.float32)), reach, BLOCK_M, False,
         )  # fmt: skip
-        if gradients.bias is not None:
-            at = gradients.bias + row_head.to(tl.int64) * N + keys
+        if gradients.sums is not None:
+            at = gradients.sums + row_head.to(tl.int64) * N + keys
             tl.store(at, tl.where(seen, columns, 0.0), mask=keys < N)
     if gradients.dk is not None:
         if not score.scale.pointer:
@@ -242,7 +253,7 @@ def issue_keys(c, n, MASKED: tl.constexpr):
 @triton.jit
 def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
     """Add what the keys of the tile at n send to the rows."""
-    dq, caps, slopes = state
+    dq, caps, slopes, sums = state
     s, dp, k = issued
     t = saturation(c.plane, s)
     p = weights(c.plane, s, t, c.shift[:, None], visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
@@ -251,13 +262,15 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
         i, j = positions(c.plane, c.m, n, False)
         ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, c.m, n, False)
         tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=(i < c.plane.M) & (j < c.plane.N))
+    if c.gradients.sums is not None:
+        sums += tl.sum(dx, 1)
     if c.gradients.slopes is not None:
         slopes += tl.sum(slope_gradient(c.plane, dx, c.m, n, False), 1)
     if c.gradients.softcap is not None:
         caps += tl.sum(softcap_gradient(c.plane, dx, s, t), 1)
     if (c.gradients.dq is not None) or (c.gradients.scale is not None):
         dq = dot(backward(c.plane, dx, t).to(k.dtype), k, dq, c.PRECISION)
-    return dq, caps, slopes
+    return dq, caps, slopes, sums
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
@@ -283,7 +296,7 @@ def dq_kernel(
     if gradients.bias is not None:
         bias_head = head_pointer(gradients.bias, b, h)
     zeros = tl.zeros([BLOCK_M], tl.float32)
-    dq, caps, slopes = sweep(
+    dq, caps, slopes, sums = sweep(
         issue_keys, absorb_keys,
         Rows(
             q_tile, do_tile, m, lse_tile, delta_tile,
@@ -291,7 +304,7 @@ def dq_kernel(
             Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
             gradients, bias_head, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
-        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros), reach, BLOCK_N, False,
+        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros), reach, BLOCK_N, False,
     )  # fmt: skip
     at = head.to(tl.int64) * M + rows
     if gradients.scale is not None:
@@ -300,6 +313,8 @@ def dq_kernel(
         tl.store(gradients.softcap + at, caps, mask=rows < M)
     if gradients.slopes is not None:
         tl.store(gradients.slopes + at, slopes, mask=rows < M)
+    if gradients.sums is not None:
+        tl.store(gradients.sums + at, sums, mask=rows < M)
     if gradients.dq is not None:
         store_rows(gradients.dq, head_pointer(gradients.dq, b, h), m, rows < M, dq * own.scale, BLOCK_M, D, BLOCK_D)
 

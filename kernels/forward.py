@@ -1,4 +1,4 @@
-"""Forward: out = softmax(scores) v and lse, one pass over the keys with the scores in registers.
+"""Forward: out = softmax(scores) v and lse, one pass over the keys with the scores in registers; or sigmoid(scores) v.
 
 Grid (tiles of BLOCK_M rows x B * Hq). What is saved for the backward is lse, (B, Hq, M) float32, the natural log of
 the whole denominator; inside, scores are in base 2, so that exp2 is all that an exponential costs.
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .memory import head_pointer, load_rows, load_tile, schedule, store_rows
 from .modifiers import Plane, keep, parameters, saturation, value
-from .numerics import LOG2E, dot
+from .numerics import LOG2E, dot, sigmoid
 from .scores import products
 from .softmax import finish, init, update
 from .spans import Reach, interval, live, sweep, visible, visit
@@ -57,12 +57,19 @@ def absorb(c, state, s, n, MASKED: tl.constexpr):
         x = s
     else:
         x = value(c.plane, s, saturation(c.plane, s), c.m, n, False)
-    p, alpha, m_i, l_i = update(m_i, l_i, x, visible(c.reach, c.plane, c.m, n, MASKED, False), c.factor)
+    see = visible(c.reach, c.plane, c.m, n, MASKED, False)
+    if c.plane.score.sigmoid:
+        p = sigmoid(x)
+        if see is not None:
+            p = tl.where(see, p, 0.0)
+    else:
+        p, alpha, m_i, l_i = update(m_i, l_i, x, see, c.factor)
+        acc *= alpha[:, None]
     if c.plane.dropout is not None:
         p = tl.where(keep(c.plane, c.m, n, False), p, 0.0)
     keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
     v = load_tile(c.v, c.v_head, c.v_box, c.b, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
-    acc = dot(p.to(v.dtype), v, acc * alpha[:, None], c.PRECISION)
+    acc = dot(p.to(v.dtype), v, acc, c.PRECISION)
     return m_i, l_i, acc
 
 
@@ -72,7 +79,8 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out, mask: View; lse, sink: pointers (B, Hq, M) and (Hq,); k_box, v_box: tensor descriptors, or None."""
+    """q, k, v, out, mask: View; lse, sink: pointers (B, Hq, M), not used by a sigmoid, and (Hq,); k_box, v_box: tensor
+    descriptors, or None."""
     tiles = tl.cdiv(M, BLOCK_M)
     tile, head = schedule(tl.program_id(0), tiles, BATCHED_HEADS, WAVE)
     m = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last rows take longest
@@ -102,8 +110,11 @@ def forward_kernel(
     logit = None
     if sink is not None:
         logit = tl.load(sink + h).to(tl.float32)
-    out_tile, lse_tile = finish(m_i, l_i, acc, scale, logit, lo < hi)
+    if score.sigmoid:
+        out_tile = acc
+    else:
+        out_tile, lse_tile = finish(m_i, l_i, acc, scale, logit, lo < hi)
+        tl.store(lse + head.to(tl.int64) * M + rows, lse_tile, mask=rows < M)
     if dropout is not None:
         out_tile *= dropout.rescale
     store_rows(out, head_pointer(out, b, h), m, rows < M, out_tile, BLOCK_M, DV, BLOCK_DV)
-    tl.store(lse + head.to(tl.int64) * M + rows, lse_tile, mask=rows < M)

@@ -2,6 +2,8 @@
 
     u = product * scale      y = cap * tanh(u / cap)      x = y + bias - slope * |i + offset - j|
 
+or, where rows and keys have terms of their own and there is no softcap, y = u + row term + key term.
+
 Each modifier stands here with its value, its derivative and the gradient of its parameter. A tile is at row m and key
 n of a Plane, and TRANSPOSED makes it [BLOCK_N, BLOCK_M]; the same lines serve both.
 """
@@ -106,6 +108,11 @@ def saturation(plane, s):
 def value(plane, s, t, m, n, TRANSPOSED: tl.constexpr):
     """x of products s, with t = saturation(s)."""
     x = capped(plane, s, t)
+    if plane.score.rows is not None:
+        i, j = positions(plane, m, n, TRANSPOSED)
+        row, key = tl.minimum(i, plane.M - 1), tl.minimum(j, plane.N - 1)  # beyond the edge nothing is used
+        x += tl.load(plane.score.rows + plane.head.to(tl.int64) * plane.M + row)
+        x += tl.load(plane.score.keys + plane.head.to(tl.int64) * plane.N + key)
     if plane.score.bias is not None:
         x += tl.load(tile_pointers(plane.score.bias, plane.own.bias, plane, m, n, TRANSPOSED)).to(tl.float32)
     if plane.score.slopes is not None:

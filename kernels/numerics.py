@@ -22,3 +22,9 @@ def tanh(x):
     y = x * x
     series = x * (1.0 + y * (-0.33333334 + y * (0.13333334 + y * (-0.05396825 + y * 0.021869488))))
     return tl.where(tl.abs(x) < 0.25, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); the exponential may overflow, and then it is 0."""
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))

@@ -56,10 +56,12 @@ class Span(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see.
+    """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see; and
+    rows and keys, pointers to float32 (B, Hq, M) and (B, Hq, N), added to the product times the scale.
 
-    folds: the scale is known to be positive and finite, and nothing follows it, so the largest product is the largest
-    score, and the kernels multiply inside the exponential.
+    sigmoid: what turns a score into a weight is a sigmoid, not a softmax. folds: the scale is known to be positive and
+    finite, and nothing follows it, so the largest product is the largest score, and the kernels multiply inside the
+    exponential.
     """
 
     scale: Scalar
@@ -67,6 +69,9 @@ class Score(NamedTuple):
     bias: Any
     slopes: Any
     offset: Any
+    rows: Any
+    keys: Any
+    sigmoid: Any
     folds: Any
 
 
@@ -79,20 +84,22 @@ class Dropout(NamedTuple):
 
 
 class KeyGradients(NamedTuple):
-    """What the key-major kernel is asked for. dk, dv: View. bias: pointer to column sums (B, Hq, N) float32."""
+    """What the key-major kernel is asked for. dk, dv: View. sums: pointer to column sums of dx (B, Hq, N) float32."""
 
     dk: Any = None
     dv: Any = None
-    bias: Any = None
+    sums: Any = None
     end: None = None
 
 
 class RowGradients(NamedTuple):
-    """What the row-major kernel is asked for. dq, bias: View, the second dense. The others: pointers to row sums."""
+    """What the row-major kernel is asked for. dq, bias: View, the second dense. The others: pointers to row sums,
+    `sums` to those of dx itself."""
 
     dq: Any = None
     bias: Any = None
     scale: Any = None
     softcap: Any = None
     slopes: Any = None
+    sums: Any = None
     end: None = None

@@ -59,9 +59,11 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"head dim {d} is not a multiple of 8, so rows of the output do not lie on a grid of 16 bytes")
     elif p.bias is not None and tile == HEAD_DIMS[-1]:
         reasons.append(f"registers do not hold a bias beside head dim {d}")
-    for name, x in (("a tensor mask", p.mask), ("dropout", p.dropout)):
-        if x is not None:
-            reasons.append(f"{name} is not built")
+    lacking = {
+        "a tensor mask": p.mask, "dropout": p.dropout, "an additive score": p.w,
+        "a term for each row and key": p.key_terms, "a sigmoid": p.sigmoid or None,
+    }  # fmt: skip
+    reasons += [f"{name} is not built" for name, x in lacking.items() if x is not None]
     if p.span.lo is not None or p.span.hi is not None:
         reasons.append("a mask with bounds for each row is not built; causal and window are")
     elif not p.empty and _seen(p)[0] >= _seen(p)[1]:

@@ -62,6 +62,8 @@ def why_not(p: Problem) -> list[str]:
     for name, x in (("q", p.q), ("v", p.v)):
         if x.shape[3] > MAX_HEAD_DIM:
             reasons.append(f"{name}'s head dim {x.shape[3]} is above {MAX_HEAD_DIM}")
+    if p.w is not None:
+        reasons.append("additive scores are not built")
     return reasons or _too_large(p)
 
 
@@ -90,7 +92,8 @@ def _precision(p: Problem) -> str:
 
 def _rich(p: Problem) -> bool:
     """Whether something beside the products wants registers in the loops."""
-    return any(x is not None for x in (p.softcap, p.bias, p.slopes, p.mask, p.dropout, p.span.lo, p.span.hi))
+    beside = (p.softcap, p.bias, p.slopes, p.row_terms, p.mask, p.dropout, p.span.lo, p.span.hi)
+    return p.sigmoid or any(x is not None for x in beside)
 
 
 def _wave(p: Problem, heads: int) -> int:
@@ -150,14 +153,14 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     views = code.views
     b, hq, m, n = p.shape
     out = p.empty_out()
-    lse = p.q.new_empty((b, hq, m), dtype=torch.float32)
+    lse = p.empty_lse()
     c, boxes = _forward_config(p)
     with torch.cuda.device_of(p.q):
         seam.launch(
             code.forward,
             -(-m // c.BLOCK_M) * b * hq,
             *(views.view(x) for x in (p.q, p.k, p.v, out)),
-            lse,
+            None if p.sigmoid else lse,
             views.score(p),
             views.span(p.span),
             views.plane_view(p.mask, p.shape),
@@ -190,22 +193,34 @@ class _Backward:
         self.code = _device_code()
         self.views = self.code.views
         self.grads: dict[str, Tensor] = {}
+        # Of dx, over the keys of each row and the rows of each key, where they are asked for.
+        self.row_sums: Tensor | None = None
+        self.column_sums: Tensor | None = None
         tensors = p.tensors()
         for name in needs & {"q", "k", "v"}:
             self.grads[name] = torch.empty_like(tensors[name])
 
     def run(self) -> dict[str, Tensor]:
         p, needs = self.p, self.needs
-        self.shift, self.delta = self._statistics()
+        self.shift, self.delta = (None, None) if p.sigmoid else self._statistics()
         form = self._bias_form() if "bias" in needs else None
-        if needs & {"k", "v"} or form == "columns":
-            self._dkdv(form == "columns")
-        if needs & {"q", "scale", "softcap", "slopes"} or form == "dense":
-            self._dq(form == "dense")
+        columns = form == "columns" or "key_terms" in needs
+        rows = form == "rows" or "row_terms" in needs
+        if needs & {"k", "v"} or columns:
+            self._dkdv(columns)
+        if needs & {"q", "scale", "softcap", "slopes"} or form == "dense" or (rows and p.sigmoid):
+            self._dq(form == "dense", rows and p.sigmoid)
         if form == "shared":
             self._dbias()
+        if rows:
+            self.row_sums = self.row_sums if p.sigmoid else self._row_gradient()
         if form == "rows":
-            self._keep("bias", _sum_to(self._row_gradient()[..., None], p.bias.shape))
+            self._keep("bias", _sum_to(self.row_sums[..., None], p.bias.shape))
+        if form == "columns":
+            self._keep("bias", _sum_to(self.column_sums[:, :, None], p.bias.shape))
+        for name, sums in (("row_terms", self.row_sums), ("key_terms", self.column_sums)):
+            if name in needs:
+                self._keep(name, sums)
         if "sink" in needs:
             self._keep("sink", -(self._sink_weights() * self.delta).sum((0, 2)))
         return self.grads
@@ -270,7 +285,7 @@ class _Backward:
         p = self.p
         b, hq, m, n = p.shape
         hkv = p.k.shape[1]
-        sums = p.q.new_empty((b, hq, n), dtype=torch.float32) if columns else None
+        sums = self.column_sums = p.q.new_empty((b, hq, n), dtype=torch.float32) if columns else None
         c = _config("dkdv", p)
         dk, dv = self._wanted("k"), self._wanted("v")
         both = dv is not None and (dk is not None or columns)
@@ -283,14 +298,13 @@ class _Backward:
                 *(m, n, hkv, b * hkv, _wave(p, hkv)),
                 **_constants(c, p),
             )
-        if sums is not None:
-            self._keep("bias", _sum_to(sums[:, :, None], p.bias.shape))
 
-    def _dq(self, dense: bool) -> None:
+    def _dq(self, dense: bool, totals: bool) -> None:
         p, needs = self.p, self.needs
         b, hq, m, n = p.shape
         per_row = ("scale", "softcap", "slopes")
-        sums = {x: torch.empty_like(self.lse) for x in per_row if x in needs}
+        sums = {x: p.q.new_empty(p.shape[:3], dtype=torch.float32) for x in per_row if x in needs}
+        self.row_sums = p.q.new_empty(p.shape[:3], dtype=torch.float32) if totals else None
         bias = None
         if dense:
             # Tiles that no row sees are never visited.
@@ -301,7 +315,7 @@ class _Backward:
             self.code.dq,
             -(-m // c.BLOCK_M) * b * hq,
             *self._inputs(self.views.span(p.span)),
-            self.code.types.RowGradients(self._wanted("q"), bias, *(sums.get(x) for x in per_row)),
+            self.code.types.RowGradients(self._wanted("q"), bias, *(sums.get(x) for x in per_row), self.row_sums),
             *(m, n, hq, b * hq, _wave(p, hq)),
             **_constants(c, p),
         )

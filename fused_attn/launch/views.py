@@ -125,13 +125,16 @@ def transposed_span(s: Interval, n: int) -> Span:
 
 
 def score(p: Problem) -> Score:
-    alone = p.softcap is None and p.bias is None and p.slopes is None
+    alone = all(x is None for x in (p.softcap, p.bias, p.slopes, p.row_terms)) and not p.sigmoid
     return Score(
         scalar(p.scale),
         None if p.softcap is None else scalar(p.softcap),
         plane_view(p.bias, p.shape),
         None if p.slopes is None else scalar(p.slopes),
         None if p.slopes is None else code(p.offset),
+        None if p.row_terms is None else p.row_terms.contiguous(),
+        None if p.key_terms is None else p.key_terms.contiguous(),
+        _booleans[p.sigmoid],
         _booleans[alone and isinstance(p.scale, float) and 0 < p.scale < math.inf],
     )
 

@@ -1,0 +1,208 @@
+"""What the named cases are made of: values, masks, score parameters, and memory that punishes carelessness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .scores import Additive, Bilinear, Cosine, Distance, Score
+from .spec import Mask
+
+if TYPE_CHECKING:
+    from .cases import Case
+
+# ---------------------------------------------------------------------------------------------------------- values
+
+Draw = Callable[..., Tensor]  # (*shape) -> float64 Gaussian, from a generator on the CPU
+
+
+def _leaning(size: float) -> Callable:
+    """q leans to +size and k to -size in their first channel, so that every logit is far below zero."""
+
+    def fill(q: Tensor, k: Tensor, v: Tensor) -> None:
+        q[..., 0] = size
+        k[..., 0] = -size
+
+    return fill
+
+
+def _put(name: str, value: float) -> Callable:
+    """One bad number, in the middle of one tensor."""
+
+    def fill(**x: Tensor) -> None:
+        t = x[name]
+        t[0, -1, t.shape[2] // 2, t.shape[3] // 2] = value
+
+    return fill
+
+
+def _small_integers(**x: Tensor) -> None:
+    for t in x.values():
+        t.copy_(torch.where(t.abs() > 1.0, t.mul(1.5).round(), 0.0))
+
+
+def _one_hot(**x: Tensor) -> None:
+    for t in x.values():
+        t.copy_(4.0 * (t == t.amax(-1, keepdim=True)))
+
+
+def _ramps(**x: Tensor) -> None:
+    for t in x.values():
+        rows = torch.linspace(-1, 1, t.shape[2], dtype=t.dtype)[:, None]
+        t.copy_((rows + torch.linspace(-1, 1, t.shape[3], dtype=t.dtype)).expand_as(t))
+
+
+def _zero_rows(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Every fifth query and key is zero, and the next one is tiny."""
+    for t in (q, k):
+        t[:, :, ::5] = 0.0
+        t[:, :, 1::5] *= 1e-9
+
+
+def _huge_rows(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Vectors whose squares overflow float32."""
+    for t in (q, k):
+        t[:, :, ::3] *= 1e25
+
+
+def _cancelling(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Large features of opposite sign: each saturates alone, and together they do not."""
+    q[:, :, ::2] += 15.0
+    k[:, :, ::3] -= 15.0
+
+
+def _constant(value: float) -> Callable:
+    return lambda **x: [t.fill_(value) for t in x.values()]
+
+
+VALUES: dict[str, Callable] = {
+    "gaussian": lambda **x: None,
+    "small_integers": _small_integers,
+    "one_hot": _one_hot,
+    "zero_rows": _zero_rows,
+    "huge_rows": _huge_rows,
+    "cancelling": _cancelling,
+    "constant": _constant(0.75),
+    "ramps": _ramps,
+    "huge_equal": _constant(133120.0),
+    "negative": _leaning(32.0),
+    "very_negative": _leaning(640.0),
+    "nan_q": _put("q", torch.nan),
+    "nan_k": _put("k", torch.nan),
+    "nan_v": _put("v", torch.nan),
+    "inf_q": _put("q", torch.inf),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- masks
+
+
+def _lengths(c: Case, total: int) -> Tensor:
+    """Uneven lengths; the third batch, if there is one, is empty."""
+    return torch.tensor([total * 5 // 6, total // 2, 0][: c.b], dtype=torch.int32)
+
+
+def _ids(c: Case, total: int, *cuts: float) -> Tensor:
+    """(B, total) segment ids that step up at each cut, a little later in each batch."""
+    place = torch.arange(total) - torch.arange(c.b)[:, None] * 3
+    return torch.stack([place >= int(cut * total) for cut in cuts]).int().sum(0, dtype=torch.int32)
+
+
+def _random(letters: str) -> Callable:
+    return lambda c, draw, dev: (draw(*c.shape(letters)) > -0.4).to(dev)
+
+
+def _some_rows(c: Case, draw: Draw, dev: Any) -> Tensor:
+    """Row 0, every fifth row, and all of the rows from 64 to 96 see nothing."""
+    allowed = draw(*c.shape("bhmn")) > -0.4
+    allowed[:, :, ::5] = False
+    allowed[:, :, 64:97] = False
+    return allowed.to(dev)
+
+
+def _after(first: int) -> Callable:
+    """No row sees a key before `first`: one whole tile of keys and more is masked."""
+    return lambda c, draw, dev: (torch.arange(c.sizes()["n"]) >= first)[None, None, None].to(dev)
+
+
+MASK_SHAPES = ("bhmn", "1hmn", "11mn", "b11n", "h1n", "bhm1", "n")
+MASKS: dict[str, Callable[[Case, Draw, Any], Mask | Tensor]] = {
+    "lengths": lambda c, draw, dev: Mask.lengths(_lengths(c, c.sizes()["n"]).to(dev)),
+    "lengths_q": lambda c, draw, dev: Mask.lengths(
+        _lengths(c, c.sizes()["n"]).to(dev), _lengths(c, c.m).flip(0).to(dev)
+    ),
+    "prefix": lambda c, draw, dev: Mask.prefix(_lengths(c, c.sizes()["n"] // 2).to(dev), c.alignment),
+    "segments": lambda c, draw, dev: Mask.segments(_ids(c, c.m, 0.2, 0.3, 0.7).to(dev)),
+    # Query segments 0 and 2 have no keys, and keys of segment 4 have no query.
+    "segments_cross": lambda c, draw, dev: Mask.segments(
+        _ids(c, c.m, 0.2, 0.5, 0.8).to(dev), (_ids(c, c.sizes()["n"], 0.6, 0.6, 0.9) + 1).to(dev)
+    ),
+    # Keys of segment 1, which no query has, lie between those that a tile of rows does see.
+    "segments_gap": lambda c, draw, dev: Mask.segments(
+        (2 * _ids(c, c.m, 0.5)).to(dev), _ids(c, c.sizes()["n"], 0.3, 0.6).to(dev)
+    ),
+    "causal": lambda c, draw, dev: Mask.causal(c.alignment),
+    "window": lambda c, draw, dev: Mask.window(40, 7, c.alignment),
+    "some_rows": _some_rows,
+    "nothing": lambda c, draw, dev: torch.zeros(c.shape("11mn"), dtype=torch.bool, device=dev),
+    "after_70": _after(70),
+    **{f"random_{x}": _random(x) for x in MASK_SHAPES},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+# order of the dims in memory, elements of gap after each row, inner step, first element, stride of size-1 dims
+MEMORIES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
+    "gaps": ((0, 1, 2, 3), 8, 1, 0, 48),
+    "corrupt": ((0, 1, 2, 3), 8, 1, 0, 2**33 + 3),
+    "unaligned": ((0, 1, 2, 3), 3, 1, 1, 3),
+    "odd_rows": ((0, 1, 2, 3), 3, 1, 0, 3),  # an aligned base, and rows that are not
+    "strided": ((0, 1, 2, 3), 1, 2, 0, 3),
+    "bshd": ((0, 2, 1, 3), 8, 1, 0, 48),
+    "transposed": ((0, 1, 3, 2), 8, 1, 0, 48),
+    "expanded_heads": ((0, 1, 2, 3), 8, 1, 0, 48),
+    "expanded_batch": ((0, 1, 2, 3), 8, 1, 0, 48),
+}
+
+
+def place(x: Tensor, memory: str, buffers: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """x's values in the midst of a larger buffer of NaN (True, for a mask), with the recipe's strides."""
+    if memory.startswith("expanded"):
+        dim = int(memory == "expanded_heads")
+        return place(x.narrow(dim, 0, min(1, x.shape[dim])), "gaps", buffers).expand(x.shape)
+    if x.ndim == 0 or memory == "dense":
+        return x.clone()
+    order, gap, step, first, odd = MEMORIES[memory]
+    order = order[: x.ndim] if x.ndim == 4 else tuple(range(x.ndim))
+    sizes = [x.shape[i] for i in order]
+    padded = [n + (2 if i else 0) for i, n in enumerate(sizes)]
+    padded[-1] = (sizes[-1] + gap) * step
+    total = first + torch.Size(padded).numel()
+    buffer = x.new_full((total,), 1.0 if x.dtype == torch.bool else torch.nan)
+    home = buffer[first:].view(padded)
+    for dim, n in enumerate(sizes):
+        home = home[(slice(None),) * dim + (slice(0, n * step, step) if dim == x.ndim - 1 else slice(0, n),)]
+    home = home.permute([order.index(d) for d in range(x.ndim)])
+    home.copy_(x)
+    buffers.append((buffer, buffer.clone()))
+    stride = [odd if n == 1 else s for n, s in zip(home.shape, home.stride(), strict=True)]
+    return home.as_strided(home.shape, stride)
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+SCORES: dict[str, type[Score]] = {"bilinear": Bilinear, "cosine": Cosine, "distance": Distance, "additive": Additive}
+
+
+def parameter(c: Case, draw: Draw) -> Tensor:
+    """Of the case's score, in the shape that it names, in float64: temperatures and bandwidths far from zero."""
+    shape = c.shape(str(c.parameter))
+    if c.score == "additive":
+        return draw(*shape)
+    if c.score == "bilinear":
+        return draw(*shape) * shape[-1] ** -0.5
+    return (4.0 if c.score == "cosine" else c.d**0.5) * (1 + 0.25 * draw(*shape).abs())
