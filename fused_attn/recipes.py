@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from .scores import Additive, Bilinear, Cosine, Distance, Score
 from .spec import Mask
 
-if TYPE_CHECKING:
-    from .cases import Case
+Case = Any  # one of `cases`, which are made of what stands here
 
 # ---------------------------------------------------------------------------------------------------------- values
 

@@ -232,7 +232,7 @@ MUTANTS = (
            "kernel[(grid,)]", "kernel[(1, grid)]", _checklist("line_30_many_heads and not pytorch")),
     # 32-36, 38: the operators and the doors
     Mutant((32,), "the fake out is contiguous", "fused_attn/ops.py",
-           "return p.empty_out(), p.q.new_empty(", "return p.empty_out().contiguous(), p.q.new_empty(",
+           "return p.empty_out(), p.empty_lse()", "return p.empty_out().contiguous(), p.empty_lse()",
            _operators("line_32_fake and tiled and bshd")),
     Mutant((33,), "out is q", "fused_attn/ops.py",
            "    return _serving(p, backend).forward(p)\n",

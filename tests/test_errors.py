@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import BackendError, Mask, attention, scaled_dot_product_attention
+from fused_attn import BackendError, Mask, attention, scaled_dot_product_attention, scores
 
 B, HQ, HKV, M, N, D, DV = 2, 4, 2, 5, 7, 8, 6
 
@@ -79,6 +79,9 @@ ATTENTION = [
     ("seed", 1.0, TypeError, "expected None, an int or a 0-d int64 tensor, got float 1.0"),
     ("seed", zeros(2, dtype=torch.int64), TypeError, "0-d int64 tensor"),
     ("seed", torch.tensor(1.0), TypeError, "0-d int64 tensor"),
+    ("score", "additive", ValueError, "expected \"dot\" or one of fused_attn.scores, got str 'additive'"),
+    ("score", scores.Additive, ValueError, "one of fused_attn.scores, got type"),
+    ("normalizer", "entmax", ValueError, "expected one of ('softmax', 'softmax1', 'sigmoid'), got 'entmax'"),
     ("layout", "sbhd", ValueError, "expected one of ('bhsd', 'bshd'), got 'sbhd'"),
     ("backend", "cuda", ValueError, "expected None or one of ('hopper', 'triton', 'sdpa', 'tiled', 'reference')"),
     ("alignment", "top", ValueError, "('top_left', 'bottom_right'), got 'top'"),
@@ -117,6 +120,31 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "k: 0 key-value heads do not divide the 4 query heads"),
     ("no channels", {"q": zeros(B, HQ, M, 0), "k": zeros(B, HKV, N, 0)}, ValueError,
      r"q: the head dim must be at least 1, got shape \(2, 4, 5, 0\)"),
+    ("additive weights of another head dim", {"score": scores.Additive(zeros(D + 1))}, ValueError,
+     r"score.w: expected shape \(8,\) or \(4, 8\), got \(9,\)"),
+    ("additive weights that are a number", {"score": scores.Additive(1.0)}, TypeError,
+     "score.w: expected a tensor, got float 1.0"),
+    ("a matrix of another head dim", {"score": scores.Bilinear(zeros(D, D + 1))}, ValueError,
+     r"score.w: expected shape \(8, 8\) or \(4, 8, 8\), got \(8, 9\)"),
+    ("a temperature for each key-value head", {"score": scores.Cosine(zeros(HKV))}, ValueError,
+     r"score.t: expected shape \(\) or \(4,\), got \(2,\)"),
+    ("a temperature of another type", {"score": scores.Cosine(zeros(HQ, dtype=torch.float16))}, TypeError,
+     "score.t: expected float32 or q's torch.float32, got torch.float16"),
+    ("a bandwidth in words", {"score": scores.Distance("wide")}, TypeError,
+     "score.h: expected a float or a tensor, got str 'wide'"),
+    ("no bandwidth", {"score": scores.Distance(0.0)}, ValueError, "score.h: must be finite and not 0, got 0.0"),
+    ("a bandwidth elsewhere", {"score": scores.Distance(zeros(HQ, device="meta"))}, ValueError,
+     "score.h: expected q's device cpu, got meta"),
+    ("a distance with a softcap", {"score": scores.Distance(1.0), "softcap": 2.0}, ValueError,
+     "softcap: scores.Distance has none"),
+    ("a key's head dim beside a cosine", {"k": zeros(B, HKV, N, D + 1), "score": scores.Cosine(1.0)}, ValueError,
+     r"k: expected q's head dim 8, got shape \(2, 2, 7, 9\)"),
+    ("softmax1 with a sink", {"normalizer": "softmax1", "sink": zeros(HQ)}, ValueError,
+     'sink: normalizer "softmax1" takes none'),
+    ("a sigmoid with a sink", {"normalizer": "sigmoid", "sink": zeros(HQ)}, ValueError,
+     'sink: normalizer "sigmoid" takes none'),
+    ("the log-sum-exp of a sigmoid", {"normalizer": "sigmoid", "return_lse": True}, ValueError,
+     'return_lse: normalizer "sigmoid" has no log-sum-exp'),
     ("a seed too large", {"dropout_p": 0.5, "seed": 2**63}, ValueError, "seed: must fit int64, got 92233720368547"),
     ("heads of the bshd layout", {"q": zeros(B, M, 3, D), "k": zeros(B, N, 2, D), "v": zeros(B, N, 2, DV),
      "layout": "bshd"}, ValueError, "k: 2 key-value heads do not divide the 3 query heads"),
@@ -232,15 +260,10 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
 # ------------------------------------------------------------------------------------------------------ not built yet
 
 LATER: dict[str, Callable[[], Any]] = {
-    "score": lambda: call(score=object()),
-    "score_name": lambda: call(score="additive"),
-    "normalizer": lambda: call(normalizer="sigmoid"),
-    "normalizer_1": lambda: call(normalizer="softmax1"),
     "attention_varlen": lambda: fused_attn.attention_varlen(None, None, None, None, None),
     "attention_decode": lambda: fused_attn.attention_decode(None, None, None),
     "attention_stats": lambda: fused_attn.attention_stats(None, None),
     "attention_map": lambda: fused_attn.attention_map(None, None),
-    "scores": lambda: fused_attn.scores.Bilinear(zeros(2, 2)),
     "PagedKVCache": lambda: fused_attn.PagedKVCache(),
     "debug": lambda: fused_attn.debug(),
     "modules": lambda: fused_attn.modules.MultiheadAttention(8, 2),

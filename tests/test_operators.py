@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
 from fused_attn import attention, ops, testing
-from fused_attn.cases import CASES, MEMORIES, Case
+from fused_attn.cases import CASES, Case
+from fused_attn.recipes import MEMORIES
 from fused_attn.spec import DIFFERENTIABLE
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,9 @@ PROBLEMS = {
         Case("dropout_mask", **SMALL, masks=("random_b11n",), dropout_p=0.3, hkv=1, dv=8),
         Case("half", **SMALL, softcap=2.0),
         Case("bshd", **SMALL, b=2, memory="bshd"),
+        Case("sigmoid", **SMALL, normalizer="sigmoid", causal=True, alignment="top_left"),
+        Case("distance", **SMALL, score="distance", parameter="h", scale_tensor=""),
+        Case("additive", **SMALL, score="additive", parameter="hd", softcap=3.0),
     )
 }
 
@@ -64,7 +68,7 @@ def arguments(case: Case, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...
     # A bias is a view of the caller's tensor; torch's examination wants leaves.
     flat = tuple(
         x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-        for x in ops.flatten(inputs.problem(), backend)
+        for x in ops.flatten(inputs.problem().lower(), backend)
     )
     out, lse = (x.detach() for x in torch.ops.fused_attn.forward(*flat))
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in flat)
@@ -76,7 +80,7 @@ def arguments(case: Case, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_line_32_opcheck(backend: str, name: str) -> None:
     """Line 32: torch's own examination of an operator: schema, autograd registration, fake tensors, AOT dispatch."""
-    available(backend)
+    available(backend, PROBLEMS[name])
     forward, backward = arguments(PROBLEMS[name], backend)
     torch.library.opcheck(torch.ops.fused_attn.forward.default, forward)
     torch.library.opcheck(torch.ops.fused_attn.backward.default, backward)
