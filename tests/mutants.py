@@ -122,7 +122,7 @@ MUTANTS = (
     Mutant((13,), "the diagonal itself is hidden", "kernels/spans.py",
            "hi = tl.minimum(hi, index + number(span.right) + 1)", "hi = tl.minimum(hi, index + number(span.right))",
            _checklist("line_13_ and triton")),
-    Mutant((13,), "the alignments are exchanged", "fused_attn/spec.py",
+    Mutant((13,), "the alignments are exchanged", "fused_attn/masks.py",
            'return 0 if alignment == "top_left" else n - m', 'return n - m if alignment == "top_left" else 0',
            _checklist("line_13_where")),
     # 14, 15, 17-20: memory, dims and tiles

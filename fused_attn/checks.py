@@ -1,0 +1,53 @@
+"""What is wrong with an argument: every error names it, what it was, and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(x: Any) -> str:
+    return f"{x.dtype} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r}"
+
+
+def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
+    """A tensor parameter of an allowed shape, dtype and device."""
+    if shapes and tuple(x.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, q.dtype):
+        raise TypeError(f"{name}: expected float32 or q's {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+    return x
+
+
+def check_integers(name: str, x: Any, *ranks: int) -> None:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
+    if x.ndim not in ranks:
+        raise ValueError(f"{name}: expected rank {' or '.join(map(str, ranks))}, got shape {tuple(x.shape)}")
+
+
+def check_batch(name: str, x: Tensor, b: int) -> None:
+    if x.shape[0] not in (1, b):
+        raise ValueError(f"{name}: expected one length for each of the {b} batches, got shape {tuple(x.shape)}")
+
+
+def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x as a 4-d view, still broadcast, or an error that names both shapes."""
+    if x.ndim > 4 or any(have not in (1, want) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name}: shape {tuple(x.shape)} does not broadcast to (B, Hq, M, N) = {shape}")
+    return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
+
+
+def check_window(window: Any) -> tuple[int | None, int | None]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected a pair (left, right), got {window!r}")
+    for side, x in zip(("left", "right"), window, strict=True):
+        if x is not None and (isinstance(x, bool) or not isinstance(x, int)):
+            raise TypeError(f"window: {side} must be None or an int, got {x!r}")
+        if x is not None and x < 0:
+            raise ValueError(f"window: {side} must be None or >= 0, got {x}")
+    return tuple(window)
