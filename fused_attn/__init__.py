@@ -30,6 +30,7 @@ __all__ = [
     "compat",
     "explain",
     "merge_states",
+    "modules",
     "scaled_dot_product_attention",
     "scores",
     "testing",
@@ -38,8 +39,7 @@ __all__ = [
 ]
 
 _LATER = (
-    "attention_decode", "attention_map", "attention_stats", "attention_varlen", "debug", "modules", "PagedKVCache",
-    "parallel",
+    "attention_decode", "attention_map", "attention_stats", "attention_varlen", "debug", "PagedKVCache", "parallel",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class _NotBuilt:
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("compat", "testing", "viz"):
+    if name in ("compat", "modules", "testing", "viz"):
         return _import_module(f".{name}", __name__)
     if name in _LATER:
         return _NotBuilt(name)

@@ -266,7 +266,6 @@ LATER: dict[str, Callable[[], Any]] = {
     "attention_map": lambda: fused_attn.attention_map(None, None),
     "PagedKVCache": lambda: fused_attn.PagedKVCache(),
     "debug": lambda: fused_attn.debug(),
-    "modules": lambda: fused_attn.modules.MultiheadAttention(8, 2),
     "parallel": lambda: fused_attn.parallel.ring_attention(None),
     "nested": lambda: attention(*[torch.nested.nested_tensor([zeros(2, 3)], layout=torch.jagged)] * 3),
 }

@@ -1,0 +1,13 @@
+"""Layers that own what they learn: torch's multi-head attention, computed by `fused_attn.attention`.
+
+Masks keep torch.nn's sense: True means that a key is ignored, and floats are added to the scores.
+
+>>> import torch, fused_attn
+>>> layer = fused_attn.modules.MultiheadAttention(64, 8, batch_first=True)
+>>> x = torch.randn(2, 128, 64)
+>>> out, _ = layer(x, x, x, need_weights=False)
+"""
+
+from .multihead import MultiheadAttention
+
+__all__ = ["MultiheadAttention"]

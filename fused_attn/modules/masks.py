@@ -1,0 +1,50 @@
+"""torch.nn's masks, in the words of `fused_attn.attention`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..spec import describe
+
+
+def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -> None:
+    """A mask may be None, or bool or float of one of the shapes."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(f"{name}: expected a bool or float tensor, got {describe(mask)}")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
+    if mask.device != beside.device:
+        raise ValueError(f"{name}: expected query's device {beside.device}, got {mask.device}")
+
+
+def mask_and_bias(q: Tensor, masks: dict[str, Tensor], added: int = 0) -> tuple[Tensor | None, Tensor | None]:
+    """What may be attended to, and what is added to the scores, as far as the masks say either.
+
+    masks: by name, broadcastable to (B, H, M, N), bool (True = ignored) or float. The answers broadcast likewise, and
+    leave `added` more keys as they are.
+    """
+    masks = {name: _once(x) for name, x in masks.items()}
+    ignored = [x for x in masks.values() if x.dtype == torch.bool]
+    floats = {name: x for name, x in masks.items() if x.dtype != torch.bool}
+    for name, x in floats.items():
+        if x.dtype not in (torch.float32, q.dtype):
+            raise TypeError(f"{name}: expected bool, float32 or query's {q.dtype}, got {x.dtype}")
+    allowed = ~functools.reduce(torch.logical_or, ignored) if ignored else None
+    bias = functools.reduce(torch.add, floats.values()) if floats else None
+    if added and allowed is not None:
+        allowed = F.pad(allowed, (0, added), value=True)
+    if added and bias is not None:
+        bias = F.pad(bias, (0, added))
+    return allowed, bias
+
+
+def _once(x: Tensor) -> Tensor:
+    """x without the repetitions that `expand` put into it, which broadcasting makes again where they are needed."""
+    return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]

@@ -1,0 +1,235 @@
+"""torch.nn.MultiheadAttention with its attention computed in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..api import attention
+from ..spec import Mask, describe
+from .masks import check_mask, mask_and_bias
+from .weights import attention_weights
+
+
+def _here(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing. torch.nn.TransformerEncoderLayer has a fast path that computes the attention of its
+    `self_attn` without calling it, and a module with a hook is one that it calls."""
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` by fused attention: the same constructor, parameters and forward.
+
+    It is a subclass: parameters have the same names, shapes and initial values, and a state_dict loads either way. With
+    E = embed_dim, H = num_heads and D = E / H, head h computes softmax(D^-1/2 (query Wq_h)(key Wk_h)^T + masks)(value
+    Wv_h), and the heads, side by side, go through `out_proj`. Vaswani et al., "Attention is all you need", 2017.
+
+    Args: as torch's. embed_dim, num_heads; dropout: of the weights, in training; bias: of the projections;
+        add_bias_kv: one learned key and value beside the given ones; add_zero_attn: one of zeros; kdim, vdim: the
+        widths of key and value, embed_dim when None; batch_first: (B, L, E) in and out instead of (L, B, E); device;
+        dtype.
+
+    What differs from torch's:
+
+    - Memory is linear in the lengths, and so is that of need_weights=True, but for the weights themselves.
+    - A query that may see nothing has weights and attention 0, so its output is out_proj's bias; torch gives NaN
+      wherever it returns weights.
+    - Float masks may be float32 beside half-precision inputs, and one mask may be bool where the other is float.
+    - With the hint is_causal, added keys (add_bias_kv, add_zero_attn) stay visible to every query.
+    - Nested tensors (of layout torch.strided, without masks) may need a gradient, and may be keys of other queries.
+    - torch.nn.TransformerEncoderLayer calls this module in evaluation too, where it would not call its own: a forward
+      pre-hook, which does nothing, turns that layer's fast path off, and TransformerEncoder hands over nested tensors.
+    - A wrong argument raises ValueError or TypeError.
+
+    >>> import torch, fused_attn
+    >>> layer = fused_attn.modules.MultiheadAttention(64, 8, batch_first=True)
+    >>> layer.load_state_dict(torch.nn.MultiheadAttention(64, 8).state_dict())
+    <All keys matched successfully>
+    >>> x = torch.randn(2, 128, 64)
+    >>> padding = torch.arange(128) >= torch.tensor([[128], [100]])
+    >>> out, weights = layer(x, x, x, key_padding_mask=padding)
+    >>> out.shape, weights.shape
+    (torch.Size([2, 128, 64]), torch.Size([2, 128, 128]))
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            if size <= 0:
+                raise ValueError(f"{name}: must be at least 1, got {size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim: must be divisible by num_heads = {num_heads}, got {embed_dim}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: must lie in [0, 1], got {dropout}")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self.register_forward_pre_hook(_here)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, weights), the weights None unless need_weights.
+
+        Args:
+            query: (M, B, E), with batch_first (B, M, E), or (M, E) without a batch.
+            key: (N, B, kdim), (B, N, kdim) or (N, kdim).
+            value: (N, B, vdim), (B, N, vdim) or (N, vdim).
+            key_padding_mask: (B, N), or (N,) without a batch; bool, True = ignored, or float, added to the scores.
+            need_weights: also return the weights. That is a second pass, and memory for M x N of them.
+            attn_mask: (M, N) or (B * H, M, N), bool, True = ignored, or float, added to the scores; a float mask that
+                needs a gradient gets one.
+            average_attn_weights: average the weights over heads.
+            is_causal: a hint that attn_mask, which must be given, is the causal mask, row i seeing keys j <= i. Where
+                torch takes the hint, without key_padding_mask and need_weights, attn_mask is not read.
+
+        Returns:
+            output: as query, embed_dim wide. weights: (B, M, N), (B, H, M, N) unless averaged, without a B where there
+            is no batch; N counts added keys. In training they are what dropout left of them, as torch's are.
+
+        Raises: ValueError, TypeError: a wrong argument, by name.
+        """
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask: must be given with the hint is_causal, got None")
+        nested = [isinstance(x, Tensor) and x.is_nested for x in (query, key, value)]
+        if any(nested):
+            if not all(nested) or key_padding_mask is not None or attn_mask is not None:
+                raise ValueError("query, key, value: all or none must be nested, and those that are take no mask")
+            return self._nested(query, key, value, need_weights, average_attn_weights)
+        self._check(query, key, value, key_padding_mask, attn_mask)
+
+        q, k, v = self._project(query, key, value)
+        batched = query.ndim == 3
+        if not batched:
+            q, k, v = (x[None] for x in (q, k, v))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        k, v, added = self._add_keys(k, v)
+
+        causal = is_causal and key_padding_mask is None and not need_weights and not added
+        masks = {}
+        if attn_mask is not None and not causal:
+            folded = attn_mask.ndim == 3
+            masks["attn_mask"] = (
+                attn_mask.unflatten(0, (q.shape[0], self.num_heads)) if folded else attn_mask[None, None]
+            )
+        if key_padding_mask is not None:
+            masks["key_padding_mask"] = key_padding_mask[:, None, None]
+        mask, bias = mask_and_bias(q, masks, added)
+        out, weights = self._attend(
+            q, k, v, need_weights, average_attn_weights, mask=mask, bias=bias, causal=causal, alignment="top_left"
+        )
+        if not batched:
+            out, weights = out[0], None if weights is None else weights[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return self.out_proj(out), weights
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, need_weights: bool, average: bool, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' outputs side by side, (B, M, E), and the weights; projected q, k and v are (B, length, E)."""
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        if self.training and self.dropout > 0.0:
+            # One seed, so that the weights returned are those that were used.
+            options |= {"dropout_p": self.dropout, "seed": torch.randint(2**63 - 1, (), device=q.device)}
+        out: Any = attention(q, k, v, **options)
+        weights = attention_weights(q, k, average=average, **options) if need_weights else None
+        return out.transpose(1, 2).flatten(2), weights
+
+    def _nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Nested tensors (B, length of each, E), padded and masked by their lengths; the weights stay padded."""
+        lengths: dict[str, list[int]] = {}
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.layout != torch.strided:
+                raise NotImplementedError(f"{name}: nested tensors of layout {x.layout} are not built yet")
+            if x.ndim != 3 or not self.batch_first:
+                raise ValueError(f"{name}: a nested tensor needs 3 dimensions and batch_first, got {x.ndim} dimensions")
+            lengths[name] = [row.shape[0] for row in x.unbind()]
+        if lengths["value"] != lengths["key"] or len(lengths["key"]) != len(lengths["query"]):
+            raise ValueError(f"key, value: lengths must agree, and their number with query's, got {lengths}")
+        if self.bias_k is not None or self.add_zero_attn:
+            raise NotImplementedError("query: nested tensors with add_bias_kv or add_zero_attn are not built yet")
+
+        padded = {id(x): x.to_padded_tensor(0.0) for x in (query, key, value)}
+        q, k, v = self._project(*(padded[id(x)] for x in (query, key, value)))
+        counts = {name: torch.tensor(x, dtype=torch.int32, device=q.device) for name, x in lengths.items()}
+        mask = Mask.lengths(counts["key"], counts["query"])
+        out, weights = self._attend(q, k, v, need_weights, average, mask=mask)
+        rows = [row[:n] for row, n in zip(self.out_proj(out).unbind(), lengths["query"], strict=True)]
+        return torch.nested.as_nested_tensor(rows), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v, each embed_dim wide; in one product where they share their input."""
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        weights: tuple[Tensor, ...]
+        if not self._qkv_same_embed_dim:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        elif query is key and key is value:
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        return q, k, v
+
+    def _add_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """k and v (B, N, E) with the learned key and the one of zeros after them, and how many were added."""
+        extra_k, extra_v = [], []
+        if self.bias_k is not None and self.bias_v is not None:
+            extra_k.append(self.bias_k)
+            extra_v.append(self.bias_v)
+        if self.add_zero_attn:
+            extra_k.append(k.new_zeros(1, 1, self.embed_dim))
+            extra_v.append(v.new_zeros(1, 1, self.embed_dim))
+        if not extra_k:
+            return k, v, 0
+        k, v = (torch.cat([x, *(y.expand(x.shape[0], 1, -1) for y in z)], 1) for x, z in ((k, extra_k), (v, extra_v)))
+        return k, v, len(extra_k)
+
+    def _check(
+        self, query: Any, key: Any, value: Any, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> None:
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
+            if x.ndim not in (2, 3) or x.ndim != query.ndim or x.shape[-1] != width:
+                allowed = f"(length, {width}), or 3 dimensions with a batch, as many as query"
+                raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}")
+        (b, m), (batch, n), values = (self._sizes(x) for x in (query, key, value))
+        if batch != b:
+            raise ValueError(f"key: expected query's batch size {b}, got shape {tuple(key.shape)}")
+        if values != (batch, n):
+            raise ValueError(f"value: expected key's batch and length {(batch, n)}, got shape {tuple(value.shape)}")
+        check_mask("key_padding_mask", key_padding_mask, query, (n,) if query.ndim == 2 else (b, n))
+        check_mask("attn_mask", attn_mask, query, (m, n), (b * self.num_heads, m, n))
+
+    def _sizes(self, x: Tensor) -> tuple[int, int]:
+        """Batch and length."""
+        if x.ndim == 2:
+            return 1, x.shape[0]
+        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
