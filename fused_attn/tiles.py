@@ -93,8 +93,8 @@ def _rows(span: Span, m: int, n: int, group: int) -> int:
     return max(1, min(m, max(16, max(least, min(most, seen // 4)) // group)))
 
 
-def _tiles_by_batch(p: Problem) -> list[list[Tile]]:
-    """For each batch, or one list for all of them: the tiles of rows, with lo and hi read."""
+def _tiles_by_round(p: Problem, batches: int) -> list[list[Tile]]:
+    """For each round of so many batches, or one list for all of them: the tiles of rows, with lo and hi read."""
     m, n = p.shape[2:]
     tiles = row_tiles(p.span, m, n, p.group)
     if not tiles or not bounded_per_row(p.span):
@@ -108,10 +108,15 @@ def _tiles_by_batch(p: Problem) -> list[list[Tile]]:
         (hi, torch.amin),
     )
     limits = torch.stack([torch.stack([pick(x[:, t.rows], 1) for x, pick in edges], 1) for t in tiles], 1).tolist()
-    return [
-        [Tile(t.start, t.stop, *map(int, limit)) for t, limit in zip(tiles, batch, strict=True) if limit[0] < limit[1]]
-        for batch in limits
-    ]
+    rounds = (limits[i : i + batches] for i in range(0, len(limits), batches))
+    joined = ([_joined(tile, of) for tile, *of in zip(tiles, *limits, strict=True)] for limits in rounds)
+    return [[tile for tile in round if tile.first < tile.last] for round in joined]
+
+
+def _joined(tile: Tile, limits: list[list[float]]) -> Tile:
+    """The rows of a tile in several batches: together they see what one of them does, in full what all of them do."""
+    first, last, full_from, full_to = zip(*limits, strict=True)
+    return Tile(tile.start, tile.stop, int(min(first)), int(max(last)), int(max(full_from)), int(min(full_to)))
 
 
 def _elements(device: torch.device) -> int:
@@ -125,10 +130,13 @@ def shares(p: Problem) -> Iterator[Share]:
     kv_heads = p.k.shape[1]
     if p.empty:
         return
-    heads = max(1, _elements(p.q.device) // (p.group * _rows(p.span, m, n, p.group) * min(n, KEYS)))
-    per_head, tiles = min(kv_heads, heads), _tiles_by_batch(p)
-    # Lists of tiles that differ between batches are walked one batch at a time, so that each skips its own.
-    per_batch = max(1, min(b, heads // kv_heads)) if len(tiles) == 1 else 1
+    head = p.group * _rows(p.span, m, n, p.group) * min(n, KEYS)
+    heads = max(1, _elements(p.q.device) // head)
+    per_head, per_batch = min(kv_heads, heads), max(1, min(b, heads // kv_heads))
+    if any(x is not None and x.shape[0] > 1 for x in (p.span.lo, p.span.hi)):
+        # Batches whose tiles differ each skip their own, one at a time, unless a step costs more by itself than that.
+        per_batch = max(1, min(per_batch, _elements(p.q.device) // 8 // (kv_heads * p.group * m * n)))
+    tiles = _tiles_by_round(p, per_batch)
     for i in range(0, b, per_batch):
         for h in range(0, kv_heads, per_head):
             stop = min(h + per_head, kv_heads)
@@ -136,7 +144,7 @@ def shares(p: Problem) -> Iterator[Share]:
                 slice(i, min(i + per_batch, b)),
                 slice(h, stop),
                 slice(h * p.group, stop * p.group),
-                tiles[i if len(tiles) > 1 else 0],
+                tiles[i // per_batch if len(tiles) > 1 else 0],
             )
 
 
