@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import Problem, check_parameter, describe
+from .spec import Problem, check_parameter, describe, ordered_like
 from .tiles import reached
 
 SHORTEST = 1e-6  # norms below it count as it
@@ -102,7 +102,7 @@ class Bilinear(Score):
 
     def _lower(self, p: Problem) -> Problem:
         dtype = torch.promote_types(p.q.dtype, self.w.dtype)
-        return p.replace(q=_ordered_like(p.q.to(dtype) @ self.w.to(dtype), p.q))
+        return p.replace(q=ordered_like(p.q.to(dtype) @ self.w.to(dtype), p.q))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class Cosine(Score):
         return _unit(q) @ _unit(k).mT * _per_head(x, 2)
 
     def _lower(self, p: Problem) -> Problem:
-        q, k = (_ordered_like(_unit(x.to(p.lse_dtype)), x) for x in (p.q, p.k))
+        q, k = (ordered_like(_unit(x.to(p.lse_dtype)), x) for x in (p.q, p.k))
         return p.replace(q=q, k=k, scale=self.t * p.scale)
 
 
@@ -203,8 +203,3 @@ class Additive(Score):
 
     def _lower(self, p: Problem) -> Problem:
         return p.replace(w=self.w)
-
-
-def _ordered_like(x: Tensor, like: Tensor) -> Tensor:
-    """x in like's dtype and memory order."""
-    return Problem(like, like, like, 1.0).in_order(x)

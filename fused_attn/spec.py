@@ -187,8 +187,13 @@ class Problem:
 
     def in_order(self, out: Tensor) -> Tensor:
         """out (B, Hq, M, Dv) in q's dtype and memory order."""
-        order, inverse = memory_order(self.q)
-        return out.to(self.q.dtype).permute(order).contiguous().permute(inverse)
+        return ordered_like(out, self.q)
+
+
+def ordered_like(x: Tensor, like: Tensor) -> Tensor:
+    """x, 4-d, in like's dtype and memory order."""
+    order, inverse = memory_order(like)
+    return x.to(like.dtype).permute(order).contiguous().permute(inverse)
 
 
 def memory_order(q: Tensor) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Layers that own what they learn: torch's multi-head attention, computed by `fused_attn.attention`.
+"""Layers that own what they learn: torch's multi-head attention, and attention by learned scores.
 
 Masks keep torch.nn's sense: True means that a key is ignored, and floats are added to the scores.
 
@@ -9,5 +9,6 @@ Masks keep torch.nn's sense: True means that a key is ignored, and floats are ad
 """
 
 from .multihead import MultiheadAttention
+from .scored import AdditiveAttention, BilinearAttention, CosineAttention
 
-__all__ = ["MultiheadAttention"]
+__all__ = ["AdditiveAttention", "BilinearAttention", "CosineAttention", "MultiheadAttention"]

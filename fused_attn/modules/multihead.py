@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..api import attention
-from ..spec import Mask, describe
-from .masks import check_mask, mask_and_bias
+from ..masks import Mask
+from .inputs import check_inputs, check_mask, mask_and_bias
 from .weights import attention_weights
 
 
@@ -118,7 +118,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             if not all(nested) or key_padding_mask is not None or attn_mask is not None:
                 raise ValueError("query, key, value: all or none must be nested, and those that are take no mask")
             return self._nested(query, key, value, need_weights, average_attn_weights)
-        self._check(query, key, value, key_padding_mask, attn_mask)
+        b, m, n = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.batch_first)
+        check_mask("key_padding_mask", key_padding_mask, query, (n,) if query.ndim == 2 else (b, n))
+        check_mask("attn_mask", attn_mask, query, (m, n), (b * self.num_heads, m, n))
 
         q, k, v = self._project(query, key, value)
         batched = query.ndim == 3
@@ -133,9 +135,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = {}
         if attn_mask is not None and not causal:
             folded = attn_mask.ndim == 3
-            masks["attn_mask"] = (
-                attn_mask.unflatten(0, (q.shape[0], self.num_heads)) if folded else attn_mask[None, None]
-            )
+            masks["attn_mask"] = attn_mask.unflatten(0, (b, self.num_heads)) if folded else attn_mask[None, None]
         if key_padding_mask is not None:
             masks["key_padding_mask"] = key_padding_mask[:, None, None]
         mask, bias = mask_and_bias(q, masks, added)
@@ -210,26 +210,3 @@ class MultiheadAttention(nn.MultiheadAttention):
             return k, v, 0
         k, v = (torch.cat([x, *(y.expand(x.shape[0], 1, -1) for y in z)], 1) for x, z in ((k, extra_k), (v, extra_v)))
         return k, v, len(extra_k)
-
-    def _check(
-        self, query: Any, key: Any, value: Any, key_padding_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> None:
-        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
-            if x.ndim not in (2, 3) or x.ndim != query.ndim or x.shape[-1] != width:
-                allowed = f"(length, {width}), or 3 dimensions with a batch, as many as query"
-                raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}")
-        (b, m), (batch, n), values = (self._sizes(x) for x in (query, key, value))
-        if batch != b:
-            raise ValueError(f"key: expected query's batch size {b}, got shape {tuple(key.shape)}")
-        if values != (batch, n):
-            raise ValueError(f"value: expected key's batch and length {(batch, n)}, got shape {tuple(value.shape)}")
-        check_mask("key_padding_mask", key_padding_mask, query, (n,) if query.ndim == 2 else (b, n))
-        check_mask("attn_mask", attn_mask, query, (m, n), (b * self.num_heads, m, n))
-
-    def _sizes(self, x: Tensor) -> tuple[int, int]:
-        """Batch and length."""
-        if x.ndim == 2:
-            return 1, x.shape[0]
-        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])

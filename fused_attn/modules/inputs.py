@@ -1,4 +1,4 @@
-"""torch.nn's masks, in the words of `fused_attn.attention`."""
+"""What the layers are given: checked, and torch.nn's masks in the words of `fused_attn.attention`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import describe
+from ..checks import describe
+
+
+def check_inputs(
+    query: Any, key: Any, value: Any, widths: tuple[int, int, int | None], batch_first: bool = True
+) -> tuple[int, int, int]:
+    """B, M and N of a query, key and value of these widths (None is any).
+
+    Each is (length, width), with B = 1, or (B, length, width), with batch_first False (length, B, width).
+    """
+    sizes = []
+    for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
+        if x.ndim not in (2, 3) or x.ndim != query.ndim or width not in (None, x.shape[-1]):
+            last = "any" if width is None else width
+            allowed = f"(length, {last}), or 3 dimensions with a batch, as many as query"
+            raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}")
+        b, length = (1, x.shape[0]) if x.ndim == 2 else x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+        sizes.append((b, length))
+    (b, m), (batch, n), values = sizes
+    if batch != b:
+        raise ValueError(f"key: expected query's batch size {b}, got shape {tuple(key.shape)}")
+    if values != (batch, n):
+        raise ValueError(f"value: expected key's batch and length {(batch, n)}, got shape {tuple(value.shape)}")
+    return b, m, n
 
 
 def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -> None:
