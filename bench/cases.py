@@ -10,11 +10,25 @@ import torch
 from torch import Tensor
 
 from fused_attn.bind import bind
+from fused_attn.scores import Additive, Distance
 from fused_attn.spec import Mask, Problem
 from fused_attn.tuning import Config, config, override
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-MODIFIED = ("mask", "bias", "bias_batch", "bias_keys", "softcap", "alibi", "dropout", "lengths", "segments")
+MODIFIED = (
+    "mask",
+    "bias",
+    "bias_batch",
+    "bias_keys",
+    "softcap",
+    "alibi",
+    "dropout",
+    "lengths",
+    "segments",
+    "distance",
+    "additive",
+    "sigmoid",
+)
 BATCH, HEADS, LENGTH = 2, 4, 512
 
 
@@ -35,6 +49,10 @@ class Case:
         if self.direction == "hopper_backward":
             others = self.feature == "plain"  # they know nothing of features
             return (*(("hopper_prepare", "hopper_finish") if others else ()), "hopper_backward")
+        if self.feature == "additive":
+            return ("delta", "additive_prepare", "additive_backward")
+        if self.feature == "sigmoid":
+            return ("dkdv", "dq")
         return ("delta", "dkdv", "dq", *(("dbias",) if self.feature == "bias_batch" else ()))
 
     @property
@@ -45,6 +63,8 @@ class Case:
     def config(self, kernel: str, arch: str) -> Config:
         """What the tables give one of its kernels. Those around the one-pass backward have its own."""
         kernel = "hopper_backward" if self.direction == "hopper_backward" else kernel
+        if self.feature == "additive" and kernel in ("forward", "additive_prepare"):
+            kernel = "additive_forward"
         found = config(kernel, arch, getattr(torch, DTYPES[self.dtype]), self.d, self.d, rich=self.rich)
         return replace(found, ordered=True) if self.feature == "ordered" else found
 
@@ -72,7 +92,7 @@ class Case:
 
         def backward() -> Any:
             out = p.empty_out()
-            lse = torch.zeros(p.shape[:3])
+            lse = torch.zeros_like(p.empty_lse())
             with override(**scope):
                 return backend.backward(p, out, lse, torch.zeros_like(out), None, frozenset(p.tensors()))
 
@@ -105,10 +125,14 @@ class Case:
             "alibi": lambda: {"alibi_slopes": zeros(HEADS, dtype=torch.float32)},
             "sink": lambda: {"sink": zeros(HEADS, dtype=torch.float32)},
             "dropout": lambda: {"dropout_p": 0.1, "seed": 7},
+            "distance": lambda: {"score": Distance(8.0)},
+            "additive": lambda: {"score": Additive(zeros(HEADS, self.d))},
+            "sigmoid": lambda: {"normalizer": "sigmoid", "return_lse": False},
         }
         # An unordered sum is what the one-pass backward computes; with "ordered", deterministic.
         deterministic = self.direction != "hopper_backward" or self.feature == "ordered"
-        return bind(q, k, v, return_lse=True, deterministic=deterministic, **options[self.feature]())
+        given = {"return_lse": True, "deterministic": deterministic} | options[self.feature]()
+        return bind(q, k, v, **given).lower()
 
 
 RICH = ("gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments")

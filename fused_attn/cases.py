@@ -271,7 +271,7 @@ SCORE_CASES: dict[str, dict[str, Any]] = {
     "bilinear": {"parameter": "hdc", "dk": 24},
     "cosine": {"parameter": "h"},
     "distance": {"parameter": "h"},
-    "additive": {"parameter": "hd"},
+    "additive": {"parameter": "hd", "d": 10},
 }
 
 # Tags: "core" is the subset for a second version of the toolchain and for a quick look, "half" the cases that also run
@@ -377,7 +377,7 @@ CASES: dict[str, Case] = _table(
     _case("everything_tensor", softcap_tensor=True, scale_tensor="h", **EVERYTHING),
     # scores and normalizers
     *(
-        _case(f"{score}{suffix}", tags, score=score, **options, **more)
+        _case(f"{score}{suffix}", tags, score=score, **(more | options))
         for score, options in SCORE_CASES.items()
         for suffix, tags, more in (
             ("", "core half", {"m": 63, "n": 97}),
@@ -398,13 +398,13 @@ CASES: dict[str, Case] = _table(
     _case("distance_float", score="distance", parameter=3.0, hq=1, m=63),
     _case("distance_scalar", score="distance", parameter="", hq=4, hkv=2, m=33, n=65, return_lse=True),
     _case("distance_bias_rows", score="distance", parameter="h", m=63, bias="bhm1", normalizer="sigmoid"),
-    _case("additive_shared", "half", score="additive", parameter="d", hq=4, hkv=2, m=33, n=65, d=20),
+    _case("additive_shared", "half", score="additive", parameter="d", hq=4, hkv=2, m=33, n=65, d=16),
     _case("additive_odd", score="additive", parameter="hd", hq=1, d=5, m=33, n=65),
-    _case("additive_softcap", score="additive", parameter="hd", m=33, n=65, softcap=2.0, softcap_tensor=True,
+    _case("additive_softcap", score="additive", parameter="hd", m=33, n=65, d=8, softcap=2.0, softcap_tensor=True,
           scale_tensor=""),
-    _case("additive_saturated", "half", score="additive", parameter="d", m=33, n=65, values="cancelling"),
-    _case("additive_bias_shared", score="additive", parameter="d", b=2, m=33, n=65, bias="11mn"),
-    _case("additive_bias_columns", score="additive", parameter="d", b=2, m=33, n=65, bias="1h1n"),
+    _case("additive_saturated", "half", score="additive", parameter="d", m=33, n=65, d=8, values="cancelling"),
+    _case("additive_bias_shared", score="additive", parameter="d", b=2, m=33, n=65, d=8, bias="11mn"),
+    _case("additive_bias_columns", score="additive", parameter="d", b=2, m=33, n=65, d=8, bias="1h1n"),
     *(_case(f"only_parameter_{score}", needs=("parameter",), score=score, m=33, **options)
       for score, options in SCORE_CASES.items()),
     _case("softmax1", "core half", normalizer="softmax1", return_lse=True, m=63),
@@ -419,7 +419,8 @@ CASES: dict[str, Case] = _table(
     _case("sigmoid_bias_rows", normalizer="sigmoid", b=2, m=63, bias="bhm1", window=(9, 4)),
     _case("sigmoid_bias_one", normalizer="sigmoid", b=2, m=63, bias="1h11", masks=("some_rows",)),
     *_family("sigmoid", "values", ("very_negative", "nan_q", "nan_k", "nan_v"), m=97, normalizer="sigmoid", hq=1),
-    *_family("additive", "values", ("nan_q", "nan_k", "nan_v", "inf_q"), score="additive", parameter="d", m=33, hq=1),
+    *_family("additive", "values", ("nan_q", "nan_k", "nan_v", "inf_q"), score="additive", parameter="d", m=33, hq=1,
+             d=8),
     # memory
     _case("layout_bshd", "core half", b=2, layout="bshd", memory="bshd", m=63),
     _case("layout_bshd_gaps", b=2, layout="bshd", m=63, n=97, hq=4, hkv=2),

@@ -28,7 +28,7 @@ from .modifiers import (
     value,
 )
 from .numerics import LOG2E, dot, sigmoid
-from .scores import products
+from .scores import additive, products
 from .spans import Reach, interval, live, sweep, visible, visit
 from .types import KeyGradients, RowGradients, View
 
@@ -371,7 +371,10 @@ def tile_gradient(
     k_tile = load_rows(k, head_pointer(k, b, h // GROUP), n, keys, plane.BLOCK_N, D, BLOCK_D)
     v_tile = load_rows(v, head_pointer(v, b, h // GROUP), n, keys, plane.BLOCK_N, DV, BLOCK_DV)
     do_tile = load_rows(dout, head_pointer(dout, b, h), m, rows, plane.BLOCK_M, DV, BLOCK_DV)
-    s = products(q_tile, k_tile, PRECISION)
+    if plane.score.additive is not None:
+        s = additive(plane, m, n, False)
+    else:
+        s = products(q_tile, k_tile, PRECISION)
     dp = products(do_tile, v_tile, PRECISION)
     see = visible(reach, plane, m, n, True, False)
     p = weights(plane, s, saturation(plane, s), shift[:, None], see, m, n, False)

@@ -12,7 +12,7 @@ import triton.language as tl
 from .memory import head_pointer, load_rows, load_tile, schedule, store_rows
 from .modifiers import Plane, keep, parameters, saturation, value
 from .numerics import LOG2E, dot, sigmoid
-from .scores import products
+from .scores import additive, products
 from .softmax import finish, init, update
 from .spans import Reach, interval, live, sweep, visible, visit
 from .types import View
@@ -43,10 +43,13 @@ class Rows(NamedTuple):
 
 @triton.jit
 def issue(c, n, MASKED: tl.constexpr):
-    """q k^T, [BLOCK_M, BLOCK_N]."""
-    keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
-    k = load_tile(c.k, c.k_head, c.k_box, c.b, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
-    return products(c.q, k, c.PRECISION)
+    """The products of the keys at n, [BLOCK_M, BLOCK_N]."""
+    if c.plane.score.additive is not None:
+        return additive(c.plane, c.m, n, False)
+    else:
+        keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
+        k = load_tile(c.k, c.k_head, c.k_box, c.b, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
+        return products(c.q, k, c.PRECISION)
 
 
 @triton.jit

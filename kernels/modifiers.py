@@ -26,6 +26,7 @@ class Parameters(NamedTuple):
     slope: Any
     bias: Any
     mask: Any
+    weights: Any
 
 
 class Plane(NamedTuple):
@@ -52,6 +53,9 @@ def parameters(score, mask, b, h):
     slope = 0.0
     bias = 0
     plane = 0
+    weights = 0
+    if score.additive is not None:
+        weights = score.additive.weights + h * number(score.additive.stride)
     if score.softcap is not None:
         cap = read_scalar(score.softcap, b, h)
     if score.slopes is not None:
@@ -60,7 +64,7 @@ def parameters(score, mask, b, h):
         bias = head_pointer(score.bias, b, h)
     if mask is not None:
         plane = head_pointer(mask, b, h)
-    return Parameters(read_scalar(score.scale, b, h), cap, slope, bias, plane)
+    return Parameters(read_scalar(score.scale, b, h), cap, slope, bias, plane, weights)
 
 
 @triton.jit

@@ -55,9 +55,35 @@ class Span(NamedTuple):
     hi: Any = None
 
 
+class Additive(NamedTuple):
+    """What additive scores are made of. Features are float32 (heads, features, index): a row of memory for each.
+
+    weights: pointer to (Hq or 1, features); stride: the code of that of its heads. q, k: pointers to the features of
+    queries and keys, rows `pitch` blocks of 16 apart, a code; q_exp, k_exp: to exp(2 q) and exp(2 k) likewise; q_peaks,
+    k_peaks: to the largest |feature| of each block of 16. features: their count, made even by one of zeros. pairs: the
+    exponentials are there. group: query heads for a key-value head. fast: reciprocals are the hardware's.
+    """
+
+    weights: Any
+    stride: Any
+    q: Any
+    k: Any
+    q_exp: Any
+    k_exp: Any
+    q_peaks: Any
+    k_peaks: Any
+    q_pitch: Any
+    k_pitch: Any
+    features: Any
+    pairs: Any
+    group: Any
+    fast: Any
+
+
 class Score(NamedTuple):
     """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see; and
-    rows and keys, pointers to float32 (B, Hq, M) and (B, Hq, N), added to the product times the scale.
+    rows and keys, pointers to float32 (B, Hq, M) and (B, Hq, N), added to the product times the scale. additive: what
+    the product is made of where it is no dot product.
 
     sigmoid: what turns a score into a weight is a sigmoid, not a softmax. folds: the scale is known to be positive and
     finite, and nothing follows it, so the largest product is the largest score, and the kernels multiply inside the
@@ -71,6 +97,7 @@ class Score(NamedTuple):
     offset: Any
     rows: Any
     keys: Any
+    additive: Any
     sigmoid: Any
     folds: Any
 
@@ -89,6 +116,32 @@ class KeyGradients(NamedTuple):
     dk: Any = None
     dv: Any = None
     sums: Any = None
+    end: None = None
+
+
+class AdditiveGradients(NamedTuple):
+    """What the backward of additive scores is asked for.
+
+    dv, bias: View, the second dense. columns, scale, softcap, slopes: pointers to column sums (B, Hq, N), of dx and of
+    what it gives those parameters. rows: pointer to row sums of dx (B, Hq, M), zeros before. dq, dk: pointers to
+    features like those of q and k, zeros before; dw: to (B * Hq, tiles of keys, features), zeros before; stage: to
+    (programs, features, BLOCK_M), for one tile's part of dq. ticket: the next program's number; turns:
+    for each head and tile of rows, the tile of keys that may add to it. Both are zeros before.
+    """
+
+    ticket: Any
+    turns: Any
+    dv: Any = None
+    bias: Any = None
+    columns: Any = None
+    scale: Any = None
+    softcap: Any = None
+    slopes: Any = None
+    rows: Any = None
+    dq: Any = None
+    dk: Any = None
+    dw: Any = None
+    stage: Any = None
     end: None = None
 
 

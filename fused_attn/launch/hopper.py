@@ -93,8 +93,7 @@ def _machine(device: torch.device) -> list[str]:
     return [] if found == (9, 0) else [f"needs compute capability 9.0, this GPU has {found[0]}.{found[1]}"]
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+_multiprocessors = portable.multiprocessors
 
 
 def _tile_dim(d: int) -> int | None:
@@ -176,7 +175,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             _descriptor(v, c.BLOCK_N),
             _descriptor(out, c.BLOCK_M),
             lse,
-            code.views.score(p),
+            code.views.score(p, None),
             code.views.span(span),
             None if p.sink is None else p.sink.contiguous(),
             *(m, last - first, hq, b * hq, portable._wave(p, hq)),

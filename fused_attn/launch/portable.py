@@ -26,7 +26,7 @@ def _device_code() -> Any:
     from types import SimpleNamespace
 
     from ..kernels import backward, forward, types
-    from . import views
+    from . import additive, views
 
     return SimpleNamespace(
         forward=forward.forward_kernel,
@@ -34,6 +34,7 @@ def _device_code() -> Any:
         dkdv=backward.dkdv_kernel,
         dq=backward.dq_kernel,
         dbias=backward.dbias_kernel,
+        additive=additive,
         types=types,
         views=views,
     )
@@ -62,8 +63,6 @@ def why_not(p: Problem) -> list[str]:
     for name, x in (("q", p.q), ("v", p.v)):
         if x.shape[3] > MAX_HEAD_DIM:
             reasons.append(f"{name}'s head dim {x.shape[3]} is above {MAX_HEAD_DIM}")
-    if p.w is not None:
-        reasons.append("additive scores are not built")
     return reasons or _too_large(p)
 
 
@@ -81,6 +80,11 @@ def _too_large(p: Problem) -> list[str]:
     return [
         f"the backward in float32 needs {need} bytes of shared memory for these head dims, {arch} has {SHARED[arch]}"
     ]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _precision(p: Problem) -> str:
@@ -104,7 +108,9 @@ def _wave(p: Problem, heads: int) -> int:
 
 
 def _config(kernel: str, p: Problem, rich: bool = False) -> Config:
-    return config(kernel, architecture(p.q.device), p.q.dtype, p.q.shape[3], p.v.shape[3], rich=rich or _rich(p))
+    dv = p.v.shape[3]
+    d = dv if kernel.startswith("additive") else p.q.shape[3]
+    return config(kernel, architecture(p.q.device), p.q.dtype, d, dv, rich=rich or _rich(p))
 
 
 def _constants(c: Config, p: Problem) -> dict[str, Any]:
@@ -131,13 +137,19 @@ def _compiled_for(c: Config, group: int, d: int, dv: int, precision: str) -> dic
 def _forward_config(p: Problem) -> tuple[Config, tuple[Any, Any]]:
     """The configuration, and descriptors of k and v or (None, None): a memory layout that has none wants the registers
     of pointers, as a modifier wants its own."""
-    c = _config("forward", p)
+    c = _config("forward" if p.w is None else "additive_forward", p)
     if not c.descriptors:
         return c, (None, None)
     k, v = (_device_code().views.boxes(x, c.BLOCK_N) for x in (p.k, p.v))
     if k is None or v is None:
         return _config("forward", p, rich=True), (None, None)
     return c, (k, v)
+
+
+def _score(p: Problem) -> Any:
+    """The score as the kernels read it; what they read of an additive one is prepared by a kernel of its own."""
+    code = _device_code()
+    return code.views.score(p, code.additive.score(p, fast=architecture(p.q.device).startswith("sm_")))
 
 
 def record(work: Any, given: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
@@ -161,7 +173,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             -(-m // c.BLOCK_M) * b * hq,
             *(views.view(x) for x in (p.q, p.k, p.v, out)),
             None if p.sigmoid else lse,
-            views.score(p),
+            _score(p),
             views.span(p.span),
             views.plane_view(p.mask, p.shape),
             None if p.sink is None else p.sink.contiguous(),
@@ -206,9 +218,12 @@ class _Backward:
         form = self._bias_form() if "bias" in needs else None
         columns = form == "columns" or "key_terms" in needs
         rows = form == "rows" or "row_terms" in needs
-        if needs & {"k", "v"} or columns:
+        per_row = needs & {"q", "scale", "softcap", "slopes"} or form == "dense" or (rows and p.sigmoid)
+        if p.w is not None:
+            self._additive(form == "dense", columns, rows and p.sigmoid)
+        if p.w is None and (needs & {"k", "v"} or columns):
             self._dkdv(columns)
-        if needs & {"q", "scale", "softcap", "slopes"} or form == "dense" or (rows and p.sigmoid):
+        if p.w is None and per_row:
             self._dq(form == "dense", rows and p.sigmoid)
         if form == "shared":
             self._dbias()
@@ -271,7 +286,7 @@ class _Backward:
     @functools.cached_property
     def _planes(self) -> tuple[Any, Any, Any]:
         p = self.p
-        return self.views.score(p), self.views.plane_view(p.mask, p.shape), self.views.dropout(p)
+        return _score(p), self.views.plane_view(p.mask, p.shape), self.views.dropout(p)
 
     def _inputs(self, span: Any) -> tuple[Any, ...]:
         """What the kernels that compute weights again begin with."""
@@ -305,11 +320,7 @@ class _Backward:
         per_row = ("scale", "softcap", "slopes")
         sums = {x: p.q.new_empty(p.shape[:3], dtype=torch.float32) for x in per_row if x in needs}
         self.row_sums = p.q.new_empty(p.shape[:3], dtype=torch.float32) if totals else None
-        bias = None
-        if dense:
-            # Tiles that no row sees are never visited.
-            self.grads["bias"] = (torch.empty_like if p.span.unbounded else torch.zeros_like)(p.bias)
-            bias = self.views.plane_output(self.grads["bias"], p.shape)
+        bias = self._dense_bias() if dense else None
         c = _config("dq", p)
         seam.launch(
             self.code.dq,
@@ -319,9 +330,34 @@ class _Backward:
             *(m, n, hq, b * hq, _wave(p, hq)),
             **_constants(c, p),
         )
-        for name, rows in sums.items():
-            own = p.tensors()[name]
-            self._keep(name, rows.sum() if own.ndim == 0 else rows.sum(2) if own.ndim == 2 else rows.sum((0, 2)))
+        self._keep_sums(sums)
+
+    def _keep_sums(self, sums: dict[str, Tensor]) -> None:
+        """Of rows or keys, (B, Hq, length), as the gradients of what they are named for."""
+        for name, x in sums.items():
+            own = self.p.tensors()[name]
+            self._keep(name, x.sum() if own.ndim == 0 else x.sum(2) if own.ndim == 2 else x.sum((0, 2)))
+
+    def _dense_bias(self) -> Any:
+        """A bias of which every entry has one score, to be written; tiles that no row sees are never visited."""
+        self.grads["bias"] = (torch.empty_like if self.p.span.unbounded else torch.zeros_like)(self.p.bias)
+        return self.views.plane_output(self.grads["bias"], self.p.shape)
+
+    def _additive(self, dense: bool, columns: bool, rows: bool) -> None:
+        """Everything but a shared bias, in one pass."""
+        p = self.p
+        wanted = self.needs & {"q", "k", "w", "scale", "softcap", "slopes"}
+        wanted |= {name for name, there in (("columns", columns), ("rows", rows)) if there}
+        sums = self.code.additive.backward(
+            p, _config("additive_backward", p), self._operands[3], self.shift, self.delta, self._planes,
+            self.grads.get("v"), self._dense_bias() if dense else None, wanted, _wave(p, p.k.shape[1]), _precision(p),
+            multiprocessors(p.q.device),
+        )  # fmt: skip
+        self.column_sums, self.row_sums = sums.columns.pop("columns", None), sums.rows
+        self.grads |= {name: x for name, x in sums.grads.items() if name != "w"}
+        if "w" in sums.grads:
+            self._keep("w", sums.grads["w"])
+        self._keep_sums(sums.columns)
 
     def _dbias(self) -> None:
         p = self.p

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels.types import Dropout, Scalar, Score, Span, Vector, View
+from ..kernels.types import Additive, Dropout, Scalar, Score, Span, Vector, View
 from ..spec import Problem
 from ..spec import Span as Interval
 from ..tuning.select import padded
@@ -25,7 +25,12 @@ def code(x: int) -> int:
     return 4 * x + 3
 
 
-_constants = {n: tl.constexpr(n) for n in (0, 1, 2, 4, 8, 16)}
+@functools.lru_cache(None, typed=True)
+def constant(x: Any) -> tl.constexpr:
+    return tl.constexpr(x)
+
+
+_constants = {n: constant(n) for n in (0, 1, 2, 4, 8, 16)}
 _booleans = {x: tl.constexpr(x) for x in (False, True)}
 
 
@@ -124,7 +129,8 @@ def transposed_span(s: Interval, n: int) -> Span:
     return Span(left, right, vector(start), vector(stop))
 
 
-def score(p: Problem) -> Score:
+def score(p: Problem, additive: Additive | None) -> Score:
+    """additive: see `launch.additive.score`."""
     alone = all(x is None for x in (p.softcap, p.bias, p.slopes, p.row_terms)) and not p.sigmoid
     return Score(
         scalar(p.scale),
@@ -134,6 +140,7 @@ def score(p: Problem) -> Score:
         None if p.slopes is None else code(p.offset),
         None if p.row_terms is None else p.row_terms.contiguous(),
         None if p.key_terms is None else p.key_terms.contiguous(),
+        additive,
         _booleans[p.sigmoid],
         _booleans[alone and isinstance(p.scale, float) and 0 < p.scale < math.inf],
     )

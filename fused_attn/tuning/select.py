@@ -3,7 +3,8 @@
 A table, tables/<architecture>.json, maps `key(...)` to a row: the fields of Config, and what else is known of it
 ("validated", "result"). A key is "<kernel>/<class>/<D>" or "<kernel>/<class>/<D>/<variant>":
 
-    kernel   forward, dkdv, dq, dbias, delta; and on sm_90 hopper_forward and hopper_backward, which have no heuristic
+    kernel   forward, dkdv, dq, dbias, delta; additive_forward and additive_backward, whose D is that of the values; and
+             on sm_90 hopper_forward and hopper_backward, which have no heuristic
     class    half (float16, bfloat16) or single (float32)
     D        the larger of the padded head dims of q and v: 16, 32, 64, 128, 256, 512
     variant  rich: a modifier, tensor mask or dropout shares the registers. Without such a row the plain one serves,
@@ -26,7 +27,7 @@ import torch
 from ..spec import HALF
 from .config import Config, overridden
 
-KERNELS = ("forward", "dkdv", "dq", "dbias", "delta")
+KERNELS = ("forward", "dkdv", "dq", "dbias", "delta", "additive_forward", "additive_backward")
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 # Bytes of shared memory that one program may use.
@@ -107,6 +108,8 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) ->
         return Config(size // 2, size // 2, 1, 1, overlap=True) if d > 128 else Config(size, size // 2, 1, 1, True)
     if kernel == "delta":
         return Config(32 if d > 128 else 64, 16, 4, 1)
+    if kernel.startswith("additive"):
+        return _additive(kernel, arch, dtype, d)
     half = dtype in HALF
     roomy = SHARED[arch] > 200 * 1024
     if not half:
@@ -135,3 +138,19 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) ->
     if rich:
         chosen = replace(chosen, overlap=False, num_stages=min(chosen.num_stages, 2))
     return chosen
+
+
+def _additive(kernel: str, arch: str, dtype: torch.dtype, dv: int) -> Config:
+    """Bound by special functions and issue. A warp has whole rows of 32 lanes, so long tiles load the fewest features;
+    the values' head dim is what takes registers beside the scores."""
+    if dtype not in HALF:
+        owned, swept, warps = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4)}.get(dv, (16, 16, 8))
+    elif kernel == "additive_forward":
+        owned, swept, warps = (32, 128, 4) if dv <= 128 else (16, 64, 4 if dv == 256 else 8)
+    else:
+        owned, swept, warps = (16, 128, 4) if dv <= 64 else (16, 64, 4 if dv <= 256 else 8)
+    if dv == 512 and SHARED[arch] < 200 * 1024:
+        swept = 16
+    if kernel == "additive_forward":
+        return Config(owned, swept, warps, num_stages=1)
+    return Config(swept, min(owned, 16), warps, num_stages=1)

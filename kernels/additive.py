@@ -1,0 +1,253 @@
+"""Additive scores: what the kernels read of q and k, and the backward of everything in one pass over the keys.
+
+    s = w . tanh(q + k), its derivatives with t = tanh(q + k):
+    dq_i = scale w sum_j du_ij (1 - t_ij^2)    dk_j = scale w sum_i du_ij (1 - t_ij^2)    dw = scale sum_ij du_ij t_ij
+
+A program owns a tile of keys and meets the rows of its group's query heads. For a tile of rows it sums over the
+features once for the scores, and goes over them once more for the gradients: two tanh a feature, where kernels for the
+rows and for the keys would take four. What a row gets from different tiles of keys is added in their order: a program
+waits for the turn of its tile, which comes after that of the tile before. It waits for smaller tickets only, so no
+order of blocks is assumed and nothing is left to chance.
+
+Grid: as many programs as run at once. Features are float32 and feature-major, see types.Additive.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .backward import dropped, score_gradient, statistics, weights
+from .memory import head_pointer, load_rows, number, schedule, store_rows
+from .modifiers import Plane, backward, parameters, saturation, slope_gradient, softcap_gradient, tile_pointers
+from .numerics import LOG2E, dot, reciprocal
+from .scores import PEAKS, additive, first_features, following, halves, key_features, paired, pitch, products, tanhs
+from .spans import Reach, interval, live, visible, visit
+from .types import AdditiveGradients, View
+
+SLICE: tl.constexpr = tl.constexpr(16)  # features that are added at once
+
+
+@triton.jit(do_not_specialize=["LENGTH", "HEADS", "BATCHED_HEADS"])
+def additive_prepare_kernel(
+    x, features, exponentials, peaks, blocks, LENGTH, HEADS, BATCHED_HEADS,
+    FEATURES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """x: View (B, H, LENGTH, D); a program turns PEAKS of its rows, zeros past the end. Grid: blocks x heads."""
+    tile, head = schedule(tl.program_id(0), number(blocks), BATCHED_HEADS, BATCHED_HEADS)
+    start = tile * PEAKS
+    rows = start + tl.arange(0, PEAKS) < LENGTH
+    found = load_rows(x, head_pointer(x, head // HEADS, head % HEADS), start, rows, PEAKS, D, BLOCK_D).to(tl.float32)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    at = head.to(tl.int64) * FEATURES * pitch(blocks) + start
+    offsets = d.to(tl.int64) * pitch(blocks) + tl.arange(0, PEAKS)[:, None]
+    tl.store(features + at + offsets, found, mask=d < FEATURES)
+    if PAIRS:
+        tl.store(exponentials + at + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=d < FEATURES)
+        tl.store(peaks + head.to(tl.int64) * number(blocks) + tile, tl.max(tl.max(tl.abs(found), 1), 0))
+
+
+class Keys(NamedTuple):
+    """A tile of keys at n, the program that owns it, and what its rows are met with."""
+
+    v: Any
+    n: Any
+    tile: Any
+    program: Any
+    dout: View
+    do_head: Any
+    bias_head: Any
+    shift: Any
+    delta: Any
+    plane: Plane
+    reach: Reach
+    gradients: AdditiveGradients
+    DV: Any
+    BLOCK_DV: Any
+    PRECISION: Any
+
+
+@triton.jit
+def add_features(c, du, m, PAIRED: tl.constexpr):
+    """dk and dw += what du, [BLOCK_N, BLOCK_M], gives them; the tile's part of dq is staged."""
+    q, k = first_features(c.plane, m, c.n, PAIRED)
+    w = c.plane.own.weights
+    dk = key_features(c.plane, c.gradients.dk, c.n)
+    stage = c.gradients.stage + c.program.to(tl.int64) * c.plane.score.additive.features * c.plane.BLOCK_M
+    tiles = tl.cdiv(c.plane.N, c.plane.BLOCK_N)
+    dw = c.gradients.dw + (c.plane.head.to(tl.int64) * tiles + c.tile) * c.plane.score.additive.features
+    step = pitch(c.plane.score.additive.k_pitch)
+    for _ in tl.range(0, c.plane.score.additive.features, 2):
+        if PAIRED:
+            a, b = halves(c.plane, q, k, True)
+            r = reciprocal(a * b, c.plane.score.additive.fast)
+            x, y = 1.0 - 2.0 * (b * r), 1.0 - 2.0 * (a * r)
+        else:
+            x, y = tanhs(c.plane, q, k, True)
+        add_feature(c, du, x, tl.load(w), dk, stage, dw)
+        add_feature(c, du, y, tl.load(w + 1), dk + step, stage + c.plane.BLOCK_M, dw + 1)
+        q, k = following(c.plane, q, k, 2)
+        w += 2
+        dk += 2 * step
+        stage += 2 * c.plane.BLOCK_M
+        dw += 2
+
+
+@triton.jit
+def add_feature(c, du, t, w, dk, stage, dw):
+    sent = du * t
+    slope = du - sent * t
+    tl.store(stage + tl.arange(0, c.plane.BLOCK_M), tl.sum(slope, 0) * w)
+    at = dk + tl.arange(0, c.plane.BLOCK_N)
+    tl.store(at, tl.load(at) + tl.sum(slope, 1) * (w * c.plane.own.scale))
+    tl.store(dw, tl.load(dw) + tl.sum(sent))
+
+
+@triton.jit
+def absorb(c, state, m):
+    """Add what the rows of the tile at m send to the keys: the state, and the rows' sums of dx."""
+    dv, columns, scale, caps, slopes = state
+    at = m + tl.arange(0, c.plane.BLOCK_M)
+    rows = live(c.reach, m, c.plane.BLOCK_M, True)
+    do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
+    shift, delta = statistics(c.shift, c.delta, c.plane.head, at, at < c.plane.M, c.plane.M)
+    s = additive(c.plane, m, c.n, True)
+    dp = products(c.v, do, c.PRECISION)
+    t = saturation(c.plane, s)
+    p = weights(c.plane, s, t, shift[None, :], visible(c.reach, c.plane, m, c.n, True, True), m, c.n, True)
+    kept = dropped(c.plane, m, c.n, True)
+    if c.gradients.dv is not None:
+        if kept is None:
+            sent = p
+        else:
+            sent = tl.where(kept, p, 0.0)
+        dv = dot(sent.to(do.dtype), do, dv, c.PRECISION)
+    dx = score_gradient(c.plane, p, dp, delta[None, :], kept)
+    if c.gradients.bias is not None:
+        ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, m, c.n, True)
+        inside = (at < c.plane.M)[None, :] & (c.n + tl.arange(0, c.plane.BLOCK_N) < c.plane.N)[:, None]
+        tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=inside)
+    if c.gradients.columns is not None:
+        columns += tl.sum(dx, 1)
+    if c.gradients.slopes is not None:
+        slopes += tl.sum(slope_gradient(c.plane, dx, m, c.n, True), 1)
+    if c.gradients.softcap is not None:
+        caps += tl.sum(softcap_gradient(c.plane, dx, s, t), 1)
+    du = backward(c.plane, dx, t)
+    if c.gradients.scale is not None:
+        scale += tl.sum(du * s, 1)
+    if c.gradients.dq is not None:
+        if c.plane.score.additive.pairs:
+            if paired(c.plane, m, c.n):
+                add_features(c, du, m, True)
+            else:
+                add_features(c, du, m, False)
+        else:
+            add_features(c, du, m, False)
+    sums = tl.zeros([c.plane.BLOCK_M], tl.float32)
+    if c.gradients.rows is not None:
+        sums += tl.sum(dx, 0)
+    return dv, columns, scale, caps, slopes, sums
+
+
+@triton.jit
+def add_rows(c, m, sums):
+    """Add the staged part of dq, and the sums of dx, to the rows at m: the tile's turn has come."""
+    rows = m + tl.arange(0, c.plane.BLOCK_M)
+    if c.gradients.rows is not None:
+        at = c.gradients.rows + c.plane.head.to(tl.int64) * c.plane.M + rows
+        tl.store(at, tl.load(at, mask=rows < c.plane.M, other=0.0) + sums, mask=rows < c.plane.M)
+    if c.gradients.dq is not None:
+        base = c.gradients.dq + c.plane.head.to(tl.int64) * c.plane.score.additive.features * pitch(
+            c.plane.score.additive.q_pitch
+        )
+        stage = c.gradients.stage + c.program.to(tl.int64) * c.plane.score.additive.features * c.plane.BLOCK_M
+        for first in tl.range(0, c.plane.score.additive.features, SLICE):
+            d = first + tl.arange(0, SLICE)[:, None]
+            inside = (d < c.plane.score.additive.features) & (rows < c.plane.M)[None, :]
+            at = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + rows[None, :]
+            staged = tl.load(
+                stage + d * c.plane.BLOCK_M + tl.arange(0, c.plane.BLOCK_M)[None, :], mask=inside, other=0.0
+            )
+            tl.store(at, tl.load(at, mask=inside, other=0.0) + staged, mask=inside)
+
+
+@triton.jit
+def meet_rows(c, state):
+    """Every tile of one query head's rows: those that the keys are seen from, and a turn passed on in the others."""
+    tiles = tl.cdiv(c.plane.M, c.plane.BLOCK_M)
+    visit = c.reach.visit
+    for tile in tl.range(0, tiles):
+        m = tile * c.plane.BLOCK_M
+        visited = (m >= visit.origin) & (m < visit.origin + visit.total * c.plane.BLOCK_M)
+        sums = tl.zeros([c.plane.BLOCK_M], tl.float32)
+        if visited:
+            dv, columns, scale, caps, slopes, sums = absorb(c, state, m)
+            state = dv, columns, scale, caps, slopes
+        turn = c.gradients.turns + c.plane.head * tiles + tile
+        # What this tile stored is there for all threads, and then what earlier tiles added is there for this program.
+        tl.debug_barrier()
+        while tl.atomic_add(turn, 0, sem="acquire") != c.tile:
+            pass
+        tl.debug_barrier()
+        if visited:
+            add_rows(c, m, sums)
+        tl.debug_barrier()
+        tl.atomic_xchg(turn, c.tile + 1, sem="release")
+    return state
+
+
+@triton.jit
+def keep_columns(pointer, head, N, keys, seen, sums):
+    if pointer is not None:
+        tl.store(pointer + head.to(tl.int64) * N + keys, tl.where(seen, sums, 0.0), mask=keys < N)
+
+
+@triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
+def additive_backward_kernel(
+    v, dout, shift, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads. Keys nobody sees get zeros.
+
+    A program takes tickets as long as there are tiles, so that what it stages needs memory once for all of them.
+    """
+    tiles = tl.cdiv(N, BLOCK_N)
+    ticket = tl.atomic_add(gradients.ticket, 1)
+    while ticket < tiles * BATCHED_HEADS:
+        tile, head = schedule(ticket, tiles, BATCHED_HEADS, WAVE)
+        n = tile * BLOCK_N
+        b = head // HEADS
+        h = head % HEADS
+        keys = n + tl.arange(0, BLOCK_N)
+        lo, hi = interval(span, b, keys, N, M)
+        seen = lo < hi
+        reach = visit(lo, hi, M, BLOCK_M)
+        v_tile = load_rows(v, head_pointer(v, b, h), n, seen, BLOCK_N, DV, BLOCK_DV)
+        dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        zeros = tl.zeros([BLOCK_N], tl.float32)
+        for member in range(GROUP):
+            row_head = head * GROUP + member
+            row_h = h * GROUP + member
+            bias_head = None
+            if gradients.bias is not None:
+                bias_head = head_pointer(gradients.bias, b, row_h)
+            dv, columns, scale, caps, slopes = meet_rows(
+                Keys(
+                    v_tile, n, tile, tl.program_id(0), dout, head_pointer(dout, b, row_h), bias_head, shift, delta,
+                    Plane(score, parameters(score, mask, b, row_h), mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N),
+                    Reach(span, lo, hi, reach), gradients, DV, BLOCK_DV, PRECISION,
+                ),
+                (dv, zeros, zeros, zeros, zeros),
+            )  # fmt: skip
+            keep_columns(gradients.columns, row_head, N, keys, seen, columns)
+            keep_columns(gradients.scale, row_head, N, keys, seen, scale)
+            keep_columns(gradients.softcap, row_head, N, keys, seen, caps)
+            keep_columns(gradients.slopes, row_head, N, keys, seen, slopes)
+        if gradients.dv is not None:
+            if dropout is not None:
+                dv *= dropout.rescale
+            dv = tl.where(seen[:, None], dv, 0.0)
+            store_rows(gradients.dv, head_pointer(gradients.dv, b, h), n, keys < N, dv, BLOCK_N, DV, BLOCK_DV)
+        ticket = tl.atomic_add(gradients.ticket, 1)
