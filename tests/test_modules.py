@@ -217,13 +217,20 @@ def test_without_a_batch(kind: str, masks: str, weights: str) -> None:
 
 
 @pytest.mark.parametrize("batch_first", (False, True))
-@pytest.mark.parametrize("same", ("self", "memory", "query_is_value"))
+@pytest.mark.parametrize("same", ("self", "memory", "query_is_value", "query_is_key"))
 def test_one_tensor_in_several_roles(same: str, batch_first: bool) -> None:
     """Projected in one product or not, values and gradients are the same."""
     ours, theirs = pair(batch_first=batch_first)
     x, y = randn(5, 5, E), randn(5, 5, E, seed=1)
-    args = {"self": (x, x, x), "memory": (x, y, y), "query_is_value": (x, y, x)}[same]
+    args = {"self": (x, x, x), "memory": (x, y, y), "query_is_value": (x, y, x), "query_is_key": (x, x, y)}[same]
     agree(ours, theirs, args, {"need_weights": False})
+
+
+@pytest.mark.parametrize("options", ({}, {"need_weights": False, "key_padding_mask": padding(10, 4, 1)}), ids=str)
+def test_a_hint_that_is_wrong(options: dict) -> None:
+    """Where torch reads the mask all the same, so do we."""
+    ours, theirs = pair(batch_first=True)
+    agree(ours, theirs, batch(batch_first=True), {"attn_mask": holes(M, N), "is_causal": True} | options)
 
 
 def test_zero_sizes() -> None:
@@ -319,7 +326,7 @@ def test_torch_samples(name: str, training: bool) -> None:
             type(x) is nn.MultiheadAttention for x in their.modules()
         )
         args, options = sample.forward_input.args, sample.forward_input.kwargs
-        if training and name not in ("TransformerEncoder", "Transformer"):  # which hold the others
+        if training and name in ("MultiheadAttention", "TransformerEncoderLayer"):  # the others hold these
             # Inputs up to 9 saturate a softmax; a gradient is then what is left of large terms, and E a matter of luck.
             agree(our, their, tuple(x / 8 for x in args), options, others=4)
         if sample.reference_fn is not None:  # with a batch of one, or by torch's fast path
@@ -764,15 +771,34 @@ def test_scored_layers_are_modules(name: str) -> None:
         assert torch.equal(copied(*args)[0], expected)
     layer.reset_parameters()
     assert not torch.equal(layer(*args)[0], expected)
+
+
+PARAMETERS = {
+    "additive": {"weight", "query_proj.weight", "query_proj.bias", "key_proj.weight"},
+    "bilinear": {"weight"},
+    "cosine": {"temperature", "query_proj.weight", "query_proj.bias", "key_proj.weight", "key_proj.bias"},
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_first_parameters(name: str) -> None:
+    """Each by its name, Xavier's bound for matrices and for the rows that are one for each head."""
+    torch.manual_seed(0)
+    layer = SCORED[name](num_heads=8)
+    assert {key for key, _ in layer.named_parameters()} == PARAMETERS[name]
     for key, parameter in layer.named_parameters():
         if key.endswith("bias"):
             assert not parameter.any()
         elif key == "temperature":
-            assert torch.equal(parameter, torch.full((2,), 10.0, dtype=torch.float64))
-        else:  # of a linear map, or of the rows of one for each head
-            fan_in, fan_out = parameter.shape[-1], 1 if name == "additive" and key == "weight" else parameter.shape[-2]
-            bound = (6 / (fan_in + fan_out)) ** 0.5
-            assert 0.5 * bound < parameter.abs().max() <= bound, key
+            assert torch.equal(parameter, torch.full((8,), 10.0))
+        else:
+            fan_out = 1 if (name, key) == ("additive", "weight") else parameter.shape[-2]
+            bound = (6 / (parameter.shape[-1] + fan_out)) ** 0.5
+            assert 0.7 * bound < parameter.abs().max() <= bound, key
+    assert torch.equal(CosineAttention(5, 6, 8, temperature=3).temperature, torch.tensor([3.0]))
+    assert {key for key, _ in AdditiveAttention(5, 6, 8, bias=False).named_parameters()} == {
+        "weight", "query_proj.weight", "key_proj.weight"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCORED)
