@@ -403,6 +403,7 @@ CASES: dict[str, Case] = _table(
     _case("additive_softcap", score="additive", parameter="hd", m=33, n=65, d=8, softcap=2.0, softcap_tensor=True,
           scale_tensor=""),
     _case("additive_saturated", "half", score="additive", parameter="d", m=33, n=65, d=8, values="cancelling"),
+    _case("additive_edge", "half", score="additive", parameter="d", m=33, n=65, d=8, values="edge"),
     _case("additive_bias_shared", score="additive", parameter="d", b=2, m=33, n=65, d=8, bias="11mn"),
     _case("additive_bias_columns", score="additive", parameter="d", b=2, m=33, n=65, d=8, bias="1h1n"),
     *(_case(f"only_parameter_{score}", needs=("parameter",), score=score, m=33, **options)

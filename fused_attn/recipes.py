@@ -73,6 +73,12 @@ def _cancelling(q: Tensor, k: Tensor, v: Tensor) -> None:
     k[:, :, ::3] -= 15.0
 
 
+def _edge(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Features at the last size at which exponentials of two of them may share a reciprocal."""
+    for t in (q, k):
+        t.copy_(torch.where(t.abs() > 0.7, 11.0 * t.sign(), t))
+
+
 def _constant(value: float) -> Callable:
     return lambda **x: [t.fill_(value) for t in x.values()]
 
@@ -84,6 +90,7 @@ VALUES: dict[str, Callable] = {
     "zero_rows": _zero_rows,
     "huge_rows": _huge_rows,
     "cancelling": _cancelling,
+    "edge": _edge,
     "constant": _constant(0.75),
     "ramps": _ramps,
     "huge_equal": _constant(133120.0),
