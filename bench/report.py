@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import table
+from bench import support, table
 from bench.samples import GRID
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,37 @@ def static() -> str:
     return f"{markdown(headings, rows)}\n\n{len(entries)} rows for six targets in `bench/results/static.csv`."
 
 
-PARTS: dict[str, Callable[[], str]] = {x.__name__: x for x in (plain, modifiers, memory, host, static)}
+def features() -> str:
+    """Which features each backend takes, and which it refuses only together."""
+    answers = support.read()
+    alone = {name: _alone(answers, name) for name in support.BACKENDS}
+    rows = []
+    for factor, values in support.FACTORS.items():
+        found = [[x for x in values if (factor, x) in alone[name]] for name in support.BACKENDS]
+        cells = ("all" if len(taken) == len(values) else ", ".join(taken) for taken in found)
+        rows.append([factor, ", ".join(values), *cells])
+    nowhere = [pair for pair, said in answers.items() if support.YES not in said.values()]
+    lines = [markdown(["", "can be", *(f"`{name}`" for name in support.BACKENDS)], rows), ""]
+    lines.append(f"Refused together by every backend: {_listed(nowhere)}.")
+    for name, own in alone.items():
+        refused = [pair for pair, said in answers.items() if said[name] != support.YES and set(pair) <= own]
+        if more := [pair for pair in refused if pair not in nowhere]:
+            lines.append(f"By `{name}` also: {_listed(more)}.")
+    counts = (f"`{name}` {sum(x[name] == support.YES for x in answers.values())}" for name in support.BACKENDS)
+    lines.append(f"Taken of {len(answers)} pairs: {', '.join(counts)}.")
+    return "\n".join(lines)
+
+
+def _alone(answers: dict[support.Pair, dict[str, str]], backend: str) -> set[support.Feature]:
+    """What a backend takes beside something."""
+    return {x for pair, said in answers.items() if said[backend] == support.YES for x in pair}
+
+
+def _listed(pairs: Iterable[support.Pair]) -> str:
+    return ", ".join(" with ".join(f"`{factor}={value}`" for factor, value in pair) for pair in pairs)
+
+
+PARTS: dict[str, Callable[[], str]] = {x.__name__: x for x in (features, plain, modifiers, memory, host, static)}
 
 
 def rewritten(text: str) -> str:

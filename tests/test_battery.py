@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -45,24 +42,6 @@ PARAMETERS = [
     for dtype in _dtypes(backend, case)
     if not (backend == "triton" and "large" in case.tags)
 ]
-
-
-@pytest.fixture
-def nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a backend allocates holds NaN (or a large integer) until it is written."""
-
-    def filled(allocate: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-            x = allocate(*args, **kwargs)
-            if x.is_floating_point():
-                return x.fill_(torch.nan)
-            return x if x.dtype == torch.bool or x.is_complex() else x.fill_(torch.iinfo(x.dtype).max)
-
-        return call
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
-                        (torch.Tensor, "new_empty_strided")):  # fmt: skip
-        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
 @pytest.mark.parametrize(("backend", "name", "dtype"), PARAMETERS)
