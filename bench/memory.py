@@ -15,18 +15,30 @@ from pathlib import Path
 
 import torch
 
+import fused_attn
 from bench.clock import directed
 from bench.providers import NAIVE, Provider, ours
 from bench.samples import Sample, sized
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIONS = ("forward", "forward+backward")
+SEEN = ("statistics", "map")  # of the weights, instead of a direction: all of the first, some rows of the other
 CASE, BATCH, HEADS, DIM = "alibi_bh", 1, 2, 64  # causal, with ALiBi: torch's own op has no part in it
 THREADS = 1  # the peak grows by a tile for each, and its growth with length is what is asked
 
 
 def _run(provider: Provider, x: Sample, direction: str) -> None:
-    directed(direction, provider.bind(x), x.leaves, x.cotangents)()
+    if direction not in SEEN:
+        directed(direction, provider.bind(x), x.leaves, x.cotangents)()
+        return
+    q, k, _ = x.inputs.qkv
+    words = {name: x.inputs.kwargs[name] for name in ("causal", "alibi_slopes")} | {"backend": provider.name}
+    with torch.no_grad():
+        if direction == "statistics":
+            fused_attn.attention_stats(q, k, key_mass=True, entropy=True, max_logit=True, top_k=8, **words)
+        else:
+            rows = range(0, q.shape[2], max(1, q.shape[2] // 64))
+            fused_attn.attention_map(q, k, rows=rows, heads=[-1], **words)
 
 
 def _sample(length: int) -> Sample:
@@ -65,6 +77,6 @@ def peak(name: str, direction: str, length: int) -> int:
 
 if __name__ == "__main__":
     name, direction, length = sys.argv[1:]
-    if direction not in DIRECTIONS:
-        raise SystemExit(f"direction: expected one of {DIRECTIONS}, got {direction!r}")
+    if direction not in DIRECTIONS + SEEN:
+        raise SystemExit(f"direction: expected one of {DIRECTIONS + SEEN}, got {direction!r}")
     print(measure(name, direction, int(length)))

@@ -17,6 +17,7 @@ if not (_root / "fused_attn" / "kernels").is_dir() and (_root / "kernels").is_di
 from . import scores  # noqa: E402
 from .api import attention, explain, merge_states, scaled_dot_product_attention, warmup  # noqa: E402
 from .dispatch import BACKENDS, Explanation  # noqa: E402
+from .seeing import attention_map, attention_stats  # noqa: E402
 from .spec import BackendError, Mask, TransformError  # noqa: E402
 
 __version__ = "0.1.0"
@@ -27,6 +28,8 @@ __all__ = [
     "Mask",
     "TransformError",
     "attention",
+    "attention_map",
+    "attention_stats",
     "compat",
     "explain",
     "merge_states",
@@ -39,7 +42,7 @@ __all__ = [
 ]
 
 _LATER = (
-    "attention_decode", "attention_map", "attention_stats", "attention_varlen", "debug", "PagedKVCache", "parallel",
+    "attention_decode", "attention_varlen", "debug", "PagedKVCache", "parallel",
 )  # fmt: skip
 
 

@@ -86,26 +86,25 @@ SCORES: dict[type, Callable[..., Terms]] = {
 }  # fmt: skip
 
 
-@torch.no_grad()
-def absolutes(p: Problem, inputs: Inputs) -> dict[str, Tensor]:
-    """A of each result. p is in float64 and not lowered."""
-    b, h, m, n = p.shape
-    zero = p.q.new_zeros(())
+def _products(p: Problem) -> Terms:
     signed = p.q, p.k.repeat_interleave(p.group, 1)
     q, k = signed if isinstance(p.score, Additive) else (x.abs() for x in signed)
-    v = p.v.repeat_interleave(p.group, 1).abs()
     parameter = None if p.score is None else torch.as_tensor(p.parameter).to(p.q).abs()
-    products, pull = SCORES[type(p.score)](q, k, parameter)
-    scale = torch.as_tensor(p.scale).to(p.q).reshape(-1, 1, 1).abs()
-    i, j = torch.arange(m, device=q.device), torch.arange(n, device=q.device)
-    distance = (i[:, None] + p.offset - j).abs().double()
-    weights, lse = reference.normalized(p, reference.scores(p, torch.float64))
-    kept = weights
-    if p.dropout is not None:
-        heads = torch.arange(b * h, device=q.device).view(b, h)
-        kept = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
+    return SCORES[type(p.score)](q, k, parameter)
 
-    u = products * scale
+
+def _scale(p: Problem) -> Tensor:
+    return torch.as_tensor(p.scale).to(p.q).reshape(-1, 1, 1).abs()
+
+
+def _distance_to_diagonal(p: Problem) -> Tensor:
+    i, j = (torch.arange(x, device=p.q.device) for x in p.shape[2:])
+    return (i[:, None] + p.offset - j).abs().double()
+
+
+def _modified(p: Problem, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, Hq, M, N) each: the scores' terms, their slope by what softcap bends, and their bend by its parameter."""
+    u = products * _scale(p)
     terms, slope, bend = u, torch.ones_like(u), u
     if p.softcap is not None:
         raw = p.replace(bias=None, slopes=None, mask=None, softcap=None)
@@ -115,7 +114,31 @@ def absolutes(p: Problem, inputs: Inputs) -> dict[str, Tensor]:
     if p.bias is not None:
         terms = terms + p.bias.abs()
     if p.slopes is not None:
-        terms = terms + p.slopes.abs()[..., None, None] * distance
+        terms = terms + p.slopes.abs()[..., None, None] * _distance_to_diagonal(p)
+    return terms, slope, bend
+
+
+@torch.no_grad()
+def of_scores(p: Problem) -> Tensor:
+    """A of the scores, (B, Hq, M, N). p is in float64 and not lowered."""
+    return _modified(p, _products(p).products)[0]
+
+
+@torch.no_grad()
+def absolutes(p: Problem, inputs: Inputs) -> dict[str, Tensor]:
+    """A of each result. p is in float64 and not lowered."""
+    b, h, m, n = p.shape
+    zero = p.q.new_zeros(())
+    v = p.v.repeat_interleave(p.group, 1).abs()
+    products, pull = _products(p)
+    terms, slope, bend = _modified(p, products)
+    i, j = torch.arange(m, device=v.device), torch.arange(n, device=v.device)
+    weights, lse = reference.normalized(p, reference.scores(p, torch.float64))
+    kept = weights
+    if p.dropout is not None:
+        heads = torch.arange(b * h, device=v.device).view(b, h)
+        kept = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
+
     out = kept @ v
     found = {"out": out}
     to_sink = zero
@@ -129,7 +152,7 @@ def absolutes(p: Problem, inputs: Inputs) -> dict[str, Tensor]:
     delta = (dout * out).sum(-1) + (0.0 if inputs.dlse is None else inputs.dlse.double().abs())
     dp = kept * (dout @ v.mT)
     ds = (1 - weights) * dp if p.sigmoid else weights * delta[..., None] + dp
-    dq, dk, dparameter = pull(ds * slope * scale)
+    dq, dk, dparameter = pull(ds * slope * _scale(p))
 
     def by_kv_head(x: Tensor) -> Tensor:
         return x.view(b, p.k.shape[1], p.group, *x.shape[2:]).sum(2)
@@ -139,7 +162,7 @@ def absolutes(p: Problem, inputs: Inputs) -> dict[str, Tensor]:
         "scale": ds * slope * products,
         "softcap": ds * bend,
         "bias": ds,
-        "slopes": ds * distance,
+        "slopes": ds * _distance_to_diagonal(p),
         "sink": (to_sink * delta).reshape(b, h, m, 1) if p.sink is not None else ds,
     }
     for name in (PARAMETERS - {"parameter"}) & p.tensors().keys():

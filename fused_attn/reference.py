@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .scores import Additive
-from .spec import HALF, Problem
+from .spec import HALF, Problem, Statistics
 
 
 def why_not(p: Problem) -> list[str]:
@@ -39,7 +39,7 @@ def scores(p: Problem, dtype: torch.dtype) -> Tensor:
 
 def attention(p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse), computed in dtype; half precision is computed in float32 unless dtype says otherwise."""
-    dtype = dtype or (torch.float32 if p.q.dtype in HALF else p.q.dtype)
+    dtype = dtype or _work_dtype(p)
     weights, lse = normalized(p, scores(p, dtype))
     if p.dropout is not None:
         i, j = _positions(p)
@@ -68,6 +68,38 @@ def normalized(p: Problem, s: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.where(seen, total, 1.0)
     lse = torch.where(seen, peak + torch.log(total), -torch.inf)
     return weights / total[..., None], lse
+
+
+def shown(p: Problem, s: Tensor) -> Tensor:
+    """The weights (B, Hq, M, N) as who looks at them sees them: without dropout, and 0 where a score is -inf."""
+    return torch.where(s == -torch.inf, 0.0, normalized(p, s)[0])
+
+
+def weights(p: Problem, rows: list[int], heads: list[int], dtype: torch.dtype | None = None) -> Tensor:
+    """(B, len(heads), len(rows), N): the weights of some rows and heads."""
+    dtype = dtype or _work_dtype(p)
+    return shown(p, scores(p, dtype))[:, heads][:, :, rows]
+
+
+def statistics(
+    p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int, dtype: torch.dtype | None = None
+) -> Statistics:
+    """What is asked for, computed in dtype."""
+    s = scores(p, dtype or _work_dtype(p))
+    found = shown(p, s)
+    best, places = s.sort(dim=-1, descending=True, stable=True)
+    missing = best[..., :top_k] == -torch.inf
+    return Statistics(
+        found.sum(2) if key_mass else None,
+        torch.special.entr(found).sum(3) if entropy else None,
+        best[..., 0] if max_logit and p.shape[3] else s.new_full(s.shape[:3], -torch.inf) if max_logit else None,
+        places[..., :top_k].masked_fill(missing, -1) if top_k else None,
+        found.gather(3, places[..., :top_k]).masked_fill(missing, 0.0) if top_k else None,
+    )
+
+
+def _work_dtype(p: Problem) -> torch.dtype:
+    return torch.float32 if p.q.dtype in HALF else p.q.dtype
 
 
 def _reached(x: Tensor, p: Problem) -> Tensor:

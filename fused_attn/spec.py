@@ -11,7 +11,7 @@ and query head h reads key-value head h // (Hq // Hkv). The score of (i, j) is, 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,6 +168,22 @@ class Problem:
     def replace(self, **changes: Any) -> Problem:
         return Problem(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
+    def of_head(self, h: int) -> Problem:
+        """What query head h asks, by views: a lowered problem of one head."""
+        heads, kv_heads = slice(h, h + 1), slice(h // self.group, h // self.group + 1)
+
+        def own(x: Any, dim: int) -> Any:
+            """The head's part of a tensor whose heads stand in dim, from the end, or that all heads share."""
+            if not isinstance(x, Tensor) or x.ndim < dim or x.shape[-dim] == 1:
+                return x
+            return x.narrow(-dim, h, 1)
+
+        return self.replace(
+            q=self.q[:, heads], k=self.k[:, kv_heads], v=self.v[:, kv_heads], scale=own(self.scale, 1),
+            bias=own(self.bias, 3), slopes=own(self.slopes, 1), sink=own(self.sink, 1), w=own(self.w, 2),
+            row_terms=own(self.row_terms, 2), key_terms=own(self.key_terms, 2), mask=own(self.mask, 3),
+        )  # fmt: skip
+
     def lower(self) -> Problem:
         """The same problem without a score object and softmax1, which only the reference takes as they are."""
         p = self if self.score is None else self.score.lower(self)
@@ -194,6 +210,32 @@ def ordered_like(x: Tensor, like: Tensor) -> Tensor:
     """x, 4-d, in like's dtype and memory order."""
     order, inverse = memory_order(like)
     return x.to(like.dtype).permute(order).contiguous().permute(inverse)
+
+
+class Statistics(NamedTuple):
+    """What `attention_stats` finds; None where it was not asked for."""
+
+    key_mass: Tensor | None = None
+    entropy: Tensor | None = None
+    max_logit: Tensor | None = None
+    top_k_indices: Tensor | None = None
+    top_k_weights: Tensor | None = None
+
+    @staticmethod
+    def of_nothing(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
+        """Of rows that may see nothing, in memory of its own."""
+        b, h, m, n = p.shape
+
+        def full(asked: Any, value: float, *shape: int, dtype: torch.dtype = p.lse_dtype) -> Tensor | None:
+            return p.q.new_full(shape, value, dtype=dtype) if asked else None
+
+        return Statistics(
+            full(key_mass, 0, b, h, n),
+            full(entropy, 0, b, h, m),
+            full(max_logit, -torch.inf, b, h, m),
+            full(top_k, -1, b, h, m, top_k, dtype=torch.int64),
+            full(top_k, 0, b, h, m, top_k),
+        )
 
 
 def memory_order(q: Tensor) -> tuple[list[int], list[int]]:

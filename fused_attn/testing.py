@@ -80,7 +80,7 @@ def assert_within_budget(
     """
     if got.shape != oracle.shape:
         raise AssertionError(f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}")
-    got, plain = got.detach().double(), plain.detach().double()
+    got, plain = got.detach().double(), plain.detach()
     finite = oracle.isfinite()
     wrong = torch.where(finite, ~got.isfinite(), ~((got == oracle) | (got.isnan() & oracle.isnan())))
     if wrong.any():
@@ -90,16 +90,9 @@ def assert_within_budget(
             f" and {int(wrong.sum()) - 1} other places of {wrong.numel()}"
         )
     error = torch.where(finite, (got - oracle).abs(), 0.0)
-    allowance = torch.where(finite & plain.isfinite(), (plain - oracle).abs(), 0.0)
-    peak = torch.where(finite, oracle.abs(), 0.0)
     if error.numel() == 0:
         return Row(0.0, 0.0, 0.0)
-    eps, fine = torch.finfo(dtype).eps, min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    if dtype == torch.float64:
-        allowance = 1.5 * allowance * (eps / torch.finfo(torch.float32).eps)
-    noise = 8 * (fine + eps if rounded else fine) * absolute.nan_to_num(0.0)
-    budget = 2 * allowance.amax() + 8 * eps * peak.amax() + noise
-    budget = torch.where(absolute == 0, 0.0, budget)
+    budget = allowed(oracle, plain, absolute, dtype, rounded=rounded)
     share = torch.where(error == 0, 0.0, error / budget)
     worst = int(share.argmax())
     row = Row(error.max().item(), budget.flatten()[worst].item(), share.max().item())
@@ -112,6 +105,19 @@ def assert_within_budget(
             f" {int((share > 1).sum())} of {share.numel()} places"
         )
     return row
+
+
+def allowed(oracle: Tensor, plain: Tensor, absolute: Tensor, dtype: torch.dtype, *, rounded: bool = False) -> Tensor:
+    """The right side of the rule, elementwise, of what has elements."""
+    finite = oracle.isfinite()
+    allowance = torch.where(finite & plain.isfinite(), (plain.double() - oracle).abs(), 0.0)
+    peak = torch.where(finite, oracle.abs(), 0.0)
+    eps, fine = torch.finfo(dtype).eps, min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    if dtype == torch.float64:
+        allowance = 1.5 * allowance * (eps / torch.finfo(torch.float32).eps)
+    noise = 8 * (fine + eps if rounded else fine) * absolute.nan_to_num(0.0)
+    budget = 2 * allowance.amax() + 8 * eps * peak.amax() + noise
+    return torch.where(absolute == 0, 0.0, budget)
 
 
 def results(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:

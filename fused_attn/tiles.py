@@ -78,12 +78,46 @@ def row_tiles(span: Span, m: int, n: int, group: int) -> list[Tile]:
     end = m if left is None else min(m, n - left)
     tiles, size = [], _rows(span, m, n, group)
     for start in range(begin, end, size):
-        stop = min(start + size, end)
-        first, full_from = (0, 0) if left is None else (max(0, start + left), max(0, stop - 1 + left))
-        last, full_to = (n, n) if right is None else (min(n, stop + right), min(n, start + right + 1))
-        if first < last:
-            tiles.append(Tile(start, stop, first, last, full_from, full_to))
+        tile = _tile(span, start, min(start + size, end), n)
+        if tile.first < tile.last:
+            tiles.append(tile)
     return tiles
+
+
+def _tile(span: Span, start: int, stop: int, n: int) -> Tile:
+    """As far as left and right tell."""
+    left, right = span.left, span.right
+    first, full_from = (0, 0) if left is None else (max(0, start + left), max(0, stop - 1 + left))
+    last, full_to = (n, n) if right is None else (min(n, stop + right), min(n, start + right + 1))
+    return Tile(start, stop, first, last, full_from, full_to)
+
+
+def one_tile(span: Span, start: int, stop: int, n: int) -> Tile:
+    """Of any rows; lo and hi are not read, so that with them no key counts as seen by every row."""
+    tile = _tile(span, start, stop, n)
+    return tile._replace(full_from=0, full_to=0) if bounded_per_row(span) else tile
+
+
+class Window(NamedTuple):
+    """Rows [start, stop), and which of them were chosen: row start + inside[i] is the choice slots[i]."""
+
+    start: int
+    stop: int
+    inside: list[int]
+    slots: list[int]
+
+
+def windows(rows: list[int], most: int, apart: int) -> list[Window]:
+    """Chosen rows, in any order, in as few windows as hold at most `most` rows, no two choices further `apart`."""
+    found: list[Window] = []
+    for slot, row in sorted(enumerate(rows), key=lambda x: x[1]):
+        if not found or row - found[-1].start >= most or row - found[-1].stop >= apart:
+            found.append(Window(row, row, [], []))
+        last = found[-1]
+        last.inside.append(row - last.start)
+        last.slots.append(slot)
+        found[-1] = last._replace(stop=row + 1)
+    return found
 
 
 def _rows(span: Span, m: int, n: int, group: int) -> int:

@@ -156,3 +156,19 @@ class RowGradients(NamedTuple):
     slopes: Any = None
     sums: Any = None
     end: None = None
+
+
+class Found(NamedTuple):
+    """What the row-major statistics kernel is asked for: pointers to (B, Hq, M), float32. shift and part are what the
+    key-major kernel weighs with; indices (int64) and weights are (B, Hq, M, k). bound, int64: only what is less is
+    ranked; next: the bound of who ranks on. weighs: whether anything asks for weights, which a sigmoid has without."""
+
+    max_logit: Any = None
+    entropy: Any = None
+    shift: Any = None
+    part: Any = None
+    indices: Any = None
+    weights: Any = None
+    bound: Any = None
+    next: Any = None
+    weighs: Any = None

@@ -262,8 +262,6 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
 LATER: dict[str, Callable[[], Any]] = {
     "attention_varlen": lambda: fused_attn.attention_varlen(None, None, None, None, None),
     "attention_decode": lambda: fused_attn.attention_decode(None, None, None),
-    "attention_stats": lambda: fused_attn.attention_stats(None, None),
-    "attention_map": lambda: fused_attn.attention_map(None, None),
     "PagedKVCache": lambda: fused_attn.PagedKVCache(),
     "debug": lambda: fused_attn.debug(),
     "parallel": lambda: fused_attn.parallel.ring_attention(None),

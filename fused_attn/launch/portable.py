@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import launch as seam
-from ..spec import HALF, Problem
+from ..spec import HALF, Problem, Statistics
 from ..tuning import Config, architecture, config
 from ..tuning.select import SHARED, padded
 
@@ -157,6 +157,20 @@ def record(work: Any, given: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
     from .replay import record
 
     return record(work, given)
+
+
+def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
+    """What `fused_attn.attention_stats` asks for."""
+    from .statistics import statistics
+
+    return statistics(p, key_mass, entropy, max_logit, top_k)
+
+
+def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
+    """What `fused_attn.attention_map` asks for."""
+    from .statistics import weights
+
+    return weights(p, rows, heads)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:

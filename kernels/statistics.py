@@ -1,0 +1,392 @@
+"""Statistics of the weights, in memory linear in length, and the weights of chosen rows. See `fused_attn.statistics`.
+
+Three kernels. The row-major one, grid (tiles of BLOCK_M rows x B * Hq), sweeps over the keys with a running maximum m,
+the sum l of weights exp(x - m), their sum t times how far their scores lie below the maximum, and the largest scores:
+
+    entropy = (t + l (shift - m + log d)) / d       d = l + exp(sink - shift), all relative to the larger of m and sink
+
+The key-major one, grid (tiles of BLOCK_N keys x B * Hq), adds up exp(x - shift) / d over the rows. The third owns a
+tile with chosen rows, sweeps once for shift and d and once to store. Scores here are natural logits, and what is known
+of a row is (B, Hq, M) float32.
+
+A score and its key travel as one int64 whose order is that of the scores and, among equals, that of the keys from the
+last to the first: no two are alike, so the largest can be taken out one by one.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .forward import issue
+from .memory import head_pointer, load_rows, schedule
+from .modifiers import Plane, parameters, saturation, value
+from .numerics import LN2, LOG2E, sigmoid
+from .scores import additive, products
+from .softmax import init, update
+from .spans import Reach, interval, live, sweep, visible, visit
+from .types import Found, View
+
+NAN: tl.constexpr = tl.constexpr(0x7FC00000)  # as int32: above every number
+LAST: tl.constexpr = tl.constexpr(2**31 - 1)  # no key is further
+NOTHING: tl.constexpr = tl.constexpr(-(2**63))  # less than any score with its key
+NO_SCORE: tl.constexpr = tl.constexpr(-(2**31))  # in the place of a score: less than -inf
+FAR: tl.constexpr = tl.constexpr(1000.0)  # exp(-FAR) is 0, and FAR times 0 is 0
+
+
+class Rows(NamedTuple):
+    """A tile of query rows at m, and what a step of its sweep over the keys, of batch b and head h, asks for."""
+
+    q: Any
+    m: Any
+    k: View
+    k_head: Any
+    k_box: Any
+    b: Any
+    h: Any
+    plane: Plane
+    reach: Reach
+    found: Found
+    bound: Any
+    D: Any
+    BLOCK_D: Any
+    PRECISION: Any
+
+
+@triton.jit
+def logits(plane, s, see, m, n, TRANSPOSED: tl.constexpr):
+    """The scores of products s; -inf where a row may not see a key."""
+    x = value(plane, s, saturation(plane, s), m, n, TRANSPOSED)
+    if see is not None:
+        x = tl.where(see, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def share(plane, x, shift, part):
+    """Weights of scores x, from their row's shift and 1 / d; 0 where x is -inf, in a row of NaN too."""
+    if plane.score.sigmoid:
+        p = sigmoid(x)
+    else:
+        p = tl.exp2((x - shift) * LOG2E) * part
+    return tl.where(x == float("-inf"), 0.0, p)
+
+
+# The largest scores
+
+
+@triton.jit
+def packed(x, n):
+    """Scores [BLOCK_M, BLOCK_N] of the keys from n on as int64; NOTHING for -inf."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # one zero
+    order = tl.where(x != x, NAN, bits ^ ((bits >> 31) & LAST))
+    keys = LAST - n - tl.arange(0, x.shape[1])
+    return tl.where(x == float("-inf"), NOTHING, (order.to(tl.int64) << 32) + keys[None, :].to(tl.int64))
+
+
+@triton.jit
+def unpacked(best):
+    """(score, key); -inf and -1 in the place of nothing."""
+    order = (best >> 32).to(tl.int32)
+    bits = order ^ ((order >> 31) & LAST)
+    missing = order == NO_SCORE
+    x = tl.where(missing, float("-inf"), bits.to(tl.float32, bitcast=True))
+    return x, tl.where(missing, -1, LAST - (best & LAST).to(tl.int32))
+
+
+@triton.jit
+def nobody(BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of no score, no two alike."""
+    return tl.zeros([BLOCK_M, BLOCK_K], tl.int64) + (NOTHING + 1) + tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
+
+
+@triton.jit
+def admit(best, keys):
+    """What is above the least of best [BLOCK_M, BLOCK_K] takes its place, as long as a row has some."""
+    least, most = tl.min(best, 1), tl.max(keys, 1)
+    while tl.max((most > least).to(tl.int32), 0) > 0:
+        best = tl.where((best == least[:, None]) & (most > least)[:, None], most[:, None], best)
+        keys = tl.where(keys == most[:, None], NOTHING, keys)
+        least, most = tl.min(best, 1), tl.max(keys, 1)
+    return best
+
+
+@triton.jit
+def descending(best, BLOCK_K: tl.constexpr):
+    """Each row in order."""
+    found = best
+    slots = tl.arange(0, BLOCK_K)[None, :]
+    for slot in tl.range(0, BLOCK_K):
+        most = tl.max(best, 1)[:, None]
+        found = tl.where(slots == slot, most, found)
+        best = tl.where(best == most, NOTHING, best)
+    return found
+
+
+# Rows
+
+
+@triton.jit
+def observe(c, state, s, n, MASKED: tl.constexpr):
+    """Remember the keys of the tile at n."""
+    m_i, l_i, t_i, top, nan, best = state
+    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    if c.found.max_logit is not None:
+        top = tl.maximum(top, tl.max(x, 1))
+        nan = tl.maximum(nan, tl.max((x != x).to(tl.int32), 1))
+    if c.found.indices is not None:
+        keys = packed(x, n)
+        if c.bound is not None:
+            keys = tl.where(keys < c.bound[:, None], keys, NOTHING)
+        best = admit(best, keys)
+    if c.found.weighs:
+        p, alpha, peak, total = update(m_i, l_i, x, None, LOG2E)
+        if c.found.entropy is not None:
+            rise = tl.where(l_i == 0.0, 0.0, (peak - m_i) * l_i)
+            t_i = alpha * (t_i + rise) + tl.sum(p * tl.minimum(peak[:, None] - x, FAR), 1)
+        m_i, l_i = peak, total
+    return m_i, l_i, t_i, top, nan, best
+
+
+@triton.jit
+def denominator(m_i, l_i, sink, h):
+    """(c, shift, d): the row's maximum, -inf where it has seen nothing; what the others are relative to; and the sum of
+    all weights, a sink's too."""
+    c = tl.where(l_i == 0.0, float("-inf"), m_i)
+    top = c
+    if sink is not None:
+        logit = tl.load(sink + h).to(tl.float32)
+        top = tl.maximum(c, logit)
+    shift = tl.where(top > float("-inf"), top, 0.0)
+    d = l_i * tl.exp2((c - shift) * LOG2E)
+    if sink is not None:
+        d += tl.exp2((logit - shift) * LOG2E)
+    return c, shift, d
+
+
+@triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "FIRST", "TOP"])
+def row_statistics_kernel(
+    q, k, score, span, mask, sink, found, M, N, HEADS, BATCHED_HEADS, WAVE, FIRST, TOP,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q, k, mask: View; sink: pointer (Hq,); found: Found. Places FIRST to FIRST + BLOCK_K of TOP are written."""
+    tiles = tl.cdiv(M, BLOCK_M)
+    tile, head = schedule(tl.program_id(0), tiles, BATCHED_HEADS, WAVE)
+    m = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last rows take longest
+    b = head // HEADS
+    h = head % HEADS
+    rows = m + tl.arange(0, BLOCK_M)
+    lo, hi = interval(span, b, rows, M, N)
+    reach = visit(lo, hi, N, BLOCK_N)
+    at = head.to(tl.int64) * M + rows
+    bound = None
+    if found.bound is not None:
+        bound = tl.load(found.bound + at, mask=rows < M, other=0)
+
+    own = parameters(score, mask, b, h)
+    q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
+    m_i, l_i, _ = init(BLOCK_M, 1)
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    m_i, l_i, t_i, top, nan, best = sweep(
+        issue, observe,
+        Rows(
+            q_tile, m, k, head_pointer(k, b, h // GROUP), None, b, h // GROUP,
+            Plane(score, own, mask, None, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+            found, bound, D, BLOCK_D, PRECISION,
+        ),
+        (m_i, l_i, zero, zero + float("-inf"), tl.zeros([BLOCK_M], tl.int32), nobody(BLOCK_M, BLOCK_K)),
+        reach, BLOCK_N, False,
+    )  # fmt: skip
+
+    # In a full tile rows that see nothing have had no mask.
+    some = lo < hi
+    if found.max_logit is not None:
+        top = tl.where(nan > 0, float("nan"), top)
+        tl.store(found.max_logit + at, tl.where(some, top, float("-inf")), mask=rows < M)
+    shift = zero
+    part = zero
+    if found.weighs:
+        c, shift, d = denominator(m_i, tl.where(some, l_i, 0.0), sink, h)
+        blind = c == float("-inf")
+        part = tl.where(blind, 0.0, tl.exp2((c - shift) * LOG2E) / d)
+        if found.entropy is not None:
+            depth = shift - c + tl.log2(d) * LN2
+            tl.store(found.entropy + at, tl.where(blind, 0.0, part * (t_i + depth * l_i)), mask=rows < M)
+        part = tl.where(blind, 0.0, 1.0 / d)
+        if found.shift is not None:
+            tl.store(found.shift + at, tl.where(blind, float("inf"), shift), mask=rows < M)
+            tl.store(found.part + at, part, mask=rows < M)
+    if found.indices is not None:
+        best = descending(best, BLOCK_K)
+        x, key = unpacked(best)
+        x = tl.where(some[:, None], x, float("-inf"))
+        slots = FIRST + tl.arange(0, BLOCK_K)[None, :]
+        places = at[:, None] * TOP + slots
+        wanted = (rows < M)[:, None] & (slots < TOP)
+        tl.store(found.indices + places, tl.where(some[:, None], key, -1).to(tl.int64), mask=wanted)
+        p = share(Plane(score, own, mask, None, head, M, N, BLOCK_M, BLOCK_N), x, shift[:, None], part[:, None])
+        tl.store(found.weights + places, p, mask=wanted)
+        if found.next is not None:
+            tl.store(found.next + at, tl.min(best, 1), mask=rows < M)
+
+
+# Keys
+
+
+class Keys(NamedTuple):
+    """A tile of keys at n, and what a step of its sweep over one head's rows asks for."""
+
+    k: Any
+    n: Any
+    q: View
+    q_head: Any
+    shift: Any
+    part: Any
+    plane: Plane
+    reach: Reach
+    D: Any
+    BLOCK_D: Any
+    PRECISION: Any
+
+
+@triton.jit
+def issue_rows(c, m, MASKED: tl.constexpr):
+    """The products of the rows at m, [BLOCK_N, BLOCK_M]."""
+    if c.plane.score.additive is not None:
+        return additive(c.plane, m, c.n, True)
+    else:
+        rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)
+        return products(c.k, load_rows(c.q, c.q_head, m, rows, c.plane.BLOCK_M, c.D, c.BLOCK_D), c.PRECISION)
+
+
+@triton.jit
+def collect(c, mass, s, m, MASKED: tl.constexpr):
+    """Add what the rows of the tile at m give to the keys."""
+    x = logits(c.plane, s, visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)
+    shift = tl.zeros([c.plane.BLOCK_M], tl.float32)
+    part = shift
+    if c.shift is not None:
+        rows = m + tl.arange(0, c.plane.BLOCK_M)
+        at = c.plane.head.to(tl.int64) * c.plane.M + rows
+        shift = tl.load(c.shift + at, mask=rows < c.plane.M, other=0.0)
+        part = tl.load(c.part + at, mask=rows < c.plane.M, other=0.0)
+    return mass + tl.sum(share(c.plane, x, shift[None, :], part[None, :]), 1)
+
+
+@triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
+def key_mass_kernel(
+    q, k, score, span, mask, shift, part, key_mass, M, N, HEADS, BATCHED_HEADS, WAVE,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """span: of keys over rows. shift, part: pointers (B, Hq, M), None for a sigmoid; key_mass: pointer (B, Hq, N)."""
+    tile, head = schedule(tl.program_id(0), tl.cdiv(N, BLOCK_N), BATCHED_HEADS, WAVE)
+    n = tile * BLOCK_N  # under a causal mask the first keys take longest
+    b = head // HEADS
+    h = head % HEADS
+    keys = n + tl.arange(0, BLOCK_N)
+    lo, hi = interval(span, b, keys, N, M)
+    seen = lo < hi
+    reach = visit(lo, hi, M, BLOCK_M)
+    k_tile = load_rows(k, head_pointer(k, b, h // GROUP), n, seen, BLOCK_N, D, BLOCK_D)
+    mass = sweep(
+        issue_rows, collect,
+        Keys(
+            k_tile, n, q, head_pointer(q, b, h), shift, part,
+            Plane(score, parameters(score, mask, b, h), mask, None, head, M, N, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach), D, BLOCK_D, PRECISION,
+        ),
+        tl.zeros([BLOCK_N], tl.float32), reach, BLOCK_M, False,
+    )  # fmt: skip
+    tl.store(key_mass + head.to(tl.int64) * N + keys, tl.where(seen, mass, 0.0), mask=keys < N)
+
+
+# Chosen rows
+
+
+class Shown(NamedTuple):
+    """A tile of rows at m, their shift and part, where their weights go, and what a step of the sweep asks for."""
+
+    q: Any
+    m: Any
+    k: View
+    k_head: Any
+    k_box: Any
+    b: Any
+    h: Any
+    plane: Plane
+    reach: Reach
+    shift: Any
+    part: Any
+    ptrs: Any
+    chosen: Any
+    D: Any
+    BLOCK_D: Any
+    PRECISION: Any
+
+
+@triton.jit
+def show(c, state, s, n, MASKED: tl.constexpr):
+    """Store the weights of the tile at n."""
+    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    p = share(c.plane, x, c.shift[:, None], c.part[:, None])
+    cols = tl.arange(0, c.plane.BLOCK_N)[None, :]
+    tl.store(c.ptrs[:, None] + (n + cols), p, mask=c.chosen[:, None] & (cols < c.plane.N - n))
+    return state
+
+
+@triton.jit(do_not_specialize=["M", "N", "HEADS", "SHOWN_ROWS", "SHOWN_HEADS", "TILES"])
+def map_kernel(
+    q, k, score, span, mask, sink, tiles, slots, heads, out, M, N, HEADS, SHOWN_ROWS, SHOWN_HEADS, TILES,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """tiles, slots, heads: int32 pointers (TILES,), (TILES, BLOCK_M), (SHOWN_HEADS,): the tiles that hold chosen rows,
+    which row of out (B, SHOWN_HEADS, SHOWN_ROWS, N) each of their rows is, -1 for none, and which heads are shown."""
+    tile = tl.program_id(0) % TILES
+    place = tl.program_id(0) // TILES  # in B x SHOWN_HEADS
+    b = place // SHOWN_HEADS
+    h = tl.load(heads + place % SHOWN_HEADS)
+    m = tl.load(tiles + tile) * BLOCK_M
+    slot = tl.load(slots + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    rows = m + tl.arange(0, BLOCK_M)
+    lo, hi = interval(span, b, rows, M, N)
+    reach = visit(lo, hi, N, BLOCK_N)
+    own = parameters(score, mask, b, h)
+    q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
+    k_head = head_pointer(k, b, h // GROUP)
+    shift = tl.zeros([BLOCK_M], tl.float32)
+    part = shift
+    if not score.sigmoid:
+        m_i, l_i, _ = init(BLOCK_M, 1)
+        m_i, l_i = sweep(
+            issue, weigh,
+            Shown(
+                q_tile, m, k, k_head, None, b, h // GROUP,
+                Plane(score, own, mask, None, b * HEADS + h, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+                shift, part, None, slot >= 0, D, BLOCK_D, PRECISION,
+            ),
+            (m_i, l_i), reach, BLOCK_N, False,
+        )  # fmt: skip
+        c, shift, d = denominator(m_i, l_i, sink, h)
+        part = tl.where(c == float("-inf"), 0.0, 1.0 / d)
+    ptrs = out + (place.to(tl.int64) * SHOWN_ROWS + slot) * N
+    sweep(
+        issue, show,
+        Shown(
+            q_tile, m, k, k_head, None, b, h // GROUP,
+            Plane(score, own, mask, None, b * HEADS + h, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+            shift, part, ptrs, (slot >= 0) & (lo < hi), D, BLOCK_D, PRECISION,
+        ),
+        shift, reach, BLOCK_N, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def weigh(c, state, s, n, MASKED: tl.constexpr):
+    """The maximum and the sum of weights, with the tile at n."""
+    m_i, l_i = state
+    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    _, _, m_i, l_i = update(m_i, l_i, x, None, LOG2E)
+    return m_i, l_i
