@@ -91,7 +91,8 @@ class Compiler:
         # A kernel met before comes from the process's cache, and ptxas says nothing.
         compiled.log = log.getvalue() or getattr(compiled, "log", "")
         consumers = self.consumers.get(name, 1)
-        self.compiled.append(figures(name, compiled, DEVICES[self.arch], consumers, consumers * options["num_warps"]))
+        multiplying, paired = consumers * options["num_warps"], any(_pairs(x) for x in args)
+        self.compiled.append(figures(name, compiled, DEVICES[self.arch], consumers, multiplying, paired))
 
     def compile(
         self,
@@ -108,13 +109,21 @@ class Compiler:
         return self.compiled
 
 
+def _pairs(x: Any) -> bool:
+    """Whether an argument is a score of which two features take one reciprocal."""
+    additive = getattr(x, "additive", None)
+    return additive is not None and bool(additive.pairs.value)
+
+
 def kernel_name(function: Any) -> str:
     return function.__name__.removesuffix("_kernel")
 
 
-def figures(name: str, kernel: Any, device: Device, consumers: int, multiplying: int) -> dict[str, Any]:
+def figures(
+    name: str, kernel: Any, device: Device, consumers: int, multiplying: int, paired: bool = False
+) -> dict[str, Any]:
     """What one compiled kernel asks of the machine. consumers: partitions that each have their own sweeps; multiplying:
-    warps that run them, all of them together."""
+    warps that run them, all of them together; paired: additive scores take two features with one reciprocal."""
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
     if device.amd:
@@ -163,7 +172,27 @@ def figures(name: str, kernel: Any, device: Device, consumers: int, multiplying:
             "issue_clocks": round(trip.issue, 1),
             "tensor_share": round(trip.tensor / trip.trip(hidden, found["programs"]), 3),
         }
+    if not device.amd and (features := feature_figures(listing, device, warps, paired)):
+        found |= features
     return found
+
+
+def feature_figures(listing: Listing, device: Device, warps: int, paired: bool) -> dict[str, Any]:
+    """What one feature of one score costs, summed over the loops that go over features: slots of the special function
+    unit and of issue; and how much of the time of both the special functions take, if issue hides behind them."""
+    loops = listing.feature_loops(paired)
+    if not loops:
+        return {}
+    special, issue, held, total = 0.0, 0.0, 0.0, 0.0
+    for loop in loops:
+        functions = sum(x.op.startswith("MUFU") for x in loop.body)
+        tanhs = 2 * functions if paired else functions / 2
+        trip = clocks(loop, device, warps)
+        special, issue = special + functions / tanhs, issue + len(loop.body) / tanhs
+        held, total = held + trip.mufu / tanhs, total + max(trip.mufu, trip.issue) / tanhs
+    return {
+        "feature_special": round(special, 2), "feature_issue": round(issue, 2), "feature_share": round(held / total, 3),
+    }  # fmt: skip
 
 
 def disassemble(cubin: bytes) -> str:

@@ -135,7 +135,9 @@ class Case:
         return bind(q, k, v, **given).lower()
 
 
-RICH = ("gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments")
+RICH = (
+    "gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments", "distance", "sigmoid",
+)  # fmt: skip
 DIMS, ODD = (16, 32, 64, 128, 256, 512), (40, 72, 88)
 HOPPER_BACKWARD = ("plain", "causal", "window", "gqa", "sink", "ordered")
 HOPPER_DIMS, HOPPER = (64, 128, 256), ("plain", "causal", "window", "gqa", "softcap", "alibi", "sink")
@@ -149,9 +151,11 @@ def cases(target: str) -> list[Case]:
     """
     heads = [("bf16", d, "plain") for d in (*DIMS, *ODD)] + [("fp32", d, "plain") for d in DIMS]
     heads += [("bf16", d, "bias_batch") for d in DIMS]
+    heads += [("bf16", 64, "additive")]
     if target == "sm_90":
         heads += [("bf16", d, feature) for d in (64, 128, 256) for feature in ("bias", "causal")]
         heads += [("bf16", 128, feature) for feature in RICH] + [("fp16", 128, "plain")]
+        heads += [("bf16", d, "additive") for d in (128, 256)] + [("fp32", 64, "additive")]
     found = [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]
     if target == "sm_90":
         found += [Case("hopper_forward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER]

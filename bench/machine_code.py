@@ -197,6 +197,20 @@ class Listing:
         """The sweeps: innermost loops that hold matrix products."""
         return [x for x in self.loops if x.innermost and x.products]
 
+    def feature_loops(self, paired: bool) -> list[Loop]:
+        """The loops over the features of an additive score, which hold no products: the shortest that adds up scores,
+        and the shortest that stores gradients. paired: of those with one reciprocal, and nothing else, for two tanh."""
+        found = []
+        for loop in self.loops:
+            special = Counter(x.op for x in loop.body if x.op.startswith("MUFU"))
+            exponentials, reciprocals = special["MUFU.EX2"], special["MUFU.RCP"]
+            if not loop.products and reciprocals and exponentials == (0 if paired else reciprocals):
+                found.append(loop)
+        stores = [x for x in found if x.ops["STG"]]
+        return [
+            min(group, key=lambda x: len(x.body)) for group in ([x for x in found if x not in stores], stores) if group
+        ]
+
     def full_sweeps(self, count: int = 1) -> list[Loop]:
         """The sweeps over tiles that need no mask: so many with the fewest instructions, the shortest first."""
         return sorted(self.product_loops, key=lambda x: len(x.body))[:count]

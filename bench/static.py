@@ -16,6 +16,8 @@ only rows whose hash changed are compiled again. Columns:
     hidden                        sm_90: share of the full sweep's exponentials issued while a product is in flight
     tensor/mufu/issue_clocks      clocks of a multiprocessor for one trip of the full sweep (bench/device_model.py)
     tensor_share                  of the modelled trip, how much the tensor cores are busy
+    feature_special/issue         additive scores, per feature of a score, over all loops: special functions and
+                                  instructions; and feature_share, the special functions' part of the modelled time
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ KERNELS = ROOT / "kernels"
 TRITON = "3.6.0"  # of the reference GPU machine; the table speaks of its compiler
 HIDDEN = ((64, 0.85), (128, 0.95))  # head dim up to which that share of a lone program's exponentials is hidden
 HOPPER_HIDDEN = 0.95  # of the warp-specialised kernels, whatever the head dim
+FEATURE_SHARE = {"forward": 0.8, "additive_backward": 0.3}  # of an additive score's time, in special functions
 COLUMNS = (
     "kernel", "target", "dtype", "d", "feature", "config", "warps", "registers", "shared", "stack", "spills", "local",
     "local_in_loops", "loads", "wide_loads", "bulk_loads", "load_bytes", "programs", "sweeps", "wgmma", "serialised",
-    "instructions", "hidden", "tensor_clocks", "mufu_clocks", "issue_clocks", "tensor_share", "triton", "hash",
+    "instructions", "hidden", "tensor_clocks", "mufu_clocks", "issue_clocks", "tensor_share",
+    "feature_special", "feature_issue", "feature_share", "triton", "hash",
 )  # fmt: skip
 
 
@@ -136,13 +140,18 @@ def gates(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, and a program may have {device.shared_per_program}")
     if not number("programs"):
         found.append("its registers and shared memory leave room for no program")
-    if number("sweeps") and not number("bulk_loads") and number("wide_loads") < needed_loads(row):
+    additive = row["feature"] == "additive"  # its sweeps are bound by loops over features, and hold only small products
+    if number("sweeps") and not additive and not number("bulk_loads") and number("wide_loads") < needed_loads(row):
         found.append(f"{row['wide_loads']} loads of 16 bytes in the sweeps, and the tiles need {needed_loads(row)}")
     if device.amd:
         return found
     if number("local_in_loops"):
         found.append(f"{row['local_in_loops']} accesses to local memory inside loops")
-    if row["target"] == "sm_90" and number("sweeps"):
+    promised = additive and row["target"] == "sm_90" and int(row["d"]) <= 128
+    needed = FEATURE_SHARE.get(row["kernel"], 0.0) if promised else 0.0
+    if number("feature_share") < needed:
+        found.append(f"special functions are {number('feature_share'):.0%} of the features' time, {needed:.0%} needed")
+    if row["target"] == "sm_90" and number("sweeps") and not additive:
         if not number("wgmma"):
             found.append("the sweeps hold no wgmma")
         if row["serialised"]:

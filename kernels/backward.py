@@ -41,11 +41,12 @@ def statistics(shift, delta, head, rows, seeing, M):
     """
     if shift is None:
         return rows * 0.0, rows * 0.0
-    at = head.to(tl.int64) * M + rows
-    if seeing is None:
-        return tl.load(shift + at), tl.load(delta + at)
     else:
-        return tl.load(shift + at, mask=seeing, other=float("inf")), tl.load(delta + at, mask=seeing, other=0.0)
+        at = head.to(tl.int64) * M + rows
+        if seeing is None:
+            return tl.load(shift + at), tl.load(delta + at)
+        else:
+            return tl.load(shift + at, mask=seeing, other=float("inf")), tl.load(delta + at, mask=seeing, other=0.0)
 
 
 @triton.jit

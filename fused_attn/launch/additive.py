@@ -16,7 +16,7 @@ from ..tuning.select import padded
 from . import views
 
 BLOCK = kernels.PEAKS.value
-ROOM = 128  # no tile is longer, so that tiles at the end need no mask
+ROOM = 256  # no tile is longer, so that tiles at the end need no mask
 
 
 RESIDENT = 4  # programs of the backward on a multiprocessor, at most

@@ -146,9 +146,12 @@ def _additive(kernel: str, arch: str, dtype: torch.dtype, dv: int) -> Config:
     if dtype not in HALF:
         owned, swept, warps = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4)}.get(dv, (16, 16, 8))
     elif kernel == "additive_forward":
-        owned, swept, warps = (32, 128, 4) if dv <= 128 else (16, 64, 4 if dv == 256 else 8)
+        owned = 32 if arch in ("sm_80", "sm_90") else 16
+        owned, swept, warps = (owned, 128, 4) if dv <= 128 else (16, 64, 4 if dv == 256 else 8)
+    elif arch == "sm_90" and dv <= 128:
+        owned, swept, warps = 16, 2 * max(64, dv), 4 if dv <= 64 else 8
     else:
-        owned, swept, warps = (16, 128, 4) if dv <= 64 else (16, 64, 4 if dv <= 256 else 8)
+        owned, swept, warps = 16, 64, 4 if dv <= 256 else 8
     if dv == 512 and SHARED[arch] < 200 * 1024:
         swept = 16
     if kernel == "additive_forward":
