@@ -43,16 +43,18 @@ def attention(
 
     With P_ij = exp(s_ij) / (sum_j exp(s_ij) + exp(sink)), out_i = sum_j P_ij v_j and lse_i is the natural log of the
     denominator. The score is, in this order,
-    s_ij = softcap(scale * q_i . k_j) + bias_ij - slope * |i + offset - j|, and -inf where the mask forbids.
+    s_ij = softcap(scale * score(q_i, k_j)) + bias_ij - slope * |i + offset - j|, and -inf where the mask forbids.
     Vaswani et al., "Attention is all you need", 2017; Dao, "FlashAttention-2", 2023.
 
     Args:
         q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). float16, bfloat16, float32; float64 on `tiled` and
             `reference`. Any strides.
-        k: (B, Hkv, N, D); Hkv divides Hq, and query head h reads head h // (Hq // Hkv).
+        k: (B, Hkv, N, D); Hkv divides Hq, and query head h reads head h // (Hq // Hkv). A bilinear score lets D differ.
         v: (B, Hkv, N, Dv).
-        score: "dot".
-        scale: multiplies q . k; D ** -0.5 when None. A float, or a tensor () or (Hq,) that may need a gradient.
+        score: how alike q_i and k_j are: "dot", q_i . k_j; or `scores.Bilinear(w)`, `scores.Cosine(t)`,
+            `scores.Distance(h)`, `scores.Additive(w)`, whose parameters may need gradients.
+        scale: multiplies the score; when None, D ** -0.5 for "dot" and Bilinear and 1 for the others. A float, or a
+            tensor () or (Hq,) that may need a gradient.
         mask: bool, True = may attend, broadcastable to (B, Hq, M, N); or a `Mask`.
         causal: row i sees keys j <= i + offset.
         window: (left, right) keys around the diagonal that a row sees; None is unbounded.
@@ -60,14 +62,16 @@ def attention(
             where M != N and causal, window or alibi_slopes is used.
         bias: added to the scores, broadcastable to (B, Hq, M, N). Its gradient has its own shape.
         alibi_slopes: (Hq,) or (B, Hq). Press et al., "Train short, test long", 2022.
-        softcap: c > 0 makes a score c * tanh(s / c); a float or a 0-d tensor.
+        softcap: c > 0 makes a score c * tanh(s / c); a float or a 0-d tensor. Not with Distance.
         sink: (Hq,) logits that join each row's denominator and no value. Xiao et al., "Efficient streaming language
             models with attention sinks", 2024.
         dropout_p: probability that a weight is dropped, in [0, 1]; survivors are scaled by 1 / (1 - p).
         seed: pins the dropout mask: an int or a 0-d int64 tensor. None draws one from the device's generator.
-        normalizer: "softmax".
+        normalizer: "softmax"; "softmax1", whose denominator has a 1 more (a sink of 0), so that a row may attend to
+            nothing; or "sigmoid", P_ij = 1 / (1 + exp(-s_ij)), without a denominator. Miller, "Attention is off by
+            one", 2023; Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attention", 2024.
         layout: of q, k, v and out: "bhsd" or "bshd". mask, bias and lse are heads-first in both.
-        return_lse: also return lse (B, Hq, M), float32 (float64 for float64), differentiable.
+        return_lse: also return lse (B, Hq, M), float32 (float64 for float64), differentiable. Not with "sigmoid".
         deterministic: None and True give the same bits run to run; False allows a faster unordered backward.
         backend: "hopper", "triton", "sdpa", "tiled" or "reference"; None takes the first that can run the call. An
             explicit choice never falls back. The environment variable FUSED_ATTN_BACKEND counts as explicit.

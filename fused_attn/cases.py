@@ -382,7 +382,7 @@ CASES: dict[str, Case] = _table(
         for suffix, tags, more in (
             ("", "core half", {"m": 63, "n": 97}),
             ("_causal_gqa", "", {"b": 2, "hq": 4, "hkv": 2, "m": 33, "n": 65, "causal": True, "window": (40, None),
-                                 "alignment": "bottom_right", "return_lse": True, "sink": True, "unseen_nan": True}),
+                                 "alignment": "top_left", "return_lse": True, "sink": True, "unseen_nan": True}),
             ("_modified", "", {"m": 63, "n": 65, "scale_tensor": "h", "bias": "1hmn", "alibi": "h", "dropout_p": 0.2,
                                "masks": ("random_b11n",), "alignment": "top_left"}),
             ("_sigmoid", "", {"b": 2, "m": 63, "n": 65, "d": 40, "dv": 24, "normalizer": "sigmoid",
