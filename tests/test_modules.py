@@ -28,6 +28,7 @@ from fused_attn.modules import (
     MultiheadAttention,
     multihead,
 )
+from fused_attn.modules import weights as weights_room
 
 NESTED = "ignore:The PyTorch API of nested tensors"
 B, M, N, E, H = 3, 7, 10, 8, 2
@@ -103,7 +104,7 @@ def outputs_and_gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> R
     }
 
 
-def judge(got: Results, *others: tuple[Results, Results]) -> Results:
+def judge(got: Results, *others: tuple[Results, Results], dtype: torch.dtype | None = None) -> Results:
     """By the tolerance rule; others: torch's in float32 and in float64, for these inputs and for nearby ones.
 
     E is the largest error of all of torch's runs, because a single one may be lucky. Returns what was judged.
@@ -112,7 +113,7 @@ def judge(got: Results, *others: tuple[Results, Results]) -> Results:
     for name, x in got.items():
         error = max((plain[name] - exact[name]).abs().max() for plain, exact in others)
         plain = oracle[name] + error
-        testing.assert_within_budget(name, x, oracle[name], plain, plain.abs().amax().expand_as(x), x.dtype)
+        testing.assert_within_budget(name, x, oracle[name], plain, plain.abs().amax().expand_as(x), dtype or x.dtype)
     return got
 
 
@@ -245,14 +246,29 @@ def test_zero_sizes() -> None:
     assert torch.equal(out, ours.out_proj.bias.expand(2, 3, E)) and weights.shape == (2, 3, 0)
 
 
-def test_weights_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_attn.modules import weights
+@pytest.fixture(params=("few_keys", "many_keys"))
+def keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to come by weights; with many keys the second, and its derivative in several passes."""
+    if request.param == "many_keys":
+        monkeypatch.setattr(weights_room, "COLUMNS", 3)
 
-    ours, theirs = pair()
-    monkeypatch.setattr(weights, "COLUMNS", 3)
-    agree(ours, theirs, batch(), {"attn_mask": randn(M, N), "average_attn_weights": False})
+
+@pytest.mark.parametrize("average", (True, False))
+@pytest.mark.parametrize("masks", MASKS)
+def test_weights_of_many_keys(masks: str, average: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_room, "COLUMNS", 3)
+    ours, theirs = pair(**KINDS["both"])
+    agree(ours, theirs, batch(**KINDS["both"]), MASKS[masks](H) | {"average_attn_weights": average})
 
 
+def test_weights_of_more_keys_than_one_pass() -> None:
+    """The threshold as it is: on both sides of it, the weights and their derivative are what torch's are."""
+    ours, theirs = pair(batch_first=True)
+    for n in (weights_room.COLUMNS, weights_room.COLUMNS + 1):
+        agree(ours, theirs, (randn(1, 3, E), randn(1, n, E), randn(1, n, E, seed=1)), {"attn_mask": randn(3, n)})
+
+
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_half_precision(dtype: torch.dtype) -> None:
     ours, theirs = (x.to(dtype) for x in pair(batch_first=True))
@@ -402,6 +418,7 @@ def test_encoder(masks: str, layers: int, options: dict, grad: Any, arrivals: li
     within_budget("out", got * shown, oracle * shown, plain * shown)
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.filterwarnings(NESTED)
 def test_nested() -> None:
     """Values and gradients of nested tensors are those of padded ones; the weights of padding are zeros."""
@@ -448,6 +465,7 @@ def test_nested_that_are_refused() -> None:
 # --- dropout
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("average", (True, False))
 def test_dropout(average: bool) -> None:
     """In training the weights returned are those that averaged the values: dropped, or scaled up by 1 / (1 - p)."""
@@ -556,20 +574,25 @@ def test_exported() -> None:
         assert torch.equal(x, y)
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("kind", ("batch_first", "both"))
 def test_autocast(kind: str) -> None:
-    """bfloat16 inside, of torch's types outside; float32 masks as they are."""
+    """bfloat16 inside, of torch's types outside; float32 masks as they are; gradients after the context is left."""
     ours, theirs = pair(**KINDS[kind])
-    args, options = batch(**KINDS[kind]), {"attn_mask": randn(M, N), "key_padding_mask": randn(B, N)}
-    with torch.autocast("cpu", torch.bfloat16):
-        got, plain = (x.train()(*args, **options) for x in (ours, theirs))
-        out, _ = ours(*args, need_weights=False, **options)
-    oracle = theirs.double()(*(x.double() for x in args), **{name: x.double() for name, x in options.items()})
-    for i, (x, y, z) in enumerate(zip((*got, out), (*oracle, oracle[0]), (*plain, plain[0]), strict=True)):
-        assert x.dtype == z.dtype and x.requires_grad
-        testing.assert_within_budget(
-            str(i), x.detach(), y.detach(), z.detach(), y.detach().abs().amax().expand_as(y), torch.bfloat16
-        )
+    options = {"attn_mask": randn(M, N), "key_padding_mask": randn(B, N)}
+    autocast_agrees(ours, theirs, batch(**KINDS[kind]), options)
+    autocast_agrees(ours, theirs, batch(**KINDS[kind]), options | {"need_weights": False})
+
+
+def autocast_agrees(ours: nn.Module, theirs: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    found = []
+    for layer in (ours, theirs):
+        leaves = {name: x.requires_grad_() for name, x in floats((layer, args, options)).items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            got = outputs(layer, *args, **options)
+        assert [x.dtype for x in got] == [torch.bfloat16] * len(got)
+        found.append(outputs_and_gradients(got, leaves))
+    judge(found[0], (found[1], run((theirs, args, options), torch.float64)), dtype=torch.bfloat16)
 
 
 # --- memory
@@ -701,6 +724,7 @@ def scored(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("masks", ("none", "bool", "float"))
 @pytest.mark.parametrize("heads", (1, 2))
 @pytest.mark.parametrize("name", SCORED)
@@ -731,6 +755,7 @@ def test_scores_of_one_query_and_of_none(name: str) -> None:
         assert context.shape == (b, m, 6) and weights.shape == (b, m, n) and not context.any()
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("name", SCORED)
 def test_scores_in_other_types(name: str) -> None:
     """A layer in half precision, and one under autocast."""
@@ -748,11 +773,7 @@ def test_scores_in_other_types(name: str) -> None:
             assert x.dtype == dtype
             within_budget(str(i), x, y, z)
     ours, theirs = scored(name, num_heads=2)
-    with torch.autocast("cpu", torch.bfloat16):
-        (got, _), (plain, _) = (x(query, key, key_padding_mask=mask) for x in (ours, theirs))
-    oracle, _ = theirs.double()(query.double(), key.double(), key_padding_mask=mask)
-    assert got.dtype == torch.bfloat16
-    within_budget("context", got.detach(), oracle.detach(), plain.detach())
+    autocast_agrees(ours, theirs, (query, key), {"key_padding_mask": mask, "need_weights": True})
 
 
 @pytest.mark.parametrize("name", SCORED)

@@ -98,7 +98,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             key: (N, B, kdim), (B, N, kdim) or (N, kdim).
             value: (N, B, vdim), (B, N, vdim) or (N, vdim).
             key_padding_mask: (B, N), or (N,) without a batch; bool, True = ignored, or float, added to the scores.
-            need_weights: also return the weights. That is a second pass, and memory for M x N of them.
+            need_weights: also return the weights. That is another pass, and memory for M x N of them; to differentiate
+                them takes one more for every 128 keys.
             attn_mask: (M, N) or (B * H, M, N), bool, True = ignored, or float, added to the scores; a float mask that
                 needs a gradient gets one.
             average_attn_weights: average the weights over heads.
@@ -157,7 +158,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             # One seed, so that the weights returned are those that were used.
             options |= {"dropout_p": self.dropout, "seed": torch.randint(2**63 - 1, (), device=q.device)}
         out: Any = attention(q, k, v, **options)
-        weights = attention_weights(q, k, average=average, **options) if need_weights else None
+        weights = (
+            attention_weights(q.to(out.dtype), k.to(out.dtype), average=average, **options) if need_weights else None
+        )
         return out.transpose(1, 2).flatten(2), weights
 
     def _nested(

@@ -46,7 +46,8 @@ class ScoredAttention(nn.Module):
             value: (B, N, V) or (N, V), with V divisible by num_heads, or None, and then it is key. Head h averages the
                 h-th part of its width.
             key_padding_mask: (B, N), or (N,) without a batch; bool, True = ignored, or float, added to the scores.
-            need_weights: also return the weights. That is a second pass, and memory for M x N of them.
+            need_weights: also return the weights. That is another pass, and memory for M x N of them; to differentiate
+                them takes one more for every 128 keys.
 
         Returns:
             context: (B, M, V) or (M, V). weights: (B, M, N) or (M, N), their mean over heads. A query that may see
@@ -74,7 +75,7 @@ class ScoredAttention(nn.Module):
         options: dict[str, Any] = {"score": self.score(), "mask": mask, "bias": bias}
         out: Any = attention(q, k, v, **options)
         context = out.transpose(1, 2).flatten(2)
-        weights = attention_weights(q, k, average=True, **options) if need_weights else None
+        weights = attention_weights(q.to(out.dtype), k.to(out.dtype), average=True, **options) if need_weights else None
         return (context, weights) if batched else (context[0], None if weights is None else weights[0])
 
     def _heads(self, x: Tensor) -> Tensor:
