@@ -67,7 +67,7 @@ class Side:
         """Read a problem, run it once forward and backward, and leave what came out for the parent to judge."""
         import fused_attn
 
-        self.found = torch.load(problem)
+        self.found = torch.load(problem, weights_only=False)  # a score is an object of the package
         qkv, kwargs = self.found["qkv"], self.found["kwargs"] | words
         self.call = lambda: fused_attn.attention(*qkv, **kwargs)
         result = self.call()

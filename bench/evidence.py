@@ -8,9 +8,11 @@ return what the record keeps, or raise. A case is measured, alone on the device,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,9 +29,9 @@ from torch import Tensor
 import fused_attn
 import fused_attn.bind as binding
 from bench import providers
-from bench.clock import gradients
+from bench.clock import directed, gradients, milliseconds
 from bench.providers import Provider, ours
-from bench.samples import Sample, sized
+from bench.samples import ADDITIVE, MODIFIED, Sample, sized
 from fused_attn import testing, tuning
 from fused_attn.launch import hopper, portable
 from fused_attn.testing import CASES, Case
@@ -61,6 +63,7 @@ class Setting:
     rounds: int = 3
     matmul: int = 8192
     memory: int = 65536
+    additive: tuple[int, int, int] = (1, 32, 1024)  # batch, heads and length of additive scores
     rivals: int | None = None  # neighbours of each configuration that are tried, None for all
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     classes: tuple[str, ...] = ("half", "single")
@@ -72,14 +75,17 @@ class Setting:
         return torch.bfloat16 if "bfloat16" in self.dtypes else torch.float32
 
     def sample(self, d: int, length: int, causal: bool) -> Sample:
-        heads = max(1, self.width // d)
-        case = sized("causal" if causal else "plain", max(1, self.tokens // length), heads, length, d)
+        return self.named("causal" if causal else "plain", d, length)
+
+    def named(self, name: str, d: int, length: int) -> Sample:
+        """A case of `testing.CASES` at the size of what is timed."""
+        case = sized(name, max(1, self.tokens // length), max(1, self.width // d), length, d)
         return Sample.draw(case, self.half, self.device, scores=0)  # of which one head of one batch is judged
 
 
 TINY = Setting(
     dims=(16, 32), lengths=(48,), tokens=48, width=32, large=65, odd=65, repeats=3, rounds=1, matmul=64, memory=64,
-    rivals=1, dtypes=("float32",), classes=("single",), tiles=(16, 32),
+    additive=(1, 1, 48), rivals=1, dtypes=("float32",), classes=("single",), tiles=(16, 32),
 )  # fmt: skip
 
 
@@ -361,9 +367,89 @@ class Timing:
         return found | {"rows": right, "shape": list(x.problem.q.shape)}
 
 
+class Modifiers:
+    """Each modifier, mask, normalizer and score beside the plain dot product, both by ours: throughput in turns.
+
+    Throughput counts the scores that intervals leave, so that a mask's own savings are no merit of the kernel.
+    """
+
+    shares = seconds(check=40, measure=40)
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        for name in MODIFIED:
+            yield f"{name}/{s.dims[0]}", name == "softcap", {"case": name}
+
+    def check(self, s: Setting, case: str) -> dict[str, Any]:
+        """What is timed, compiled beside others, and one head of it held to the tolerance rule."""
+        return {"rows": verify(ours(), s.named(case, s.dims[0], s.lengths[0]))}
+
+    def measure(self, s: Setting, checked: dict[str, Any], case: str) -> dict[str, Any]:
+        samples = [s.named(name, s.dims[0], s.lengths[0]) for name in (case, "plain")]
+        calls = [ours().bind(x) for x in samples]
+        found = {}
+        for direction in providers.DIRECTIONS[:2]:
+            timed = [directed(direction, f, x.leaves, x.cotangents) for f, x in zip(calls, samples, strict=True)]
+            turns = [[milliseconds(call, s.device) for call in timed] for _ in range(s.rounds)]
+            took = [statistics.median(x) for x in zip(*turns, strict=True)]
+            own, plain = (x.flops(direction) / ms for x, ms in zip(samples, took, strict=True))
+            found[direction] = {"ms": took[0], "plain_ms": took[1], "of_plain": own / plain}
+        return found
+
+
+# Special-function operations of a multiprocessor in a clock (NVIDIA, sm_80 to sm_100), and evaluations of each tanh in
+# the forward and in the one-pass backward, which asks again for the scores and then for their slopes.
+SPECIAL = 16
+EVALUATIONS = {"forward": 1, "backward": 2}
+
+
+class AdditiveScores:
+    """Additive scores beside their eager form, and beside what the special-function units allow.
+
+    The limit is one operation for each tanh, and half of one by the paired identity, whose reciprocal serves two.
+    """
+
+    shares = seconds(check=20, measure=30)
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        for name, d in itertools.product(ADDITIVE, s.dims):
+            yield f"{name}/{d}", d == s.dims[0], {"case": name, "d": d}
+
+    def sample(self, s: Setting, case: str, d: int) -> Sample:
+        batch, heads, length = s.additive
+        return Sample.draw(sized(case, batch, heads, length, d), s.half, s.device, scores=0)
+
+    def check(self, s: Setting, case: str, d: int) -> dict[str, Any]:
+        return {"rows": verify(ours(), self.sample(s, case, d))}
+
+    def measure(self, s: Setting, checked: dict[str, Any], case: str, d: int) -> dict[str, Any]:
+        x, pair = self.sample(s, case, d), [ours(), providers.NAIVE]
+        found = compared(pair, x, s, providers.DIRECTIONS[:2], [pair[0].name])
+        b, h, m, n = x.problem.shape
+        for direction, times in EVALUATIONS.items():
+            own, eager = (found["providers"][p.name][direction] for p in pair)
+            own["over_eager"] = eager["ms"] / own["ms"] if "ms" in eager else None
+            if s.device == "cuda":
+                limit = special_function_ms(times * b * h * m * n * d, *clocked())
+                own |= {"limit_ms": limit, "of_limit": limit / own["ms"]}
+                own |= {"paired_limit_ms": limit / 2, "of_paired_limit": limit / 2 / own["ms"]}
+        return found
+
+
+def special_function_ms(operations: int, multiprocessors: int, megahertz: float) -> float:
+    """The least that so many special-function operations take."""
+    return operations / (SPECIAL * multiprocessors * megahertz * 1e3)
+
+
+def clocked() -> tuple[int, float]:
+    """Multiprocessors, and the MHz that they reach at most."""
+    query = ("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")
+    said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    return torch.cuda.get_device_properties(0).multi_processor_count, float(said.split()[0])
+
+
 PARTS: dict[str, Any] = {
     "parity": Parity(), "configs": Configs(), "races": Races(), "overlap": Overlap(), "costs": Costs(),
-    "timing": Timing(), "tune": Tune(),
+    "timing": Timing(), "modifiers": Modifiers(), "additive": AdditiveScores(), "tune": Tune(),
 }  # fmt: skip
 
 

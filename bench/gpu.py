@@ -183,9 +183,28 @@ def summary(record: dict[str, Any]) -> str:
                 f"  {x['name']}: {x['cold']['forward_s']:.2f} s forward, {x['cold']['forward_backward_s']:.2f} s with"
                 f" backward; warm cache {x['warm']['forward_backward_s']:.2f} s"
             )
+    lines += ratios(cases)
     lines += timing_table([x for x in cases if x["part"] == "timing" and "providers" in x])
     lines += [f"FAILED {x['part']}/{x['name']}: {x['error'][:200]}" for x in cases if x["status"] == "failed"][:20]
     return "\n".join(lines)
+
+
+def ratios(cases: list[Entry]) -> list[str]:
+    """Modifiers beside the plain product; additive scores beside their eager form and their limit."""
+    lines = []
+    for x in cases:
+        measured = "measure_seconds" in x and x["status"] == "passed"
+        if x["part"] == "modifiers" and measured:
+            shown = ", ".join(f"{direction} {x[direction]['of_plain']:.3f}" for direction in ("forward", "backward"))
+            lines.append(f"  {x['name']:24} of the plain product's throughput: {shown}")
+        if x["part"] == "additive" and measured:
+            for direction, found in x["providers"]["triton"].items():
+                shown = [f"{found['over_eager']:.1f} times as fast as eager"] if found["over_eager"] else []
+                if "of_limit" in found:
+                    limits = (found[name] for name in ("of_limit", "of_paired_limit"))
+                    shown.append("{:.3f} of one operation a tanh, {:.3f} of half".format(*limits))
+                lines.append(f"  {x['name']:24} {direction}: {found['ms']:.3g} ms; {'; '.join(shown)}")
+    return lines
 
 
 def flat_rows(entry: Entry) -> list[tuple[str, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """Peak memory of one attention call on the CPU, beyond its inputs, by a process of its own.
 
-    python -m bench.memory tiled backward 4096        prints bytes
+    python -m bench.memory tiled forward+backward 4096            prints bytes
+    python -m bench.memory naive forward 1024 additive
 
 Linux counts a process's peak, and can be told to count anew; so the peak starts after the inputs are made and after a
 small call has loaded the libraries, and what is reported is what the call itself added, outputs included.
@@ -19,11 +20,13 @@ import fused_attn
 from bench.clock import directed
 from bench.providers import NAIVE, Provider, ours
 from bench.samples import Sample, sized
+from fused_attn.testing import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIONS = ("forward", "forward+backward")
 SEEN = ("statistics", "map")  # of the weights, instead of a direction: all of the first, some rows of the other
-CASE, BATCH, HEADS, DIM = "alibi_bh", 1, 2, 64  # causal, with ALiBi: torch's own op has no part in it
+CASE, BATCH, DIM = "alibi_bh", 1, 64  # causal, with ALiBi: torch's own op has no part in it
+HEADS = {CASE: 2, "additive": 4}
 THREADS = 1  # the peak grows by a tile for each, and its growth with length is what is asked
 
 
@@ -41,8 +44,12 @@ def _run(provider: Provider, x: Sample, direction: str) -> None:
             fused_attn.attention_map(q, k, rows=rows, heads=[-1], **words)
 
 
-def _sample(length: int) -> Sample:
-    return Sample.draw(sized(CASE, BATCH, HEADS, length, DIM), torch.float32, "cpu")
+def problem(case: str, length: int) -> Case:
+    return sized(case, BATCH, HEADS[case], length, DIM)
+
+
+def _sample(case: str, length: int) -> Sample:
+    return Sample.draw(problem(case, length), torch.float32, "cpu")
 
 
 def _status(key: str) -> int:
@@ -53,20 +60,20 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def measure(name: str, direction: str, length: int) -> int:
+def measure(name: str, direction: str, length: int, case: str = CASE) -> int:
     """Bytes that one call adds to this process at its peak."""
     provider = NAIVE if name == "naive" else ours(name)
-    _run(provider, _sample(64), direction)
-    x = _sample(length)
+    _run(provider, _sample(case, 64), direction)
+    x = _sample(case, length)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _status("VmRSS")
     _run(provider, x, direction)
     return _status("VmHWM") - before
 
 
-def peak(name: str, direction: str, length: int) -> int:
+def peak(name: str, direction: str, length: int, case: str = CASE) -> int:
     """The same in a fresh process, whose allocator keeps nothing from other calls."""
-    command = [sys.executable, "-m", "bench.memory", name, direction, str(length)]
+    command = [sys.executable, "-m", "bench.memory", name, direction, str(length), case]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}
     )
@@ -76,7 +83,7 @@ def peak(name: str, direction: str, length: int) -> int:
 
 
 if __name__ == "__main__":
-    name, direction, length = sys.argv[1:]
+    name, direction, length, case = (*sys.argv[1:], CASE)[:4]
     if direction not in DIRECTIONS + SEEN:
         raise SystemExit(f"direction: expected one of {DIRECTIONS + SEEN}, got {direction!r}")
-    print(measure(name, direction, int(length)))
+    print(measure(name, direction, int(length), case))

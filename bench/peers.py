@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from bench.providers import Call, Provider, refuse
+from bench.providers import OTHER, Call, Provider, refuse
 from bench.samples import Sample
 from bench.table import version
 
-MODIFIERS = ("softcap", "bias", "ALiBi", "sink", "tensor mask", "interval mask", "tensor scale", "dropout",
+MODIFIERS = (*OTHER, "softcap", "bias", "ALiBi", "sink", "tensor mask", "interval mask", "tensor scale", "dropout",
              "log-sum-exp to return")  # fmt: skip
 WHEELS = {"sageattention": "1.0.6", "nvidia-cudnn-frontend": "1.19.0", "xformers": "0.0.35"}
 

@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from bench import table
 from bench.clock import DIRECTIONS
 from bench.providers import OURS
-from bench.samples import GRID
+from bench.samples import ADDITIVE, GRID, MODIFIED
 from bench.table import Row
 
 # Ours in blues, torch's in warm colours, whole matrices in black; an unknown provider is grey.
@@ -134,7 +134,7 @@ def throughput(rows: list[Row]) -> Figure | None:
 
 def speed(rows: list[Row]) -> Figure | None:
     """How many times faster than whole matrices, by modifier and direction."""
-    found = [x for x in picked(rows, metric="speedup", against="naive") if x["case"] not in GRID]
+    found = [x for x in picked(rows, metric="speedup", against="naive") if x["case"] in MODIFIED]
     found = [x for x in found if x["provider"] != "tiled"] if picked(found, provider="fused_attn") else found
     if not found:
         return None
@@ -203,6 +203,7 @@ def roofline(rows: list[Row]) -> Figure | None:
     """Throughput by arithmetic intensity, under what a copy and a matmul reach on the same machine."""
     copies, tops = picked(rows, case="copy"), picked(rows, case="matmul")
     points = [x for x in picked(rows, metric="intensity") if x["provider"] in ("fused_attn", *OURS, "torch")]
+    points = [x for x in points if x["case"] not in ADDITIVE]  # whose operations are not those of a product
     if not (copies and tops and points):
         return None
     top, rate = (statistics.median(x["value"] for x in y) for y in (tops, copies))  # TFLOP/s, GB/s

@@ -22,6 +22,7 @@ import fused_attn
 from bench.clock import directed, milliseconds
 from bench.samples import Sample
 from fused_attn import ops, tuning
+from fused_attn.scores import Distance
 from fused_attn.spec import Problem
 
 OURS = {"triton": "triton", "hopper": "hopper", "hopper unordered": "hopper"}  # providers and their backends
@@ -105,6 +106,9 @@ def spelled(c: tuning.Config) -> str:
 # ------------------------------------------------------------------------------------------------------------- peers
 
 
+OTHER = ("score but the dot product", "normalizer but softmax")
+
+
 def refuse(x: Sample, who: str, *lacking: str) -> None:
     """Raise where a sample has what a peer lacks; lacking are names of the table below."""
     p = x.problem
@@ -119,6 +123,8 @@ def refuse(x: Sample, who: str, *lacking: str) -> None:
         "dropout": p.dropout is not None,
         "log-sum-exp to return": p.return_lse,
         "grouped heads": p.group > 1,
+        "score but the dot product": p.score is not None,
+        "normalizer but softmax": p.normalizer != "softmax",
     }
     if found := [name for name in lacking if there[name]]:
         raise NotImplementedError(f"{who} has no {', no '.join(found)}")
@@ -137,7 +143,7 @@ def _sdpa(name: str, backend: SDPBackend | None) -> Provider:
     """torch's function by one of its kernels, or by the one it picks itself."""
 
     def bind(x: Sample) -> Call:
-        refuse(x, "torch's function", "softcap", "ALiBi", "sink", "tensor scale", "log-sum-exp to return")
+        refuse(x, "torch's function", *OTHER, "softcap", "ALiBi", "sink", "tensor scale", "log-sum-exp to return")
         p, causal = x.problem, x.span == "causal" and x.problem.mask is None and x.problem.bias is None
         mask = None if causal else allowed(p)
         if p.bias is not None and mask is not None:
@@ -150,7 +156,8 @@ def _sdpa(name: str, backend: SDPBackend | None) -> Provider:
 
 
 def _naive(x: Sample) -> Call:
-    """Attention as it is first written: the whole score matrix, a line for each modifier, torch's softmax.
+    """Attention as it is first written: the whole score matrix, a line for each modifier, torch's softmax. An additive
+    score broadcasts q and k to M x N x D.
 
     What does not depend on the numbers is made beforehand: who may see whom, and how far apart they are.
     """
@@ -161,10 +168,11 @@ def _naive(x: Sample) -> Call:
     if p.slopes is not None:
         i, j = (torch.arange(size, device=p.q.device) for size in (m, n))
         distance = (i[:, None] + p.offset - j).abs().to(p.q.dtype)
+    sink = p.q.new_zeros(p.q.shape[1]) if p.normalizer == "softmax1" else p.sink
 
     def call() -> Any:
         k, v = (t if p.group == 1 else t.repeat_interleave(p.group, 1) for t in (p.k, p.v))
-        s = p.q @ k.mT * scale
+        s = _products(p, k) * scale
         if p.softcap is not None:
             s = p.softcap * torch.tanh(s / p.softcap)
         if p.bias is not None:
@@ -173,10 +181,10 @@ def _naive(x: Sample) -> Call:
             s = s - p.slopes[..., None, None] * distance
         if hidden is not None:
             s = s.masked_fill(hidden, -torch.inf)
-        if p.sink is not None:
-            s = torch.cat([s, p.sink[:, None, None].expand(*s.shape[:-1], 1)], -1)
-        weights = torch.softmax(s, -1)
-        if p.sink is not None:
+        if sink is not None:
+            s = torch.cat([s, sink[:, None, None].expand(*s.shape[:-1], 1)], -1)
+        weights = torch.sigmoid(s) if p.sigmoid else torch.softmax(s, -1)
+        if sink is not None:
             weights = weights[..., :-1]
         if x.case.dropout_p:
             weights = torch.dropout(weights, x.case.dropout_p, True)
@@ -186,8 +194,19 @@ def _naive(x: Sample) -> Call:
     return call
 
 
+def _products(p: Problem, k: Tensor) -> Tensor:
+    """(B, Hq, M, N) of a score, k repeated for each query head: by its definition, but that a distance, which would
+    broadcast to M x N x D, is taken apart into a product and two norms."""
+    if p.score is None:
+        return p.q @ k.mT
+    if not isinstance(p.score, Distance):
+        return p.score.materialize(p.q, k, p.q.dtype)
+    rows, keys = (x.square().sum(-1) / 2 for x in (p.q, k))
+    return (p.q @ k.mT - rows[..., None] - keys[..., None, :]) / torch.as_tensor(p.score.h).view(-1, 1, 1) ** 2
+
+
 def _flex(x: Sample) -> Call:
-    refuse(x, "FlexAttention", "sink", "dropout", "log-sum-exp to return")
+    refuse(x, "FlexAttention", *OTHER, "sink", "dropout", "log-sum-exp to return")
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

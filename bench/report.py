@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench import memory as meter
 from bench import support, table
-from bench.samples import GRID
+from bench.samples import ADDITIVE, GRID, MODIFIED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -65,7 +66,7 @@ def plain() -> str:
 
 def modifiers() -> str:
     """Each modifier against whole matrices, and against the peers that have it."""
-    rows = [x for x in _speedups() if x["case"] not in GRID]
+    rows = [x for x in _speedups() if x["case"] in MODIFIED]
     found = {(x["case"], x["against"], x["direction"]): x for x in rows}
     columns = [c for c in ((p, d) for p in PEERS for d in DIRECTIONS) if any(c == key[1:] for key in found)]
     names = dict.fromkeys(x["case"] for x in rows)
@@ -74,9 +75,32 @@ def modifiers() -> str:
     return f"{markdown(['', *headings], body)}\n\n{_ran(rows)}."
 
 
+def additive() -> str:
+    """Additive scores against their eager form: its time, and its memory at the peak."""
+    fast = [x for x in _speedups() if x["case"] in ADDITIVE and x["against"] == "naive"]
+    peaks = [x for x in _peaks() if x["case"] in ADDITIVE]
+    if not fast:
+        return "Not measured yet."
+    speed = {x["direction"]: _spread(x) for x in fast}
+    held = {(x["provider"], x["direction"]): x["value"] / 2**20 for x in peaks}
+    rows = []
+    for direction in speed:
+        own, eager = (held.get((name, direction)) for name in ("tiled", "naive"))
+        shown = [f"{own:.1f}", f"{eager:.0f}", f"{100 * own / eager:.1f}%"] if own and eager else ["", "", ""]
+        rows.append([direction, speed[direction], *shown])
+    headings = ["", "speed ÷ eager", "MiB, `tiled`", "MiB, eager", "of eager"]
+    x = fast[0]
+    sizes = f"length {x['length']}, {x['heads']} heads of {x['dim']}"
+    return f"{markdown(headings, rows)}\n\n{sizes[0].upper()}{sizes[1:]}. {_ran([*fast, *peaks])}."
+
+
+def _peaks() -> list[table.Row]:
+    return [x for x in table.read(RESULTS / "cpu.csv") if x.get("metric") == "peak_bytes"]
+
+
 def memory() -> str:
     """Peak memory of a call by length."""
-    rows = [x for x in table.read(RESULTS / "cpu.csv") if x.get("metric") == "peak_bytes"]
+    rows = [x for x in _peaks() if x["case"] == meter.CASE]
     found = {(x["provider"], x["direction"], x["length"]): f"{x['value'] / 2**20:.1f}" for x in rows}
     lengths = sorted({x["length"] for x in rows})
     labels = {"tiled": "`tiled`", "naive": "whole matrices"}
@@ -151,7 +175,9 @@ def _listed(pairs: Iterable[support.Pair]) -> str:
     return ", ".join(" with ".join(f"`{factor}={value}`" for factor, value in pair) for pair in pairs)
 
 
-PARTS: dict[str, Callable[[], str]] = {x.__name__: x for x in (features, plain, modifiers, memory, host, static)}
+PARTS: dict[str, Callable[[], str]] = {
+    x.__name__: x for x in (features, plain, modifiers, additive, memory, host, static)
+}
 
 
 def rewritten(text: str) -> str:

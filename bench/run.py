@@ -34,7 +34,7 @@ import fused_attn
 from bench import memory, peers, providers, revisions, table
 from bench.clock import DIRECTIONS, milliseconds
 from bench.providers import Provider, Turns
-from bench.samples import GRID, MODIFIED, Sample, sized
+from bench.samples import ADDITIVE, GRID, MODIFIED, Sample, sized
 from bench.table import Row, figure
 from fused_attn.testing import Case
 
@@ -53,22 +53,23 @@ class Size:
     modified_tokens: int
     turns: Turns
     copied: int  # bytes of the copy that measures bandwidth
+    additive: tuple[int, int, int, int] = (1, 4, 1024, 64)  # batch, heads, length and head dim of additive scores
     memory: tuple[int, ...] = ()  # lengths at which a process of its own measures memory; a GPU counts it as it goes
     memory_naive: int = 0  # the longest of them for whole matrices
 
 
 CUDA = Size(
     "cuda", "bfloat16", (128, 64, 256), (512, 1024, 2048, 4096, 8192, 16384), 16384, 2048, 4096, 16384,
-    Turns("cuda", 5, DIRECTIONS), 2**30,
+    Turns("cuda", 5, DIRECTIONS), 2**30, (1, 32, 1024, 64),
 )  # fmt: skip
 CPU = Size(
     "cpu", "float32", (64,), (512, 1024, 2048, 4096), 4096, 512, 2048, 2048,
     Turns("cpu", 5, ("forward", "forward+backward"), matmul=1024, seconds=0.1, least=1), 2**28,
-    (1024, 2048, 4096, 8192, 16384), 4096,
+    memory=(1024, 2048, 4096, 8192, 16384), memory_naive=4096,
 )  # fmt: skip
 TINY = {
     "dims": (16,), "lengths": (32, 48), "tokens": 48, "width": 128, "modified": 48, "modified_tokens": 48,
-    "copied": 2**20,
+    "copied": 2**20, "additive": (1, 2, 40, 16),
 }  # fmt: skip
 
 ALL = (
@@ -101,7 +102,8 @@ def planned(size: Size, only: str, lengths: tuple[int, ...]) -> list[Case]:
         for dim in size.dims if name in GRID else size.dims[:1]:
             for length in lengths or chosen:
                 found.append(sized(name, max(1, tokens // length), max(1, size.width // dim), length, dim))
-    return found
+    batch, heads, own, dim = size.additive
+    return found + [sized(x, batch, heads, n, dim) for x in ADDITIVE if matches(x, only) for n in lengths or (own,)]
 
 
 def described(case: Case, dtype: str) -> Row:
@@ -200,19 +202,19 @@ def bandwidth(size: Size) -> Row:
     return ceiling("copy", size, "gbytes_per_second", [2e-6 * size.copied / ms for ms in took], length=size.copied)
 
 
-def remembered(size: Size) -> Iterator[tuple[str, str, int]]:
-    """(provider, direction, length) of each process that measures memory."""
+def remembered(size: Size) -> Iterator[tuple[str, str, str, int]]:
+    """(case, provider, direction, length) of each process that measures memory."""
     for name, longest in (("tiled", max(size.memory, default=0)), ("naive", size.memory_naive)):
         for direction in memory.DIRECTIONS:
-            yield from ((name, direction, length) for length in size.memory if length <= longest)
+            yield from ((memory.CASE, name, direction, length) for length in size.memory if length <= longest)
+            yield from ((x, name, direction, size.additive[2]) for x in ADDITIVE if size.memory)
 
 
-def memorised(provider: str, direction: str, length: int) -> Row:
+def memorised(case: str, provider: str, direction: str, length: int) -> Row:
     """What a call adds to a process at its peak, in a process of its own."""
-    case = sized(memory.CASE, memory.BATCH, memory.HEADS, length, memory.DIM)
     where = {"provider": provider, "direction": direction, "status": "timed", "threads": memory.THREADS}
-    found = float(memory.peak(provider, direction, length))
-    return described(case, "float32") | where | {"metric": "peak_bytes", "value": found, "samples": 1}
+    found = {"metric": "peak_bytes", "value": float(memory.peak(provider, direction, length, case)), "samples": 1}
+    return described(memory.problem(case, length), "float32") | where | found
 
 
 def answers(device: str) -> bool:
@@ -321,7 +323,8 @@ def main(argv: list[str] | None = None) -> int:
     size, end = settled(args), time.monotonic() + (args.seconds or float("inf"))
     chosen, cases = chosen_providers(args.providers, size.device), planned(size, args.only, args.lengths)
     if not chosen or not (cases or matches("memory", args.only)):
-        print(f"no case of {', '.join((*GRID, *MODIFIED))} or no provider of {', '.join(x.name for x in ALL)}")
+        names = ", ".join((*GRID, *MODIFIED, *ADDITIVE))
+        print(f"no case of {names} or no provider of {', '.join(x.name for x in ALL)}")
         return 2
     where = table.environment(size.device)
     folder = Path(os.environ.get("OUT") or table.RESULTS)

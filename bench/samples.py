@@ -2,7 +2,7 @@
 
 By the field's convention the forward of B, H, M, N, D takes 4 B H M N D floating-point operations, half of them when
 causal, and the backward 2.5 times as many. Of other intervals the scores are counted one by one; a tensor mask or a
-bias saves none.
+bias saves none. Every score is counted as the dot product that it stands for.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from fused_attn.testing import CASES, Case, Inputs
 GRID = ("plain", "causal")  # timed at every length and head dim
 # Timed at one length. Their names are those of testing.CASES, and so is what they have.
 MODIFIED = (
-    "window_causal", "segments_causal", "gqa_8", "mask_11mn", "bias_1hmn", "bias_11mn", "alibi_h", "softcap",
-    "scale_heads", "sink", "lse", "dropout",
+    "window_causal", "segments_causal", "lengths", "prefix", "gqa_8", "mask_11mn", "bias_1hmn", "bias_11mn", "alibi_h",
+    "softcap", "scale_heads", "sink", "lse", "dropout", "softmax1", "sigmoid", "bilinear", "cosine", "distance",
 )  # fmt: skip
+ADDITIVE = ("additive",)  # timed at one size of their own: written down as they are, they take M x N x D numbers
 WINDOW = 256  # keys that a row of a window sees
 WORK = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
 SCORES = {"cpu": 2**23, "cuda": 2**28}  # as many are judged at once: some twenty float64 matrices of them must fit
@@ -38,8 +39,8 @@ def sized(case: Case | str, batch: int, heads: int, length: int, dim: int) -> Ca
     group = sizes["h"] // sizes["g"]
     window = None if case.window is None else (WINDOW - 1, None if case.causal else WINDOW)
     return replace(
-        case, b=batch, hq=max(heads, group), hkv=max(heads, group) // group, m=length, n=length, d=dim, dv=dim,
-        window=window, memory="dense", dout="dense",
+        case, b=batch, hq=max(heads, group), hkv=max(heads, group) // group, m=length, n=length, d=dim, dv=dim, dk=dim,
+        window=window, memory="dense", dout="dense", unseen_nan=False,
     )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ class Sample:
     def bytes(self, direction: str) -> int:
         """What must be moved at the least: every tensor read once, every result written once."""
         p, case = self.problem, self.case
-        given = [p.q, p.k, p.v, *(x for x in (p.bias, p.mask) if x is not None)]
+        given = [p.q, p.k, p.v, *(x for x in (p.bias, p.mask, p.parameter) if isinstance(x, Tensor))]
         read = sum(x.numel() * x.element_size() for x in given)
         out = p.q.element_size() * torch.Size(case.shape("bhme")).numel()
         grads = sum(x.numel() * x.element_size() for x in self.leaves)
@@ -139,6 +140,8 @@ class Excerpt(Inputs):
 
     def take(self, name: str, x: Tensor) -> Tensor:
         """What belongs here of a result or an operand."""
+        if name == "parameter":
+            return x[self.heads] if self._for_each_head else x
         x = x[(None,) * (4 - x.ndim)] if name == "bias" else x
         if x.ndim == 4:
             heads = self.kv_heads if name in ("k", "v") else self.heads
@@ -147,17 +150,27 @@ class Excerpt(Inputs):
             return x[self.batches, self.heads]
         return x[self.heads] if x.ndim == 1 else x
 
+    @property
+    def _for_each_head(self) -> bool:
+        """Whether the score's parameter has a part for each query head."""
+        return str(self.case.parameter).startswith("h")
+
     def holds(self, name: str) -> bool:
         """Whether all that adds to a gradient is here."""
         if name in ("q", "k", "v", "out", "lse"):
             return True
-        x = self.tensors[name]
-        x = x[(None,) * (4 - x.ndim)] if name == "bias" else x[None] if x.ndim < 2 else x
-        sizes = (*x.shape, 1)[:2]
+        if name == "parameter":
+            sizes = (1, self.case.hq if self._for_each_head else 1)
+        else:
+            shape = self.tensors[name].shape
+            rank = 4 if name == "bias" else 2
+            sizes = (*[1] * (rank - len(shape)), *shape)[:2]
         return all(n > 1 or s == slice(None) for n, s in zip(sizes, (self.batches, self.heads), strict=True))
 
     def clean_problem(self, dtype: torch.dtype) -> Problem:
         p = super().clean_problem(dtype)
+        if isinstance(p.parameter, Tensor):
+            p = p.replace(score=p.score.replace(self.take("parameter", p.parameter)))
         names = ("q", "k", "v", "scale", "bias", "slopes", "sink", "mask")
         parts = {x: self.take(x, t) for x in names if isinstance(t := getattr(p, x), Tensor)}
         lo, hi = (x if x is None or x.shape[0] == 1 else x[self.batches] for x in (p.span.lo, p.span.hi))

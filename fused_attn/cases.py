@@ -408,8 +408,8 @@ CASES: dict[str, Case] = _table(
     _case("additive_bias_columns", score="additive", parameter="d", b=2, m=33, n=65, d=8, bias="1h1n"),
     *(_case(f"only_parameter_{score}", needs=("parameter",), score=score, m=33, **options)
       for score, options in SCORE_CASES.items()),
-    _case("softmax1", "core half", normalizer="softmax1", return_lse=True, m=63),
-    _case("softmax1_masked_rows", normalizer="softmax1", masks=("some_rows",), return_lse=True),
+    _case("softmax1", "core half", normalizer="softmax1", m=63),
+    _case("softmax1_masked_rows", "half", normalizer="softmax1", masks=("some_rows",), return_lse=True),
     _case("softmax1_negative", normalizer="softmax1", values="negative", m=63, hq=1, return_lse=True),
     _case("sigmoid", "core half", normalizer="sigmoid", m=63),
     _case("sigmoid_causal", normalizer="sigmoid", causal=True, hq=4, hkv=2, b=2, m=63, n=97, alignment="bottom_right"),

@@ -15,7 +15,7 @@ import fused_attn
 from bench import peers, providers, revisions, run, table
 from bench.clock import DIRECTIONS, directed, gradients
 from bench.providers import Provider
-from bench.samples import GRID, MODIFIED, SCORES, WORK, Sample, sized
+from bench.samples import ADDITIVE, GRID, MODIFIED, SCORES, WORK, Sample, sized
 from fused_attn import testing
 
 CPU = ("--tiny", "--device", "cpu")
@@ -191,7 +191,7 @@ def test_an_inexact_peer_is_timed_and_its_error_is_written(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("scores", (SCORES["cpu"], 0), ids=("whole", "one head"))
-@pytest.mark.parametrize("name", (*GRID, *MODIFIED))
+@pytest.mark.parametrize("name", (*GRID, *MODIFIED, *ADDITIVE))
 def test_every_case_is_judged(name: str, scores: int) -> None:
     """Right results pass, and a wrong entry of each is seen: anywhere, or in the head that is judged."""
     x = sample(name, scores)
@@ -199,6 +199,7 @@ def test_every_case_is_judged(name: str, scores: int) -> None:
     used = x.judge(out, grads)
     wanted = {"out", "dq", "dk", "dv", *(f"d{n}" for n in x.inputs.leaves)} | ({"lse"} if name == "lse" else set())
     missing = {"bias_1hmn": {"dbias"}, "bias_11mn": {"dbias"}, "alibi_h": {"dslopes"}, "scale_heads": {"dscale"}}
+    missing |= {x: {"dparameter"} for x in ("bilinear", "cosine", "distance", *ADDITIVE)}
     assert used.keys() == wanted - (missing.get(name, {"dsink"}) if scores == 0 else set())
     for n, leaf in enumerate(x.inputs.leaves):
         if f"d{leaf}" not in used:
@@ -212,7 +213,8 @@ def test_every_case_is_judged(name: str, scores: int) -> None:
 
 
 def test_parameters_of_one_batch_are_judged_by_one_head() -> None:
-    for name, gradient in (("sink", "dsink"), ("bias_1hmn", "dbias"), ("alibi_h", "dslopes")):
+    of = {"sink": "dsink", "bias_1hmn": "dbias", "alibi_h": "dslopes", "bilinear": "dparameter", "cosine": "dparameter"}
+    for name, gradient in of.items():
         x = sample(name, scores=0, batch=1)
         assert gradient in x.judge(*results(x))
 
@@ -250,7 +252,7 @@ def test_flex_is_told_of_every_modifier(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     (flex,) = (x for x in providers.PROVIDERS if x.name == "flex")
     refused = set()
-    for name in (*GRID, *MODIFIED, "segments"):
+    for name in (*GRID, *MODIFIED, *ADDITIVE, "segments"):
         x = sample(name)
         started = providers.run_once(flex, x, "cpu")
         assert "no backward on the CPU" in started.found["backward"]["refused"] or started.call is None
@@ -259,7 +261,7 @@ def test_flex_is_told_of_every_modifier(monkeypatch: pytest.MonkeyPatch) -> None
             refused.add(name)
         else:
             x.judge(started.result, [])
-    assert refused == {"sink", "lse", "dropout"}
+    assert refused == {"sink", "lse", "dropout", "softmax1", "sigmoid", "bilinear", "cosine", "distance", "additive"}
 
 
 # ---------------------------------------------------------------------------------------------------------- revisions

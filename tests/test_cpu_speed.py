@@ -8,7 +8,7 @@ import pytest
 
 from bench import memory
 
-SCORES = memory.HEADS * 4  # bytes of one entry of every head's score matrix
+SCORES = memory.HEADS[memory.CASE] * 4  # bytes of one entry of every head's score matrix
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is counted by Linux")
 
@@ -20,6 +20,14 @@ def test_tiled_memory_is_linear_in_length(direction: str) -> None:
     peaks = {length: memory.peak("tiled", direction, length) for length in (short, long)}
     assert peaks[long] < 6 * peaks[short]
     assert peaks[long] < 0.1 * SCORES * long**2
+
+
+@pytest.mark.parametrize("direction", memory.DIRECTIONS)
+def test_additive_memory(direction: str) -> None:
+    """Less than a twentieth of what the eager form holds: at least one number for each query, key and feature."""
+    length, eager = 1024, memory.HEADS["additive"] * memory.DIM * 4
+    assert memory.peak("tiled", direction, length, "additive") < 0.05 * eager * length**2
+    assert memory.peak("naive", direction, 256, "additive") > eager * 256**2
 
 
 def test_the_meter_sees_a_score_matrix() -> None:

@@ -69,7 +69,8 @@ def by_name(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 ASKED = (
     "parity/scale_heads/float32", "parity/everything/float32", "parity/large_causal_16/float32",
     "configs/chosen/single/16", "configs/forward/16/64x32w1s1", "races/full_64/float32",
-    "overlap/forward/16/64x32w1s1", "costs/first_call/16", "timing/d16/causal/48", "tune/forward/16/64x32w1s1",
+    "overlap/forward/16/64x32w1s1", "costs/first_call/16", "timing/d16/causal/48", "modifiers/softcap/16",
+    "additive/additive/16", "tune/forward/16/64x32w1s1",
 )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def every_case() -> dict[str, bool]:
 @pytest.mark.slow
 @needs_triton
 def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
-    parts = ("parity", "configs", "races", "overlap", "costs", "timing", "tune")
+    parts = ("parity", "configs", "races", "overlap", "costs", "timing", "modifiers", "additive", "tune")
     only = ",".join({name.split("/", 1)[1]: None for name in ASKED})
     code, record, said = rehearse(tmp_path, *parts, "--only", only, "--seconds", "3000")
     assert code == 0, said
@@ -114,6 +115,11 @@ def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
     assert "viable backend" in timing["providers"]["cudnn"]["forward"]["refused"]
     assert "compute capability 9.0" in timing["providers"]["hopper"]["forward"]["refused"]
     assert all(found[name]["speedup"] > 0 for name in ASKED if name.startswith(("overlap", "tune")))
+    for direction in ("forward", "backward"):
+        assert found["modifiers/softcap/16"][direction]["of_plain"] > 0
+        assert found["additive/additive/16"]["providers"]["triton"][direction]["over_eager"] > 0
+    assert "of_limit" not in found["additive/additive/16"]["providers"]["triton"]["forward"], "a CPU has no such units"
+    assert "times as fast as eager" in said and "of the plain product's throughput" in said
     first = found["costs/first_call/16"]["cold"]
     assert 0 < first["forward_s"] < first["forward_backward_s"]
 
@@ -139,7 +145,7 @@ def test_time_runs_out(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     core = {name for name, is_core in expected.items() if is_core and not name.startswith("tune/")}
     assert {name for name, x in found.items() if x["status"] == "not reached"} == core
-    assert {name.split("/")[0] for name in core} == {"parity", "configs", "races", "overlap", "costs", "timing"}
+    assert {name.split("/")[0] for name in core} == {name.split("/")[0] for name in expected} - {"tune"}
     assert statuses(record) == {"not reached", "not asked"}
     assert code == 1, "a run that shows nothing does not pass"
 
@@ -173,6 +179,13 @@ def test_no_gpu_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert gpu.main(["--out", str(tmp_path)]) == 2
     assert "no cuda device to use" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_limit_of_special_functions() -> None:
+    """An H200 of 132 multiprocessors at 1980 MHz does 4.18e12 a second."""
+    from bench.evidence import special_function_ms
+
+    assert special_function_ms(132 * 16 * 1980 * 10**6, 132, 1980.0) == pytest.approx(1000.0)
 
 
 def swept(kernel: str, d: int, speedup: float, block: int, status: str = "passed") -> dict[str, Any]:
