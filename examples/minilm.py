@@ -62,12 +62,17 @@ def load() -> tuple[Callable[..., dict], torch.nn.Module]:
     return transformers.AutoTokenizer.from_pretrained(path), model
 
 
-@torch.inference_mode()
-def embed(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    """(sentences, 384), unit rows: the mean over each sentence's tokens."""
+def pooled(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tensor:
+    """(sentences, 384): the mean over each sentence's tokens."""
     hidden = model(**tokens).last_hidden_state
     real = tokens["attention_mask"][..., None].to(hidden.dtype)
-    return torch.nn.functional.normalize((hidden * real).sum(1) / real.sum(1), dim=-1)
+    return (hidden * real).sum(1) / real.sum(1)
+
+
+@torch.inference_mode()
+def embed(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tensor:
+    """(sentences, 384), unit rows."""
+    return torch.nn.functional.normalize(pooled(model, tokens), dim=-1)
 
 
 @contextlib.contextmanager

@@ -342,13 +342,15 @@ def test_readme_python(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_readme_command(line: str) -> None:
-    """make's targets exist and can be planned; modules answer --help; what pip installs is declared."""
+    """make's targets exist and can be planned; modules and examples answer --help; what pip installs is declared."""
     words = [word for word in shlex.split(line, comments=True) if "=" not in word or word.startswith("-")]
     if words[0] == "make":
         for target in words[1:]:
             assert run("make", "--dry-run", "--always-make", target, cwd=ROOT)
     elif words[:2] == ["python", "-m"]:
         run(sys.executable, *words[1:3], "--help", cwd=ROOT)
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        run(sys.executable, ROOT / words[1], "--help", cwd=ROOT, path=(ROOT,))
     elif words[0] == "pip":
         extras = re.search(r"\[([\w,]+)\]", line)
         for extra in extras[1].split(",") if extras else ():

