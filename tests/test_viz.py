@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_attn import viz
+from fused_attn import Mask, attention_map, attention_stats, viz
 
 matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("fontTools")
@@ -226,6 +226,19 @@ def test_top_k_of_statistics(tmp_path: Path) -> None:
     path = tmp_path / "k.png"
     viz.top_k(weights, QUERIES, list("abcd"), 2, indices=indices, path=path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_top_k_agrees_with_the_map() -> None:
+    """Statistics in linear memory and whole rows name the same keys, and no key beyond the length."""
+    q, k = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (2, 4))
+    asked = {"mask": Mask.lengths(torch.tensor([2]))}
+    stats = attention_stats(q, k, top_k=3, **asked)
+    found = viz.top_k(stats.top_k_weights[0, 1], QUERIES, KEYS, indices=stats.top_k_indices[0, 1])
+    weights = attention_map(q, k, heads=[1], **asked)[0, 0]
+    for of_statistics, of_map in zip(found, viz.top_k(weights, QUERIES, KEYS, 2), strict=True):
+        assert [key for key, _ in of_statistics] == [key for key, _ in of_map]
+        assert {key for key, _ in of_map} == {"三", "月"}
+        assert [weight for _, weight in of_statistics] == pytest.approx([weight for _, weight in of_map])
 
 
 def test_ties_of_many_keys() -> None:

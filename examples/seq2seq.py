@@ -1,0 +1,410 @@
+"""The model that attention was first made for, on a translation whose pairs are made here: python examples/seq2seq.py
+
+An encoder reads a sentence about dates and sums of money in Chinese, character by character; a decoder writes it in
+English, word by word. At each step the decoder's state is scored against all the encoder's states, their weighted sum
+is the context vector, and context and state through a feed-forward layer give the next word. Beside it the same model
+is trained whose context is the encoder's last state at every step. English says the amount before the date and the
+month before the year, and counts in thousands where Chinese counts in ten thousands, so the words keep changing places.
+
+    二〇二四年三月五日付一万零五元    paid ten thousand five yuan on march fifth twenty twenty four
+
+Exit status 1 if attention translates fewer of the held-out sentences exactly than --accuracy, or if the model without
+it is not the worse one on long sentences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import math
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+
+import fused_attn
+
+OUT = Path(__file__).resolve().parent.parent / "out"
+CURVES = "attention at every step", "the encoder's last state"  # the two models, by what their context is
+SHORTEST, LONGEST = 5, 30  # characters of a Chinese sentence
+SCORES = ("additive", "bilinear", "cosine", "distance", "dot")
+
+# ------------------------------------------------------------------------------------------------------------ the pairs
+
+DIGITS = "〇一二三四五六七八九"
+ONES = [
+    "", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+MONTHS = [
+    "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
+    "december",
+]  # fmt: skip
+ORDINALS = {
+    "one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
+    "twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth",
+}  # fmt: skip
+VERBS = {"付": "paid", "收": "received", "欠": "owed"}
+Pair = tuple[str, list[str]]  # a Chinese sentence, and the words of the English one
+FIRST, LAST = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
+
+
+def chinese_number(n: int) -> str:
+    """1 <= n < 10**8 in words: 15 is 十五, 110 一百一十, 10005 一万零五, 10001000 一千万一千."""
+    high, low = divmod(n, 10_000)
+    text = f"{_thousands(high)}万" if high else ""
+    text += "零" if high and 0 < low < 1000 else ""
+    text += _thousands(low)
+    return text.removeprefix("一") if text.startswith("一十") else text
+
+
+def _thousands(n: int) -> str:
+    """0 <= n < 10**4: one 零 for each run of zeros between digits."""
+    text, zero = "", False
+    for unit, value in (("千", 1000), ("百", 100), ("十", 10), ("", 1)):
+        digit = n // value % 10
+        if digit:
+            text += ("零" if zero and text else "") + DIGITS[digit] + unit
+        zero = not digit
+    return text
+
+
+def english_number(n: int) -> list[str]:
+    """1 <= n < 10**9 in words: 10005 is ten thousand five."""
+    words = []
+    for value, unit in ((1_000_000, "million"), (1000, "thousand"), (100, "hundred")):
+        if n >= value:
+            words += [*english_number(n // value), unit]
+            n %= value
+    if n >= 20:
+        words.append(TENS[n // 10 - 2])
+        n %= 10
+    return [*words, ONES[n]] if n else words
+
+
+def english_year(year: int) -> list[str]:
+    """As years are read: nineteen eighty four, nineteen oh five, nineteen hundred, two thousand five."""
+    century, rest = divmod(year, 100)
+    if 2000 <= year < 2010:
+        return english_number(year)
+    if rest == 0:
+        return [*english_number(century), "hundred"]
+    return [*english_number(century), *(["oh", ONES[rest]] if rest < 10 else english_number(rest))]
+
+
+def chinese_date(date: datetime.date) -> str:
+    year = "".join(DIGITS[int(x)] for x in str(date.year))
+    return f"{year}年{chinese_number(date.month)}月{chinese_number(date.day)}日"
+
+
+def english_date(date: datetime.date) -> list[str]:
+    *tens, last = english_number(date.day)
+    return [MONTHS[date.month - 1], *tens, ORDINALS.get(last, f"{last}th"), *english_year(date.year)]
+
+
+def random_number(draw: random.Random) -> int:
+    """1 to 8 digits, each number of digits alike, and of the digits after the first every third one zero."""
+    digits = [draw.randint(1, 9), *(draw.choice((0, 0, 0, *range(1, 10), 5)) for _ in range(draw.randint(0, 7)))]
+    return int("".join(map(str, digits)))
+
+
+def random_date(draw: random.Random) -> datetime.date:
+    return FIRST + datetime.timedelta(draw.randrange((LAST - FIRST).days + 1))
+
+
+def random_pair(draw: random.Random) -> Pair:
+    """A number, or a sentence of a day or two days, of a sum paid, received or owed, or of both."""
+    days = draw.choice((0, 0, 1, 2))
+    if not days and draw.random() < 0.5:
+        number = random_number(draw)
+        return chinese_number(number), english_number(number)
+    source, target = "", []
+    if not days or draw.random() < 0.7:
+        number, verb = random_number(draw), draw.choice("付收欠")
+        source, target = f"{verb}{chinese_number(number)}元", [VERBS[verb], *english_number(number), "yuan"]
+    dates = [random_date(draw) for _ in range(days)]
+    if days == 1:
+        source = chinese_date(*dates) + source
+        target += [*(["on"] if target else []), *english_date(*dates)]
+    elif days == 2:
+        source = f"从{chinese_date(dates[0])}到{chinese_date(dates[1])}{source}"
+        target += ["from", *english_date(dates[0]), "to", *english_date(dates[1])]
+    return source, target
+
+
+def corpus(training: int, heldout: int, longest: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and others to be judged by, so many of each length from 5 characters to `longest`."""
+    draw = random.Random(seed)
+    found: dict[int, dict[str, list[str]]] = {length: {} for length in range(SHORTEST, longest + 1)}
+    missing = len(found) * (training + heldout)
+    for _ in range(10 * missing):  # of the shortest there may not be as many
+        source, target = random_pair(draw)
+        alike = found.get(len(source))
+        if alike is not None and source not in alike and len(alike) < training + heldout:
+            alike[source] = target
+            missing -= 1
+            if not missing:
+                break
+    parts = [list(alike.items()) for alike in found.values()]
+    return [x for part in parts for x in part[heldout:]], [x for part in parts for x in part[:heldout]]
+
+
+class Vocabulary:
+    """The characters and words of all the pairs, by number; 0 is padding."""
+
+    def __init__(self) -> None:
+        words = [*DIGITS, *"零十百千万年月日元从到", *VERBS, *ONES[1:], *TENS, *MONTHS]
+        words += [*VERBS.values(), "hundred", "thousand", "million", "oh", "yuan", "on", "from", "to"]
+        words += [ORDINALS.get(x, f"{x}th") for x in (*ONES[1:], "twenty", "thirty")]
+        self.words = ["", "<begin>", "<end>", *dict.fromkeys(words)]
+        self.number = {word: i for i, word in enumerate(self.words)}
+        self.begin, self.end = self.number["<begin>"], self.number["<end>"]
+
+    def __call__(self, tokens: Iterable[str]) -> Tensor:
+        return torch.tensor([self.number[x] for x in tokens])
+
+
+@dataclass
+class Memory:
+    """What the encoder says of a batch of sentences: states (B, N, D), their lengths (B,), the last ones (B, D)."""
+
+    states: Tensor
+    lengths: Tensor
+    last: Tensor
+
+
+class Translator(nn.Module):
+    """Bidirectional GRU, GRU, and between them attention by one of SCORES, or None: then the encoder's last state."""
+
+    def __init__(self, vocabulary: Vocabulary, score: str | None, size: int) -> None:
+        super().__init__()
+        words = len(vocabulary.words)
+        self.vocabulary, self.kind = vocabulary, score
+        self.embedding = nn.Embedding(words, size // 2, padding_idx=0)
+        self.encoder = nn.GRU(size // 2, size // 2, batch_first=True, bidirectional=True)
+        self.first = nn.Sequential(nn.Linear(size, size), nn.Tanh())
+        self.decoder = nn.GRU(size // 2, size, batch_first=True)
+        self.output = nn.Sequential(nn.Linear(2 * size, size), nn.Tanh(), nn.Linear(size, words))
+        # Luong's bilinear form is taken of the states themselves; the others compare projections of them.
+        projected = score not in (None, "bilinear")
+        self.query, self.key = (nn.Linear(size, size // 2) if projected else nn.Identity() for _ in range(2))
+        self.parameter = nn.Parameter({
+            "additive": torch.randn(size // 2) / math.sqrt(size / 2),
+            "bilinear": torch.randn(size, size) / math.sqrt(size),
+            "cosine": torch.tensor(10.0),
+            "distance": torch.tensor(1.0),
+        }.get(score, torch.zeros(0)))  # fmt: skip
+
+    def score(self) -> object:
+        """What `fused_attn.attention` takes as its score."""
+        return "dot" if self.kind == "dot" else getattr(fused_attn.scores, self.kind.capitalize())(self.parameter)
+
+    def encode(self, sources: list[Tensor]) -> Memory:
+        lengths = torch.tensor([len(x) for x in sources])
+        packed = pack_padded_sequence(
+            self.embedding(pad_sequence(sources, batch_first=True)), lengths, batch_first=True, enforce_sorted=False
+        )
+        states, last = self.encoder(packed)
+        return Memory(pad_packed_sequence(states, batch_first=True)[0], lengths, last.transpose(0, 1).flatten(1))
+
+    def asked(self, states: Tensor, memory: Memory) -> dict[str, Any]:
+        """What attention and its map are asked: one head, M decoder states as queries, N encoder states as keys."""
+        return {
+            "q": self.query(states)[:, None], "k": self.key(memory.states)[:, None], "score": self.score(),
+            "mask": fused_attn.Mask.lengths(memory.lengths),
+        }  # fmt: skip
+
+    def context(self, states: Tensor, memory: Memory) -> Tensor:
+        """(B, M, D): for each decoder state in states (B, M, D) the encoder's states, averaged by attention."""
+        if self.kind is None:
+            return memory.last[:, None].expand_as(states)
+        return fused_attn.attention(v=memory.states[:, None], **self.asked(states, memory))[:, 0]
+
+    def decode(self, words: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """(logits (B, M, words) of the words after words (B, M), the state after the last of them)."""
+        states, hidden = self.decoder(self.embedding(words), hidden)
+        return self.output(torch.cat([self.context(states, memory), states], dim=-1)), hidden
+
+    def loss(self, sources: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """Mean cross entropy of the targets' words, each given the right words before it."""
+        memory = self.encode(sources)
+        begin, end = (torch.tensor([x]) for x in (self.vocabulary.begin, self.vocabulary.end))
+        given = pad_sequence([torch.cat([begin, x]) for x in targets], batch_first=True)
+        wanted = pad_sequence([torch.cat([x, end]) for x in targets], batch_first=True)
+        logits, _ = self.decode(given, self.first(memory.last)[None], memory)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=0)
+
+    @torch.inference_mode()
+    def translate(self, sources: list[Tensor]) -> list[list[str]]:
+        """The likeliest word at each step, until the end is the likeliest or LONGEST words are written."""
+        memory = self.encode(sources)
+        hidden = self.first(memory.last)[None]
+        words = torch.full((len(sources), 1), self.vocabulary.begin)
+        for _ in range(LONGEST + 1):
+            logits, hidden = self.decode(words[:, -1:], hidden, memory)
+            words = torch.cat([words, logits.argmax(-1)], dim=1)
+        sentences = [[self.vocabulary.words[i] for i in row[1:]] for row in words.tolist()]
+        return [row[: row.index("<end>")] if "<end>" in row else row for row in sentences]
+
+    @torch.inference_mode()
+    def alignment(self, source: str) -> tuple[Tensor, list[str]]:
+        """(weights (M, N), the M words of the translation, its end included): which characters each word looked at."""
+        memory = self.encode([self.vocabulary(source)])
+        words = [*self.translate([self.vocabulary(source)])[0], "<end>"]
+        states, _ = self.decoder(
+            self.embedding(self.vocabulary(["<begin>", *words[:-1]])[None]), self.first(memory.last)[None]
+        )
+        return fused_attn.attention_map(**self.asked(states, memory))[0, 0], words
+
+
+# --------------------------------------------------------------------------------------------- training and judgement
+
+
+def batches(pairs: list[Pair], vocabulary: Vocabulary, size: int, seed: int) -> Iterator[tuple[list[Tensor], ...]]:
+    """For ever (sources, targets), of sentences of about one length, so that little of a batch is padding."""
+    draw = random.Random(seed)
+    numbers = [(vocabulary(source), vocabulary(target)) for source, target in pairs]
+    while True:
+        order = sorted(numbers, key=lambda pair: len(pair[0]) + 3 * draw.random())
+        starts = list(range(0, len(order) - size + 1, size))
+        draw.shuffle(starts)
+        for start in starts:
+            sources, targets = zip(*order[start : start + size], strict=True)
+            yield list(sources), list(targets)
+
+
+def train(model: Translator, pairs: list[Pair], options: argparse.Namespace, advance: Callable[[float], None]) -> None:
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, options.steps, pct_start=0.1)
+    endless = batches(pairs, model.vocabulary, options.batch, options.seed)
+    for sources, targets in itertools.islice(endless, options.steps):
+        loss = model.loss(sources, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        advance(loss.item())
+
+
+def exact(model: Translator, pairs: list[Pair]) -> dict[int, float]:
+    """Share of the sentences of each length, in characters, that are translated without a fault."""
+    right: dict[int, list[bool]] = {}
+    for start in range(0, len(pairs), 256):
+        sources, targets = zip(*pairs[start : start + 256], strict=True)
+        written = model.translate([model.vocabulary(x) for x in sources])
+        for source, target, words in zip(sources, targets, written, strict=True):
+            right.setdefault(len(source), []).append(words == target)
+    return {length: statistics.fmean(x) for length, x in sorted(right.items())}
+
+
+def draw_curves(curves: list[dict[int, float]], path: Path) -> None:
+    """Accuracy against length, a curve for each model."""
+    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot()
+    for name, curve, marker in zip(CURVES, curves, "os", strict=True):
+        axes.plot(list(curve), [100 * x for x in curve.values()], marker=marker, ms=4, label=name)
+    axes.set(xlabel="characters of the Chinese sentence", ylabel="translated without a fault, %", ylim=(-3, 103))
+    axes.set_title("Dates and sums from Chinese to English, held-out sentences")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    axes.figure.savefig(path, dpi=120)
+
+
+def thirds(curve: dict[int, float]) -> tuple[float, float]:
+    """Mean accuracy on the shortest third of the lengths, and on the longest."""
+    values = list(curve.values())
+    third = max(1, len(values) // 3)
+    return statistics.fmean(values[:third]), statistics.fmean(values[-third:])
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--score", choices=SCORES, default="additive", help="default: %(default)s")
+    parser.add_argument("--accuracy", type=float, default=0.98, help="to reach with attention; default: %(default)s")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="characters of a sentence; default: %(default)s")
+    parser.add_argument("--pairs", type=int, default=1000, help="of each length, to train on; default: %(default)s")
+    parser.add_argument("--heldout", type=int, default=40, help="of each length, to judge by; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=128, help="of a state; default: %(default)s")
+    parser.add_argument("--rate", type=float, default=4e-3, help="of learning, at its peak; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if not 14 <= options.longest <= LONGEST:  # from there on there are sums of a day
+        parser.error(f"--longest: expected 14 to {LONGEST}, got {options.longest}")
+    return options
+
+
+def trained(score: str | None, training: list[Pair], options: argparse.Namespace, progress: Progress) -> Translator:
+    torch.manual_seed(options.seed)
+    model = Translator(Vocabulary(), score, options.size)
+    task = progress.add_task(CURVES[score is None], total=options.steps, loss=math.nan)
+    train(model, training, options, lambda loss: progress.update(task, advance=1, loss=loss))
+    return model
+
+
+def show(model: Translator, source: str, console: Console) -> None:
+    """Where each word of a translation comes from, as pictures and as a list."""
+    weights, words = model.alignment(source)
+    characters, title = list(source), f"A held-out sentence, {model.kind} attention"
+    fused_attn.viz.heatmap(weights, words, characters, title=title, path=OUT / "seq2seq_alignment.png")
+    heaviest = fused_attn.viz.top_k(weights, words, characters, 2, title=title, path=OUT / "seq2seq_top_k.png")
+    console.print(f"\n{source}  {' '.join(words[:-1])}", highlight=False)
+    origins = (
+        f"{word} {character} {weight:.2f}" for word, ((character, weight), _) in zip(words, heaviest, strict=True)
+    )
+    console.print(f"Each word, the character that weighed most, its weight: {', '.join(origins)}", highlight=False)
+
+
+def verdict(curves: list[dict[int, float]], accuracy: float) -> tuple[Table, bool]:
+    """The table of both models' accuracy, and whether it is as promised."""
+    table = Table(title="\nHeld-out sentences translated without a fault")
+    for heading in ("context", "all", "shortest third", "longest third", "expected", ""):
+        table.add_column(heading, justify="left" if heading == "context" else "right")
+    means = [(statistics.fmean(curve.values()), *thirds(curve)) for curve in curves]
+    (attended, _, far), (_, near, lost) = means
+    promises = (
+        (f"all >= {accuracy:.0%}", attended >= accuracy),
+        ("falls with length, below the other", lost < near and lost < far),
+    )
+    for name, values, (promise, kept) in zip(CURVES, means, promises, strict=True):
+        shares = (f"{x:.1%}" for x in values)
+        table.add_row(name, *shares, promise, "[green]ok[/]" if kept else "[red]BROKEN[/]")
+    return table, all(kept for _, kept in promises)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, console = parsed(arguments), Console(width=max(120, Console().width))
+    OUT.mkdir(exist_ok=True)
+    training, heldout = corpus(options.pairs, options.heldout, options.longest, options.seed)
+    console.print(f"{len(training)} pairs to train on, {len(heldout)} others to judge by, scored by {options.score}")
+    columns = TextColumn("{task.description:26}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps")
+    times = TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, *times, console=console) as progress:
+        models = [trained(score, training, options, progress) for score in (options.score, None)]
+    curves = [exact(model, heldout) for model in models]
+    draw_curves(curves, OUT / "seq2seq_length.png")
+    sums_of_a_day = [x for x, _ in heldout if x.count("年") == 1 and x.endswith("元")]
+    show(models[0], sums_of_a_day[len(sums_of_a_day) // 2], console)
+    table, kept = verdict(curves, options.accuracy)
+    console.print(table)
+    console.print("Pictures: out/seq2seq_length.png, out/seq2seq_alignment.png, out/seq2seq_top_k.png")
+    return int(not kept)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the products are so small that a second thread is mostly waited for
+    sys.exit(main())
