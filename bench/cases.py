@@ -25,6 +25,9 @@ MODIFIED = (
     "dropout",
     "lengths",
     "segments",
+    "ids",
+    "blocks",
+    "window_sinks",
     "distance",
     "additive",
     "sigmoid",
@@ -117,6 +120,9 @@ class Case:
             "window": lambda: {"window": (128, 128)},
             "lengths": lambda: {"mask": Mask.lengths(lengths)},
             "segments": lambda: {"mask": Mask.segments(ids)},
+            "ids": lambda: {"mask": Mask.segments(ids, sorted=False)},
+            "blocks": lambda: {"mask": Mask.blocks(torch.eye(4, dtype=torch.bool), 128), "causal": True},
+            "window_sinks": lambda: {"mask": Mask.window(128, 0, sinks=4)},
             "mask": lambda: {"mask": torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)},
             "bias": lambda: {"bias": zeros(BATCH, HEADS, LENGTH, LENGTH)},
             "bias_batch": lambda: {"bias": zeros(1, HEADS, LENGTH, LENGTH)},
@@ -136,7 +142,8 @@ class Case:
 
 
 RICH = (
-    "gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments", "distance", "sigmoid",
+    "gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments", "ids", "blocks",
+    "distance", "sigmoid",
 )  # fmt: skip
 DIMS, ODD = (16, 32, 64, 128, 256, 512), (40, 72, 88)
 HOPPER_BACKWARD = ("plain", "causal", "window", "gqa", "sink", "ordered")

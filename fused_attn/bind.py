@@ -116,8 +116,9 @@ def bind(
         mask = mask & Mask.causal(alignment)
     if window is not None:
         mask = mask & Mask.window(*check_window(window), alignment)
-    span, allowed = mask.resolve(shape)
-    for x in (allowed, span.lo, span.hi):
+    span, pattern, allowed = mask.resolve(shape, q.device)
+    said = (span.lo, span.hi, *(() if pattern is None else (pattern.q_ids, pattern.kv_ids, pattern.blocks)))
+    for x in (allowed, *said):
         if x is not None and x.device != q.device:
             raise ValueError(f"mask: expected q's device {q.device}, got {x.device}")
 
@@ -148,8 +149,8 @@ def bind(
     _check_normalizer(normalizer, sink is not None, bool(return_lse))
 
     return Problem(
-        q, k, v, scale, softcap, bias, alibi_slopes, sink, mask=allowed, span=span, offset=offset,
-        dropout=_dropout(dropout_p, seed, q), return_lse=bool(return_lse),
+        q, k, v, scale, softcap, bias, alibi_slopes, sink, mask=allowed, span=span, pattern=pattern,
+        offset=offset, dropout=_dropout(dropout_p, seed, q), return_lse=bool(return_lse),
         deterministic=_deterministic(deterministic), normalizer=normalizer, score=score,
     )  # fmt: skip
 

@@ -192,8 +192,8 @@ class Call:
         """The operators' arguments, as `ops.flatten` gives them."""
         all_of_them: Given = tensors + (None,) * (len(TENSORS) - len(tensors))
         q, k, v, mask, bias, slopes, sink = all_of_them
-        absent = (None,) * 3
-        return q, k, v, None, None, bias, slopes, sink, *absent, mask, *absent, *self.settings
+        absent = (None,) * (ops.TENSORS - 12)  # behind the mask
+        return q, k, v, None, None, bias, slopes, sink, None, None, None, mask, *absent, *self.settings
 
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor]:
         """(out, lse)"""

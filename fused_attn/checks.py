@@ -35,10 +35,10 @@ def check_batch(name: str, x: Tensor, b: int) -> None:
         raise ValueError(f"{name}: expected one length for each of the {b} batches, got shape {tuple(x.shape)}")
 
 
-def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...], what: str = "(B, Hq, M, N)") -> Tensor:
     """x as a 4-d view, still broadcast, or an error that names both shapes."""
     if x.ndim > 4 or any(have not in (1, want) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"{name}: shape {tuple(x.shape)} does not broadcast to (B, Hq, M, N) = {shape}")
+        raise ValueError(f"{name}: shape {tuple(x.shape)} does not broadcast to {what} = {shape}")
     return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
 
 

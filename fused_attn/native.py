@@ -59,6 +59,7 @@ def _modifiers(p: Problem) -> dict[str, bool]:
         "additive score": p.w is not None,
         "terms of rows and keys beside the product": p.key_terms is not None,
         "sigmoid normalizer": p.sigmoid,
+        "mask that is no interval": p.tabled,
     }
 
 

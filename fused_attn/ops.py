@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from .spec import DIFFERENTIABLE, Dropout, Problem, Span
+from .spec import DIFFERENTIABLE, Dropout, Pattern, Problem, Span
 
 LAUNCHERS = {
     "hopper": "fused_attn.launch.hopper",
@@ -25,11 +25,12 @@ LAUNCHERS = {
 
 PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? scale, Tensor? softcap, Tensor? bias, Tensor? slopes, Tensor? sink, "
-    "Tensor? w, Tensor? row_terms, Tensor? key_terms, Tensor? mask, Tensor? lo, Tensor? hi, Tensor? rng, "
-    "float scale_value, float? softcap_value, float dropout_p, SymInt? left, SymInt? right, SymInt offset, "
-    "bool deterministic, str normalizer, str backend"
+    "Tensor? w, Tensor? row_terms, Tensor? key_terms, Tensor? mask, Tensor? lo, Tensor? hi, "
+    "Tensor? q_ids, Tensor? kv_ids, Tensor? blocks, Tensor? rng, "
+    "float scale_value, float? softcap_value, float dropout_p, SymInt? left, SymInt? right, SymInt sinks, "
+    "SymInt height, SymInt width, SymInt offset, bool deterministic, str normalizer, str backend"
 )
-TENSORS = 15  # how many of the problem's arguments are tensors; they come first
+TENSORS = 18  # how many of the problem's arguments are tensors; they come first
 
 _library = torch.library.Library("fused_attn", "DEF")
 _library.define(f"forward({PROBLEM}) -> (Tensor out, Tensor lse)")
@@ -52,24 +53,28 @@ def launcher(backend: str) -> ModuleType:
 def flatten(p: Problem, backend: str) -> tuple[Any, ...]:
     """A Problem as the operators' arguments."""
     scale_is_tensor, cap_is_tensor = isinstance(p.scale, Tensor), isinstance(p.softcap, Tensor)
-    span, dropout = p.span, p.dropout
+    span, pattern, dropout = p.span, p.pattern or Pattern(), p.dropout
     return (
         p.q, p.k, p.v, p.scale if scale_is_tensor else None, p.softcap if cap_is_tensor else None,
         p.bias, p.slopes, p.sink, p.w, p.row_terms, p.key_terms, p.mask, span.lo, span.hi,
-        None if dropout is None else dropout.rng,
+        pattern.q_ids, pattern.kv_ids, pattern.blocks, None if dropout is None else dropout.rng,
         1.0 if scale_is_tensor else p.scale, None if cap_is_tensor else p.softcap,
-        0.0 if dropout is None else dropout.p, span.left, span.right, p.offset, p.deterministic,
-        p.normalizer, backend,
+        0.0 if dropout is None else dropout.p, span.left, span.right, span.sinks, pattern.height, pattern.width,
+        p.offset, p.deterministic, p.normalizer, backend,
     )  # fmt: skip
 
 
 def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
     """The inverse of flatten."""
-    q, k, v, scale, cap, bias, slopes, sink, w, row_terms, key_terms, mask, lo, hi, rng = args[:TENSORS]
-    scale_value, cap_value, dropout_p, left, right, offset, deterministic, normalizer, backend = args[TENSORS:]
+    (
+        q, k, v, scale, cap, bias, slopes, sink, w, row_terms, key_terms, mask, lo, hi, q_ids, kv_ids, blocks, rng,
+    ) = args[:TENSORS]  # fmt: skip
+    scale_value, cap_value, dropout_p, left, right, sinks, height, width, *rest, backend = args[TENSORS:]
+    offset, deterministic, normalizer = rest
     problem = Problem(
         q, k, v, scale_value if scale is None else scale, cap_value if cap is None else cap,
-        bias, slopes, sink, w, row_terms, key_terms, mask, Span(left, right, lo, hi), offset,
+        bias, slopes, sink, w, row_terms, key_terms, mask, Span(left, right, lo, hi, sinks),
+        None if q_ids is None and blocks is None else Pattern(q_ids, kv_ids, blocks, height, width), offset,
         None if rng is None else Dropout(dropout_p, rng), normalizer != "sigmoid", deterministic, normalizer,
     )  # fmt: skip
     return problem, backend

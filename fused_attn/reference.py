@@ -32,8 +32,7 @@ def scores(p: Problem, dtype: torch.dtype) -> Tensor:
     i, j = _positions(p)
     if p.slopes is not None:
         s = s - p.slopes.to(dtype)[..., None, None] * (i[:, None] + p.offset - j).abs()
-    allowed = p.span.materialize(i, j, p.shape[3])
-    s = s.masked_fill(~allowed, -torch.inf)
+    s = s.masked_fill(~p.visible(i, j), -torch.inf)
     return s if p.mask is None else s.masked_fill(~p.mask, -torch.inf)
 
 
@@ -105,13 +104,10 @@ def _work_dtype(p: Problem) -> torch.dtype:
 def _reached(x: Tensor, p: Problem) -> Tensor:
     """k or v, each head repeated for its group of query heads.
 
-    Keys that lie outside every row's interval are zeros: they never matter, even as NaN.
+    Keys beyond every row's interval and pattern are zeros: they never matter, even as NaN.
     """
     x = x if p.group == 1 else x.repeat_interleave(p.group, dim=1)
-    if p.span.unbounded:
-        return x
-    reached = p.span.materialize(*_positions(p), p.shape[3]).any(-2)
-    return torch.where(reached[..., None], x, 0.0)
+    return x if p.unbounded else torch.where(p.reached()[..., None], x, 0.0)
 
 
 def _number(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 # Words of the vocabulary that have rooms of their own.
 from .checks import check_broadcastable, check_parameter, check_window, describe  # noqa: F401
 from .masks import ALIGNMENTS, UNBOUNDED, Mask, Span, diagonal_offset  # noqa: F401
+from .patterns import Pattern
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -91,8 +92,9 @@ def philox(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7) -> 
 class Problem:
     """One call, bound and checked. Tensors are heads-first views; nothing here has been copied or expanded.
 
-    scale, softcap: floats, or tensors () or (Hq,) for scale and () for softcap. mask (bool) and bias are 4-d and
-    broadcastable to (B, Hq, M, N); slopes (Hq,) or (B, Hq); sink (Hq,). offset places the diagonal that ALiBi sees.
+    scale, softcap: floats, or tensors () or (Hq,) for scale and () for softcap. A row sees a key where span, pattern
+    and mask allow it. mask (bool) and bias are 4-d and broadcastable to (B, Hq, M, N); slopes (Hq,) or (B, Hq); sink
+    (Hq,). offset places the diagonal that ALiBi sees.
 
     score: one of `fused_attn.scores`, None for the dot product. `lower` turns it into what backends take: other q and
     k; w (D,) or (Hq, D), the weights of an additive score; row_terms (B, Hq, M) and key_terms (B, Hq, N), added to the
@@ -112,6 +114,7 @@ class Problem:
     key_terms: Tensor | None = None
     mask: Tensor | None = None
     span: Span = UNBOUNDED
+    pattern: Pattern | None = None
     offset: int = 0
     dropout: Dropout | None = None
     return_lse: bool = False
@@ -135,9 +138,34 @@ class Problem:
         return 0 in self.shape
 
     @property
+    def unbounded(self) -> bool:
+        """Span and pattern hide no score."""
+        return self.span.unbounded and self.pattern is None
+
+    @property
+    def tabled(self) -> bool:
+        """What a row sees, the tensor mask aside, is no interval of keys: which tiles to visit stands in a table."""
+        return self.pattern is not None or self.span.sinks > 0
+
+    def visible(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """bool (B or 1, Hq or 1, rows, cols): who sees whom by span and pattern."""
+        grid = self.span.materialize(rows, cols, self.shape[3])
+        return grid if self.pattern is None else grid & self.pattern.materialize(rows, cols)
+
+    def reached(self) -> Tensor:
+        """bool (B or 1, 1, N): the keys that some row may see by its interval and ids, and some by interval and blocks
+        in any head. The others never matter, even as NaN."""
+        rows, cols = (torch.arange(x, device=self.q.device) for x in self.shape[2:])
+        near = self.span.materialize(rows, cols, self.shape[3])
+        found = near.any(-2)
+        for condition in () if self.pattern is None else self.pattern.conditions:
+            found = found & (near & condition.materialize(rows, cols)).any(-2).any(1, keepdim=True)
+        return found
+
+    @property
     def plain(self) -> bool:
-        """A scaled dot product under a span: no modifier, tensor mask, sink, dropout, LSE or other normalizer."""
-        absent = (self.softcap, self.bias, self.slopes, self.sink, self.mask, self.dropout, self.score)
+        """A scaled dot product under a span: no modifier, pattern, mask, sink, dropout, LSE or other normalizer."""
+        absent = (self.softcap, self.bias, self.slopes, self.sink, self.mask, self.dropout, self.score, self.pattern)
         lowered = (self.w, self.row_terms, self.key_terms)
         return (
             isinstance(self.scale, float)
@@ -182,6 +210,7 @@ class Problem:
             q=self.q[:, heads], k=self.k[:, kv_heads], v=self.v[:, kv_heads], scale=own(self.scale, 1),
             bias=own(self.bias, 3), slopes=own(self.slopes, 1), sink=own(self.sink, 1), w=own(self.w, 2),
             row_terms=own(self.row_terms, 2), key_terms=own(self.key_terms, 2), mask=own(self.mask, 3),
+            pattern=None if self.pattern is None else self.pattern.part(slice(None), heads),
         )  # fmt: skip
 
     def lower(self) -> Problem:

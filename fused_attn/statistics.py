@@ -59,7 +59,7 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
         one = p.of_head(head)
         work = _Work(one, Share(slice(b), slice(1), slice(1), []), visible)
         for window in windows(rows, ROWS, APART):
-            tile = one_tile(p.span, window.start, window.stop, n)
+            tile = one_tile(p, window.start, window.stop)
             chosen = _Rows(work, tile, True)
             for keys in tile.key_tiles():
                 tile_weights = chosen.weights(work.fold(work.scores(chosen.q, tile, keys)))

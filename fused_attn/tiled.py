@@ -24,9 +24,7 @@ from torch import Tensor
 from . import additive, state
 from .scores import Additive
 from .spec import HALF, Problem, philox
-from .tiles import Share, Tile, bounded_per_row, part, row_tiles, seen, shares
-
-EVERYTHING = slice(None)
+from .tiles import EVERYTHING, Share, Tile, masked_by_tensors, part, row_tiles, seen, shares
 
 
 def why_not(p: Problem) -> list[str]:
@@ -150,6 +148,9 @@ class _Work:
             i, j = (_range(x, s.device) for x in (tile.rows, cut))
             allowed = part(p.span.materialize(i, j, p.shape[3]), share.batch, *[EVERYTHING] * 3)
             _forbid(s[..., cut.start - keys.start : cut.stop - keys.start], allowed)
+        if p.pattern is not None and not tile.clear(keys):
+            allowed = p.pattern.materialize(_range(tile.rows, s.device), _range(keys, s.device))
+            _forbid(s, part(allowed, share.batch, share.heads, EVERYTHING, EVERYTHING))
         if p.mask is not None:
             _forbid(s, part(p.mask, share.batch, share.heads, tile.rows, keys))
         return s
@@ -311,7 +312,7 @@ class _Gradients:
         # Each entry of a dense bias gets one term, which is written there; and that is most of the call's memory.
         self.dense_bias = "bias" in needs and p.bias.shape == p.shape
         if self.dense_bias:
-            self.whole["bias"] = (torch.empty_like if p.span.unbounded else torch.zeros_like)(p.bias)
+            self.whole["bias"] = (torch.empty_like if p.unbounded else torch.zeros_like)(p.bias)
         self.sums = {
             name: torch.zeros_like(x, dtype=dtype)
             for name, x in p.tensors().items()
@@ -434,14 +435,13 @@ def attention(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) by operations that torch differentiates as often, and in whichever mode, as it is asked to.
 
     Each tile of rows meets all its keys at once. Python reads no tensor, so torch.func may batch or trace any of them;
-    lo and hi therefore mask and skip nothing.
+    lo, hi and a pattern therefore mask and skip nothing.
     """
     visible = seen(p)
     if visible is not None:
         rows, keys = visible
         p = p.replace(q=torch.where(rows, p.q, 0), k=torch.where(keys, p.k, 0), v=torch.where(keys, p.v, 0))
-    m, n = p.shape[2:]
-    tiles = row_tiles(p.span, m, n, p.group)
+    m, tiles = p.shape[2], row_tiles(p)
     begin, end = (tiles[0].start, tiles[-1].stop) if tiles else (m, m)
     blind = [Tile(*rows, 0, 0, 0, 0) for rows in ((0, begin), (end, m)) if rows[0] < rows[1] or not m]
     outs, lses = zip(*(_plain_rows(p, tile) for tile in sorted(blind + tiles)), strict=True)
@@ -469,8 +469,8 @@ def _plain_rows(p: Problem, tile: Tile) -> tuple[Tensor, Tensor | None]:
     if p.slopes is not None:
         s = s - p.slopes.to(dtype)[..., None, None] * _distance(p, rows, keys, dtype)
     i, j = (_range(x, s.device) for x in (rows, keys))
-    if bounded_per_row(p.span) or tile.partial(keys):
-        s = torch.where(p.span.materialize(i, j, p.shape[3]), s, -torch.inf)
+    if masked_by_tensors(p) or tile.partial(keys):
+        s = torch.where(p.visible(i, j), s, -torch.inf)
     if p.mask is not None:
         s = torch.where(part(p.mask, slice(b), slice(h), rows, keys), s, -torch.inf)
     weights, lse = (torch.sigmoid(s), None) if p.sigmoid else _plain_softmax(p, s)

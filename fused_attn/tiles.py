@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .spec import Problem, Span
+from .spec import Problem
 
 ROWS, KEYS = (128, 512), 512  # at least and at most as many rows, of every head of a group together
+STRETCH = 128  # keys of which a pattern says at once whether a tile of rows sees them
+NONE, SOME, ALL = range(3)
+EVERYTHING = slice(None)
 
 
 class Tile(NamedTuple):
-    """Rows [start, stop) see keys inside [first, last), and every one of them sees all of [full_from, full_to)."""
+    """Rows [start, stop) see keys inside [first, last), and every one of them sees all of [full_from, full_to).
+
+    sinks: they also see some of the keys before it. pattern: what it leaves them, NONE, SOME or ALL, of each stretch of
+    keys; empty where there is no pattern, or none that was asked.
+    """
 
     start: int
     stop: int
@@ -22,6 +31,8 @@ class Tile(NamedTuple):
     last: int
     full_from: int
     full_to: int
+    sinks: int = 0
+    pattern: tuple[int, ...] = ()
 
     @property
     def rows(self) -> slice:
@@ -29,11 +40,29 @@ class Tile(NamedTuple):
 
     @property
     def keys(self) -> slice:
-        return slice(self.first, self.last)
+        return slice(0 if self.sinks else self.first, self.last)
 
     def key_tiles(self) -> Iterator[slice]:
-        for start in range(self.first, self.last, KEYS):
-            yield slice(start, min(start + KEYS, self.last))
+        for first, last in ((0, self.sinks), (self.first, self.last)):
+            for begin, end in self._left_by_pattern(first, last):
+                for start in range(begin, end, KEYS):
+                    yield slice(start, min(start + KEYS, end))
+
+    def _left_by_pattern(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Runs of keys of which the pattern says the same, without those that it hides."""
+        if not self.pattern:
+            yield first, last
+            return
+        stretches = range(first // STRETCH, -(-last // STRETCH))
+        for what, run in itertools.groupby(stretches, self.pattern.__getitem__):
+            begin, *rest = run
+            end = (rest[-1] if rest else begin) + 1
+            if what != NONE:
+                yield max(first, begin * STRETCH), min(last, end * STRETCH)
+
+    def clear(self, keys: slice) -> bool:
+        """Whether a pattern is known to hide nothing of one of `key_tiles`."""
+        return bool(self.pattern) and self.pattern[keys.start // STRETCH] == ALL
 
     def partial(self, keys: slice) -> list[slice]:
         """The stretches of these keys that not every row sees."""
@@ -58,44 +87,44 @@ def part(x: Tensor, *slices: slice) -> Tensor:
     return x[tuple(slice(None) if size == 1 else cut for cut, size in zip(slices, x.shape, strict=True))]
 
 
-def bounded_per_row(span: Span) -> bool:
-    return span.lo is not None or span.hi is not None
+def masked_by_tensors(p: Problem) -> bool:
+    """Whether tensors have a say in who sees whom, beside the mask."""
+    return p.span.lo is not None or p.span.hi is not None or p.pattern is not None
 
 
-def _bounds(p: Problem) -> tuple[Tensor, Tensor]:
-    """lo, hi (B or 1, M): row i sees lo <= j < hi."""
-    bounds = p.span.bounds(torch.arange(p.shape[2], device=p.q.device), p.shape[3])
-    lo, hi = torch.broadcast_tensors(*bounds)
-    return lo.contiguous(), hi.contiguous()
-
-
-def row_tiles(span: Span, m: int, n: int, group: int) -> list[Tile]:
-    """Tiles of the rows that may see a key, as far as left and right tell; a group of heads shares a tile's rows."""
-    left, right = span.left, span.right
-    if left is not None and right is not None and left > right:
+def row_tiles(p: Problem) -> list[Tile]:
+    """Tiles of the rows that may see a key, as far as numbers tell; a group of heads shares a tile's rows."""
+    left, right, (m, n) = p.span.left, p.span.right, p.shape[2:]
+    if left is not None and right is not None and left > right and not p.span.sinks:
         return []
     begin = 0 if right is None else max(0, -right)
-    end = m if left is None else min(m, n - left)
-    tiles, size = [], _rows(span, m, n, group)
+    end = m if left is None or p.span.sinks else min(m, n - left)
+    tiles, size = [], _rows(p)
     for start in range(begin, end, size):
-        tile = _tile(span, start, min(start + size, end), n)
-        if tile.first < tile.last:
-            tiles.append(tile)
-    return tiles
+        tiles.append(_tile(p, start, min(start + size, end)))
+    return [tile for tile in tiles if tile.first < tile.last]
 
 
-def _tile(span: Span, start: int, stop: int, n: int) -> Tile:
-    """As far as left and right tell."""
-    left, right = span.left, span.right
+def _tile(p: Problem, start: int, stop: int) -> Tile:
+    """As far as numbers tell."""
+    left, right, n = p.span.left, p.span.right, p.shape[3]
     first, full_from = (0, 0) if left is None else (max(0, start + left), max(0, stop - 1 + left))
     last, full_to = (n, n) if right is None else (min(n, stop + right), min(n, start + right + 1))
-    return Tile(start, stop, first, last, full_from, full_to)
+    return _beside_sinks(Tile(start, stop, first, last, full_from, full_to), p)
 
 
-def one_tile(span: Span, start: int, stop: int, n: int) -> Tile:
-    """Of any rows; lo and hi are not read, so that with them no key counts as seen by every row."""
-    tile = _tile(span, start, stop, n)
-    return tile._replace(full_from=0, full_to=0) if bounded_per_row(span) else tile
+def _beside_sinks(tile: Tile, p: Problem) -> Tile:
+    """A tile that knows of the sinks: they stand before its window, join it, or are all that it has."""
+    sinks = min(p.span.sinks, p.shape[3])
+    if tile.first >= tile.last:
+        return tile._replace(first=0, last=sinks, full_from=sinks)
+    return tile._replace(first=0) if tile.first <= sinks else tile._replace(sinks=sinks)
+
+
+def one_tile(p: Problem, start: int, stop: int) -> Tile:
+    """Of any rows; tensors are not read, so that with lo and hi no key counts as seen by every row."""
+    tile = _tile(p, start, stop)
+    return tile._replace(full_from=0, full_to=0) if masked_by_tensors(p) else tile
 
 
 class Window(NamedTuple):
@@ -120,20 +149,21 @@ def windows(rows: list[int], most: int, apart: int) -> list[Window]:
     return found
 
 
-def _rows(span: Span, m: int, n: int, group: int) -> int:
+def _rows(p: Problem) -> int:
     """More rows fill the products better, and waste more where a row's keys begin or end: a quarter of what it sees."""
+    span, (m, n) = p.span, p.shape[2:]
     seen = n if span.left is None or span.right is None else min(n, span.right - span.left + 1)
     least, most = ROWS
-    return max(1, min(m, max(16, max(least, min(most, seen // 4)) // group)))
+    rows = least if p.pattern is not None else max(least, min(most, seen // 4))
+    return max(1, min(m, max(16, rows // p.group)))
 
 
 def _tiles_by_round(p: Problem, batches: int) -> list[list[Tile]]:
     """For each round of so many batches, or one list for all of them: the tiles of rows, with lo and hi read."""
-    m, n = p.shape[2:]
-    tiles = row_tiles(p.span, m, n, p.group)
-    if not tiles or not bounded_per_row(p.span):
+    tiles, (m, n) = row_tiles(p), p.shape[2:]
+    if not tiles or (p.span.lo is None and p.span.hi is None):
         return [tiles]
-    lo, hi = _bounds(p)
+    lo, hi = torch.broadcast_tensors(*replace(p.span, sinks=0).bounds(torch.arange(m, device=p.q.device), n))
     blind = lo >= hi
     edges = (
         (lo.masked_fill(blind, n), torch.amin),
@@ -143,7 +173,7 @@ def _tiles_by_round(p: Problem, batches: int) -> list[list[Tile]]:
     )
     limits = torch.stack([torch.stack([pick(x[:, t.rows], 1) for x, pick in edges], 1) for t in tiles], 1).tolist()
     rounds = (limits[i : i + batches] for i in range(0, len(limits), batches))
-    joined = ([_joined(tile, of) for tile, *of in zip(tiles, *limits, strict=True)] for limits in rounds)
+    joined = ([_beside_sinks(_joined(tile, of), p) for tile, *of in zip(tiles, *x, strict=True)] for x in rounds)
     return [[tile for tile in round if tile.first < tile.last] for round in joined]
 
 
@@ -164,36 +194,57 @@ def shares(p: Problem) -> Iterator[Share]:
     kv_heads = p.k.shape[1]
     if p.empty:
         return
-    head = p.group * _rows(p.span, m, n, p.group) * min(n, KEYS)
+    head = p.group * _rows(p) * min(n, KEYS)
     heads = max(1, _elements(p.q.device) // head)
     per_head, per_batch = min(kv_heads, heads), max(1, min(b, heads // kv_heads))
-    if any(x is not None and x.shape[0] > 1 for x in (p.span.lo, p.span.hi)):
-        # Batches whose tiles differ each skip their own, one at a time, unless a step costs more by itself than that.
-        per_batch = max(1, min(per_batch, _elements(p.q.device) // 8 // (kv_heads * p.group * m * n)))
-    tiles = _tiles_by_round(p, per_batch)
+    pattern = p.pattern
+    bounds = (p.span.lo, p.span.hi, *((pattern.q_ids, pattern.kv_ids, pattern.blocks) if pattern is not None else ()))
+    # Batches or heads whose tiles differ each skip their own, one at a time, unless a step costs more than that.
+    alone = max(1, _elements(p.q.device) // 8 // (p.group * m * n))
+    if pattern is not None and pattern.blocks is not None and pattern.blocks.shape[1] > 1:
+        per_head = min(per_head, alone)
+    if any(x is not None and x.shape[0] > 1 for x in bounds):
+        per_batch = max(1, min(per_batch, alone // kv_heads))
+    tiles, left_of = _tiles_by_round(p, per_batch), _patterns(p)
     for i in range(0, b, per_batch):
         for h in range(0, kv_heads, per_head):
             stop = min(h + per_head, kv_heads)
-            yield Share(
-                slice(i, min(i + per_batch, b)),
-                slice(h, stop),
-                slice(h * p.group, stop * p.group),
-                tiles[i // per_batch if len(tiles) > 1 else 0],
-            )
+            batch, members = slice(i, min(i + per_batch, b)), slice(h * p.group, stop * p.group)
+            of_round = tiles[i // per_batch if len(tiles) > 1 else 0]
+            yield Share(batch, slice(h, stop), members, left_of(of_round, batch, members))
+
+
+def _patterns(p: Problem) -> Callable[[list[Tile], slice, slice], list[Tile]]:
+    """What adds to tiles what the pattern leaves of them, in some batches and heads."""
+    if p.pattern is None:
+        return lambda tiles, batch, heads: tiles
+    device, (m, n) = p.q.device, p.shape[2:]
+    starts = [tile.start for tile in row_tiles(p)]
+    rows = (torch.tensor(starts, device=device)[:, None] + torch.arange(_rows(p), device=device)).clamp_max(m - 1)
+    keys = torch.arange(-(-n // STRETCH) * STRETCH, device=device).clamp_max(n - 1).view(-1, STRETCH)
+    some, whole = p.pattern.tiles(rows, keys)
+
+    def left_of(tiles: list[Tile], batch: slice, heads: slice) -> list[Tile]:
+        here = [part(x, batch, heads, EVERYTHING, EVERYTHING) for x in (some, whole)]
+        left = here[0].any(1).any(0).int() + here[1].all(1).all(0)
+        found = dict(zip(starts, map(tuple, left.tolist()), strict=True))
+        return [tile._replace(pattern=found[tile.start]) for tile in tiles]
+
+    return left_of
 
 
 def seen(p: Problem) -> tuple[Tensor, Tensor] | None:
-    """`reached`, where lo and hi say so; what left and right say, tiles skip by themselves."""
-    return reached(p) if bounded_per_row(p.span) else None
+    """`reached`, where tensors say so; what numbers say, tiles skip by themselves."""
+    return reached(p) if masked_by_tensors(p) else None
 
 
 def reached(p: Problem) -> tuple[Tensor, Tensor]:
-    """bool (B or 1, 1, M, 1) and (B or 1, 1, N, 1): rows that see a key and keys that a row sees, by the span alone.
+    """bool (B or 1, 1, M, 1) and (B or 1, 1, N, 1): the rows that see a key by the span, and `Problem.reached`.
 
     What is padding may hold NaN, and a product with a weight of zero would let it through.
     """
-    lo, hi = _bounds(p)
-    keys = torch.arange(p.shape[3], device=p.q.device).expand(lo.shape[0], -1).contiguous()
-    # Neither bound decreases, so the rows with lo <= j are the first ones and those with j < hi are the last ones.
-    found = torch.searchsorted(hi, keys, right=True) < torch.searchsorted(lo, keys, right=True)
+    (m, n), device = p.shape[2:], p.q.device
+    lo, hi = p.span.bounds(torch.arange(m, device=device), n)
+    start, stop = p.span.seers(m, torch.arange(n, device=device))
+    found = start < stop if p.pattern is None or p.empty else p.pattern.reaches(start, stop)
     return (lo < hi)[:, None, :, None], found[:, None, :, None]

@@ -22,7 +22,7 @@ from .memory import head_pointer, load_rows, number, schedule, store_rows
 from .modifiers import Plane, backward, parameters, saturation, slope_gradient, softcap_gradient, tile_pointers
 from .numerics import LOG2E, dot, reciprocal
 from .scores import PEAKS, additive, first_features, following, halves, key_features, paired, pitch, products, tanhs
-from .spans import Reach, interval, live, visible, visit
+from .spans import Reach, interval, listed, live, pattern, visible, visit
 from .types import AdditiveGradients, View
 
 SLICE: tl.constexpr = tl.constexpr(16)  # features that are added at once
@@ -179,7 +179,10 @@ def meet_rows(c, state):
     visit = c.reach.visit
     for tile in tl.range(0, tiles):
         m = tile * c.plane.BLOCK_M
-        visited = (m >= visit.origin) & (m < visit.origin + visit.total * c.plane.BLOCK_M)
+        if c.reach.span.table is None:
+            visited = (m >= visit.origin) & (m < visit.origin + visit.total * c.plane.BLOCK_M)
+        else:
+            visited = tl.load(visit.table + tile) != 0
         sums = tl.zeros([c.plane.BLOCK_M], tl.float32)
         if visited:
             dv, columns, scale, caps, slopes, sums = absorb(c, state, m)
@@ -237,7 +240,10 @@ def additive_backward_kernel(
                 Keys(
                     v_tile, n, tile, tl.program_id(0), dout, head_pointer(dout, b, row_h), bias_head, shift, delta,
                     Plane(score, parameters(score, mask, b, row_h), mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N),
-                    Reach(span, lo, hi, reach), gradients, DV, BLOCK_DV, PRECISION,
+                    Reach(
+                        span, lo, hi, listed(span, reach, b, row_h, tile, M, BLOCK_M), pattern(span, b, row_h, keys, N)
+                    ),
+                    gradients, DV, BLOCK_DV, PRECISION,
                 ),
                 (dv, zeros, zeros, zeros, zeros),
             )  # fmt: skip

@@ -29,7 +29,7 @@ from .modifiers import (
 )
 from .numerics import LOG2E, dot, sigmoid
 from .scores import additive, products
-from .spans import Reach, interval, live, sweep, visible, visit
+from .spans import Reach, interval, listed, live, pattern, sweep, visible, visit
 from .types import KeyGradients, RowGradients, View
 
 
@@ -195,14 +195,16 @@ def dkdv_kernel(
         row_head = head * GROUP + member
         row_h = h * GROUP + member
         own = parameters(score, mask, b, row_h)
+        tiles = listed(span, reach, b, row_h, tile, M, BLOCK_M)
         dk, dv, columns = sweep(
             issue_rows, absorb_rows,
             Keys(
                 k_tile, v_tile, n, q, head_pointer(q, b, row_h), dout, head_pointer(dout, b, row_h), shift, delta,
-                Plane(score, own, mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+                Plane(score, own, mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N),
+                Reach(span, lo, hi, tiles, pattern(span, b, row_h, keys, N)),
                 gradients, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             ),
-            (dk, dv, tl.zeros([BLOCK_N], tl.float32)), reach, BLOCK_M, False,
+            (dk, dv, tl.zeros([BLOCK_N], tl.float32)), tiles, BLOCK_M, False,
         )  # fmt: skip
         if gradients.sums is not None:
             at = gradients.sums + row_head.to(tl.int64) * N + keys
@@ -288,7 +290,7 @@ def dq_kernel(
     h = head % HEADS
     rows = m + tl.arange(0, BLOCK_M)
     lo, hi = interval(span, b, rows, M, N)
-    reach = visit(lo, hi, N, BLOCK_N)
+    reach = listed(span, visit(lo, hi, N, BLOCK_N), b, h, m // BLOCK_M, N, BLOCK_N)
     own = parameters(score, mask, b, h)
     q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
     do_tile = load_rows(dout, head_pointer(dout, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV)
@@ -302,7 +304,8 @@ def dq_kernel(
         Rows(
             q_tile, do_tile, m, lse_tile, delta_tile,
             k, head_pointer(k, b, h // GROUP), v, head_pointer(v, b, h // GROUP),
-            Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+            Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)),
             gradients, bias_head, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros), reach, BLOCK_N, False,
@@ -345,7 +348,7 @@ def dbias_kernel(
         total += tile_gradient(
             q, k, v, dout, lse_tile, delta_tile,
             Plane(score, parameters(score, mask, b, h), mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach), m, n, b, h,
+            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)), m, n, b, h,
             GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     ptrs = tile_pointers(

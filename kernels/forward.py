@@ -14,7 +14,7 @@ from .modifiers import Plane, keep, parameters, saturation, value
 from .numerics import LOG2E, dot, sigmoid
 from .scores import additive, products
 from .softmax import finish, init, update
-from .spans import Reach, interval, live, sweep, visible, visit
+from .spans import Reach, interval, listed, live, pattern, sweep, visible, visit
 from .types import View
 
 
@@ -91,7 +91,7 @@ def forward_kernel(
     h = head % HEADS
     rows = m + tl.arange(0, BLOCK_M)
     lo, hi = interval(span, b, rows, M, N)
-    reach = visit(lo, hi, N, BLOCK_N)
+    reach = listed(span, visit(lo, hi, N, BLOCK_N), b, h, m // BLOCK_M, N, BLOCK_N)
 
     own = parameters(score, mask, b, h)
     q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
@@ -104,7 +104,8 @@ def forward_kernel(
         Rows(
             q_tile, m, k, head_pointer(k, b, h // GROUP), k_box, v, head_pointer(v, b, h // GROUP), v_box,
             b, h // GROUP,
-            Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+            Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
         init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP,

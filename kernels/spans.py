@@ -1,7 +1,8 @@
 """How far an index may look: its interval, the tiles that are visited, and the one loop over them.
 
 A program owns a tile of indices and sweeps over tiles of the other side: rows over keys, or, transposed, keys over
-rows. Tiles that every live index sees whole need no mask; those at both ends of the interval do.
+rows. Tiles that every live index sees whole need no mask; those at both ends of the interval do. Where what an index
+sees is no interval, a table made by the host says which tiles are visited.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from .types import Span
 
 class Visit(NamedTuple):
     """The tiles that a program visits, from index `origin` on: `head` partial ones, `full` full ones, and partial ones
-    again, `total` in all. first and last bound what any index of the program sees."""
+    again, `total` in all. first and last bound what any index of the program sees. table: a pointer to the tiles where
+    they are listed, `head` partial and `full` full ones."""
 
     origin: Any
     head: Any
@@ -24,15 +26,27 @@ class Visit(NamedTuple):
     total: Any
     first: Any
     last: Any
+    table: Any
+
+
+class Pattern(NamedTuple):
+    """What tells, beside the intervals, whom a program's indices see: near [BLOCK], from where on they see all; ids
+    [BLOCK], and a pointer to the others'; blocks [BLOCK], pointers to their rows of blocks."""
+
+    near: Any
+    ids: Any
+    others: Any
+    blocks: Any
 
 
 class Reach(NamedTuple):
-    """How far the indices of a program look: their intervals [BLOCK], and the tiles these make it visit."""
+    """How far the indices of a program look: their intervals [BLOCK], the tiles these make it visit, and a pattern."""
 
     span: Span
     lo: Any
     hi: Any
     visit: Visit
+    pattern: Pattern
 
 
 @triton.jit
@@ -40,7 +54,7 @@ def interval(span, b, index, length, limit):
     """lo, hi [BLOCK]: index sees lo <= y < hi. An index that sees nothing, or lies past length, has lo >= hi."""
     lo = index * 0
     hi = tl.where(index < length, limit, 0)
-    if span.left is not None:
+    if (span.left is not None) and (span.sinks is None):
         lo = tl.maximum(lo, index + number(span.left))
     if span.right is not None:
         hi = tl.minimum(hi, index + number(span.right) + 1)
@@ -50,6 +64,8 @@ def interval(span, b, index, length, limit):
     if span.hi is not None:
         ptrs = span.hi.ptr + b.to(tl.int64) * number(span.hi.stride) + index
         hi = tl.minimum(hi, tl.load(ptrs, mask=index < length, other=0))
+    if span.sinks is not None:
+        lo = tl.where(lo < number(span.sinks), lo, tl.maximum(lo, index + number(span.left)))
     return lo, hi
 
 
@@ -65,16 +81,71 @@ def visit(lo, hi, limit, BLOCK: tl.constexpr):
     full_last = tl.min(tl.where(some, hi, limit)) // BLOCK * BLOCK
     full = tl.where(total > 0, tl.maximum(full_last - full_first, 0) // BLOCK, 0)
     head = tl.where(full > 0, (full_first - origin) // BLOCK, total)
-    return Visit(origin, head, full, total, first, last)
+    return Visit(origin, head, full, total, first, last, 0)
+
+
+@triton.jit
+def listed(span, reach, b, h, tile, limit, BLOCK: tl.constexpr):
+    """The visit of the program that owns a tile, by the table if there is one."""
+    if span.table is None:
+        return reach
+    else:
+        own = tile * (tl.cdiv(limit, BLOCK) + 2)
+        at = b.to(tl.int64) * number(span.table.strides[0]) + h.to(tl.int64) * number(span.table.strides[1]) + own
+        partial = tl.load(span.table.ptr + at)
+        full = tl.load(span.table.ptr + at + 1)
+        return Visit(reach.origin, partial, full, partial + full, reach.first, reach.last, span.table.ptr + at + 2)
+
+
+@triton.jit
+def pattern(span, b, h, index, length):
+    """What else decides whom index sees; zeros, not None, for what is absent."""
+    near = 0
+    ids = 0
+    others = 0
+    blocks = 0
+    if span.sinks is not None:
+        near = index + number(span.left)
+    if span.ids is not None:
+        ptrs = span.ids.ptr + b.to(tl.int64) * number(span.ids.stride) + index
+        ids = tl.load(ptrs, mask=index < length, other=0)
+        others = span.others.ptr + b.to(tl.int64) * number(span.others.stride)
+    if span.blocks is not None:
+        own = tl.minimum(index, length - 1) // number(span.blocks.sizes[0])
+        head = b.to(tl.int64) * number(span.blocks.strides[0]) + h.to(tl.int64) * number(span.blocks.strides[1])
+        blocks = span.blocks.ptr + head + own.to(tl.int64) * number(span.blocks.strides[2])
+    return Pattern(near, ids, others, blocks)
 
 
 @triton.jit
 def sees(reach, y):
     """The mask predicate, [BLOCK, len(y)]."""
     if (reach.span.left is None) and (reach.span.lo is None):
-        return y[None, :] < reach.hi[:, None]
+        see = y[None, :] < reach.hi[:, None]
     else:
-        return (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])
+        see = (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])
+    inside = y < reach.visit.last
+    if reach.span.sinks is not None:
+        see &= (y < number(reach.span.sinks))[None, :] | (y[None, :] >= reach.pattern.near[:, None])
+    if reach.span.ids is not None:
+        see &= reach.pattern.ids[:, None] == tl.load(reach.pattern.others + y, mask=inside, other=0)[None, :]
+    if reach.span.blocks is not None:
+        block = (tl.where(inside, y, 0) // number(reach.span.blocks.sizes[1])).to(tl.int64)
+        ptrs = reach.pattern.blocks[:, None] + (block * number(reach.span.blocks.strides[3]))[None, :]
+        see &= tl.load(ptrs) != 0
+    return see
+
+
+@triton.jit
+def apart(span):
+    """Whether every y between the first and the last one that a program sees is seen: numbers alone bound it."""
+    return (
+        (span.lo is None)
+        and (span.hi is None)
+        and (span.sinks is None)
+        and (span.ids is None)
+        and (span.blocks is None)
+    )
 
 
 @triton.jit
@@ -87,7 +158,7 @@ def live(reach, start, BLOCK: tl.constexpr, MASKED: tl.constexpr):
         return
     else:
         y = start + tl.arange(0, BLOCK)
-        if (reach.span.lo is None) and (reach.span.hi is None):
+        if apart(reach.span):
             return (y >= reach.visit.first) & (y < reach.visit.last)
         else:
             return tl.max(sees(reach, y).to(tl.int32), 0) > 0
@@ -113,6 +184,33 @@ def visible(reach, plane, m, n, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def partial_tile(span, visit, ordinal, BLOCK: tl.constexpr):
+    """The first index of one of the partial tiles."""
+    if span.table is None:
+        return visit.origin + (ordinal + tl.where(ordinal < visit.head, 0, visit.full)) * BLOCK
+    else:
+        return tl.load(visit.table + ordinal) * BLOCK
+
+
+@triton.jit
+def full_tile(span, visit, begin, ordinal, BLOCK: tl.constexpr):
+    """The first index of one of the full tiles, which stand one behind another from begin on unless they are listed."""
+    if span.table is None:
+        return begin + ordinal * BLOCK
+    else:
+        return tl.load(visit.table + visit.head + ordinal) * BLOCK
+
+
+@triton.jit
+def following_tile(span, visit, start, ordinal, BLOCK: tl.constexpr):
+    """The first index of the full tile behind the one of that ordinal, at start."""
+    if span.table is None:
+        return start + BLOCK
+    else:
+        return tl.load(visit.table + visit.head + ordinal + 1) * BLOCK
+
+
+@triton.jit
 def sweep(issue: tl.constexpr, absorb: tl.constexpr, context, state, visit, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
     """Visit the partial tiles of both ends, then the full ones.
 
@@ -121,21 +219,22 @@ def sweep(issue: tl.constexpr, absorb: tl.constexpr, context, state, visit, BLOC
     tile before this one is absorbed, so that exponentials run while a product is in flight.
     """
     for ordinal in tl.range(0, visit.total - visit.full):
-        start = visit.origin + (ordinal + tl.where(ordinal < visit.head, 0, visit.full)) * BLOCK
+        start = partial_tile(context.reach.span, visit, ordinal, BLOCK)
         state = absorb(context, state, issue(context, start, True), start, True)
     begin = visit.origin + visit.head * BLOCK
     if AHEAD:
         if visit.full > 0:
-            start = begin
+            start = full_tile(context.reach.span, visit, begin, 0, BLOCK)
             ahead = issue(context, start, False)
-            for _ in tl.range(0, visit.full - 1):
-                following = issue(context, start + BLOCK, False)
+            for ordinal in tl.range(0, visit.full - 1):
+                after = following_tile(context.reach.span, visit, start, ordinal, BLOCK)
+                following = issue(context, after, False)
                 state = absorb(context, state, ahead, start, False)
                 ahead = following
-                start += BLOCK
+                start = after
             state = absorb(context, state, ahead, start, False)
     else:
         for ordinal in tl.range(0, visit.full):
-            start = begin + ordinal * BLOCK
+            start = full_tile(context.reach.span, visit, begin, ordinal, BLOCK)
             state = absorb(context, state, issue(context, start, False), start, False)
     return state

@@ -24,7 +24,7 @@ from .modifiers import Plane, parameters, saturation, value
 from .numerics import LN2, LOG2E, sigmoid
 from .scores import additive, products
 from .softmax import init, update
-from .spans import Reach, interval, live, sweep, visible, visit
+from .spans import Reach, interval, listed, live, pattern, sweep, visible, visit
 from .types import Found, View
 
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)  # as int32: above every number
@@ -178,7 +178,7 @@ def row_statistics_kernel(
     h = head % HEADS
     rows = m + tl.arange(0, BLOCK_M)
     lo, hi = interval(span, b, rows, M, N)
-    reach = visit(lo, hi, N, BLOCK_N)
+    reach = listed(span, visit(lo, hi, N, BLOCK_N), b, h, m // BLOCK_M, N, BLOCK_N)
     at = head.to(tl.int64) * M + rows
     bound = None
     if found.bound is not None:
@@ -192,8 +192,8 @@ def row_statistics_kernel(
         issue, observe,
         Rows(
             q_tile, m, k, head_pointer(k, b, h // GROUP), None, b, h // GROUP,
-            Plane(score, own, mask, None, head, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
-            found, bound, D, BLOCK_D, PRECISION,
+            Plane(score, own, mask, None, head, M, N, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)), found, bound, D, BLOCK_D, PRECISION,
         ),
         (m_i, l_i, zero, zero + float("-inf"), tl.zeros([BLOCK_M], tl.int32), nobody(BLOCK_M, BLOCK_K)),
         reach, BLOCK_N, False,
@@ -288,14 +288,14 @@ def key_mass_kernel(
     keys = n + tl.arange(0, BLOCK_N)
     lo, hi = interval(span, b, keys, N, M)
     seen = lo < hi
-    reach = visit(lo, hi, M, BLOCK_M)
+    reach = listed(span, visit(lo, hi, M, BLOCK_M), b, h, tile, M, BLOCK_M)
     k_tile = load_rows(k, head_pointer(k, b, h // GROUP), n, seen, BLOCK_N, D, BLOCK_D)
     mass = sweep(
         issue_rows, collect,
         Keys(
             k_tile, n, q, head_pointer(q, b, h), shift, part,
             Plane(score, parameters(score, mask, b, h), mask, None, head, M, N, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach), D, BLOCK_D, PRECISION,
+            Reach(span, lo, hi, reach, pattern(span, b, h, keys, N)), D, BLOCK_D, PRECISION,
         ),
         tl.zeros([BLOCK_N], tl.float32), reach, BLOCK_M, False,
     )  # fmt: skip
@@ -352,7 +352,7 @@ def map_kernel(
     slot = tl.load(slots + tile * BLOCK_M + tl.arange(0, BLOCK_M))
     rows = m + tl.arange(0, BLOCK_M)
     lo, hi = interval(span, b, rows, M, N)
-    reach = visit(lo, hi, N, BLOCK_N)
+    reach = listed(span, visit(lo, hi, N, BLOCK_N), b, h, m // BLOCK_M, N, BLOCK_N)
     own = parameters(score, mask, b, h)
     q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
     k_head = head_pointer(k, b, h // GROUP)
@@ -364,7 +364,8 @@ def map_kernel(
             issue, weigh,
             Shown(
                 q_tile, m, k, k_head, None, b, h // GROUP,
-                Plane(score, own, mask, None, b * HEADS + h, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+                Plane(score, own, mask, None, b * HEADS + h, M, N, BLOCK_M, BLOCK_N),
+                Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)),
                 shift, part, None, slot >= 0, D, BLOCK_D, PRECISION,
             ),
             (m_i, l_i), reach, BLOCK_N, False,
@@ -376,7 +377,8 @@ def map_kernel(
         issue, show,
         Shown(
             q_tile, m, k, k_head, None, b, h // GROUP,
-            Plane(score, own, mask, None, b * HEADS + h, M, N, BLOCK_M, BLOCK_N), Reach(span, lo, hi, reach),
+            Plane(score, own, mask, None, b * HEADS + h, M, N, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)),
             shift, part, ptrs, (slot >= 0) & (lo < hi), D, BLOCK_D, PRECISION,
         ),
         shift, reach, BLOCK_N, False,

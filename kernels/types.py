@@ -43,16 +43,40 @@ class Vector(NamedTuple):
     stride: Any
 
 
+class Blocks(NamedTuple):
+    """bool (batch, head, block of x, block of y), with the codes of its strides and of the two sizes of a block."""
+
+    ptr: Any
+    strides: tuple
+    sizes: tuple
+
+
+class Table(NamedTuple):
+    """int32 (batch, head, tile of x, 2 + tiles of y), with the codes of the first two strides: how many tiles of y are
+    partial, how many are full, and which: the partial ones first. Where a kernel visits all tiles in order, what each
+    is instead: 0 where it is not visited."""
+
+    ptr: Any
+    strides: tuple
+
+
 class Span(NamedTuple):
     """Index x may see y where x + left <= y <= x + right and lo[x] <= y < hi[x]; see `fused_attn.Mask`.
 
-    x is a row and y a key; for the key-major kernel the host passes the transpose, with x a key and y a row.
+    sinks: y below it may be seen whatever left says. ids, others: Vectors of x's and of y's ids, which must be equal;
+    blocks: Blocks that must be allowed; table: which tiles to visit. x is a row and y a key; for the key-major kernel
+    the host passes the transpose, with x a key and y a row.
     """
 
     left: Any = None
     right: Any = None
     lo: Any = None
     hi: Any = None
+    sinks: Any = None
+    ids: Any = None
+    others: Any = None
+    blocks: Any = None
+    table: Any = None
 
 
 class Additive(NamedTuple):

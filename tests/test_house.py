@@ -26,8 +26,9 @@ PACKAGE, KERNELS = ROOT / "fused_attn", ROOT / "kernels"
 # compat, modules, parallel -> api -> dispatch -> autograd -> ops ~> launch -> kernels. A new room needs a line here.
 MAY_IMPORT = {
     "checks": set(),
-    "masks": {"checks"},
-    "spec": {"checks", "masks"},
+    "patterns": set(),
+    "masks": {"checks", "patterns"},
+    "spec": {"checks", "masks", "patterns"},
     "state": set(),
     "tiles": {"spec"},
     "scores": {"spec", "tiles"},

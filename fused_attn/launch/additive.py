@@ -13,7 +13,7 @@ from ..kernels.types import Additive, AdditiveGradients
 from ..spec import HALF, Problem
 from ..tuning import Config
 from ..tuning.select import padded
-from . import views
+from . import views, visits
 
 BLOCK = kernels.PEAKS.value
 ROOM = 256  # no tile is longer, so that tiles at the end need no mask
@@ -111,7 +111,7 @@ def backward(
         shift,
         delta,
         planes[0],
-        views.transposed_span(p.span, n),
+        visits.keys(p, c, kinds=True),
         *planes[1:],
         AdditiveGradients(
             zeros(1, dtype=torch.int32), zeros(b * hq, -(-m // c.BLOCK_M), dtype=torch.int32),

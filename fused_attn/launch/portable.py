@@ -26,7 +26,7 @@ def _device_code() -> Any:
     from types import SimpleNamespace
 
     from ..kernels import backward, forward, types
-    from . import additive, views
+    from . import additive, views, visits
 
     return SimpleNamespace(
         forward=forward.forward_kernel,
@@ -37,6 +37,7 @@ def _device_code() -> Any:
         additive=additive,
         types=types,
         views=views,
+        visits=visits,
     )
 
 
@@ -97,7 +98,7 @@ def _precision(p: Problem) -> str:
 def _rich(p: Problem) -> bool:
     """Whether something beside the products wants registers in the loops."""
     beside = (p.softcap, p.bias, p.slopes, p.row_terms, p.mask, p.dropout, p.span.lo, p.span.hi)
-    return p.sigmoid or any(x is not None for x in beside)
+    return p.sigmoid or p.tabled or any(x is not None for x in beside)
 
 
 def _wave(p: Problem, heads: int) -> int:
@@ -188,7 +189,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             *(views.view(x) for x in (p.q, p.k, p.v, out)),
             None if p.sigmoid else lse,
             _score(p),
-            views.span(p.span),
+            code.visits.rows(p, c),
             views.plane_view(p.mask, p.shape),
             None if p.sink is None else p.sink.contiguous(),
             views.dropout(p),
@@ -316,13 +317,14 @@ class _Backward:
         hkv = p.k.shape[1]
         sums = self.column_sums = p.q.new_empty((b, hq, n), dtype=torch.float32) if columns else None
         c = _config("dkdv", p)
+        span = self.code.visits.keys(p, c)
         dk, dv = self._wanted("k"), self._wanted("v")
         both = dv is not None and (dk is not None or columns)
         for outputs in ((dk, None, sums), (None, dv, None)) if c.split and both else ((dk, dv, sums),):
             seam.launch(
                 self.code.dkdv,
                 -(-n // c.BLOCK_N) * b * hkv,
-                *self._inputs(self.views.transposed_span(p.span, n)),
+                *self._inputs(span),
                 self.code.types.KeyGradients(*outputs),
                 *(m, n, hkv, b * hkv, _wave(p, hkv)),
                 **_constants(c, p),
@@ -339,7 +341,7 @@ class _Backward:
         seam.launch(
             self.code.dq,
             -(-m // c.BLOCK_M) * b * hq,
-            *self._inputs(self.views.span(p.span)),
+            *self._inputs(self.code.visits.rows(p, c)),
             self.code.types.RowGradients(self._wanted("q"), bias, *(sums.get(x) for x in per_row), self.row_sums),
             *(m, n, hq, b * hq, _wave(p, hq)),
             **_constants(c, p),
@@ -354,7 +356,7 @@ class _Backward:
 
     def _dense_bias(self) -> Any:
         """A bias of which every entry has one score, to be written; tiles that no row sees are never visited."""
-        self.grads["bias"] = (torch.empty_like if self.p.span.unbounded else torch.zeros_like)(self.p.bias)
+        self.grads["bias"] = (torch.empty_like if self.p.unbounded else torch.zeros_like)(self.p.bias)
         return self.views.plane_output(self.grads["bias"], self.p.shape)
 
     def _additive(self, dense: bool, columns: bool, rows: bool) -> None:
@@ -382,7 +384,7 @@ class _Backward:
         seam.launch(
             self.code.dbias,
             -(-m // c.BLOCK_M) * -(-n // c.BLOCK_N) * shared.numel(),
-            *self._inputs(self.views.span(p.span)),
+            *self._inputs(self.code.visits.pairs(p)),
             self.views.plane_output(self.grads["bias"], p.shape),
             *(m, n, b, hq, *shared),
             **_constants(c, p),

@@ -17,12 +17,12 @@ MOST = 64  # places ranked at once
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any, Any, Any, Any]:
+def _kernels() -> tuple[Any, Any, Any, Any, Any, Any]:
     """The row-major kernel, the key-major one, that of maps, and the host's and the device's nouns."""
     from ..kernels import statistics, types
-    from . import views
+    from . import views, visits
 
-    return statistics.row_statistics_kernel, statistics.key_mass_kernel, statistics.map_kernel, views, types
+    return statistics.row_statistics_kernel, statistics.key_mass_kernel, statistics.map_kernel, views, visits, types
 
 
 def _constants(c: Any, p: Problem) -> dict[str, Any]:
@@ -61,9 +61,10 @@ def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k
 
 
 def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor | None, part: Tensor | None) -> None:
-    kernel, _, _, views, types = _kernels()
+    kernel, _, _, views, visits, types = _kernels()
     (b, hq, m, n), (q, k, score, mask) = p.shape, planes
     c = _config("row_statistics", p)
+    span = visits.rows(p, c)
     top_k = 0 if found.top_k_indices is None else found.top_k_indices.shape[3]
     # Where there are more places than a program ranks at once, further launches rank what is below the last of them.
     size = max(2, min(MOST, c.BLOCK_N, 1 << (top_k - 1).bit_length())) if top_k else 2
@@ -75,7 +76,7 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
         seam.launch(
             kernel,
             -(-m // c.BLOCK_M) * b * hq,
-            *(q, k, score, views.span(p.span), mask),
+            *(q, k, score, span, mask),
             None if p.sink is None else p.sink.contiguous(),
             types.Found(*others, *ranked, views._booleans[weighs]),
             *(m, n, hq, b * hq, _wave(p, hq), first, top_k),
@@ -88,13 +89,13 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
 def _mass(
     p: Problem, planes: tuple[Any, ...], key_mass: Tensor | None, shift: Tensor | None, part: Tensor | None
 ) -> None:
-    _, kernel, _, views, _ = _kernels()
+    _, kernel, _, _, visits, _ = _kernels()
     (b, hq, m, n), (q, k, score, mask) = p.shape, planes
     c = _config("key_mass", p)
     seam.launch(
         kernel,
         -(-n // c.BLOCK_N) * b * hq,
-        *(q, k, score, views.transposed_span(p.span, n), mask),
+        *(q, k, score, visits.keys(p, c), mask),
         *(shift, part, key_mass),
         *(m, n, hq, b * hq, _wave(p, hq)),
         **_constants(c, p),
@@ -103,7 +104,7 @@ def _mass(
 
 def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
     """(B, len(heads), len(rows), N), under no_grad."""
-    _, _, kernel, views, _ = _kernels()
+    _, _, kernel, _, visits, _ = _kernels()
     b, hq, m, n = p.shape
     once, back = torch.unique(torch.tensor(rows, dtype=torch.int64), return_inverse=True)
     out = p.q.new_zeros((b, len(heads), len(once), n), dtype=torch.float32)
@@ -118,7 +119,7 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
             seam.launch(
                 kernel,
                 len(tiles) * len(heads) * b,
-                *(q, k, score, views.span(p.span), mask),
+                *(q, k, score, visits.rows(p, c), mask),
                 None if p.sink is None else p.sink.contiguous(),
                 *(*chosen, out),
                 *(m, n, hq, len(once), len(heads), len(tiles)),

@@ -34,7 +34,7 @@ _constants = {n: constant(n) for n in (0, 1, 2, 4, 8, 16)}
 _booleans = {x: tl.constexpr(x) for x in (False, True)}
 
 
-def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+def strides_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """A dim of size 1 gets the stride that costs no class of its own."""
     return tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
 
@@ -44,7 +44,7 @@ def _layout(
     shape: tuple[int, ...], strides: tuple[int, ...], target: tuple[int, ...], size: int, aligned: bool
 ) -> tuple[tuple[int, ...], Any, Any, Any, Any]:
     """Every field of View but the pointer, for elements of `size` bytes; aligned speaks of the pointer."""
-    strides = _strides(shape, strides)
+    strides = strides_of(shape, strides)
     rows = int(shape[2] == target[2])
     adjacent = strides[3] == 1 or target[3] == 1
     columns = 0 if shape[3] != target[3] else 1 if adjacent else 2
@@ -102,7 +102,7 @@ def scalar(x: float | Tensor) -> Scalar:
     """A float, or a tensor (), (H,) or (B, H)."""
     if not isinstance(x, Tensor):
         return Scalar(float(x), (code(0), code(0)), _booleans[False])
-    return Scalar(x, tuple(code(s) for s in (0, 0, *_strides(x.shape, x.stride()))[-2:]), _booleans[True])
+    return Scalar(x, tuple(code(s) for s in (0, 0, *strides_of(x.shape, x.stride()))[-2:]), _booleans[True])
 
 
 def vector(x: Tensor | None) -> Vector | None:
@@ -119,7 +119,7 @@ def _bound(x: int | None) -> int | None:
 
 def span(s: Interval) -> Span:
     """Rows over keys."""
-    return Span(_bound(s.left), _bound(s.right), vector(s.lo), vector(s.hi))
+    return Span(_bound(s.left), _bound(s.right), vector(s.lo), vector(s.hi), _bound(s.sinks or None))
 
 
 def transposed_span(s: Interval, n: int) -> Span:
