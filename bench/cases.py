@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.bind import bind
+from fused_attn.launch.statistics import ADDITIVE
 from fused_attn.scores import Additive, Distance
 from fused_attn.spec import Mask, Problem
 from fused_attn.tuning import Config, config, override
@@ -52,6 +53,9 @@ class Case:
         if self.direction == "hopper_backward":
             others = self.feature == "plain"  # they know nothing of features
             return (*(("hopper_prepare", "hopper_finish") if others else ()), "hopper_backward")
+        if self.direction == "statistics":
+            # Which keys are ranked is nothing to what a key gets.
+            return ("row_statistics",) if self.feature == "top_k" else ("row_statistics", "key_mass", "map")
         if self.feature == "additive":
             return ("delta", "additive_prepare", "additive_backward")
         if self.feature == "sigmoid":
@@ -66,9 +70,13 @@ class Case:
     def config(self, kernel: str, arch: str) -> Config:
         """What the tables give one of its kernels. Those around the one-pass backward have its own."""
         kernel = "hopper_backward" if self.direction == "hopper_backward" else kernel
-        if self.feature == "additive" and kernel in ("forward", "additive_prepare"):
-            kernel = "additive_forward"
-        found = config(kernel, arch, getattr(torch, DTYPES[self.dtype]), self.d, self.d, rich=self.rich)
+        if self.feature == "additive":
+            others = dict.fromkeys(("forward", "additive_prepare"), "additive_forward")
+            kernel = (others | ADDITIVE).get(kernel, kernel)
+        # Statistics need no values, and what takes their place has one column.
+        dv = 1 if self.direction == "statistics" else self.d
+        d = dv if kernel.startswith("additive") else self.d
+        found = config(kernel, arch, getattr(torch, DTYPES[self.dtype]), d, dv, rich=self.rich)
         return replace(found, ordered=True) if self.feature == "ordered" else found
 
     def consumers(self, arch: str, configs: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -99,6 +107,13 @@ class Case:
             with override(**scope):
                 return backend.backward(p, out, lse, torch.zeros_like(out), None, frozenset(p.tensors()))
 
+        def statistics() -> None:
+            with override(**scope):
+                backend.statistics(p, True, True, True, 8 if self.feature == "top_k" else 0)
+                backend.weights(p, [0, LENGTH - 1], [0])
+
+        if self.direction == "statistics":
+            return torch.no_grad()(statistics)
         return torch.no_grad()(backward if self.direction.endswith("backward") else forward)
 
     def problem(self) -> Problem:
@@ -110,10 +125,12 @@ class Case:
 
         q = zeros(BATCH, HEADS, LENGTH, self.d)
         k, v = (zeros(BATCH, kv_heads, LENGTH, self.d) for _ in range(2))
+        v = k[..., :1] if self.direction == "statistics" else v
         lengths = torch.full((BATCH,), LENGTH)
         ids = torch.arange(LENGTH) // 100
         options: dict[str, Callable[[], dict[str, Any]]] = {
             "plain": dict,
+            "top_k": dict,
             "ordered": dict,
             "gqa": dict,
             "causal": lambda: {"causal": True},
@@ -141,6 +158,7 @@ class Case:
         return bind(q, k, v, **given).lower()
 
 
+SEEN = ("top_k", "mask", "softcap", "causal", "additive", "sigmoid")
 RICH = (
     "gqa", "bias_keys", "mask", "softcap", "alibi", "dropout", "sink", "window", "segments", "ids", "blocks",
     "distance", "sigmoid",
@@ -153,8 +171,8 @@ HOPPER_DIMS, HOPPER = (64, 128, 256), ("plain", "causal", "window", "gqa", "soft
 def cases(target: str) -> list[Case]:
     """What is compiled for a target: every row of its table in half and single precision, and odd head dims.
 
-    A bias over the batch launches every kernel that has a row for modified scores. For the reference GPU also every
-    feature, and float16.
+    A bias over the batch launches every kernel that has a row for modified scores. Statistics have no rows and fewer
+    cases. For the reference GPU also every feature, and float16.
     """
     heads = [("bf16", d, "plain") for d in (*DIMS, *ODD)] + [("fp32", d, "plain") for d in DIMS]
     heads += [("bf16", d, "bias_batch") for d in DIMS]
@@ -164,7 +182,10 @@ def cases(target: str) -> list[Case]:
         heads += [("bf16", 128, feature) for feature in RICH] + [("fp16", 128, "plain")]
         heads += [("bf16", d, "additive") for d in (128, 256)] + [("fp32", 64, "additive")]
     found = [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]
+    found += [Case("statistics", "bf16", d) for d in DIMS[1:]] + [Case("statistics", "bf16", 128, "top_k")]
     if target == "sm_90":
+        found += [Case("statistics", "bf16", 64, feature) for feature in SEEN]
+        found += [Case("statistics", "bf16", 72), Case("statistics", "fp32", 64), Case("statistics", "fp16", 128)]
         found += [Case("hopper_forward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER]
         found += [Case("hopper_forward", "bf16", d, "bias") for d in HOPPER_DIMS[:-1]]
         found += [Case("hopper_backward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER_BACKWARD]

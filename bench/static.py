@@ -38,7 +38,7 @@ from typing import Any
 from bench.aot import ROOT, Pool, triton_version
 from bench.cases import cases
 from bench.device_model import DEVICES
-from fused_attn.tuning.select import padded
+from fused_attn.tuning.select import STATISTICS, padded
 
 TABLE = ROOT / "bench" / "results" / "static.csv"
 KERNELS = ROOT / "kernels"
@@ -120,11 +120,14 @@ def gated(row: dict[str, Any]) -> bool:
 
 
 def needed_loads(row: dict[str, Any]) -> int:
-    """16-byte loads of one thread, if the two tiles that every trip fetches come in such loads."""
+    """16-byte loads of one thread, if the tiles that every trip fetches come in such loads."""
     m, n, warps = map(int, re.match(r"(\d+)x(\d+) w(\d+)", row["config"]).groups())
-    swept = {"forward": n, "dq": n, "dkdv": m}.get(row["kernel"], min(m, n))
+    swept = {"forward": n, "dq": n, "dkdv": m, "row_statistics": n, "map": n, "key_mass": m}.get(
+        row["kernel"], min(m, n)
+    )
+    tiles = 1 if row["kernel"] in STATISTICS else 2  # what looks at weights needs no values
     tile = swept * padded(int(row["d"])) * (4 if row["dtype"] == "fp32" else 2)
-    return int(row["sweeps"]) * 2 * -(-tile // (16 * warps * DEVICES[row["target"]].lanes))
+    return int(row["sweeps"]) * tiles * -(-tile // (16 * warps * DEVICES[row["target"]].lanes))
 
 
 def gates(row: dict[str, Any]) -> list[str]:

@@ -53,6 +53,10 @@ def _backward(expression: str) -> tuple[str, str]:
     return "test_hopper_backward.py", expression
 
 
+def _seeing(expression: str) -> tuple[str, str]:
+    return "test_seeing.py", expression
+
+
 _launches = ("test_launches.py", "test_launches and not under")
 
 
@@ -331,6 +335,43 @@ MUTANTS = (
     Mutant((), "softmax1 is a softmax", "fused_attn/spec.py",
            "sink=p.q.new_zeros(p.q.shape[1], dtype=p.lse_dtype)", "sink=None",
            ("test_battery.py", "tiled and softmax1-float32")),
+    # what is seen of the weights
+    Mutant((1,), "statistics: a row that sees nothing has the entropy of one key", "kernels/statistics.py",
+           "tl.where(blind, 0.0, part * (t_i + depth * l_i))", "part * (t_i + depth * l_i)",
+           _seeing("see_nothing and triton")),
+    Mutant((6, 7), "statistics: a masked key gets NaN from a row of NaN", "kernels/statistics.py",
+           'return tl.where(x == float("-inf"), 0.0, p)', "return p", _seeing("nan and triton")),
+    Mutant((6, 7), "statistics: a masked key gets NaN from a row of NaN, tiled", "fused_attn/statistics.py",
+           "forbidden = s == -torch.inf if self.log.isnan().any() else None", "forbidden = None",
+           _seeing("nan and tiled")),
+    Mutant((7,), "statistics: the largest logit skips NaN", "kernels/statistics.py",
+           'top = tl.where(nan > 0, float("nan"), top)', "top = top", _seeing("nan_reaches and triton")),
+    Mutant((9,), "statistics: keys that the tile shares with the next are stored twice", "kernels/statistics.py",
+           "p, mask=c.chosen[:, None] & (cols < c.plane.N - n))", "p, mask=c.chosen[:, None])",
+           _seeing("rows_and_heads and triton")),
+    Mutant((19,), "statistics: a map is of the first heads", "kernels/statistics.py",
+           "h = tl.load(heads + place % SHOWN_HEADS)", "h = place % SHOWN_HEADS", _seeing("rows_and_heads and triton")),
+    Mutant((19,), "statistics: every head is shown beside the first keys", "fused_attn/spec.py",
+           "slice(h // self.group, h // self.group + 1)", "slice(0, 1)", _seeing("rows_and_heads and tiled")),
+    Mutant((23,), "statistics: a sink takes nothing", "kernels/statistics.py",
+           "d += tl.exp2((logit - shift) * LOG2E)", "d += 0.0", _seeing("every_case and sink")),
+    Mutant((24,), "statistics: entropy is half in bits", "kernels/statistics.py",
+           "depth = shift - c + tl.log2(d) * LN2", "depth = shift - c + tl.log2(d)", _seeing("every_case and plain")),
+    Mutant((27,), "statistics: what lies below is not measured from the new maximum", "kernels/statistics.py",
+           "rise = tl.where(l_i == 0.0, 0.0, (peak - m_i) * l_i)", "rise = 0.0", _seeing("every_case and plain")),
+    Mutant((27,), "statistics: what lies below is not measured from the new maximum, tiled", "fused_attn/statistics.py",
+           "(shift - _finite_peak(self.m)) * self.total", "0", _seeing("long_rows and tiled")),
+    Mutant((27,), "of equals any key comes first, tiled", "fused_attn/statistics.py",
+           "if equals.any():", "if False:", _seeing("of_equals and tiled")),
+    Mutant((27,), "a key is ranked again in the next round", "kernels/statistics.py",
+           "keys < c.bound[:, None]", "keys <= c.bound[:, None]", _seeing("of_equals and triton")),
+    Mutant((27,), "zeros of two signs are two", "kernels/statistics.py",
+           "tl.where(x == 0.0, 0.0, x).to", "x.to", _seeing("all_alike and triton")),
+    Mutant((38,), "more keys than there are", "fused_attn/seeing.py", "if top_k > n:", "if False:",
+           _seeing("wrong_words")),
+    Mutant((38,), "statistics are constants", "fused_attn/seeing.py",
+           "_Unseen.apply(what, found, *p.tensors().values()) if torch.is_grad_enabled() else found", "found",
+           _seeing("backward_raises and tiled")),
 )  # fmt: skip
 
 

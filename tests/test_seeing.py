@@ -155,6 +155,17 @@ def test_fewer_keys_than_asked_for(backend: str) -> None:
     assert torch.equal(got.top_k_indices.sort(-1).values[:, :, -1], torch.arange(9).expand(1, 2, 9))
 
 
+def test_long_rows(backend: str) -> None:
+    """Several tiles of keys, the largest scores in the last ones: everything that came before is rescaled."""
+    q, k = qk(5, 1200, d=8)
+    k *= torch.linspace(0.1, 3, 1200)[:, None]
+    words = {"key_mass": True, "entropy": True, "max_logit": True, "top_k": 40}
+    got, exact = attention_stats(q, k, **words, backend=backend), attention_stats(q.double(), k.double(), **words)
+    assert torch.equal(got.top_k_indices, exact.top_k_indices)
+    for name in ("key_mass", "entropy", "max_logit", "top_k_weights"):
+        torch.testing.assert_close(getattr(got, name), getattr(exact, name))
+
+
 def test_weights_are_those_of_the_map(backend: str) -> None:
     q, k = qk(21, 50)
     words = {"sink": torch.ones(2), "softcap": 3.0, "backend": backend}

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from .. import launch as seam
 from ..spec import Problem, Statistics
+from ..tuning import Config
+from ..tuning.config import overridden
 from ..tuning.select import padded
 from .portable import _config, _precision, _score, _wave
 
-MOST = 64  # places ranked at once
+MOST = 32  # places ranked at once: of 64, sm_80 would spill some
+# Whose tiles are right for additive scores, which are bound by other things than products are.
+ADDITIVE = {"row_statistics": "additive_forward", "map": "additive_forward", "key_mass": "additive_backward"}
 
 
 @functools.cache
@@ -25,7 +29,7 @@ def _kernels() -> tuple[Any, Any, Any, Any, Any, Any]:
     return statistics.row_statistics_kernel, statistics.key_mass_kernel, statistics.map_kernel, views, visits, types
 
 
-def _constants(c: Any, p: Problem) -> dict[str, Any]:
+def _constants(c: Config, p: Problem) -> dict[str, Any]:
     return {
         "GROUP": p.group,
         "D": p.q.shape[3],
@@ -36,6 +40,11 @@ def _constants(c: Any, p: Problem) -> dict[str, Any]:
         "num_warps": c.num_warps,
         "num_stages": c.num_stages,
     }
+
+
+def _tiles(kernel: str, p: Problem) -> Config:
+    """The configuration of a kernel; one that is pinned by its own name is taken whatever the score."""
+    return _config(kernel if p.w is None or overridden(kernel) else ADDITIVE[kernel], p)
 
 
 def _planes(p: Problem) -> tuple[Any, ...]:
@@ -63,7 +72,7 @@ def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k
 def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor | None, part: Tensor | None) -> None:
     kernel, _, _, views, visits, types = _kernels()
     (b, hq, m, n), (q, k, score, mask) = p.shape, planes
-    c = _config("row_statistics", p)
+    c = _tiles("row_statistics", p)
     span = visits.rows(p, c)
     top_k = 0 if found.top_k_indices is None else found.top_k_indices.shape[3]
     # Where there are more places than a program ranks at once, further launches rank what is below the last of them.
@@ -91,7 +100,7 @@ def _mass(
 ) -> None:
     _, kernel, _, _, visits, _ = _kernels()
     (b, hq, m, n), (q, k, score, mask) = p.shape, planes
-    c = _config("key_mass", p)
+    c = _tiles("key_mass", p)
     seam.launch(
         kernel,
         -(-n // c.BLOCK_N) * b * hq,
@@ -109,7 +118,7 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
     once, back = torch.unique(torch.tensor(rows, dtype=torch.int64), return_inverse=True)
     out = p.q.new_zeros((b, len(heads), len(once), n), dtype=torch.float32)
     if out.numel():
-        c = _config("map", p)
+        c = _tiles("map", p)
         tiles, place = torch.unique(once // c.BLOCK_M, return_inverse=True)
         slots = torch.full((len(tiles), c.BLOCK_M), -1)
         slots[place, once % c.BLOCK_M] = torch.arange(len(once))

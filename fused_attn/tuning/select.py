@@ -28,6 +28,7 @@ from ..spec import HALF
 from .config import Config, overridden
 
 KERNELS = ("forward", "dkdv", "dq", "dbias", "delta", "additive_forward", "additive_backward")
+STATISTICS = ("row_statistics", "key_mass", "map")  # these have heuristics and no rows
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 # Bytes of shared memory that one program may use.
@@ -110,6 +111,8 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) ->
         return Config(32 if d > 128 else 64, 16, 4, 1)
     if kernel.startswith("additive"):
         return _additive(kernel, arch, dtype, d)
+    if kernel in STATISTICS:
+        return _statistics(kernel, arch, dtype, d)
     half = dtype in HALF
     roomy = SHARED[arch] > 200 * 1024
     if not half:
@@ -157,3 +160,15 @@ def _additive(kernel: str, arch: str, dtype: torch.dtype, dv: int) -> Config:
     if kernel == "additive_forward":
         return Config(owned, swept, warps, num_stages=1)
     return Config(swept, min(owned, 16), warps, num_stages=1)
+
+
+def _statistics(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Config:
+    """No values and no accumulator beside the scores; a map wants registers for the places that it writes to."""
+    if dtype in HALF:
+        owned, swept = {256: (64, 32), 512: (64, 16)}.get(d, (64, 32 if kernel == "map" else 64))
+    else:
+        owned, swept = {128: (32, 32), 256: (32, 16), 512: (16, 16)}.get(d, (32 if kernel == "map" else 64, 32))
+    roomy = SHARED[arch] > 128 * 1024
+    owned = owned if d < 512 or roomy else min(owned, 32)
+    stages = 2 if dtype in HALF and (d < 256 or roomy) else 1
+    return Config(*((swept, owned) if kernel == "key_mass" else (owned, swept)), num_warps=4, num_stages=stages)
