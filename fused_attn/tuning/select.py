@@ -165,7 +165,9 @@ def _additive(kernel: str, arch: str, dtype: torch.dtype, dv: int) -> Config:
 def _statistics(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Config:
     """No values and no accumulator beside the scores; a map wants registers for the places that it writes to."""
     if dtype in HALF:
-        owned, swept = {256: (64, 32), 512: (64, 16)}.get(d, (64, 32 if kernel == "map" else 64))
+        # A wavefront of gfx942 has 64 lanes, which 32 short rows do not give 16 bytes each.
+        short = kernel == "map" and not (arch == "gfx942" and d <= 32)
+        owned, swept = {256: (64, 32), 512: (64, 16)}.get(d, (64, 32 if short else 64))
     else:
         owned, swept = {128: (32, 32), 256: (32, 16), 512: (16, 16)}.get(d, (32 if kernel == "map" else 64, 32))
     roomy = SHARED[arch] > 128 * 1024
