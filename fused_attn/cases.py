@@ -62,7 +62,7 @@ class Case:
     # inputs
     memory: str = "gaps"  # a key of MEMORIES, "packed", or "dense": what a benchmark draws, on the device, without gaps
     values: str = "gaussian"  # a key of VALUES
-    unseen_nan: bool = False  # keys outside every row's interval hold NaN
+    unseen_nan: bool = False  # keys beyond every row's interval and pattern hold NaN
     float32_parameters: bool = False
     # outputs
     dout: str | None = "gaps"  # a key of MEMORIES, "ones" (stride 0), or None: only the LSE has a gradient
@@ -227,10 +227,9 @@ def _parameters(c: Case, draw: Draw) -> dict[str, Tensor]:
 
 
 def _poison_unseen(inputs: Inputs) -> None:
-    """NaN into the keys outside every row's interval; the clean copy keeps its numbers, which do not matter."""
+    """NaN into the keys that by `Problem.reached` never matter; the clean copy keeps its numbers."""
     p = inputs.problem()
-    i, j = (torch.arange(n, device=p.q.device) for n in p.shape[2:])
-    seen = p.span.materialize(i, j, p.shape[3]).any(-2)
+    seen = p.reached()
     for name in "kv":
         home = inputs.tensors[name].detach()
         home.copy_(torch.where(seen[..., None], home, torch.nan))
@@ -327,6 +326,27 @@ CASES: dict[str, Case] = _table(
     _case("segments_causal", b=2, hq=1, masks=("segments", "causal")),
     _case("segments_window_tensor", b=2, hq=1, masks=("segments", "window", "random_bhmn")),
     _case("lengths_tensor", b=2, hq=1, masks=("random_n", "lengths"), unseen_nan=True),
+    # masks that are no interval
+    _case("runs", "core", b=2, hq=1, m=163, masks=("runs",)),
+    _case("runs_cross", b=2, hq=1, m=113, n=163, masks=("runs_cross",), return_lse=True, unseen_nan=True),
+    _case("runs_causal", b=2, hq=1, masks=("runs", "causal"), return_lse=True),
+    _case("runs_lengths", b=3, hq=1, m=97, masks=("runs", "lengths_q"), unseen_nan=True, return_lse=True),
+    _case("speckled", b=2, hq=1, m=63, n=97, masks=("speckled",)),
+    _case("speckled_runs", b=2, hq=1, m=63, n=97, masks=("speckled", "runs_cross"), unseen_nan=True),
+    _case("window_sinks", "core half", hq=1, m=163, masks=("window_sinks",)),
+    _case("window_sinks_wide", hq=1, m=63, n=203, masks=("window_sinks",), alignment="bottom_right", unseen_nan=True),
+    _case("window_sinks_top_left", hq=1, m=63, n=203, masks=("window_many_sinks",), alignment="top_left",
+          unseen_nan=True),
+    _case("window_sinks_tall", hq=1, m=163, n=63, masks=("window_sinks",), alignment="bottom_right", return_lse=True),
+    _case("window_sinks_far", hq=1, m=163, n=33, masks=("window_many_sinks",), alignment="top_left", return_lse=True),
+    _case("window_sinks_lengths", b=3, hq=1, m=97, masks=("window_many_sinks", "lengths_q"), unseen_nan=True),
+    _case("window_sinks_twice", hq=1, masks=("window_sinks", "window_many_sinks")),
+    _case("blocks", "core half", hq=1, m=203, masks=("blocks",), return_lse=True, unseen_nan=True),
+    _case("blocks_heads", hq=4, hkv=2, m=33, n=65, masks=("blocks_heads",), return_lse=True),
+    _case("blocks_batch", b=2, hq=1, m=113, n=97, masks=("blocks_batch",), unseen_nan=True),
+    _case("blocks_causal", hq=1, m=163, masks=("blocks",), causal=True),
+    _case("blocks_of_two_sizes", b=2, m=63, n=65, masks=("blocks_batch", "blocks_heads", "random_1hmn")),
+    _case("pattern_everything", b=2, hq=1, m=63, masks=("runs", "blocks_heads", "window_many_sinks")),
     # tensor masks
     *(_case(f"mask_{x}", b=2, m=63, n=97, masks=(f"random_{x}",)) for x in MASK_SHAPES),
     _case("mask_causal", "core half", masks=("random_11mn",), causal=True, hq=1),
@@ -345,8 +365,12 @@ CASES: dict[str, Case] = _table(
     _case("bias_rows_sink", b=2, m=63, bias="1h11", masks=("some_rows",), sink=True, return_lse=True),
     _case("bias_columns_gqa", b=2, hq=4, hkv=2, m=63, n=97, bias="1h1n", masks=("lengths",), unseen_nan=True),
     _case("bias_dense_window", b=1, hq=2, m=113, bias="1hmn", window=(9, 4)),
+    _case("bias_dense_blocks", hq=1, m=113, bias="1hmn", masks=("blocks",)),
+    _case("bias_shared_runs", b=2, m=63, n=65, bias="11mn", masks=("runs_cross",), unseen_nan=True),
+    _case("bias_columns_window_sinks", b=2, hq=1, m=97, bias="b11n", masks=("window_sinks",)),
     _case("alibi_h", "core half", alibi="h"),
     _case("alibi_bh", b=2, hq=2, m=63, alibi="bh", causal=True),
+    _case("alibi_window_sinks", hq=1, alibi="h", masks=("window_sinks",), softcap=3.0),
     _case("alibi_bottom_right", hq=1, m=63, n=113, alibi="h", alignment="bottom_right"),
     _case("alibi_top_left", hq=1, m=113, n=63, alibi="h", alignment="top_left"),
     _case("softcap", "core half", softcap=2.0),
@@ -372,6 +396,7 @@ CASES: dict[str, Case] = _table(
     _case("lse_only_sink", return_lse=True, dout=None, sink=True, hq=3, m=63),
     _case("dropout", "core half", b=2, hq=3, m=63, n=97, dropout_p=0.3),
     _case("dropout_one", dropout_p=1.0, hq=1, m=63, return_lse=True),
+    _case("dropout_runs", hq=1, m=97, dropout_p=0.3, masks=("runs",), sink=True, return_lse=True),
     _case("dropout_gqa_causal", hq=4, hkv=2, dropout_p=0.6, causal=True),
     _case("everything", "core half", **EVERYTHING),
     _case("everything_tensor", softcap_tensor=True, scale_tensor="h", **EVERYTHING),
@@ -404,6 +429,9 @@ CASES: dict[str, Case] = _table(
           scale_tensor=""),
     _case("additive_saturated", "half", score="additive", parameter="d", m=33, n=65, d=8, values="cancelling"),
     _case("additive_edge", "half", score="additive", parameter="d", m=33, n=65, d=8, values="edge"),
+    _case("additive_runs", score="additive", parameter="d", b=2, hq=1, m=41, n=49, d=6, masks=("runs_cross",)),
+    _case("additive_window_sinks", score="additive", parameter="hd", hq=2, hkv=1, m=65, d=6, masks=("window_sinks",),
+          bias="1hmn"),
     _case("additive_bias_shared", score="additive", parameter="d", b=2, m=33, n=65, d=8, bias="11mn"),
     _case("additive_bias_columns", score="additive", parameter="d", b=2, m=33, n=65, d=8, bias="1h1n"),
     *(_case(f"only_parameter_{score}", needs=("parameter",), score=score, m=33, **options)
@@ -417,6 +445,8 @@ CASES: dict[str, Case] = _table(
     _case("sigmoid_masked_rows_bias", normalizer="sigmoid", hq=1, bias="bhmn", bias_mask="some_rows"),
     _case("sigmoid_modified", normalizer="sigmoid", b=2, m=63, n=97, bias="b11n", alibi="h", scale_tensor="h",
           dropout_p=0.3, alignment="top_left"),
+    _case("sigmoid_runs", normalizer="sigmoid", b=2, hq=1, masks=("runs_cross",), unseen_nan=True),
+    _case("sigmoid_window_sinks", normalizer="sigmoid", hq=1, masks=("window_sinks",), bias="1hmn"),
     _case("sigmoid_bias_rows", normalizer="sigmoid", b=2, m=63, bias="bhm1", window=(9, 4)),
     _case("sigmoid_bias_one", normalizer="sigmoid", b=2, m=63, bias="1h11", masks=("some_rows",)),
     *_family("sigmoid", "values", ("very_negative", "nan_q", "nan_k", "nan_v"), m=97, normalizer="sigmoid", hq=1),

@@ -134,6 +134,33 @@ def _after(first: int) -> Callable:
     return lambda c, draw, dev: (torch.arange(c.sizes()["n"]) >= first)[None, None, None].to(dev)
 
 
+def _runs(c: Case, total: int, *runs: tuple[float, int]) -> Tensor:
+    """(B, total) ids in runs that come back: each run is the share at which it ends and its id."""
+    place = torch.arange(total) - torch.arange(c.b)[:, None] * 3
+    ids = torch.full_like(place, runs[-1][1])
+    for end, name in runs[::-1]:
+        ids = torch.where(place < int(end * total), name, ids)
+    return ids
+
+
+def _speckled(c: Case, total: int) -> Tensor:
+    """(B, total) ids without runs, far apart, negative ones among them."""
+    place = torch.arange(total) + torch.arange(c.b)[:, None] * 7
+    return (place * place % 5 - 2) * 1000003
+
+
+def _blocks(height: int, width: int, letters: str) -> Callable:
+    """Random blocks. The second row of them is empty, where there is one."""
+
+    def make(c: Case, draw: Draw, dev: Any) -> Mask:
+        sizes = c.sizes()
+        blocks = draw(*c.shape(letters), -(-sizes["m"] // height), -(-sizes["n"] // width)) > -0.4
+        blocks[..., 1:2, :] = False
+        return Mask.blocks(blocks.to(dev), (height, width))
+
+    return make
+
+
 MASK_SHAPES = ("bhmn", "1hmn", "11mn", "b11n", "h1n", "bhm1", "n")
 MASKS: dict[str, Callable[[Case, Draw, Any], Mask | Tensor]] = {
     "lengths": lambda c, draw, dev: Mask.lengths(_lengths(c, c.sizes()["n"]).to(dev)),
@@ -150,8 +177,23 @@ MASKS: dict[str, Callable[[Case, Draw, Any], Mask | Tensor]] = {
     "segments_gap": lambda c, draw, dev: Mask.segments(
         (2 * _ids(c, c.m, 0.5)).to(dev), _ids(c, c.sizes()["n"], 0.3, 0.6).to(dev)
     ),
+    "runs": lambda c, draw, dev: Mask.segments(_runs(c, c.m, (0.15, 3), (0.2, 1), (0.85, 2), (0.9, 3), (1, 1)).to(dev)),
+    # Query segment 9 has no keys, and keys of segment 0 have no query.
+    "runs_cross": lambda c, draw, dev: Mask.segments(
+        _runs(c, c.m, (0.1, 1), (0.6, 2), (0.7, 9), (1, 1)).to(dev),
+        _runs(c, c.sizes()["n"], (0.3, 2), (0.4, 0), (0.8, 1), (1, 2)).to(dev),
+    ),
+    "speckled": lambda c, draw, dev: Mask.segments(
+        _speckled(c, c.m).int().to(dev), _speckled(c, c.sizes()["n"])[0].int().to(dev), sorted=False
+    ),
+    # Of the interpreter's tiles, 64 x 32, or of tiles that they are not.
+    "blocks": _blocks(64, 32, ""),
+    "blocks_heads": _blocks(7, 13, "h"),
+    "blocks_batch": _blocks(64, 48, "b1"),
     "causal": lambda c, draw, dev: Mask.causal(c.alignment),
     "window": lambda c, draw, dev: Mask.window(40, 7, c.alignment),
+    "window_sinks": lambda c, draw, dev: Mask.window(20, 0, c.alignment, sinks=4),
+    "window_many_sinks": lambda c, draw, dev: Mask.window(9, 7, c.alignment, sinks=40),
     "some_rows": _some_rows,
     "nothing": lambda c, draw, dev: torch.zeros(c.shape("11mn"), dtype=torch.bool, device=dev),
     "after_70": _after(70),
