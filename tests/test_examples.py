@@ -46,6 +46,130 @@ def verdict(said: str, promise: str) -> list[str]:
     return re.findall(rf"│ {promise}.*│ +(\w+) +│", said)
 
 
+# --- gpt.py
+
+SMALL = ("--layers", 2, "--width", 64, "--batch", 1, "--length", 20)
+
+
+@pytest.fixture(scope="module")
+def gpt() -> ModuleType:
+    return loaded("gpt")
+
+
+@pytest.fixture
+def model(gpt: ModuleType) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return gpt.GPT(characters=50, width=32, heads=2, layers=2, attend=gpt.tiled)
+
+
+@pytest.mark.slow
+def test_gpt() -> None:
+    """With windows longer than a tile of keys, so that the running maximum moves."""
+    said = ran("gpt.py", "gpt_losses.png", *SMALL, "--context", fused_attn.tiles.KEYS + 88, "--steps", 30)
+    assert verdict(said, "first 20 losses") == verdict(said, "last loss") == ["ok"]
+    assert verdict(said, "held-out loss") == ["ok", "ok"]
+    assert "BROKEN" not in said
+
+
+def test_gpt_notices_a_wrong_attention(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Scores a hundredth too small, from the first step on."""
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fused_attn.attention(q, k, v, causal=True, scale=0.99 * q.shape[-1] ** -0.5, backend="tiled")
+
+    monkeypatch.setattr(gpt, "tiled", wrong)
+    monkeypatch.setattr(gpt, "draw", lambda *_: gpt.ROOT / "out")
+    assert gpt.main([*map(str, SMALL), "--context", "128", "--steps", "20"]) == 1
+    assert verdict(capsys.readouterr().out, "first 20 losses") == ["BROKEN"]
+
+
+@pytest.mark.parametrize(
+    ("step", "factor", "broken"),
+    [
+        *[(0, 1, []), (0, 1 - 1.1e-5, [0]), (19, 1 + 1.1e-5, [0]), (20, 1.0001, [])],
+        *[(-1, 1.009, []), (-1, 0.989, [1]), (3, math.nan, [0]), (-1, math.nan, [1])],
+    ],
+)
+def test_gpt_promises(step: int, factor: float, broken: list[int], gpt: ModuleType) -> None:
+    """One loss of ours differs from torch's by a factor."""
+    ours, theirs = (gpt.Run(name, None, [3.0 - 0.05 * i for i in range(30)], held_out=2.0) for name in "ab")
+    ours.losses[step] *= factor
+    promised = gpt.promises(ours, theirs, entropy=2.5)
+    assert [i for i, (_, value, allowed) in enumerate(promised) if not value <= allowed] == broken
+    assert gpt.verdicts(promised)[1] == len(broken)
+
+
+@pytest.mark.parametrize("held_out", [2.6, math.nan])
+def test_gpt_must_learn(held_out: float, gpt: ModuleType) -> None:
+    ours, theirs = (gpt.Run(name, None, [3.0], held_out=x) for name, x in (("a", 2.0), ("b", held_out)))
+    assert gpt.verdicts(gpt.promises(ours, theirs, entropy=2.5))[1] == 1
+
+
+def test_gpt_cannot_see_the_future(gpt: ModuleType, model: torch.nn.Module) -> None:
+    """Another token at one place: the logits before it keep their bits, and those from it on do not."""
+    tokens = torch.randint(50, (2, 200))
+    other = tokens.clone()
+    other[:, 150] = (other[:, 150] + 1) % 50
+    with torch.inference_mode():
+        one, two = model(tokens), model(other)
+    assert torch.equal(one[:, :150], two[:, :150])
+    assert (one[:, 150:] != two[:, 150:]).any(-1).all()
+
+
+def test_gpt_positions_are_relative(gpt: ModuleType) -> None:
+    """The product of two rotated rows depends on their distance alone, and does depend on it."""
+    q, k = (gpt.rotated(torch.randn(8, dtype=torch.float64).expand(1, 1, 20, 8)) for _ in "qk")
+    scores = (q @ k.mT)[0, 0]
+    torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5])
+    assert scores[0].unique().numel() == 20
+
+
+def test_gpt_writes_what_the_model_says(gpt: ModuleType, model: torch.nn.Module) -> None:
+    """Nearly cold, the likeliest character each time; of the last `context` characters alone."""
+    start = torch.randint(50, (12,))
+    written = gpt.generate(model, start, length=6, context=10, temperature=1e-6, seed=0)
+    assert torch.equal(written[:12], start) and len(written) == 18
+    with torch.inference_mode():
+        likeliest = [model(written[None, i - 10 : i])[0, -1].argmax() for i in range(12, 18)]
+    assert written[12:].tolist() == likeliest
+    warm = [gpt.generate(model, start, 6, 10, 1.0, seed).tolist() for seed in (0, 0, 1)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_gpt_text(gpt: ModuleType) -> None:
+    """The last tenth of each file is held out; a target is the character after its input."""
+    corpus = gpt.read()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert corpus.decode(corpus.train[:1000]) == readme[:1000]
+    assert corpus.decode(corpus.held_out[:1000]) == readme[len(readme) * 9 // 10 :][:1000]
+    assert torch.equal(corpus.encode(readme[:50]), corpus.train[:50])
+    inputs, targets = gpt.windows(corpus.train, torch.tensor([0, 7]), 5)
+    assert corpus.decode(inputs[1]) == readme[7:12] and corpus.decode(targets[1]) == readme[8:13]
+    fair = gpt.Corpus("ab", torch.tensor([0, 1, 1, 0]), torch.tensor([0]))
+    assert fair.entropy() == pytest.approx(math.log(2))
+
+
+def test_gpt_learns_the_same_again(gpt: ModuleType) -> None:
+    corpus = gpt.read()
+    given = gpt.arguments([*map(str, SMALL), "--context", "40", "--steps", "4"], corpus)
+    runs = [gpt.start(name, gpt.tiled, corpus, given) for name in "ab"]
+    for x in runs:
+        assert len(list(gpt.training(x, corpus, given))) == 4
+    assert runs[0].losses == runs[1].losses
+
+
+@pytest.mark.parametrize(
+    "options", ["--steps 0", "--width 20", "--context 1000000", "--prompt=", "--prompt \u0416", "--heads -4"]
+)
+def test_gpt_refuses(options: str, gpt: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpt.arguments(options.split(), gpt.read())
+    assert stop.value.code == 2
+    assert f"error: {re.match('--[a-z]+', options)[0]} must be" in capsys.readouterr().err
+
+
 # --- classify.py
 
 

@@ -1,0 +1,329 @@
+"""A character GPT that learns this repository's own text through fused_attn: `python examples/gpt.py`.
+
+A decoder-only Transformer is trained twice from the same weights on the same batches, which take turns: once with
+fused_attn's causal attention, on the tiled PyTorch backend by name, and once with torch's SDPA. The text is what this
+checkout holds, README.md, CONTRIBUTING.md and the sources of the package and its kernels, read at run time; nothing is
+downloaded, and the last tenth of each file is held out. Then ours writes a text of its own.
+
+Two things are promised, and the exit status is 1 if one of them is broken: the first 20 losses agree to a relative
+1e-5, and the last one to 1%. So must both models know more of the held-out text than how frequent its characters are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve a machine in use
+
+import matplotlib.pyplot as plt
+import torch
+from promises import FIRST, FIRST_ALLOWED, LAST_ALLOWED, Promise, apart, same_losses, verdicts
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fused_attn
+
+plt.switch_backend("Agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("README.md", "CONTRIBUTING.md", "fused_attn/**/*.py", "kernels/*.py")
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, (B, H, M, D) each, by fused_attn's tiled backend and no other."""
+    return fused_attn.attention(q, k, v, causal=True, backend="tiled")
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by torch's own function."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+# --- the text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    characters: str  # a token is a place in it
+    train: Tensor  # (tokens,)
+    held_out: Tensor  # (tokens,)
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor([self.characters.index(x) for x in text])
+
+    def decode(self, tokens: Tensor) -> str:
+        return "".join(self.characters[i] for i in tokens.tolist())
+
+    def entropy(self) -> float:
+        """What a model would lose, in nats a character, that knows of the training text only how frequent each is."""
+        frequency = self.train.bincount(minlength=len(self.characters)).float() / len(self.train)
+        return -torch.special.xlogy(frequency, frequency).sum().item()
+
+
+def read(root: Path = ROOT) -> Corpus:
+    """This checkout's text, each file's last tenth held out."""
+    texts = [path.read_text(encoding="utf-8") for pattern in SOURCES for path in sorted(root.glob(pattern))]
+    characters = "".join(sorted(set("".join(texts))))
+    place = {x: i for i, x in enumerate(characters)}
+    train, held_out = [], []
+    for text in texts:
+        cut = len(text) * 9 // 10
+        train += [place[x] for x in text[:cut]]
+        held_out += [place[x] for x in text[cut:]]
+    return Corpus(characters, torch.tensor(train), torch.tensor(held_out))
+
+
+def windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """(inputs, targets), (len(starts), context) each: the target of a character is the one after it."""
+    taken = tokens[starts[:, None] + torch.arange(context + 1)]
+    return taken[:, :-1], taken[:, 1:]
+
+
+# --- the model
+
+
+def rotated(x: Tensor) -> Tensor:
+    """x (B, H, M, D) with each pair (i, i + D/2) of row m turned by the angle m·10000^(-2i/D): rotary positions."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency  # (M, D/2)
+    a, b = x.split(half, -1)
+    return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+
+
+class Block(nn.Module):
+    """What the characters say to each other, then what each makes of it; both added to x (B, M, width)."""
+
+    def __init__(self, width: int, heads: int, attend: Attend) -> None:
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width, bias=False),
+            nn.Linear(width, 4 * width, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * width, width, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, M, D) each
+        x = x + self.out(self.attend(rotated(q), rotated(k), v).transpose(1, 2).flatten(2))
+        return x + self.feed_forward(x)
+
+
+class GPT(nn.Module):
+    """tokens (B, M) -> logits (B, M, characters); the embedding is read both ways, in and out."""
+
+    def __init__(self, characters: int, width: int, heads: int, layers: int, attend: Attend) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, attend) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, bias=False)
+        # A small start keeps the training tame. From std width**-0.5 the rounding of any attention, torch's against
+        # torch's in float64 too, grows tenfold in every dozen steps, until the losses differ by a hundredth.
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:  # what is added to x is smaller, the more blocks add to it
+                added = name.endswith(("out.weight", "feed_forward.3.weight"))
+                nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * layers) if added else 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.norm(self.blocks(self.embedding(tokens))), self.embedding.weight)
+
+
+def loss_of(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross entropy, in nats a character."""
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+@torch.inference_mode()
+def held_out_loss(model: GPT, tokens: Tensor, context: int, batch: int) -> float:
+    """The mean over all whole windows of tokens, side by side."""
+    starts = torch.arange(0, len(tokens) - context, context)
+    losses = [len(x) * loss_of(model, *windows(tokens, x, context)).item() for x in starts.split(batch)]
+    return sum(losses) / len(starts)
+
+
+@torch.inference_mode()
+def generate(model: GPT, tokens: Tensor, length: int, context: int, temperature: float, seed: int) -> Tensor:
+    """tokens (M,) and length more, each drawn by what the model says of the last `context`, computed afresh."""
+    chance = torch.Generator().manual_seed(seed)
+    for _ in range(length):
+        logits = model(tokens[None, -context:])[0, -1]
+        drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance)
+        tokens = torch.cat((tokens, drawn))
+    return tokens
+
+
+# --- the training
+
+
+@dataclass
+class Run:
+    """One training: a model and what it lost at each step."""
+
+    name: str
+    model: GPT
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    held_out: float = math.nan
+
+
+def start(name: str, attend: Attend, corpus: Corpus, given: argparse.Namespace) -> Run:
+    """A model before its training. Its weights depend on the seed alone."""
+    torch.manual_seed(given.seed)
+    return Run(name, GPT(len(corpus.characters), given.width, given.heads, given.layers, attend))
+
+
+def training(run: Run, corpus: Corpus, given: argparse.Namespace) -> Iterator[None]:
+    """Trains run's model, a step at each turn. The batches depend on the seed alone."""
+    chance = torch.Generator().manual_seed(given.seed)
+    matrices = [x for x in run.model.parameters() if x.dim() == 2]
+    vectors = [x for x in run.model.parameters() if x.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=given.rate, betas=(0.9, 0.95))
+
+    def rate(step: int) -> float:
+        """Rises over the first twentieth of the steps, then falls to a tenth along a cosine."""
+        rising = (step + 1) / max(1, given.steps // 20)
+        return min(rising, 0.55 + 0.45 * math.cos(math.pi * step / given.steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for _ in range(given.steps):
+        starts = torch.randint(len(corpus.train) - given.context, (given.batch,), generator=chance)
+        begun = time.perf_counter()
+        loss = loss_of(run.model, *windows(corpus.train, starts, given.context))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        run.seconds += time.perf_counter() - begun
+        run.losses.append(loss.item())
+        yield
+
+
+def trained(corpus: Corpus, given: argparse.Namespace, console: Console) -> tuple[Run, Run]:
+    """(ours, torch's): the same weights at the start, the same batches, by turns, so that both times mean the same."""
+    runs = [start(name, by, corpus, given) for name, by in (("fused_attn, tiled", tiled), ("torch SDPA", sdpa))]
+    columns = TextColumn("{task.description:28}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("", total=given.steps)
+        for _ in zip(*(training(run, corpus, given) for run in runs), strict=True):
+            progress.update(task, advance=1, description=f"loss {runs[0].losses[-1]:.3f} and {runs[1].losses[-1]:.3f}")
+        for run in runs:
+            progress.update(task, description="the held-out text")
+            run.held_out = held_out_loss(run.model, corpus.held_out, given.context, given.batch)
+        progress.update(task, description="done")
+    return runs[0], runs[1]
+
+
+# --- what came of it
+
+
+def promises(ours: Run, theirs: Run, entropy: float) -> list[Promise]:
+    held_out = [(f"held-out loss, {run.name}", run.held_out, entropy) for run in (ours, theirs)]
+    return [*same_losses(ours.losses, theirs.losses), *held_out]
+
+
+def figures(runs: tuple[Run, Run], entropy: float) -> Table:
+    table = Table(title=f"\nNats a character; {entropy:.3f} for who knows only how frequent each one is")
+    for heading in ("attention", "first loss", "last loss", "mean of last 10", "held-out loss", "seconds of training"):
+        table.add_column(heading, justify="right" if table.columns else "left")
+    for run in runs:
+        late = run.losses[-10:]
+        values = run.losses[0], run.losses[-1], sum(late) / len(late), run.held_out
+        table.add_row(run.name, *(f"{x:.4f}" for x in values), f"{run.seconds:.1f}")
+    return table
+
+
+def draw(ours: Run, theirs: Run, entropy: float) -> Path:
+    """Both curves, and below them how far they are apart."""
+    steps = range(1, len(ours.losses) + 1)
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7.4, 6.2), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    above.plot(steps, theirs.losses, color="#d1742f", lw=3, alpha=0.6, label=theirs.name)
+    above.plot(steps, ours.losses, color="#1f5fa8", lw=1, label=ours.name)
+    above.axhline(entropy, color="#999999", ls="--", lw=1, label="frequencies alone")
+    above.set(ylabel="loss, nats a character", title="A character GPT on this repository's text")
+    above.legend()
+    below.semilogy(steps, apart(ours.losses, theirs.losses), ".", color="#1f5fa8", ms=4)  # equal losses show no dot
+    below.hlines(FIRST_ALLOWED, 1, FIRST, color="#b03030", lw=2)
+    below.plot(steps[-1], LAST_ALLOWED, "_", color="#b03030", ms=12, mew=2, label="allowed")
+    below.set(xlabel="step", ylabel="relative difference")
+    below.legend()
+    path = ROOT / "out" / "gpt_losses.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def arguments(given: list[str] | None, corpus: Corpus) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, meaning in (
+        ("steps", 500, "of training"),
+        ("batch", 8, "windows a step"),
+        ("context", 160, "characters a window; more than 128 take several tiles of rows, more than 512 of keys"),
+        ("layers", 4, "blocks of attention and feed-forward"),
+        ("heads", 4, "of attention, in each layer"),
+        ("width", 128, "of the model; a multiple of twice the heads"),
+        ("length", 500, "characters to write at the end"),
+        ("seed", 0, "of weights, batches and what is written"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning, at its highest (default %(default)s)")
+    parser.add_argument("--prompt", default="def ", help="what the written text begins with (default %(default)r)")
+    options = parser.parse_args(given)
+    for name in ("steps", "batch", "context", "layers", "heads", "width"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if options.width % (2 * options.heads):
+        parser.error(f"--width must be a multiple of twice --heads, {2 * options.heads}, not {options.width}")
+    if options.context >= len(corpus.held_out):
+        parser.error(f"--context must be less than the held-out text, {len(corpus.held_out)}, not {options.context}")
+    if not options.prompt or set(options.prompt) - set(corpus.characters):
+        parser.error(f"--prompt must be of characters that the text has, one at least, not {options.prompt!r}")
+    return options
+
+
+def main(given: list[str] | None = None) -> int:
+    corpus = read()
+    options = arguments(given, corpus)
+    console = Console(width=max(120, Console().width))
+    ours, theirs = trained(corpus, options, console)
+    weights = sum(x.numel() for x in ours.model.parameters())
+    entropy = corpus.entropy()
+    written = generate(ours.model, corpus.encode(options.prompt), options.length, options.context, 0.7, options.seed)
+    console.print(
+        f"{len(corpus.train):,} characters of this repository, {len(corpus.characters)} different ones; "
+        f"{len(corpus.held_out):,} held out. {weights:,} weights.",
+        highlight=False,
+    )
+    console.print(Panel(Text(corpus.decode(written)), title=f"written through {ours.name}"))
+    console.print(figures((ours, theirs), entropy))
+    table, broken = verdicts(promises(ours, theirs, entropy))
+    console.print(table)
+    console.print(f"Both curves: {draw(ours, theirs, entropy).relative_to(ROOT)}")
+    if broken:
+        console.print(f"[red]{broken} of the promises are broken.[/]")
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
