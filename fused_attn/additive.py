@@ -4,7 +4,7 @@
     dq_id = w_d sum_j ds_ij (1 - t_ijd^2),   dk_jd = w_d sum_i ds_ij (1 - t_ijd^2),   dw_d = sum_ij ds_ij t_ijd
 
 A few rows and features at a time meet all keys of a tile, in memory that stays in a cache; the sum over features is a
-product with w, and the sums over rows and keys are products with ones.
+product with w.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def gradients(q: Tensor, k: Tensor, w: Tensor, ds: Tensor, scale: float | Tensor
     for t, rows, features in _blocks(q, k):
         here = flat[:, rows].reshape(b * heads, -1, 1)
         dw[:, features].baddbmm_(t, here)
-        slope = t.square_().neg_().add_(1).mul_(here.mT).view(*t.shape[:2], -1, n)
+        slope = torch.ops.aten.tanh_backward.grad_input(here.mT, t, grad_input=t).view(*t.shape[:2], -1, n)
         dq[:, features, rows] = slope.sum(-1)
         dk[:, features] += slope.sum(-2)
     factor = scale.repeat(b)[:, None] if isinstance(scale, Tensor) else scale
