@@ -151,8 +151,8 @@ def gates(row: dict[str, Any]) -> list[str]:
     if number("local_in_loops"):
         found.append(f"{row['local_in_loops']} accesses to local memory inside loops")
     promised = additive and row["target"] == "sm_90" and int(row["d"]) <= 128
-    needed = FEATURE_SHARE.get(row["kernel"], 0.0) if promised else 0.0
-    if number("feature_share") < needed:
+    needed = FEATURE_SHARE.get(row["kernel"], 0.0)
+    if promised and number("feature_share") < needed:
         found.append(f"special functions are {number('feature_share'):.0%} of the features' time, {needed:.0%} needed")
     if row["target"] == "sm_90" and number("sweeps") and not additive:
         if not number("wgmma"):

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench import static
-from bench.aot import ROOT, Pool, triton_version
+from bench.aot import ROOT, Pool, feature_figures, triton_version
 from bench.device_model import DEVICES, Clocks, product_fma
 from bench.machine_code import Instruction, Listing
 
@@ -173,6 +173,8 @@ def test_a_good_row_passes():
         ({"d": 64, "hidden": 0.84}, "exponentials"),
         ({"wide_loads": 15}, "16 bytes"),
         ({"d": 72, "wide_loads": 0}, "16 bytes"),
+        ({"feature": "additive", "feature_share": 0.79}, "special functions are 79%"),
+        ({"feature": "additive", "kernel": "additive_backward", "feature_share": 0.29}, "30% needed"),
     ],
 )
 def test_each_gate_can_fail(change, word):
@@ -299,3 +301,23 @@ def test_a_request_that_cannot_be_compiled_is_answered_with_its_cause():
     with Pool(1) as pool:
         (row,) = static.compile_rows([request], pool)
     assert "BLOCK_M" in row["error"]
+
+
+def test_loops_over_features_are_found_and_read():
+    """One that adds up scores, of two reciprocals for four tanh; one that stores; a loop of products is neither."""
+
+    def loop(label: int, *ops: str) -> str:
+        lines = [f"        /*{i:04x}*/  {op} ;" for i, op in enumerate((*ops, f"@!P0 BRA `(.L_x_{label})"), 16 * label)]
+        return "\n".join([f".L_x_{label}:", *lines])
+
+    text = "\n".join([
+        loop(1, "FFMA R1, R2, R3, R4", "MUFU.RCP R5, R1", "MUFU.RCP R6, R1"),
+        loop(2, "MUFU.RCP R5, R1", "STG.E [R2], R5"),
+        loop(3, "HMMA.16816.F32.BF16 R4, R8, R12, R4", "MUFU.RCP R5, R1"),
+        loop(4, "MUFU.EX2 R5, R1", "MUFU.RCP R5, R1"),
+    ])  # fmt: skip
+    listing = Listing.sass(text)
+    assert [len(x.body) for x in listing.feature_loops(True)] == [4, 3]
+    assert [len(x.body) for x in listing.feature_loops(False)] == [3]
+    found = feature_figures(listing, DEVICES["sm_90"], 4, True)
+    assert (found["feature_special"], found["feature_issue"]) == (0.5 + 0.5, 4 / 4 + 3 / 2)
