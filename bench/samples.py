@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import testing
+from fused_attn.scores import Additive
 from fused_attn.spec import Problem, Span
 from fused_attn.testing import CASES, Case, Inputs
 
@@ -183,14 +184,17 @@ def excerpt(inputs: Inputs, p: Problem, scores: int) -> Excerpt:
     The last ones, where offsets are largest; with dropout the first ones, because its mask counts heads from there.
     """
     b, h, m, n = p.shape
+    each = (
+        m * n * (p.q.shape[3] if isinstance(p.score, Additive) else 1)
+    )  # defined, those have a number for each feature
     everything = slice(None)
     one, group = (slice(-1, None), slice(-p.group, None)) if p.dropout is None else (slice(0, 1), slice(0, p.group))
     batches, heads, kv_heads = one, group, one
-    if b == 1 or (b * p.group * m * n <= scores and p.dropout is None):
+    if b == 1 or (b * p.group * each <= scores and p.dropout is None):
         batches = everything
     if h == p.group:
         heads = kv_heads = everything
-    if b * h * m * n <= scores:
+    if b * h * each <= scores:
         batches = heads = kv_heads = everything
     part = Excerpt(
         inputs.case, inputs.tensors, inputs.options, inputs.clean, None, None,

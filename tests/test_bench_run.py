@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fused_attn
-from bench import peers, providers, revisions, run, table
+from bench import peers, providers, report, revisions, run, table
 from bench.clock import DIRECTIONS, directed, gradients
 from bench.providers import Provider
 from bench.samples import ADDITIVE, GRID, MODIFIED, SCORES, WORK, Sample, sized
@@ -350,6 +350,23 @@ def test_pictures_of_a_table(tmp_path: Path) -> None:
     assert plot.unit(0.05)[1] == "GFLOP/s" and plot.unit(500.0)[1] == "TFLOP/s"
     some = [row for row in table.read(path) if row["metric"] == "peak_bytes"]
     assert [name for name, draw in plot.PICTURES.items() if draw(some)] == ["memory"]
+
+
+def test_what_readme_says_of_additive_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing until there are figures; then speed, and the share of the eager form's memory."""
+    code, rows = rehearse(tmp_path, "--only", "additive", "--providers", "fused_attn,naive,torch", "--rounds", "1")
+    assert code == 0 and "no score but the dot product" in about(rows, provider="torch", case="additive")[0]["reason"]
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    table.write(tmp_path / "cpu.csv", about(rows, provider="naive"))
+    assert report.additive() == "Not measured yet."
+    held = {"tiled": 2**20, "naive": 2**24}
+    rows += [
+        rows[-1] | run.described(sample("additive").case, "float32") | {"provider": name, "direction": "forward"}
+        | {"metric": "peak_bytes", "value": value} for name, value in held.items()
+    ]  # fmt: skip
+    table.write(tmp_path / "cpu.csv", rows)
+    forward = next(line for line in report.additive().splitlines() if line.startswith("| forward |"))
+    assert forward.endswith("| 1.0 | 16 | 6.2% |")
 
 
 def test_a_call_of_each_direction() -> None:
