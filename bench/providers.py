@@ -131,11 +131,11 @@ def refuse(x: Sample, who: str, *lacking: str) -> None:
 
 
 def allowed(p: Problem) -> Tensor | None:
-    """Intervals and tensor mask as one bool matrix, None where every key is seen."""
-    if p.span.unbounded:
+    """Intervals, pattern and tensor mask as one bool matrix, None where every key is seen."""
+    if p.unbounded:
         return p.mask
     rows, cols = (torch.arange(n, device=p.q.device) for n in p.shape[2:])
-    grid = p.span.materialize(rows, cols, p.shape[3])
+    grid = p.visible(rows, cols)
     return grid if p.mask is None else grid & p.mask
 
 
@@ -217,8 +217,10 @@ def _flex(x: Sample) -> Call:
     if _no_flex_backward(x):  # then it refuses tensors that want a gradient, even where none is recorded
         p = p.replace(**{name: t.detach() for name, t in p.tensors().items()})
     seen = _flex_mask(p)
-    shape = [1 if p.mask is None else p.mask.shape[d] for d in (0, 1)]
-    shape[0] = max(shape[0], *(1 if t is None else t.shape[0] for t in (p.span.lo, p.span.hi)))
+    ids = (None, None) if p.pattern is None else (p.pattern.q_ids, p.pattern.kv_ids)
+    grids = (p.mask, None if p.pattern is None else p.pattern.blocks)
+    shape = [max(1 if t is None else t.shape[d] for t in grids) for d in (0, 1)]
+    shape[0] = max(shape[0], *(1 if t is None else t.shape[0] for t in (p.span.lo, p.span.hi, *ids)))
     block_mask = create_block_mask(seen, *(s if s > 1 else None for s in shape), m, n, p.q.device) if seen else None
     words: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": p.group > 1}
     words["scale"] = 1.0 if isinstance(p.scale, Tensor) else p.scale
@@ -251,8 +253,8 @@ def _flex_score(p: Problem) -> Callable | None:
 
 def _flex_mask(p: Problem) -> Callable | None:
     """Who may see whom, None where all may see all."""
-    span, mask = p.span, p.mask
-    if span.unbounded and mask is None:
+    span, mask, pattern = p.span, p.mask, p.pattern
+    if p.unbounded and mask is None:
         return None
     left, right, lo, hi = span.left, span.right, span.lo, span.hi
     strides = None if mask is None else [int(size > 1) for size in mask.shape]
@@ -260,13 +262,20 @@ def _flex_mask(p: Problem) -> Callable | None:
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         yes = j >= 0
         if left is not None:
-            yes = yes & (j >= i + left)
+            yes = yes & ((j >= i + left) | (j < span.sinks))
         if right is not None:
             yes = yes & (j <= i + right)
         if lo is not None:
             yes = yes & (j >= lo[b if lo.shape[0] > 1 else 0, i])
         if hi is not None:
             yes = yes & (j < hi[b if hi.shape[0] > 1 else 0, i])
+        if pattern is not None and pattern.q_ids is not None:
+            q, k = pattern.q_ids, pattern.kv_ids
+            yes = yes & (q[b if q.shape[0] > 1 else 0, i] == k[b if k.shape[0] > 1 else 0, j])
+        if pattern is not None and pattern.blocks is not None:
+            x = pattern.blocks
+            which = b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0
+            yes = yes & x[(*which, i // pattern.height, j // pattern.width)]
         if mask is not None:
             yes = yes & mask[b * strides[0], h * strides[1], i * strides[2], j * strides[3]]
         return yes

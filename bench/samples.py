@@ -18,14 +18,15 @@ from torch import Tensor
 
 from fused_attn import testing
 from fused_attn.scores import Additive
-from fused_attn.spec import Problem, Span
+from fused_attn.spec import Problem
 from fused_attn.testing import CASES, Case, Inputs
 
 GRID = ("plain", "causal")  # timed at every length and head dim
 # Timed at one length. Their names are those of testing.CASES, and so is what they have.
 MODIFIED = (
-    "window_causal", "segments_causal", "lengths", "prefix", "gqa_8", "mask_11mn", "bias_1hmn", "bias_11mn", "alibi_h",
-    "softcap", "scale_heads", "sink", "lse", "dropout", "softmax1", "sigmoid", "bilinear", "cosine", "distance",
+    "window_causal", "window_sinks", "segments_causal", "runs", "blocks", "lengths", "prefix", "gqa_8", "mask_11mn",
+    "bias_1hmn", "bias_11mn", "alibi_h", "softcap", "scale_heads", "sink", "lse", "dropout", "softmax1", "sigmoid",
+    "bilinear", "cosine", "distance",
 )  # fmt: skip
 ADDITIVE = ("additive",)  # timed at one size of their own: written down as they are, they take M x N x D numbers
 WINDOW = 256  # keys that a row of a window sees
@@ -77,17 +78,22 @@ class Sample:
     def span(self) -> str:
         """Which intervals of keys the rows see: "full", "causal", or "other"."""
         span = self.problem.span
-        if span.unbounded:
+        if self.problem.unbounded:
             return "full"
+        if self.problem.tabled:
+            return "other"
         return "causal" if span.lo is None and span.hi is None and (span.left, span.right) == (None, 0) else "other"
 
     @functools.cached_property
     def visible(self) -> float:
-        """The share of all scores that intervals leave."""
+        """The share of all scores that intervals and patterns leave."""
         if self.span != "other":
             return 1.0 if self.span == "full" else 0.5
-        m, n = self.problem.shape[2:]
-        lo, hi = self.problem.span.bounds(torch.arange(m, device=self.problem.q.device), n)
+        p, (m, n) = self.problem, self.problem.shape[2:]
+        rows, cols = (torch.arange(x, device=p.q.device) for x in (m, n))
+        if p.tabled:
+            return p.visible(rows, cols).float().mean().item()
+        lo, hi = p.span.bounds(rows, n)
         return (hi - lo).clamp(min=0).double().mean().item() / n
 
     def flops(self, direction: str) -> float:
@@ -175,7 +181,8 @@ class Excerpt(Inputs):
         names = ("q", "k", "v", "scale", "bias", "slopes", "sink", "mask")
         parts = {x: self.take(x, t) for x in names if isinstance(t := getattr(p, x), Tensor)}
         lo, hi = (x if x is None or x.shape[0] == 1 else x[self.batches] for x in (p.span.lo, p.span.hi))
-        return p.replace(**parts, span=Span(p.span.left, p.span.right, lo, hi))
+        pattern = None if p.pattern is None else p.pattern.part(self.batches, self.heads)
+        return p.replace(**parts, span=replace(p.span, lo=lo, hi=hi), pattern=pattern)
 
 
 def excerpt(inputs: Inputs, p: Problem, scores: int) -> Excerpt:
