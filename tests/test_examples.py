@@ -65,7 +65,7 @@ def model(gpt: ModuleType) -> torch.nn.Module:
 @pytest.mark.slow
 def test_gpt() -> None:
     """With windows longer than a tile of keys, so that the running maximum moves."""
-    said = ran("gpt.py", "gpt_losses.png", *SMALL, "--context", fused_attn.tiles.KEYS + 88, "--steps", 30)
+    said = ran("gpt.py", "gpt_losses.png", *SMALL, "--context", fused_attn.tiles.KEYS + 88, "--steps", 50)
     assert verdict(said, "first 20 losses") == verdict(said, "last loss") == ["ok"]
     assert verdict(said, "held-out loss") == ["ok", "ok"]
     assert "BROKEN" not in said
