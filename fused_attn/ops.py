@@ -1,8 +1,9 @@
-"""torch.library: one pair of operators that every linear-memory backend serves.
+"""torch.library: the operators that every linear-memory backend serves.
 
-`forward` and `backward` carry a Problem as flat arguments; `flatten` and `rebuild` are the only two places that know
-their order. The launcher is looked up by name when the operator runs, so that importing this file needs torch alone,
-and so that a compiler sees an opaque operator whatever stands behind it.
+`forward` and `backward`, and `statistics` and `weights` where a backend can show them, carry a Problem as flat
+arguments; `flatten` and `rebuild` are the only two places that know their order. The launcher is looked up by name when
+the operator runs, so that importing this file needs torch alone, and so that a compiler sees an opaque operator
+whatever stands behind it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from .spec import DIFFERENTIABLE, Dropout, Pattern, Problem, Span
+from .spec import DIFFERENTIABLE, Dropout, Pattern, Problem, Span, Statistics
 
 LAUNCHERS = {
     "hopper": "fused_attn.launch.hopper",
     "triton": "fused_attn.launch.portable",
     "tiled": "fused_attn.tiled",
 }
+SEEING = LAUNCHERS | {"tiled": "fused_attn.statistics"}  # the same, of statistics and weights
 
 PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? scale, Tensor? softcap, Tensor? bias, Tensor? slopes, Tensor? sink, "
@@ -38,16 +40,24 @@ _library.define(
     f"backward({PROBLEM}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] needs) -> "
     f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
 )
-
+_library.define(
+    f"statistics({PROBLEM}, bool wants_mass, bool wants_entropy, bool wants_max, SymInt top_k) -> "
+    f"({', '.join(f'Tensor {name}' for name in Statistics._fields)})"
+)
+_library.define(f"weights({PROBLEM}, SymInt[] rows, SymInt[] heads) -> Tensor")
 
 _loaded: dict[str, ModuleType] = {}
 
 
 def launcher(backend: str) -> ModuleType:
     """The module that computes forward and backward for a backend."""
-    if backend not in _loaded:
-        _loaded[backend] = importlib.import_module(LAUNCHERS[backend])
-    return _loaded[backend]
+    return _module(LAUNCHERS[backend])
+
+
+def _module(name: str) -> ModuleType:
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(name)
+    return _loaded[name]
 
 
 def flatten(p: Problem, backend: str) -> tuple[Any, ...]:
@@ -115,10 +125,44 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _seer(p: Problem, backend: str) -> ModuleType:
+    return _module(SEEING["tiled" if p.empty else backend])
+
+
+def _there(p: Problem, found: Statistics) -> tuple[Tensor, ...]:
+    return tuple(p.q.new_empty(0) if x is None else x for x in found)
+
+
+def _statistics(*args: Any) -> tuple[Tensor, ...]:
+    p, backend = rebuild(args[:-4])
+    return _there(p, _seer(p, backend).statistics(p, *args[-4:]))
+
+
+def _statistics_fake(*args: Any) -> tuple[Tensor, ...]:
+    p, _ = rebuild(args[:-4])
+    return _there(p, Statistics.of_nothing(p, *args[-4:]))
+
+
+def _weights(*args: Any) -> Tensor:
+    *problem, rows, heads = args
+    p, backend = rebuild(tuple(problem))
+    return _seer(p, backend).weights(p, rows, heads)
+
+
+def _weights_fake(*args: Any) -> Tensor:
+    *problem, rows, heads = args
+    p, _ = rebuild(tuple(problem))
+    return p.q.new_empty((p.shape[0], len(heads), len(rows), p.shape[3]), dtype=p.lse_dtype)
+
+
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_attn::forward", _forward_fake)
 torch.library.register_fake("fused_attn::backward", _backward_fake)
+_library.impl("statistics", _statistics, "CompositeExplicitAutograd")
+_library.impl("weights", _weights, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_attn::statistics", _statistics_fake)
+torch.library.register_fake("fused_attn::weights", _weights_fake)
 
 
 @register_flop_formula(torch.ops.fused_attn.forward)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference, statistics
+from . import dispatch, ops, reference
 from .api import _heads_first, _no_autocast
 from .bind import bind
 from .spec import Mask, Problem, Statistics, describe
@@ -76,8 +76,11 @@ def attention_stats(
         raise ValueError('entropy: normalizer "sigmoid" has none, for its weights are no distribution')
     asked = (bool(key_mass), bool(entropy), bool(max_logit), top_k)
 
-    def find(name: str, p: Problem) -> Statistics:
-        return _seer(name).statistics(p, *asked)
+    def find(name: str, p: Problem) -> tuple[Tensor | None, ...]:
+        if name == "reference":
+            return reference.statistics(p, *asked)
+        found = torch.ops.fused_attn.statistics(*ops.flatten(p, name), *asked)
+        return tuple(x if there else None for x, there in zip(found, (*asked, top_k), strict=True))
 
     found = _look(
         "attention_stats", find, q, k, layout, backend, score=score, scale=scale, mask=mask, causal=causal,
@@ -134,7 +137,9 @@ def attention_map(
 
     def find(name: str, p: Problem) -> tuple[Tensor]:
         chosen = _choice("rows", rows, p.shape[2]), _choice("heads", heads, p.shape[1])
-        return (_seer(name).weights(p, *chosen),)
+        if name == "reference":
+            return (reference.weights(p, *chosen),)
+        return (torch.ops.fused_attn.weights(*ops.flatten(p, name), *chosen),)
 
     (found,) = _look(
         "attention_map", find, q, k, layout, backend, score=score, scale=scale, mask=mask, causal=causal,
@@ -153,15 +158,17 @@ def _look(what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str 
         name, form = dispatch.choose(p, backend, seeing=True)
         found = find(name, form)
         found = tuple(x.float() if x is not None and x.is_floating_point() else x for x in found)
-    return _Unseen.apply(what, found, *p.tensors().values()) if torch.is_grad_enabled() else found
+    sources = [x for x in p.tensors().values() if x.requires_grad]
+    return _Unseen.apply(what, len(found), *found, *sources) if sources and torch.is_grad_enabled() else found
 
 
 class _Unseen(torch.autograd.Function):
     """What was found, as functions of what they came from whose derivative nobody has."""
 
     @staticmethod
-    def forward(ctx: Any, what: str, found: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, what: str, count: int, *found_and_sources: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.what = what
+        found = found_and_sources[:count]
         ctx.mark_non_differentiable(*(x for x in found if x is not None and not x.is_floating_point()))
         return found
 
@@ -170,11 +177,6 @@ class _Unseen(torch.autograd.Function):
         raise NotImplementedError(
             f"{ctx.what}: its results have no derivative; detach() them, or call it on q.detach()"
         )
-
-
-def _seer(name: str) -> Any:
-    """The module that computes statistics and maps for a backend."""
-    return {"tiled": statistics, "reference": reference}.get(name) or ops.launcher(name)
 
 
 def _check_top_k(top_k: Any, k: Any, layout: str) -> None:

@@ -407,7 +407,8 @@ MUTANTS = (
     Mutant((38,), "more keys than there are", "fused_attn/seeing.py", "if top_k > n:", "if False:",
            _seeing("wrong_words")),
     Mutant((38,), "statistics are constants", "fused_attn/seeing.py",
-           "_Unseen.apply(what, found, *p.tensors().values()) if torch.is_grad_enabled() else found", "found",
+           "_Unseen.apply(what, len(found), *found, *sources) if sources and torch.is_grad_enabled() else found",
+           "found",
            _seeing("backward_raises and tiled")),
 )  # fmt: skip
 

@@ -169,6 +169,9 @@ for name, fields, steps in json.loads(sys.argv[1]):
         before = len(compiled)
         out, lse = portable.forward(p)
         portable.backward(p, out, lse, torch.empty_like(out), None, frozenset(p.tensors()))
+        if name in ("plain", "lengths"):
+            portable.statistics(p, True, True, True, 1)
+            portable.weights(p, [0, p.shape[2] - 1], [0])
         counts[name].append(len(compiled) - before)
 print(json.dumps(counts))
 """
@@ -203,7 +206,7 @@ def test_line_34_no_compilation_per_length() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["plain"][0] >= 3  # forward, dk and dv, dq
+    assert counts["plain"][0] >= 6  # forward, dk and dv, dq; statistics of rows and of keys, a map
     for name, after in counts.items():
         allowed = after[0] if name.startswith("dense") else 0
         assert sum(after[1:]) <= allowed, f"{name} compiled {sum(after[1:])} times after its first call: {after}"

@@ -14,7 +14,19 @@ from torch import Tensor
 
 import fused_attn
 from bench import memory
-from fused_attn import BackendError, Mask, attention_map, attention_stats, reference, testing, tiles, tuning, witness
+from fused_attn import (
+    BackendError,
+    Mask,
+    attention_map,
+    attention_stats,
+    ops,
+    reference,
+    testing,
+    tiles,
+    tuning,
+    witness,
+)
+from fused_attn.bind import bind
 from fused_attn.cases import CASES, Case
 from fused_attn.launch import portable
 from fused_attn.spec import Statistics
@@ -337,6 +349,27 @@ def test_backward_raises(backend: str, leaf: str) -> None:
 def test_without_leaves_there_is_no_graph() -> None:
     q, k = qk()
     assert not any(x.requires_grad for x in (*attention_stats(q, k, **ALL), attention_map(q, k)))
+
+
+@pytest.mark.parametrize("name", ("tiled", "triton"))
+def test_operators(name: str) -> None:
+    """torch's own examination of both, and one compiled graph around them, for other lengths too."""
+    available(name)
+    q, k = qk(19, 23)
+    p = bind(q, k, k[..., :1], sink=torch.zeros(2))
+    for asked in ((True, True, True, 3), (False, True, False, 0)):
+        torch.library.opcheck(torch.ops.fused_attn.statistics.default, (*ops.flatten(p, name), *asked))
+    torch.library.opcheck(torch.ops.fused_attn.weights.default, (*ops.flatten(p, name), [5, 0, 5], [1]))
+
+    def seen(q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:
+        words = {"alibi_slopes": torch.ones(2), "alignment": "bottom_right", "backend": name}
+        return *attention_stats(q * 2, k, **ALL, **words), attention_map(q * 2, k, rows=[-1, 0], **words)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(seen, backend="aot_eager", fullgraph=True)
+    for q, k in (qk(19, 23), qk(24, 31)):
+        for x, y in zip(compiled(q, k), seen(q, k), strict=True):
+            torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("name", ("hopper", "sdpa"))
