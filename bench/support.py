@@ -21,7 +21,6 @@ import torch
 
 from bench.table import RESULTS
 from fused_attn import dispatch, testing
-from fused_attn.cases import SCORE_CASES
 from fused_attn.launch import hopper
 from fused_attn.spec import DTYPES, NORMALIZERS
 from fused_attn.testing import Case
@@ -36,7 +35,8 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "score": {
         "dot": {},
         "bilinear": {"score": "bilinear", "parameter": "hdc", "d": 40, "dk": 64},
-        **{name: {"score": name, **SCORE_CASES[name]} for name in ("cosine", "distance", "additive")},
+        **{name: {"score": name, "parameter": "h"} for name in ("cosine", "distance")},
+        "additive": {"score": "additive", "parameter": "hd", "d": 16, "dv": 16},  # fewer features, for interpreters
     },
     "normalizer": {name: {"normalizer": name} for name in NORMALIZERS},
     "mask": {
@@ -46,6 +46,9 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "lengths": {"masks": ("lengths",)},
         "prefix": {"masks": ("prefix",), "alignment": "bottom_right"},
         "segments": {"masks": ("segments_cross",)},
+        "unsorted segments": {"masks": ("runs_cross",)},
+        "window with sinks": {"masks": ("window_sinks",), "alignment": "bottom_right"},
+        "blocks": {"masks": ("blocks_heads",)},
         "tensor": {"masks": ("random_bhmn",)},
         "causal & lengths & tensor": {"causal": True, "masks": ("lengths", "random_b11n"), "alignment": "bottom_right"},
     },
