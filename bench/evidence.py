@@ -32,7 +32,7 @@ from bench import providers
 from bench.clock import directed, gradients, milliseconds
 from bench.providers import Provider, ours
 from bench.samples import ADDITIVE, MODIFIED, Sample, sized
-from fused_attn import testing, tuning
+from fused_attn import testing, tuning, witness
 from fused_attn.launch import hopper, portable
 from fused_attn.testing import CASES, Case
 from fused_attn.tuning import Config
@@ -145,6 +145,26 @@ class Parity:
         found = self.all_cases(s)[case]
         found = replace(found, deterministic=False) if backend == "hopper" else found
         return {"rows": judged(s, found, backend, getattr(torch, dtype))}
+
+
+class Seeing(Parity):
+    """Statistics and maps of the weights, by `triton`: the core of the cases, and larger ones."""
+
+    shares = seconds(check=40)
+
+    def cases(self, s: Setting) -> Iterator[Listed]:
+        for name, case in self.all_cases(s).items():
+            for dtype in s.dtypes:
+                core = "core" in case.tags and getattr(torch, dtype) in case.dtypes
+                if core and (dtype == "float32" or "half" in case.tags):
+                    yield f"{name}/{dtype}", name in ("plain", "everything"), {"case": name, "dtype": dtype}
+
+    def check(self, s: Setting, case: str, dtype: str, backend: str = "triton") -> dict[str, Any]:
+        with poisoned():
+            found = witness.check_statistics(
+                self.all_cases(s)[case], backend, getattr(torch, dtype), device=s.device, top_k=40
+            )
+        return {"rows": {name: asdict(row) for name, row in found.rows.items()}}
 
 
 class Configs:
@@ -448,8 +468,8 @@ def clocked() -> tuple[int, float]:
 
 
 PARTS: dict[str, Any] = {
-    "parity": Parity(), "configs": Configs(), "races": Races(), "overlap": Overlap(), "costs": Costs(),
-    "timing": Timing(), "modifiers": Modifiers(), "additive": AdditiveScores(), "tune": Tune(),
+    "parity": Parity(), "seeing": Seeing(), "configs": Configs(), "races": Races(), "overlap": Overlap(),
+    "costs": Costs(), "timing": Timing(), "modifiers": Modifiers(), "additive": AdditiveScores(), "tune": Tune(),
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ class Witness:
     def _check_places(self, got: Tensor) -> Row:
         """The places are those of the largest scores, in order, wherever the budget of a score leaves no doubt.
 
-        Its share is that of places in doubt.
+        The row's error is the share of places in doubt.
         """
         k, best = self.top_k, self.scores.sort(dim=-1, descending=True).values[..., : self.top_k + 1]
         wanted: Any = self.oracle.top_k_indices
@@ -116,7 +116,7 @@ class Witness:
                 f"top_k_indices: {got[where].item()}, of score {found[where].item():.9g}, where the oracle has"
                 f" {wanted[where].item()}, of score {own[where].item():.9g}, at {where}; {int(wrong.sum())} places"
             )
-        return Row(0.0, 0.0, 1.0 - sure.double().mean().item())
+        return Row(1.0 - sure.double().mean().item(), 0.0, 0.0)
 
     def judge_map(self, got: Tensor) -> Row:
         return assert_within_budget("map", _float32("map", got), self.map, self.plain_map, self.map, torch.float32)

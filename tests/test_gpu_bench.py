@@ -68,6 +68,7 @@ def by_name(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 # At least one case of each part; all that are core would take minutes in the interpreter.
 ASKED = (
     "parity/scale_heads/float32", "parity/everything/float32", "parity/large_causal_16/float32",
+    "seeing/scale_heads/float32", "seeing/everything/float32", "seeing/large_causal_16/float32",
     "configs/chosen/single/16", "configs/forward/16/64x32w1s1", "races/full_64/float32",
     "overlap/forward/16/64x32w1s1", "costs/first_call/16", "timing/d16/causal/48", "modifiers/softcap/16",
     "additive/additive/16", "tune/forward/16/64x32w1s1",
@@ -85,7 +86,7 @@ def every_case() -> dict[str, bool]:
 @pytest.mark.slow
 @needs_triton
 def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
-    parts = ("parity", "configs", "races", "overlap", "costs", "timing", "modifiers", "additive", "tune")
+    parts = ("parity", "seeing", "configs", "races", "overlap", "costs", "timing", "modifiers", "additive", "tune")
     only = ",".join({name.split("/", 1)[1]: None for name in ASKED})
     code, record, said = rehearse(tmp_path, *parts, "--only", only, "--seconds", "3000")
     assert code == 0, said

@@ -112,7 +112,7 @@ def test_a_small_fault_is_seen(name: str) -> None:
 
 
 def test_most_places_are_beyond_doubt() -> None:
-    assert witness.check_statistics("plain", "tiled").rows["top_k_indices"].share < 0.01
+    assert witness.check_statistics("plain", "tiled").rows["top_k_indices"].error < 0.01
 
 
 # --------------------------------------------------------------------------------------------------- ties and places
