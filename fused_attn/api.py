@@ -100,8 +100,8 @@ def attention(
         swapped = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if layout == "bshd" else (q, k, v)
         out, lse = call((*swapped, mask, bias, alibi_slopes, sink))
     else:
-        heads = _heads_first(q, k, v, layout, score)
-        with _no_autocast(q):
+        heads = heads_first(q, k, v, layout, score)
+        with no_autocast(q):
             problem = bind(
                 *heads, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment,
                 bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
@@ -127,11 +127,11 @@ def explain(
     >>> fused_attn.explain(x, x, x, sink=torch.zeros(2)).backend
     'tiled'
     """
-    heads = _heads_first(q, k, v, layout, options.get("score", "dot"))
+    heads = heads_first(q, k, v, layout, options.get("score", "dot"))
     return dispatch.explain(bind(*heads, **options), backend)
 
 
-def _heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
+def heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
@@ -210,7 +210,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = _four_dim_mask(attn_mask, query, (*lead, query.shape[-2], key.shape[-2]))
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    with _no_autocast(q):
+    with no_autocast(q):
         problem = bind(
             q, k, v, scale=scale, mask=mask, causal=is_causal, window=window, alignment="top_left", bias=bias,
             alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
@@ -294,7 +294,7 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
 
 
-def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
+def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
     """Autocast has done its work on the inputs; inside, it would change the types of the products."""
     if torch.is_autocast_enabled(q.device.type):
         return torch.autocast(q.device.type, enabled=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops, reference
-from .api import _heads_first, _no_autocast
+from .api import heads_first, no_autocast
 from .bind import bind
 from .spec import Mask, Problem, Statistics, describe
 
@@ -152,8 +152,8 @@ def attention_map(
 def _look(what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str | None, **words: Any) -> Any:
     """What `find` finds by the backend that is chosen, in float32; it remembers that it has no derivative."""
     v = k[..., :1] if isinstance(k, Tensor) and k.ndim else k  # nobody looks at values
-    heads = _heads_first(q, k, v, layout, words["score"])
-    with torch.no_grad(), _no_autocast(q):
+    heads = heads_first(q, k, v, layout, words["score"])
+    with torch.no_grad(), no_autocast(q):
         p = bind(*heads, **words)
         name, form = dispatch.choose(p, backend, seeing=True)
         found = find(name, form)

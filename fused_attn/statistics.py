@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .spec import Problem, Statistics
-from .tiled import _exp, _finite_peak, _Work
+from .tiled import Work, exp_minus, finite_peak
 from .tiles import Share, Tile, one_tile, seen, shares, windows
 
 FAR = 1000.0  # exp(-FAR) is 0 in float64 too, and FAR times 0 is 0
@@ -33,7 +33,7 @@ def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k
     found: Any = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)
     visible = seen(p)
     for share in shares(p):
-        work = _Work(p, share, visible)
+        work = Work(p, share, visible)
         for tile in share.tiles:
             rows = _Rows(work, tile, bool(entropy or top_k or key_mass), entropy, top_k)
             place = (share.batch, share.heads, tile.rows)
@@ -57,7 +57,7 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
     visible = seen(p)
     for slot, head in enumerate(heads if found.numel() else ()):
         one = p.of_head(head)
-        work = _Work(one, Share(slice(b), slice(1), slice(1), []), visible)
+        work = Work(one, Share(slice(b), slice(1), slice(1), []), visible)
         for window in windows(rows, ROWS, APART):
             tile = one_tile(p, window.start, window.stop)
             chosen = _Rows(work, tile, True)
@@ -73,7 +73,7 @@ class _Rows:
     weighs: whether anything but scores is wanted; a sigmoid has no denominator to sum up.
     """
 
-    def __init__(self, work: _Work, tile: Tile, weighs: bool, entropy: bool = False, top_k: int = 0) -> None:
+    def __init__(self, work: Work, tile: Tile, weighs: bool, entropy: bool = False, top_k: int = 0) -> None:
         self.work, self.tile, self.top_k = work, tile, top_k
         self.q = q = work.fold(work.q[:, :, tile.rows])
         self.m = q.new_full((*q.shape[:2], 1), -torch.inf)
@@ -102,13 +102,13 @@ class _Rows:
 
     def _weigh(self, s: Tensor, keys: slice, peak: Tensor) -> None:
         """Add weights relative to a new maximum; s is overwritten."""
-        shift = _finite_peak(peak)
+        shift = finite_peak(peak)
         shrink = torch.exp(self.m - shift)
         if self.below is not None:
             gaps = self.work.fold(self.work.buffer("gaps", self.tile, keys))
             torch.sub(shift, s, out=gaps).clamp_(max=FAR)
-            self.below = shrink * (self.below + (shift - _finite_peak(self.m)) * self.total)
-        _exp(s, shift)
+            self.below = shrink * (self.below + (shift - finite_peak(self.m)) * self.total)
+        exp_minus(s, shift)
         self.total = shrink * self.total + s.sum(-1, keepdim=True)
         if self.below is not None:
             self.below = self.below + gaps.mul_(s).sum(-1, keepdim=True)
@@ -121,7 +121,7 @@ class _Rows:
         if p.sink is not None:
             sink = self.work.unfold(torch.empty_like(top)).copy_(p.sink[share.heads, None, None])
             top = torch.maximum(top, self.work.fold(sink))
-        self.shift = _finite_peak(top)
+        self.shift = finite_peak(top)
         self.share = torch.exp(self.m - self.shift)
         denominator = self.share * self.total
         if p.sink is not None:
@@ -129,7 +129,7 @@ class _Rows:
         self.log = torch.log(denominator)
 
     def entropy(self) -> Tensor:
-        depth = self.shift - _finite_peak(self.m) + self.log
+        depth = self.shift - finite_peak(self.m) + self.log
         found = self.share * torch.exp(-self.log) * (self.below + depth * self.total)
         return found.masked_fill(self.total == 0, 0)
 
@@ -138,7 +138,7 @@ class _Rows:
         if self.work.p.sigmoid:
             return s.sigmoid_()
         forbidden = s == -torch.inf if self.log.isnan().any() else None
-        weights = _exp(s.sub_(self.shift), self.log.masked_fill(self.log == -torch.inf, 0))
+        weights = exp_minus(s.sub_(self.shift), self.log.masked_fill(self.log == -torch.inf, 0))
         return weights if forbidden is None else weights.masked_fill_(forbidden, 0)
 
 

@@ -53,12 +53,12 @@ def _distance(p: Problem, rows: slice, keys: slice, dtype: torch.dtype) -> Tenso
     return (i[:, None] - _range(keys, p.q.device).to(dtype)).abs_()
 
 
-def _finite_peak(m: Tensor) -> Tensor:
+def finite_peak(m: Tensor) -> Tensor:
     """The maximum to subtract: 0 while a row has seen nothing, since -inf - -inf would be NaN."""
     return m.masked_fill(m == -torch.inf, 0)
 
 
-def _exp(s: Tensor, shift: Tensor) -> Tensor:
+def exp_minus(s: Tensor, shift: Tensor) -> Tensor:
     """exp(s - shift), in place. On a CPU exp2 is three times as fast as exp, and thirty times where that underflows."""
     return s.sub_(shift).mul_(1 / math.log(2)).exp2_()
 
@@ -70,7 +70,7 @@ def _forbid(s: Tensor, allowed: Tensor) -> None:
     s.view(ints).bitwise_and_(keep).bitwise_or_(keep.bitwise_not_().bitwise_and_(minus_inf))
 
 
-class _Work:
+class Work:
     """A share of a problem: its inputs in the working dtype, and the memory that its tiles overwrite in turn.
 
     A tile of scores is (B, Hq, rows, keys); for products it is seen as (B * Hkv, group * rows, keys).
@@ -184,7 +184,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         lse.copy_(p.sink[:, None])
     visible = seen(p)
     for share in shares(p):
-        work = _Work(p, share, visible)
+        work = Work(p, share, visible)
         for tile in share.tiles:
             place = (share.batch, share.heads, tile.rows)
             tile_out, tile_lse = (_sigmoid_tile if p.sigmoid else _row_tile)(work, tile)
@@ -194,7 +194,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _sigmoid_tile(work: _Work, tile: Tile) -> tuple[Tensor, None]:
+def _sigmoid_tile(work: Work, tile: Tile) -> tuple[Tensor, None]:
     """out (B * Hkv, group * rows, Dv) of one tile of rows: each weight is of its score alone."""
     p, q = work.p, work.fold(work.q[:, :, tile.rows])
     o = q.new_zeros(*q.shape[:2], work.v.shape[2])
@@ -206,7 +206,7 @@ def _sigmoid_tile(work: _Work, tile: Tile) -> tuple[Tensor, None]:
     return o if p.dropout is None else o.mul_(p.dropout.rescale), None
 
 
-def _row_tile(work: _Work, tile: Tile) -> tuple[Tensor, Tensor]:
+def _row_tile(work: Work, tile: Tile) -> tuple[Tensor, Tensor]:
     """out (B * Hkv, group * rows, Dv) and lse (B * Hkv, group * rows, 1) of one tile of rows: the online softmax."""
     p, q = work.p, work.fold(work.q[:, :, tile.rows])
     o = q.new_zeros(*q.shape[:2], work.v.shape[2])
@@ -214,13 +214,13 @@ def _row_tile(work: _Work, tile: Tile) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(m)
     if p.sink is not None:
         work.unfold(m).copy_(p.sink[work.share.heads, None, None])
-        total = torch.exp(m - _finite_peak(m))
+        total = torch.exp(m - finite_peak(m))
     for keys in tile.key_tiles():
         s4 = work.scores(q, tile, keys)
         s = work.fold(s4)
         new = torch.maximum(m, s.amax(-1, keepdim=True))
-        peak = _finite_peak(new)
-        _exp(s, peak)
+        peak = finite_peak(new)
+        exp_minus(s, peak)
         shrink = torch.exp(m - peak)
         total = total * shrink + s.sum(-1, keepdim=True)
         if p.dropout is not None:
@@ -230,7 +230,7 @@ def _row_tile(work: _Work, tile: Tile) -> tuple[Tensor, Tensor]:
     if p.dropout is not None:
         o.mul_(p.dropout.rescale)
     # A row that has seen nothing has total 0: out 0 and lse -inf. NaN is no zero.
-    return o.div_(total.masked_fill(total == 0, 1)), _finite_peak(m) + torch.log(total)
+    return o.div_(total.masked_fill(total == 0, 1)), finite_peak(m) + torch.log(total)
 
 
 # ---------------------------------------------------------------------------------------------------------- backward
@@ -256,7 +256,7 @@ def backward(
     if "sink" in needs:
         grads.sums["sink"] = -(torch.exp(p.sink.to(dtype)[:, None, None] - lse) * delta).sum((0, 2, 3))
     for share in shares(p) if needs != {"sink"} else ():
-        work = _Work(p, share, visible)
+        work = Work(p, share, visible)
         grads.open(work)
         for tile in share.tiles:
             _backward_tile(work, tile, dout, lse, delta, grads)
@@ -264,7 +264,7 @@ def backward(
     return grads.finish()
 
 
-def _backward_tile(work: _Work, tile: Tile, dout: Tensor, lse: Tensor, delta: Tensor, grads: _Gradients) -> None:
+def _backward_tile(work: Work, tile: Tile, dout: Tensor, lse: Tensor, delta: Tensor, grads: _Gradients) -> None:
     """Add what one tile of rows gives to every gradient."""
     p = work.p
     q, do = work.fold(work.q[:, :, tile.rows]), work.of_rows(dout, tile)
@@ -276,7 +276,7 @@ def _backward_tile(work: _Work, tile: Tile, dout: Tensor, lse: Tensor, delta: Te
         if p.sigmoid:
             weights.sigmoid_()
         else:
-            _exp(weights, lse)
+            exp_minus(weights, lse)
         kept = None if p.dropout is None else work.kept(tile, keys).mul_(p.dropout.rescale)
         ds4 = None
         if grads.of_scores:
@@ -324,12 +324,12 @@ class _Gradients:
 
         self.dw: Tensor | None = None
 
-    def open(self, work: _Work) -> None:
+    def open(self, work: Work) -> None:
         self.dw = None if self.p.w is None else work.k.new_zeros(*work.q.shape[:2], work.k.shape[2])
         self.dk = torch.zeros_like(work.k) if "k" in self.needs else None
         self.dv = torch.zeros_like(work.v) if "v" in self.needs else None
 
-    def open_rows(self, work: _Work, q: Tensor) -> None:
+    def open_rows(self, work: Work, q: Tensor) -> None:
         # k's product with a tensor scale takes q times that scale; a number is left to the end.
         self.q = q
         if self.p.w is None and isinstance(self.p.scale, Tensor) and self.dk is not None:
@@ -338,7 +338,7 @@ class _Gradients:
         wanted = {"q", "scale", "softcap"} if self.p.w is None else {"q"}
         self.dq = torch.zeros_like(q) if self.needs & wanted else None
 
-    def add(self, work: _Work, tile: Tile, keys: slice, ds4: Tensor) -> None:
+    def add(self, work: Work, tile: Tile, keys: slice, ds4: Tensor) -> None:
         p, share, sums = self.p, work.share, self.sums
         if self.dense_bias:
             self.whole["bias"][share.batch, share.heads, tile.rows, keys] = ds4
@@ -371,7 +371,7 @@ class _Gradients:
         if self.dk is not None:
             self.dk[:, keys].baddbmm_(ds.mT, self.q)
 
-    def _add_additive(self, work: _Work, tile: Tile, keys: slice, du: Tensor) -> None:
+    def _add_additive(self, work: Work, tile: Tile, keys: slice, du: Tensor) -> None:
         q, k, scale = work.unfold(self.q), work.by_head(work.k[:, keys]), self.p.scale
         if isinstance(scale, Tensor):
             scale = scale.to(self.dtype).expand(self.p.shape[1])[work.share.heads]
@@ -394,7 +394,7 @@ class _Gradients:
             cap = torch.as_tensor(self.p.softcap, dtype=self.dtype)
             self.sums["softcap"].sub_((per_head * flat).sum() / cap)
 
-    def close_rows(self, work: _Work, tile: Tile, q: Tensor) -> None:
+    def close_rows(self, work: Work, tile: Tile, q: Tensor) -> None:
         """dq so far is dS K. Its product with q, summed, is the gradient of the scale and part of the softcap's."""
         if self.dq is None:
             return
@@ -406,7 +406,7 @@ class _Gradients:
         if "q" in self.needs:
             self.whole["q"][share.batch, share.heads, tile.rows] = work.unfold(self.dq).to(self.p.q.dtype)
 
-    def close(self, work: _Work) -> None:
+    def close(self, work: Work) -> None:
         p, share = self.p, work.share
         place = (share.batch, share.kv_heads)
         if p.w is not None:
@@ -487,7 +487,7 @@ def _plain_softmax(p: Problem, s: Tensor) -> tuple[Tensor, Tensor]:
     sink = None if p.sink is None else p.sink.to(s.dtype)[:, None]
     if sink is not None:
         peak = torch.maximum(peak, sink.detach())
-    peak = _finite_peak(peak)
+    peak = finite_peak(peak)
     weights = torch.exp(s - peak[..., None])
     total = weights.sum(-1)
     if sink is not None:

@@ -13,7 +13,7 @@ from ..spec import Problem, Statistics
 from ..tuning import Config
 from ..tuning.config import overridden
 from ..tuning.select import padded
-from .portable import _config, _precision, _score, _wave
+from . import portable
 
 MOST = 32  # places ranked at once: of 64, sm_80 would spill some
 # Whose tiles are right for additive scores, which are bound by other things than products are.
@@ -36,7 +36,7 @@ def _constants(c: Config, p: Problem) -> dict[str, Any]:
         "BLOCK_D": padded(p.q.shape[3]),
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
-        "PRECISION": _precision(p),
+        "PRECISION": portable._precision(p),
         "num_warps": c.num_warps,
         "num_stages": c.num_stages,
     }
@@ -44,13 +44,13 @@ def _constants(c: Config, p: Problem) -> dict[str, Any]:
 
 def _tiles(kernel: str, p: Problem) -> Config:
     """The configuration of a kernel; one that is pinned by its own name is taken whatever the score."""
-    return _config(kernel if p.w is None or overridden(kernel) else ADDITIVE[kernel], p)
+    return portable._config(kernel if p.w is None or overridden(kernel) else ADDITIVE[kernel], p)
 
 
 def _planes(p: Problem) -> tuple[Any, ...]:
     """q, k, the score and the mask, as every one of them takes them."""
     views = _kernels()[3]
-    return views.view(p.q), views.view(p.k), _score(p), views.plane_view(p.mask, p.shape)
+    return views.view(p.q), views.view(p.k), portable._score(p), views.plane_view(p.mask, p.shape)
 
 
 def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
@@ -88,7 +88,7 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
             *(q, k, score, span, mask),
             None if p.sink is None else p.sink.contiguous(),
             types.Found(*others, *ranked, views._booleans[weighs]),
-            *(m, n, hq, b * hq, _wave(p, hq), first, top_k),
+            *(m, n, hq, b * hq, portable._wave(p, hq), first, top_k),
             **_constants(c, p),
             BLOCK_K=size,
         )
@@ -106,7 +106,7 @@ def _mass(
         -(-n // c.BLOCK_N) * b * hq,
         *(q, k, score, visits.keys(p, c), mask),
         *(shift, part, key_mass),
-        *(m, n, hq, b * hq, _wave(p, hq)),
+        *(m, n, hq, b * hq, portable._wave(p, hq)),
         **_constants(c, p),
     )
 
