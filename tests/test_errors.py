@@ -303,13 +303,6 @@ def test_what_is_not_built_says_so(name: str) -> None:
         LATER[name]()
 
 
-@pytest.mark.parametrize("name", ("flash_attn", "bert_padding"))
-def test_doors_that_are_not_built_say_so(name: str) -> None:
-    with pytest.raises((NotImplementedError, AttributeError)) as error:
-        getattr(fused_attn.compat, name).flash_attn_func  # noqa: B018
-    assert isinstance(error.value, NotImplementedError) or name in str(error.value)
-
-
 def test_an_unknown_keyword_is_not_ignored() -> None:
     with pytest.raises(TypeError, match="temperature"):
         call(temperature=2.0)

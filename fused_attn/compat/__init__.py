@@ -8,13 +8,10 @@
 from importlib import import_module
 from types import ModuleType
 
-_BUILT = ("sdpa", "transformers")
-_LATER = ("bert_padding", "flash_attn")
+_BUILT = ("bert_padding", "flash_attn", "sdpa", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:
     if name in _BUILT:
         return import_module(f".{name}", __name__)
-    if name in _LATER:
-        raise NotImplementedError(f"{__name__}.{name} is not built yet")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
