@@ -18,7 +18,8 @@ from . import scores  # noqa: E402
 from .api import attention, explain, merge_states, scaled_dot_product_attention, warmup  # noqa: E402
 from .dispatch import BACKENDS, Explanation  # noqa: E402
 from .seeing import attention_map, attention_stats  # noqa: E402
-from .spec import BackendError, Mask, TransformError  # noqa: E402
+from .spec import BackendError, Mask, TransformError, debug  # noqa: E402
+from .varlen import attention_varlen  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "attention",
     "attention_map",
     "attention_stats",
+    "attention_varlen",
     "compat",
+    "debug",
     "explain",
     "merge_states",
     "modules",
@@ -42,7 +45,7 @@ __all__ = [
 ]
 
 _LATER = (
-    "attention_decode", "attention_varlen", "debug", "PagedKVCache", "parallel",
+    "attention_decode", "PagedKVCache", "parallel",
 )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tup
     """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, layout, score)
     return (q, k, v) if layout == "bhsd" else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
@@ -201,7 +201,7 @@ def scaled_dot_product_attention(
     call = calls.find(given, ("sdpa", scale, is_causal, window, softcap, dropout_p, enable_gqa), backend)
     if call is not None and call.known:
         return call(given)[0]
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     check_qkv(query, key, value, "sdpa")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask: must be None when is_causal is True")
@@ -284,7 +284,7 @@ def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(_product(shape[:-3]), *mask.shape[-3:])
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, q, k and v in its dtype, as torch's own ops take them."""
     device = next((x.device.type for x in tensors if isinstance(x, Tensor)), None)
     if device is None or not torch.is_autocast_enabled(device):

@@ -18,6 +18,7 @@ from .spec import (
     Dropout,
     Mask,
     Problem,
+    Ragged,
     check_broadcastable,
     check_parameter,
     check_window,
@@ -92,10 +93,14 @@ def bind(
     normalizer: str = "softmax",
     return_lse: bool = False,
     deterministic: bool | None = None,
+    ragged: Ragged | None = None,
 ) -> Problem:
-    """Heads-first tensors that `check_qkv` has passed and the words of `attention`, checked and made into a Problem."""
+    """Heads-first tensors that `check_qkv` has passed and the words of `attention`, checked and made into a Problem.
+
+    ragged: the batch is one of sequences, whose alignment it has already.
+    """
     heads = q.shape[1]
-    shape = (*q.shape[:3], k.shape[2])
+    shape = (*q.shape[:3], k.shape[2]) if ragged is None else (ragged.batch, heads, ragged.max_q, ragged.max_k)
 
     if alignment is not None and alignment not in ALIGNMENTS:
         raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {alignment!r}")
@@ -103,8 +108,8 @@ def bind(
     if alibi_slopes is not None:
         if not isinstance(alibi_slopes, Tensor):
             raise TypeError(f"alibi_slopes: expected a tensor, got {describe(alibi_slopes)}")
-        check_parameter("alibi_slopes", alibi_slopes, q, (heads,), (q.shape[0], heads))
-        offset = diagonal_offset(alignment, shape[2], shape[3], "alibi_slopes")
+        check_parameter("alibi_slopes", alibi_slopes, q, (heads,), (shape[0], heads))
+        offset = diagonal_offset(alignment, shape[2], shape[3], "alibi_slopes", ragged)
 
     if mask is None:
         mask = Mask()
@@ -116,7 +121,7 @@ def bind(
         mask = mask & Mask.causal(alignment)
     if window is not None:
         mask = mask & Mask.window(*check_window(window), alignment)
-    span, pattern, allowed = mask.resolve(shape, q.device)
+    span, pattern, allowed = mask.resolve(shape, q.device, ragged)
     said = (span.lo, span.hi, *(() if pattern is None else (pattern.q_ids, pattern.kv_ids, pattern.blocks)))
     for x in (allowed, *said):
         if x is not None and x.device != q.device:
@@ -151,7 +156,7 @@ def bind(
     return Problem(
         q, k, v, scale, softcap, bias, alibi_slopes, sink, mask=allowed, span=span, pattern=pattern,
         offset=offset, dropout=_dropout(dropout_p, seed, q), return_lse=bool(return_lse),
-        deterministic=_deterministic(deterministic), normalizer=normalizer, score=score,
+        deterministic=_deterministic(deterministic), normalizer=normalizer, score=score, ragged=ragged,
     )  # fmt: skip
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -51,3 +54,47 @@ def check_window(window: Any) -> tuple[int | None, int | None]:
         if x is not None and x < 0:
             raise ValueError(f"window: {side} must be None or >= 0, got {x}")
     return tuple(window)
+
+
+_debugging: ContextVar[bool] = ContextVar("fused_attn_debugging", default=False)
+
+
+@contextlib.contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Inside, what index tensors on a device hold is checked too: sequence starts, lengths and page tables.
+
+    On the CPU it always is. On a device a check waits for what has been launched, so it is only done when asked for;
+    without it, what such tensors say is believed. Ends with the `with` block, and is seen by its thread alone.
+
+    >>> import fused_attn
+    >>> with fused_attn.debug():
+    ...     pass
+    """
+    token = _debugging.set(enabled)
+    try:
+        yield
+    finally:
+        _debugging.reset(token)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the contents of an index tensor are to be checked: for free on the CPU, under `debug` elsewhere."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or x.device.type == "meta":
+        return False
+    return x.device.type == "cpu" or _debugging.get()
+
+
+def check_starts(name: str, x: Any, total: int, device: torch.device) -> Tensor:
+    """int32 (B + 1,): from 0 to total, never descending."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int32:
+        raise TypeError(f"{name}: expected an int32 tensor, got {describe(x)}")
+    if x.ndim != 1 or not len(x):
+        raise ValueError(f"{name}: expected shape (B + 1,), got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
+    if readable(x):
+        first, last, falls = int(x[0]), int(x[-1]), bool((x.diff() < 0).any())
+        if first != 0 or last != total or falls:
+            what = "one that descends" if falls else f"{first} to {last}"
+            raise ValueError(f"{name}: expected starts that ascend from 0 to the {total} packed rows, got {what}")
+    return x

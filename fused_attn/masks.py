@@ -7,7 +7,7 @@ says without a whole matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,25 @@ from torch import Tensor
 
 from .checks import check_batch, check_broadcastable, check_integers, check_window, describe
 from .patterns import Pattern, as_ids
+from .ragged import Ragged
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
 Shape = tuple[int, int, int, int]  # (B, Hq, M, N)
 
 
-def diagonal_offset(alignment: str | None, m: int, n: int, what: str) -> int:
-    """The offset of the diagonal j = i + offset: 0 for "top_left", N - M for "bottom_right"."""
+def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ragged | None = None) -> int:
+    """The offset of the diagonal j = i + offset: 0 for "top_left", N - M for "bottom_right".
+
+    Of ragged sequences, which have one alignment for all that is said of them, it is 0, and counts from each one's own.
+    """
+    if ragged is not None:
+        own = ragged.alignment
+        if own is None and not ragged.square:
+            raise ValueError(f'alignment: {what} needs "top_left" or "bottom_right", got None')
+        if not ragged.square and alignment not in (None, own):
+            raise ValueError(f"alignment: sequences have one for all, {own!r}, and {what} asks for {alignment!r}")
+        return 0
     if alignment is None:
         if m != n:
             raise ValueError(f'alignment: {what} with M = {m} and N = {n} needs "top_left" or "bottom_right", got None')
@@ -102,8 +113,14 @@ class Span:
         lo, hi = self.bounds(rows, n)
         grid = (cols >= lo[..., None]) & (cols < hi[..., None])
         if self.sinks and self.left is not None:
-            grid = grid & ((cols < self.sinks) | (cols >= rows[:, None] + self.left))
+            grid = grid & ((cols < self.sinks) | (cols >= (rows + self.left)[..., None]))
         return grid[:, None]
+
+    def shifted(self, by: Any) -> Span:
+        """With its diagonal so much further right: a number, or int64 (B, 1) for one of each batch, which nothing but
+        `bounds`, `materialize` and `seers` takes."""
+        left, right = (None if x is None else x + by for x in (self.left, self.right))
+        return replace(self, left=left, right=right)
 
     def columns(self, n: int) -> tuple[Tensor | None, Tensor | None]:
         """The transpose of lo and hi: int32 (B or 1, N), key j is seen by rows start <= i < stop as far as they say."""
@@ -157,7 +174,7 @@ class Mask:
     torch.Size([1, 2, 16, 8])
     """
 
-    parts: tuple[Callable[[Shape], Span | Pattern], ...] = ()
+    parts: tuple[Callable[[Shape, Ragged | None], Span | Pattern], ...] = ()
     remainder: tuple[Tensor, ...] = ()
 
     @staticmethod
@@ -186,10 +203,10 @@ class Mask:
         if sinks < 0:
             raise ValueError(f"sinks: must be >= 0, got {sinks}")
 
-        def part(shape: Shape) -> Span:
+        def part(shape: Shape, ragged: Ragged | None) -> Span:
             if left is None and right is None:
                 return Span()
-            offset = diagonal_offset(alignment, *shape[2:], "a causal mask or window")
+            offset = diagonal_offset(alignment, *shape[2:], "a causal mask or window", ragged)
             above = None if right is None else offset + right
             return Span(right=above) if left is None else Span(offset - left, above, sinks=sinks)
 
@@ -200,10 +217,11 @@ class Mask:
         """Every row of batch b sees the first lengths[b] keys, and the rest causally. lengths: int (B,)."""
         check_integers("lengths", lengths, 1)
 
-        def part(shape: Shape) -> Span:
+        def part(shape: Shape, ragged: Ragged | None) -> Span:
             b, _, m, n = shape
             check_batch("lengths", lengths, b)
-            offset = diagonal_offset(alignment, m, n, "a prefix mask")
+            offset: Any = diagonal_offset(alignment, m, n, "a prefix mask", ragged)
+            offset = offset if ragged is None else ragged.offsets()
             rows = torch.arange(m, device=lengths.device)
             hi = torch.maximum(lengths[:, None].long(), rows + offset + 1).clamp(0, n)
             return Span(hi=hi.int())
@@ -217,7 +235,7 @@ class Mask:
         if q is not None:
             check_integers("q", q, 1)
 
-        def part(shape: Shape) -> Span:
+        def part(shape: Shape, ragged: Ragged | None) -> Span:
             b, _, m, n = shape
             check_batch("kv", kv, b)
             hi = kv[:, None].clamp(0, n).expand(-1, m)
@@ -256,7 +274,7 @@ class Mask:
         if sorted is None:
             sorted = not bool(_decrease(q_ids) if kv_ids is None else _decrease(q_ids) | _decrease(keys))
 
-        def part(shape: Shape) -> Span | Pattern:
+        def part(shape: Shape, ragged: Ragged | None) -> Span | Pattern:
             b, _, m, n = shape
             for name, value, length in (("q_ids", q_ids, m), ("kv_ids", keys, n)):
                 if value.shape[-1] != length or (value.ndim == 2 and value.shape[0] not in (1, b)):
@@ -295,7 +313,7 @@ class Mask:
             raise ValueError(f"block: must be >= 1, got {block}")
         height, width = sizes
 
-        def part(shape: Shape) -> Pattern:
+        def part(shape: Shape, ragged: Ragged | None) -> Pattern:
             b, h, m, n = shape
             grid = f"(B, Hq, ceil(M / {height}), ceil(N / {width}))"
             blocks = check_broadcastable("allowed", allowed, (b, h, -(-m // height), -(-n // width)), grid)
@@ -319,17 +337,23 @@ class Mask:
 
     __rand__ = __and__
 
-    def resolve(self, shape: Shape, device: Any = None) -> tuple[Span, Pattern | None, Tensor | None]:
-        """The span, the pattern and the bool remainder, (B, Hq, M, N)-broadcastable, of this mask on such a problem."""
+    def resolve(
+        self, shape: Shape, device: Any = None, ragged: Ragged | None = None
+    ) -> tuple[Span, Pattern | None, Tensor | None]:
+        """The span, the pattern and the bool remainder, (B, Hq, M, N)-broadcastable, of this mask on such a problem.
+
+        Of ragged sequences M and N are the longest ones', and the numbers of a span count from each one's diagonal.
+        """
         m, n = shape[2:]
         span, pattern, rest = Span(), None, [check_broadcastable("mask", x, shape) for x in self.remainder]
         for part in self.parts:
-            found = part(shape)
+            found = part(shape, ragged)
             if isinstance(found, Pattern):
                 pattern = found if pattern is None else pattern.meet(found, m, n)
                 continue
             excess = span.excess(found)
             if excess is not None:
+                excess = excess if ragged is None else excess.shifted(ragged.offsets())
                 rest.append(excess.materialize(*_indices(shape, device), n))
             span = span & found
         allowed = None
@@ -345,6 +369,13 @@ class Mask:
         for other in (None if pattern is None else pattern.materialize(rows, cols), allowed):
             grid = grid if other is None else grid & other
         return grid.expand(shape)
+
+
+def padded_span(span: Span, ragged: Ragged) -> Span:
+    """A span of ragged sequences as that of a dense batch of the longest ones, for `bounds` and `seers`."""
+    lengths = Mask.lengths(ragged.k.diff(), ragged.q.diff())
+    within, _, _ = lengths.resolve((ragged.batch, 1, ragged.max_q, ragged.max_k))
+    return span.shifted(ragged.offsets()) & within
 
 
 def _indices(shape: Shape, device: Any) -> tuple[Tensor, Tensor]:

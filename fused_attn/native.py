@@ -60,6 +60,7 @@ def _modifiers(p: Problem) -> dict[str, bool]:
         "terms of rows and keys beside the product": p.key_terms is not None,
         "sigmoid normalizer": p.sigmoid,
         "mask that is no interval": p.tabled,
+        "ragged batch": p.ragged is not None,
     }
 
 

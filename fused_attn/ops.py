@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils.flop_counter import register_flop_formula
 
-from .spec import DIFFERENTIABLE, Dropout, Pattern, Problem, Span, Statistics
+from .spec import DIFFERENTIABLE, Dropout, Pattern, Problem, Ragged, Span, Statistics
 
 LAUNCHERS = {
     "hopper": "fused_attn.launch.hopper",
@@ -28,11 +29,12 @@ SEEING = LAUNCHERS | {"tiled": "fused_attn.statistics"}  # the same, of statisti
 PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? scale, Tensor? softcap, Tensor? bias, Tensor? slopes, Tensor? sink, "
     "Tensor? w, Tensor? row_terms, Tensor? key_terms, Tensor? mask, Tensor? lo, Tensor? hi, "
-    "Tensor? q_ids, Tensor? kv_ids, Tensor? blocks, Tensor? rng, "
+    "Tensor? q_ids, Tensor? kv_ids, Tensor? blocks, Tensor? rng, Tensor? q_starts, Tensor? k_starts, "
     "float scale_value, float? softcap_value, float dropout_p, SymInt? left, SymInt? right, SymInt sinks, "
-    "SymInt height, SymInt width, SymInt offset, bool deterministic, str normalizer, str backend"
+    "SymInt height, SymInt width, SymInt offset, SymInt max_q, SymInt max_k, "
+    "bool bottom_right, bool deterministic, str normalizer, str backend"
 )
-TENSORS = 18  # how many of the problem's arguments are tensors; they come first
+TENSORS = 20  # how many of the problem's arguments are tensors; they come first
 
 _library = torch.library.Library("fused_attn", "DEF")
 _library.define(f"forward({PROBLEM}) -> (Tensor out, Tensor lse)")
@@ -63,14 +65,18 @@ def _module(name: str) -> ModuleType:
 def flatten(p: Problem, backend: str) -> tuple[Any, ...]:
     """A Problem as the operators' arguments."""
     scale_is_tensor, cap_is_tensor = isinstance(p.scale, Tensor), isinstance(p.softcap, Tensor)
-    span, pattern, dropout = p.span, p.pattern or Pattern(), p.dropout
+    span, pattern, dropout, ragged = p.span, p.pattern or Pattern(), p.dropout, p.ragged
+    starts: tuple[Tensor | None, ...] = (None, None)
+    longest = (0, 0, False)
+    if ragged is not None:
+        starts, longest = (ragged.q, ragged.k), (ragged.max_q, ragged.max_k, ragged.bottom_right)
     return (
         p.q, p.k, p.v, p.scale if scale_is_tensor else None, p.softcap if cap_is_tensor else None,
         p.bias, p.slopes, p.sink, p.w, p.row_terms, p.key_terms, p.mask, span.lo, span.hi,
         pattern.q_ids, pattern.kv_ids, pattern.blocks, None if dropout is None else dropout.rng,
-        1.0 if scale_is_tensor else p.scale, None if cap_is_tensor else p.softcap,
+        *starts, 1.0 if scale_is_tensor else p.scale, None if cap_is_tensor else p.softcap,
         0.0 if dropout is None else dropout.p, span.left, span.right, span.sinks, pattern.height, pattern.width,
-        p.offset, p.deterministic, p.normalizer, backend,
+        p.offset, *longest, p.deterministic, p.normalizer, backend,
     )  # fmt: skip
 
 
@@ -78,14 +84,17 @@ def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
     """The inverse of flatten."""
     (
         q, k, v, scale, cap, bias, slopes, sink, w, row_terms, key_terms, mask, lo, hi, q_ids, kv_ids, blocks, rng,
+        q_starts, k_starts,
     ) = args[:TENSORS]  # fmt: skip
     scale_value, cap_value, dropout_p, left, right, sinks, height, width, *rest, backend = args[TENSORS:]
-    offset, deterministic, normalizer = rest
+    offset, max_q, max_k, bottom_right, deterministic, normalizer = rest
+    alignment = "bottom_right" if bottom_right else "top_left"
     problem = Problem(
         q, k, v, scale_value if scale is None else scale, cap_value if cap is None else cap,
         bias, slopes, sink, w, row_terms, key_terms, mask, Span(left, right, lo, hi, sinks),
         None if q_ids is None and blocks is None else Pattern(q_ids, kv_ids, blocks, height, width), offset,
         None if rng is None else Dropout(dropout_p, rng), normalizer != "sigmoid", deterministic, normalizer,
+        ragged=None if q_starts is None else Ragged(q_starts, k_starts, max_q, max_k, alignment),
     )  # fmt: skip
     return problem, backend
 
@@ -165,19 +174,23 @@ torch.library.register_fake("fused_attn::statistics", _statistics_fake)
 torch.library.register_fake("fused_attn::weights", _weights_fake)
 
 
-@register_flop_formula(torch.ops.fused_attn.forward)
-def _forward_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Two products a score, as if nothing were masked; the convention of torch's own attention."""
-    return sdpa_flop_count(q, _heads_like(q, k), _heads_like(q, v))
+def _scores(p: Problem) -> int:
+    """How many there are, as if nothing were masked; of fake sequences as if all were as long as the longest."""
+    b, heads, m, n = p.shape
+    if p.ragged is None or is_fake(p.ragged.q) or p.ragged.q.is_meta:
+        return b * heads * m * n
+    return heads * int((p.ragged.q.diff().long() * p.ragged.k.diff()).sum())
 
 
-@register_flop_formula(torch.ops.fused_attn.backward)
-def _backward_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+@register_flop_formula(torch.ops.fused_attn.forward, get_raw=True)
+def _forward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Two products a score; the convention of torch's own attention."""
+    p, _ = rebuild(args)
+    return 2 * _scores(p) * (p.q.shape[3] + p.v.shape[3])
+
+
+@register_flop_formula(torch.ops.fused_attn.backward, get_raw=True)
+def _backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
     """Five products a score."""
-    dout = (*q[:3], v[3])
-    return sdpa_backward_flop_count(dout, q, _heads_like(q, k), _heads_like(q, v))
-
-
-def _heads_like(q: Any, x: Any) -> tuple[int, ...]:
-    """The shape of k or v with its heads repeated to q's."""
-    return (x[0], q[1], *x[2:])
+    p, _ = rebuild(args[:-5])
+    return 2 * _scores(p) * (3 * p.q.shape[3] + 2 * p.v.shape[3])

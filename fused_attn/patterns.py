@@ -59,6 +59,11 @@ class Pattern:
             blocks = blocks if blocks.shape[1] == 1 else blocks[:, heads]
         return replace(self, q_ids=ids[0], kv_ids=ids[1], blocks=blocks)
 
+    def begin(self, m: int, n: int) -> Pattern:
+        """What it says to the first m rows and n keys."""
+        q, k = (None if x is None else x[:, :size] for x, size in ((self.q_ids, m), (self.kv_ids, n)))
+        return replace(self, q_ids=q, kv_ids=k)
+
     def materialize(self, rows: Tensor, cols: Tensor) -> Tensor:
         """bool (B or 1, Hq or 1, rows, cols), True where row may see column."""
         grids = []

@@ -5,6 +5,8 @@ It runs any Problem in any floating dtype, so the same lines in float64 judge ev
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,10 @@ def scores(p: Problem, dtype: torch.dtype) -> Tensor:
 def attention(p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse), computed in dtype; half precision is computed in float32 unless dtype says otherwise."""
     dtype = dtype or _work_dtype(p)
+    if p.ragged is not None:
+        return p.joined([attention(alone, dtype) for _, alone in p.sequences()])
+    if p.ragged is not None:
+        return p.joined([attention(alone, dtype) for _, alone in p.sequences()])
     weights, lse = normalized(p, scores(p, dtype))
     if p.dropout is not None:
         i, j = _positions(p)
@@ -84,6 +90,10 @@ def statistics(
     p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int, dtype: torch.dtype | None = None
 ) -> Statistics:
     """What is asked for, computed in dtype."""
+    if p.ragged is not None:
+        return Statistics.of_sequences(
+            p, functools.partial(statistics, dtype=dtype), key_mass, entropy, max_logit, top_k
+        )
     s = scores(p, dtype or _work_dtype(p))
     found = shown(p, s)
     best, places = s.sort(dim=-1, descending=True, stable=True)

@@ -168,14 +168,16 @@ class Distance(Score):
         return (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1) * (-0.5 / _per_head(x * x, 2))
 
     def _lower(self, p: Problem) -> Problem:
-        dtype, (b, heads, m, n) = p.lse_dtype, p.shape
+        dtype = p.lse_dtype
         h = self.h.to(dtype) if isinstance(self.h, Tensor) else self.h
         factor = p.scale / (h * h)
         rows, keys = (x.to(dtype).square().sum(-1) for x in (p.q, p.k))
         keys = keys if p.group == 1 else keys.repeat_interleave(p.group, 1)
         half = _per_head(factor * -0.5, 1)
         return p.replace(
-            scale=factor, row_terms=(rows * half).expand(b, heads, m), key_terms=(keys * half).expand(b, heads, n)
+            scale=factor,
+            row_terms=(rows * half).expand(p.q.shape[:3]),
+            key_terms=(keys * half).expand(p.k.shape[0], p.q.shape[1], -1),
         )
 
 

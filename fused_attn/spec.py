@@ -10,16 +10,18 @@ and query head h reads key-value head h // (Hq // Hkv). The score of (i, j) is, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # Words of the vocabulary that have rooms of their own.
-from .checks import check_broadcastable, check_parameter, check_window, describe  # noqa: F401
+from .checks import check_broadcastable, check_parameter, check_window, debug, describe  # noqa: F401
 from .masks import ALIGNMENTS, UNBOUNDED, Mask, Span, diagonal_offset  # noqa: F401
 from .patterns import Pattern
+from .ragged import Ragged, Sequence
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -40,13 +42,15 @@ class TransformError(BackendError, NotImplementedError):
 class Dropout:
     """Counter-based dropout: the fate of (b, h, i, j) is a function of the seed and of nothing else.
 
-    rng is int64 (2,), seed and offset, on the device. Philox 4x32 with 7 rounds is called on the counter
-    (j with bit 3 cleared, i with bit 3 cleared, b * Hq + h, offset); (i, j) takes word 2 * bit3(i) + bit3(j) and lives
-    where word >= round(p * 2**32). Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    rng is int64 (2,), seed and offset, on the device; first is the number b * Hq + h of a part's first head. Philox
+    4x32 with 7 rounds is called on the counter (j with bit 3 cleared, i with bit 3 cleared, b * Hq + h, offset); (i, j)
+    takes word 2 * bit3(i) + bit3(j) and lives where word >= round(p * 2**32). Salmon et
+    al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
 
     p: float
     rng: Tensor
+    first: int = 0
 
     @property
     def threshold(self) -> int:
@@ -59,7 +63,8 @@ class Dropout:
         return 0.0 if round(self.p * 2**32) >= 2**32 else 1.0 / (1.0 - self.p)
 
     def materialize(self, heads: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """bool (*heads.shape, rows, cols), True where the weight lives; heads holds b * Hq + h."""
+        """bool (*heads.shape, rows, cols), True where the weight lives; heads holds b * Hq + h of the part."""
+        heads = heads + self.first
         i, j = rows.long()[:, None], cols.long()
         words = philox(self.rng, j & ~8, i & ~8, heads.long()[..., None, None])
         lower, upper = (torch.where((j >> 3 & 1).bool(), words[a + 1], words[a]) for a in (0, 2))
@@ -99,6 +104,10 @@ class Problem:
     score: one of `fused_attn.scores`, None for the dot product. `lower` turns it into what backends take: other q and
     k; w (D,) or (Hq, D), the weights of an additive score; row_terms (B, Hq, M) and key_terms (B, Hq, N), added to the
     product times the scale. The normalizer softmax1 becomes a sink of zeros.
+
+    ragged: the batch is B sequences behind one another. q is then (1, Hq, T, D), and so is all that is as long as q or
+    k; what is said of pairs is said of the longest queries and keys, and holds for the beginning of shorter ones; the
+    numbers of span, and ALiBi, count from each sequence's own diagonal.
     """
 
     q: Tensor
@@ -121,10 +130,13 @@ class Problem:
     deterministic: bool = True
     normalizer: str = "softmax"
     score: Any = None
+    ragged: Ragged | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B, Hq, M, N)."""
+        """(B, Hq, M, N); M and N of the longest sequences where they differ."""
+        if self.ragged is not None:
+            return self.ragged.batch, self.q.shape[1], self.ragged.max_q, self.ragged.max_k
         return (*self.q.shape[:3], self.k.shape[2])
 
     @property
@@ -135,7 +147,7 @@ class Problem:
     @property
     def empty(self) -> bool:
         """There is no score to compute."""
-        return 0 in self.shape
+        return 0 in (*self.shape, *self.q.shape[:3], self.k.shape[2])
 
     @property
     def unbounded(self) -> bool:
@@ -165,7 +177,8 @@ class Problem:
     @property
     def plain(self) -> bool:
         """A scaled dot product under a span: no modifier, pattern, mask, sink, dropout, LSE or other normalizer."""
-        absent = (self.softcap, self.bias, self.slopes, self.sink, self.mask, self.dropout, self.score, self.pattern)
+        absent = (self.softcap, self.bias, self.slopes, self.sink, self.mask, self.dropout, self.score, self.pattern,
+                  self.ragged)  # fmt: skip
         lowered = (self.w, self.row_terms, self.key_terms)
         return (
             isinstance(self.scale, float)
@@ -195,6 +208,40 @@ class Problem:
 
     def replace(self, **changes: Any) -> Problem:
         return Problem(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+    def sequences(self) -> Iterator[tuple[Sequence, Problem]]:
+        """Each of the ragged sequences, and the dense problem that it is, by views. Reads where they begin."""
+        if self.ragged is None:
+            raise ValueError("ragged: expected a problem of sequences, got None")
+        for one in self.ragged.sequences():
+            (m, n), b = one.shape, slice(one.number, one.number + 1)
+            offset = n - m if self.ragged.bottom_right else 0
+            tensors = {
+                name: one.part(name, x)
+                for name in (*DIFFERENTIABLE, "mask")
+                if isinstance(x := getattr(self, name), Tensor)
+            }
+            lo, hi = (None if x is None else (x if len(x) == 1 else x[b])[:, :m] for x in (self.span.lo, self.span.hi))
+            span = replace(self.span.shifted(offset), lo=lo, hi=hi)
+            pattern, dropout = self.pattern, self.dropout
+            if pattern is not None:
+                pattern = pattern.part(b, slice(None)).begin(m, n)
+            if dropout is not None:
+                dropout = replace(dropout, first=one.number * self.shape[1])
+            yield (
+                one,
+                self.replace(
+                    **tensors, span=span, pattern=pattern, dropout=dropout, offset=self.offset + offset, ragged=None
+                ),
+            )
+
+    def joined(self, found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the ragged sequences, of each one's in order. Differentiable."""
+        outs, lses = ([x[i] for x in found] for i in range(2))
+        out = torch.cat([self.empty_out()[:, :, :0], *outs], 2)
+        if self.sigmoid:
+            return self.in_order(out), self.empty_lse()
+        return self.in_order(out), torch.cat([self.empty_lse()[:, :, :0], *lses], 2)
 
     def of_head(self, h: int) -> Problem:
         """What query head h asks, by views: a lowered problem of one head."""
@@ -251,9 +298,23 @@ class Statistics(NamedTuple):
     top_k_weights: Tensor | None = None
 
     @staticmethod
+    def of_sequences(
+        p: Problem, find: Callable[..., Statistics], key_mass: bool, entropy: bool, max_logit: bool, top_k: int
+    ) -> Statistics:
+        """Of ragged sequences, what `find` finds of each."""
+        found = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)._asdict()
+        for one, alone in p.sequences():
+            own = find(alone, key_mass, entropy, max_logit, min(top_k, one.shape[1]))
+            for name, x in own._asdict().items():
+                if x is not None:
+                    whole = one.part(name, found[name])
+                    (whole[..., : x.shape[3]] if x.ndim == 4 else whole).copy_(x)
+        return Statistics(**found)
+
+    @staticmethod
     def of_nothing(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
         """Of rows that may see nothing, in memory of its own."""
-        b, h, m, n = p.shape
+        (b, h, m, _), n = p.q.shape, p.k.shape[2]
 
         def full(asked: Any, value: float, *shape: int, dtype: torch.dtype = p.lse_dtype) -> Tensor | None:
             return p.q.new_full(shape, value, dtype=dtype) if asked else None

@@ -30,6 +30,8 @@ ROWS, APART = 128, 16  # of chosen rows: at most so many at once, and what lies 
 
 def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
     """What is asked for, in the working dtype; no autograd."""
+    if p.ragged is not None:
+        return Statistics.of_sequences(p, statistics, key_mass, entropy, max_logit, top_k)
     found: Any = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)
     visible = seen(p)
     for share in shares(p):

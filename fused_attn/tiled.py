@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import additive, state
+from .ragged import KEYS, ROWS
 from .scores import Additive
 from .spec import HALF, Problem, philox
 from .tiles import EVERYTHING, Share, Tile, masked_by_tensors, part, row_tiles, seen, shares
@@ -164,6 +165,7 @@ class Work:
         (b, h), rows = p.shape[:2], tile.rows
         i, j = (_range(slice(x.start & ~15, x.stop + 15 & ~15), device).view(-1, 2, 8)[:, 0] for x in (rows, keys))
         heads = torch.arange(b * h, device=device).view(b, h)[self.share.batch, self.share.heads, None, None]
+        heads = heads + p.dropout.first
         words = philox(p.dropout.rng, j.flatten(), i.flatten()[:, None], heads)
         # The fate of eight keys is eight bytes, which move as one number.
         fates = [(word >= p.dropout.threshold).view(torch.int64) for word in words]
@@ -179,6 +181,8 @@ class Work:
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem; no autograd."""
+    if p.ragged is not None:
+        return _forward_each(p)
     out, lse = state.empty(p.empty_out(), p.empty_lse())
     if p.sink is not None:
         lse.copy_(p.sink[:, None])
@@ -191,6 +195,17 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             out[place] = work.unfold(tile_out).to(out.dtype)
             if tile_lse is not None:
                 lse[place] = work.unfold(tile_lse)[..., 0]
+    return out, lse
+
+
+def _forward_each(p: Problem) -> tuple[Tensor, Tensor]:
+    """The sequences one after another."""
+    out, lse = p.empty_out(), p.empty_lse()
+    for one, alone in p.sequences():
+        own_out, own_lse = forward(alone)
+        one.part("out", out).copy_(own_out)
+        if not p.sigmoid:
+            one.part("lse", lse).copy_(own_lse)
     return out, lse
 
 
@@ -240,6 +255,8 @@ def backward(
     p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients named in needs, each in its own tensor's shape and dtype."""
+    if p.ragged is not None:
+        return _backward_each(p, out, lse, dout, dlse, needs)
     dtype, visible = _work_dtype(p), seen(p)
     if visible is not None:
         dout = torch.where(visible[0], dout, 0)
@@ -262,6 +279,22 @@ def backward(
             _backward_tile(work, tile, dout, lse, delta, grads)
         grads.close(work)
     return grads.finish()
+
+
+def _backward_each(
+    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """What each sequence gives, added in their order; parameters in the working dtype."""
+    own = {name: x for name, x in p.tensors().items() if name in needs}
+    found = {
+        name: torch.zeros_like(x, dtype=x.dtype if name in ROWS | KEYS else _work_dtype(p)) for name, x in own.items()
+    }
+    for one, alone in p.sequences():
+        own_out, own_dout = one.part("out", out), one.part("dout", dout)
+        own_lse, own_dlse = lse if p.sigmoid else one.part("lse", lse), None if dlse is None else one.part("dlse", dlse)
+        for name, x in backward(alone, own_out, own_lse, own_dout, own_dlse, needs).items():
+            one.part(name, found[name]).add_(x)
+    return {name: x.to(own[name].dtype) for name, x in found.items()}
 
 
 def _backward_tile(work: Work, tile: Tile, dout: Tensor, lse: Tensor, delta: Tensor, grads: _Gradients) -> None:
@@ -435,8 +468,10 @@ def attention(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) by operations that torch differentiates as often, and in whichever mode, as it is asked to.
 
     Each tile of rows meets all its keys at once. Python reads no tensor, so torch.func may batch or trace any of them;
-    lo, hi and a pattern therefore mask and skip nothing.
+    lo, hi and a pattern therefore mask and skip nothing. Where ragged sequences begin it does read.
     """
+    if p.ragged is not None:
+        return p.joined([attention(alone) for _, alone in p.sequences()])
     visible = seen(p)
     if visible is not None:
         rows, keys = visible

@@ -49,6 +49,8 @@ def interpreted() -> bool:
 def why_not(p: Problem) -> list[str]:
     """Every reason why these kernels cannot run p."""
     reasons = []
+    if p.ragged is not None:
+        reasons.append("ragged batches are not built")
     if not INSTALLED:
         reasons.append("triton is not installed")
     device = p.q.device

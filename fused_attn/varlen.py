@@ -1,0 +1,131 @@
+"""Attention over packed sequences of different lengths, without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import dispatch
+from .api import autocast, no_autocast
+from .bind import bind, check_qkv
+from .checks import check_starts, readable
+from .spec import ALIGNMENTS, Mask, Problem, Ragged, describe
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    score: Any = "dot",
+    scale: float | Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    normalizer: str = "softmax",
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of B sequences that stand one behind another: sequence b's queries see sequence b's keys alone.
+
+    Args:
+        q: (Tq, Hq, D): the queries of all sequences. k: (Tk, Hkv, D), v: (Tk, Hkv, Dv). Types as in `attention`.
+        cu_seqlens_q: int32 (B + 1,), ascending from 0 to Tq, on q's device: sequence b has the rows from
+            cu_seqlens_q[b] to cu_seqlens_q[b + 1]. cu_seqlens_k: the same of the keys; the two may differ, and a
+            sequence may have no queries, or no keys (its rows give zeros and lse -inf). What they hold is checked on
+            the CPU, and on a device under `fused_attn.debug()`, because reading it waits for the device.
+        max_seqlen_q, max_seqlen_k: no sequence is longer. Needed on a device where mask is a tensor, or bounds rows one
+            by one (`Mask.lengths`, `prefix`, `segments`, `blocks`, sinks), and with bias. A smaller number than the
+            longest sequence is checked as cu_seqlens are.
+        mask, bias: of padded sequences, broadcastable to (B, Hq, max_seqlen_q, max_seqlen_k); a shorter sequence uses
+            the beginning.
+        alignment: of every sequence with its own lengths: "top_left" or "bottom_right". Needed where causal, window or
+            alibi_slopes is used, unless cu_seqlens_q is cu_seqlens_k.
+        alibi_slopes: (Hq,), or (B, Hq). The others mean what they mean in `attention`. Dropout's mask is that of
+            the padded batch (B, Hq, max_seqlen_q, max_seqlen_k).
+        backend: "triton", "tiled" or "reference"; None takes the first that can run the call. `triton` never waits for
+            the device; the other two read the starts, and run the sequences one after another.
+
+    Returns:
+        out (Tq, Hq, Dv) in q's dtype, or (out, lse) with lse (Tq, Hq) as in `attention`.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name. BackendError: the backend asked for cannot run this.
+
+    >>> import torch, fused_attn
+    >>> q, k, v = (torch.randn(7, 4, 16) for _ in range(3))
+    >>> starts = torch.tensor([0, 5, 5, 7], dtype=torch.int32)  # of 5, 0 and 2 tokens
+    >>> out = fused_attn.attention_varlen(q, k, v, starts, starts, causal=True)
+    >>> first = fused_attn.attention(*(x[None, :5] for x in (q, k, v)), causal=True, layout="bshd")
+    >>> torch.testing.assert_close(out[:5], first[0])
+    """
+    heads = packed_heads_first(q, k, v, score)
+    ragged = bind_ragged(*heads[:2], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alignment)
+    with no_autocast(q):
+        p = bind(
+            *heads, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
+            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
+            normalizer=normalizer, return_lse=return_lse, deterministic=deterministic, ragged=ragged,
+        )  # fmt: skip
+        check_longest(p, max_seqlen_q, max_seqlen_k)
+        name, p = dispatch.choose(p, backend)
+        out, lse = dispatch.run(p, name)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0].T) if return_lse else out  # type: ignore[index]
+
+
+def packed_heads_first(q: Tensor, k: Tensor, v: Tensor, score: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed tensors checked, in autocast's dtype, as (1, H, T, dim) views."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if isinstance(x, Tensor) and not x.is_nested and x.ndim != 3:
+            raise ValueError(f"{name}: expected packed (T, H, D), got shape {tuple(x.shape)}")
+    q, k, v = autocast(q, k, v)
+    q, k, v = (x.transpose(0, 1)[None] if isinstance(x, Tensor) and not x.is_nested else x for x in (q, k, v))
+    check_qkv(q, k, v, "bhsd", score)
+    return q, k, v
+
+
+def bind_ragged(
+    q: Tensor, k: Tensor, starts_q: Any, starts_k: Any, max_q: int | None, max_k: int | None, alignment: str | None
+) -> Ragged:
+    """The starts checked, as far as that is free, and the longest sequences: given, read, or all that there is."""
+    if alignment is not None and alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {alignment!r}")
+    longest: list[int] = []
+    for name, starts, x, most in (("q", starts_q, q, max_q), ("k", starts_k, k, max_k)):
+        total = x.shape[2]
+        check_starts(f"cu_seqlens_{name}", starts, total, q.device)
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            raise TypeError(f"max_seqlen_{name}: expected None or an int >= 0, got {describe(most)}")
+        if readable(starts):
+            found = int(starts.diff().max()) if len(starts) > 1 else 0
+            if most is not None and found > most:
+                raise ValueError(f"max_seqlen_{name}: a sequence is {found} long, got {most}")
+            most = found if most is None else most
+        longest.append(total if most is None else most)
+    if len(starts_q) != len(starts_k):
+        shapes = tuple(starts_q.shape), tuple(starts_k.shape)
+        raise ValueError(f"cu_seqlens_k: expected cu_seqlens_q's shape {shapes[0]}, got {shapes[1]}")
+    return Ragged(starts_q, starts_k, longest[0], longest[1], alignment, starts_q is starts_k)
+
+
+def check_longest(p: Problem, max_q: int | None, max_k: int | None) -> None:
+    """What is said pair by pair, or row by row, is laid out by the longest sequences, so they have to be known."""
+    by_row = (p.mask, p.span.lo, p.span.hi, p.pattern, p.span.sinks or None)
+    said = "bias" if p.bias is not None else "mask" if any(x is not None for x in by_row) else None
+    for name, most in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
+        if said and most is None and not readable(p.ragged.q):  # type: ignore[union-attr]
+            raise ValueError(f"{name}: {said} is laid out by it, got None")
