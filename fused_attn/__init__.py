@@ -16,6 +16,7 @@ if not (_root / "fused_attn" / "kernels").is_dir() and (_root / "kernels").is_di
 
 from . import scores  # noqa: E402
 from .api import attention, explain, merge_states, scaled_dot_product_attention, warmup  # noqa: E402
+from .decode import attention_decode  # noqa: E402
 from .dispatch import BACKENDS, Explanation  # noqa: E402
 from .seeing import attention_map, attention_stats  # noqa: E402
 from .spec import BackendError, Mask, TransformError, debug  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "Mask",
     "TransformError",
     "attention",
+    "attention_decode",
     "attention_map",
     "attention_stats",
     "attention_varlen",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 _LATER = (
-    "attention_decode", "PagedKVCache", "parallel",
+    "PagedKVCache", "parallel",
 )  # fmt: skip
 
 

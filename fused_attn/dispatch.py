@@ -13,7 +13,9 @@ from . import autograd, native, ops, reference, tiled
 from .spec import BackendError, Problem, TransformError
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
-SEEING = ("triton", "tiled", "reference")  # those that have statistics and maps
+# What a backend may be asked for beside out, which these have, and what the others say.
+BESIDE = ("triton", "tiled", "reference")
+TASKS = {"seeing": "computes no statistics and no map", "decoding": "decodes from no cache"}
 PLAIN = {"sdpa": native, "tiled": tiled, "reference": reference}  # backends made of torch's own differentiable ops
 for _name in ops.LAUNCHERS:
     ops.launcher(_name)  # now, because a compiler that traces a call cannot import
@@ -44,16 +46,16 @@ def transformed(p: Problem) -> str | None:
     return None
 
 
-def why_not(name: str, p: Problem, by_name: bool, transform: str | None, seeing: bool = False) -> list[str]:
-    """Every reason why a backend cannot run p; by_name, when it was asked for explicitly; seeing: not for out."""
-    if seeing and name not in SEEING:
-        return ["it computes no statistics and no map"]
+def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: str = "") -> list[str]:
+    """Every reason why a backend cannot run p; by_name, when it was asked for explicitly; task: one of TASKS."""
+    if task and name not in BESIDE:
+        return [f"it {TASKS[task]}"]
     if name in PLAIN:
         reasons = PLAIN[name].why_not(p)
     else:
         reasons = ops.launcher(name).why_not(p)
-    if transform and (seeing or name not in ("tiled", "reference")):
-        reasons = [*reasons, f"{transform} is not built for {'statistics and maps' if seeing else 'it'}"]
+    if transform and (task or name not in ("tiled", "reference")):
+        reasons = [*reasons, f"{transform} is not built for {task or 'it'}"]
     if name == "hopper" and not by_name and not reasons:
         reasons = ops.launcher(name).unproven(p)
     if name == "triton" and not by_name and p.q.device.type == "cpu":
@@ -81,27 +83,27 @@ def taken(name: str, p: Problem, lowered: Problem) -> Problem:
     return p if name == "reference" else lowered
 
 
-def _explain(p: Problem, lowered: Problem, backend: str | None, seeing: bool = False) -> Explanation:
+def _explain(p: Problem, lowered: Problem, backend: str | None, task: str = "") -> Explanation:
     asked = backend or os.environ.get("FUSED_ATTN_BACKEND") or None
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {asked!r}")
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if asked is None else (asked,):
-        reasons = why_not(name, taken(name, p, lowered), asked is not None, transform, seeing)
+        reasons = why_not(name, taken(name, p, lowered), asked is not None, transform, task)
         if not reasons:
             return Explanation(name, refused)
         refused[name] = reasons
     return Explanation(None, refused)
 
 
-def choose(p: Problem, backend: str | None = None, seeing: bool = False) -> tuple[str, Problem]:
+def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str, Problem]:
     """The first backend that can run p, or the one asked for, and the form of p that it takes.
 
-    seeing: that can compute its statistics and maps, rather than out.
+    task: that can do one of TASKS, rather than compute out.
     """
     lowered = p.lower()
-    choice = _explain(p, lowered, backend, seeing)
+    choice = _explain(p, lowered, backend, task)
     if choice.backend is None:
         asked, reasons = next(reversed(choice.reasons.items()))
         error = TransformError if transformed(p) else BackendError

@@ -155,7 +155,7 @@ def _look(what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str 
     heads = heads_first(q, k, v, layout, words["score"])
     with torch.no_grad(), no_autocast(q):
         p = bind(*heads, **words)
-        name, form = dispatch.choose(p, backend, seeing=True)
+        name, form = dispatch.choose(p, backend, task="seeing")
         found = find(name, form)
         found = tuple(x.float() if x is not None and x.is_floating_point() else x for x in found)
     sources = [x for x in p.tensors().values() if x.requires_grad]

@@ -1,0 +1,314 @@
+"""Attention over caches: dense and paged, what it reads and writes, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused_attn
+from fused_attn import BackendError, attention_decode
+from tests.decoding import Call, Given
+
+HOST = ("reference", "tiled")
+ALL = HOST
+
+CALLS = {
+    "plain": Call(),
+    "one_long": Call(lengths=(130,), hq=1, hkv=1, d=32),
+    "group_3": Call(hq=6, hkv=2, dv=24),
+    "group_8": Call(hq=8, hkv=1, m=3, causal=True),
+    "chunk": Call(m=17, causal=True),
+    "chunk_longer_than_keys": Call(lengths=(5, 70, 17), m=17, causal=True, sink=True),
+    "pages_of_1": Call(page=1, lengths=(37, 5), room=40),
+    "pages_of_16": Call(page=16, m=3, causal=True),
+    "pages_of_64": Call(page=64, softcap=3.0),
+    "pages_of_256": Call(page=256, room=256, hq=6, hkv=2),
+    "window": Call(window=(20, 0), m=3),
+    "window_both_sides": Call(window=(20, 5), m=17, page=16),
+    "window_right": Call(window=(None, 2), m=17, sink=True),
+    "alibi": Call(alibi=True, m=3),
+    "alibi_of_each": Call(alibi_batch=True, m=3, causal=True, page=16, lengths=(70, 2, 96)),
+    "sink": Call(sink=True, page=64),
+    "softmax1": Call(normalizer="softmax1", lengths=(70, 0)),
+    "scale_of_heads": Call(scale="heads", softcap=2.0),
+    "negative_scale": Call(scale=-0.3),
+    "tree": Call(tree="shared", m=17, lengths=(70, 17, 96)),
+    "tree_of_each": Call(tree="own", m=3, page=16, causal=True, lengths=(70, 2, 33)),
+    "tree_leftpad": Call(tree="own", m=17, leftpad=True, lengths=(70, 18, 96)),
+    "leftpad": Call(leftpad=True),
+    "leftpad_pages": Call(leftpad=True, page=16, m=3, causal=True),
+    "leftpad_window": Call(leftpad=True, window=(40, 0)),
+    "indexed": Call(indexed=True, m=3, causal=True),
+    "heads_first": Call(layout="bhmd", cache_order="bhnd", m=3, causal=True),
+    "everything": Call(m=5, hq=6, hkv=2, dv=8, page=16, window=(60, 0), alibi_batch=True, softcap=4.0, sink=True,
+                       tree="own", leftpad=True, scale="heads"),
+}  # fmt: skip
+APPENDS = {
+    "append": Call(new=1, lengths=(70, 33, 1, 96)),
+    "append_pages": Call(new=3, m=3, causal=True, page=16, lengths=(70, 33, 3, 96)),
+    "append_indexed": Call(new=2, m=1, indexed=True, lengths=(70, 33, 2)),
+    "append_leftpad": Call(new=2, m=2, leftpad=True, lengths=(70, 33)),
+    "halves": Call(new=1, rotary="halves", lengths=(70, 33, 1)),
+    "pairs": Call(new=3, m=3, causal=True, rotary="pairs", page=16, lengths=(70, 33, 3)),
+    "halves_window": Call(new=3, m=5, window=(20, 0), rotary="halves", dv=8, lengths=(70, 33, 5)),
+    "pairs_at_one_place": Call(new=3, m=3, rotary="pairs", page=1, lengths=(40, 33, 3)),
+}
+
+
+def tensors(b: int = 2, m: int = 1, n: int = 32, hq: int = 4, hkv: int = 2, d: int = 16) -> tuple[Tensor, ...]:
+    return torch.randn(b, m, hq, d), torch.randn(b, n, hkv, d), torch.randn(b, n, hkv, d)
+
+
+def ints(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("backend", HOST)
+@pytest.mark.parametrize("name", CALLS)
+def test_parity(name: str, backend: str, nan_outputs: None) -> None:
+    given = Given(CALLS[name])
+    given.check(*given.run(backend))
+    given.check_caches()
+
+
+@pytest.mark.parametrize("backend", HOST)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("name", ("chunk", "everything", "pairs"))
+def test_types(name: str, dtype: torch.dtype, backend: str) -> None:
+    given = Given((CALLS | APPENDS)[name], dtype)
+    given.check(*given.run(backend))
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("name", APPENDS)
+def test_append(name: str, backend: str, nan_outputs: None) -> None:
+    """New keys stand where they should, rotated; every other byte is as it was; and the queries see them."""
+    given = Given(APPENDS[name])
+    out, lse = given.run(backend)
+    given.check_caches()
+    given.check(out, lse)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("sink", (False, True))
+def test_nothing_to_see(backend: str, sink: bool) -> None:
+    given = Given(Call(lengths=(0, 0), m=3, sink=sink))
+    out, lse = given.run(backend)
+    assert (out == 0).all()
+    expected = given.kwargs["sink"][:, None] if sink else torch.tensor(-torch.inf)
+    assert torch.equal(lse, expected.expand_as(lse))
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("shape", ({"b": 0}, {"m": 0}, {"hq": 0}, {"n": 0}), ids=str)
+def test_empty(backend: str, shape: dict[str, int]) -> None:
+    q, k, v = tensors(**shape)
+    out, lse = attention_decode(q, k, v, return_lse=True, backend=backend)
+    assert out.shape == q.shape and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_without_lengths_the_whole_cache_counts(backend: str) -> None:
+    q, k, v = tensors(m=3)
+    full = ints(32, 32)
+    a, b = (attention_decode(q, k, v, cache_seqlens=x, causal=True, backend=backend) for x in (None, full))
+    assert torch.equal(a, b)
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    paged = [x.reshape(8, 8, 2, 16) for x in (k, v)]
+    assert torch.equal(a, attention_decode(q, *paged, page_table=table, causal=True, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("page", (None, 16))
+def test_bits_do_not_depend_on_the_batch(backend: str, page: int | None) -> None:
+    """Alone, in company, and in another place: the same bits."""
+    call = Call(lengths=(96, 130, 3, 70), m=2, causal=True, page=page, hq=6, hkv=2, sink=True)
+    given = Given(call)
+    out, lse = given.run(backend, batch_invariant=True)
+    per_batch = {"cache_seqlens", "page_table"}
+    words = {x: y for x, y in given.kwargs.items() if x not in per_batch}
+
+    def some(order: list[int]) -> tuple[Tensor, Tensor]:
+        own = {x: given.kwargs[x][order] for x in per_batch & given.kwargs.keys()}
+        if page is None:
+            own["cache_batch_idx"] = ints(*order)
+        return attention_decode(
+            given.q[order], given.k, given.v, **words, **own, batch_invariant=True, return_lse=True, backend=backend
+        )
+
+    for order in ([0], [3], [2, 1, 0], [3, 3, 1]):
+        found, found_lse = some(order)
+        assert torch.equal(found, out[order]) and torch.equal(found_lse, lse[order])
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_nan_stays(backend: str) -> None:
+    """In a key or a value that somebody sees, it comes out where it was seen, and nowhere else."""
+    for i in (1, 2):
+        x = list(tensors(n=70))
+        x[i][0, 40, 0, 3] = torch.nan
+        out, lse = attention_decode(*x, return_lse=True, backend=backend)
+        hit = out[0, :, :2].isnan()
+        assert hit.all() if i == 1 else hit[..., 3].all() and hit.sum() == 2
+        assert out[1].isfinite().all() and out[0, :, 2:].isfinite().all()
+        assert lse[0, :2].isnan().all() == (i == 1) and lse[1].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------- operators
+
+
+def arguments(call: Call, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What `append` and `decode` are called with."""
+    given, w = Given(call), None
+    w = given.kwargs
+    rotary = w.get("rotary") or (None, None, False)
+    place = (w["cache_seqlens"], w.get("page_table"), w.get("cache_batch_idx"))
+    append = (given.k, given.v, *place, w["k_new"], w["v_new"], given.q, *rotary, call.causal, backend)
+    softcap = torch.tensor(3.0)
+    decode = (
+        given.q, given.k.nan_to_num(), given.v.nan_to_num(), *place, w.get("cache_leftpad"), w.get("tree_mask"),
+        w.get("scale"), softcap, w.get("alibi_slopes"), w.get("sink"), call.new, 1.0, None, 20, 0, None, False, backend,
+    )  # fmt: skip
+    return append, decode
+
+
+OPERATORS = (
+    Call(new=3, m=3, causal=True, rotary="pairs", page=16, lengths=(70, 33), tree="own", sink=True, scale="heads"),
+    Call(new=1, indexed=True, lengths=(70, 33), alibi=True, leftpad=True),
+)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("call", OPERATORS, ids=("pages", "rows"))
+def test_line_32_opcheck(call: Call, backend: str) -> None:
+    """Line 32: torch's own examination; what `append` writes to stands in its schema."""
+    append, decode = arguments(call, backend)
+    # Where it compares what was written, NaN would differ from itself.
+    append = tuple(x.nan_to_num() if isinstance(x, Tensor) and x.is_floating_point() else x for x in append)
+    torch.library.opcheck(torch.ops.fused_attn.append.default, append)
+    torch.library.opcheck(torch.ops.fused_attn.decode.default, decode)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_compile_fullgraph(backend: str) -> None:
+    torch._dynamo.reset()
+
+    def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, new: Tensor) -> Tensor:
+        return attention_decode(
+            q.sin(), k, v, cache_seqlens=lengths, k_new=new, v_new=new.cos(), causal=True, backend=backend
+        ).cos()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    q, k, v = tensors()
+    new = torch.randn(2, 1, 2, 16)
+    caches = [(k.clone(), v.clone()) for _ in range(2)]
+    for lengths in (ints(5, 30), ints(6, 31)):
+        got, expected = (f(q, *c, lengths, new) for f, c in zip((compiled, step), caches, strict=True))
+        assert torch.equal(got, expected)
+        assert all(torch.equal(x, y) for x, y in zip(*caches, strict=True))
+
+
+def test_flops() -> None:
+    """Two products for each score with a key that there is room for."""
+    q, k, v = tensors(b=2, m=3, n=32, hq=4, d=16)
+    with FlopCounterMode(display=False) as counter:
+        attention_decode(q, k, v[..., :6], backend="tiled")
+    assert counter.get_total_flops() == 2 * 2 * 4 * 3 * 32 * (16 + 6)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "q_rank": ({"q": torch.zeros(2, 4, 16)}, ValueError, r"q: expected \(B, M, Hq, D\), got shape \(2, 4, 16\)"),
+    "q_type": ({"q": [1]}, TypeError, "q: expected a tensor, got list"),
+    "k_dtype": ({"k_cache": torch.zeros(2, 32, 2, 16).half()}, TypeError, "k_cache: expected q's torch.float32"),
+    "k_dim": ({"k_cache": torch.zeros(2, 32, 2, 8)}, ValueError, "k_cache: expected q's head dim 16"),
+    "k_batch": ({"k_cache": torch.zeros(3, 32, 2, 16), "v_cache": torch.zeros(3, 32, 2, 16)}, ValueError,
+                "k_cache: expected q's batch size 2"),
+    "v_shape": ({"v_cache": torch.zeros(2, 31, 2, 16)}, ValueError, "v_cache: expected .* of k_cache"),
+    "heads": ({"q": torch.zeros(2, 1, 3, 16)}, ValueError, "2 key-value heads do not divide the 3 query heads"),
+    "lengths_dtype": ({"cache_seqlens": torch.zeros(2)}, TypeError, "cache_seqlens: expected an int32 tensor"),
+    "lengths_shape": ({"cache_seqlens": ints(1, 2, 3)}, ValueError, r"cache_seqlens: expected shape \(2,\)"),
+    "lengths_negative": ({"cache_seqlens": ints(3, -1)}, ValueError, r"cache_seqlens: .* got -1 at \(1,\)"),
+    "lengths_beyond": ({"cache_seqlens": ints(33, 1)}, ValueError, r"cache_seqlens: .*room for 32, got 33 at \(0,\)"),
+    "no_room": ({"cache_seqlens": ints(3, 32), "k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)},
+                ValueError, "cache_seqlens: expected 0 <= cache_seqlens <= 31 with 1 new keys and room for 32, got 32"),
+    "new_alone": ({"cache_seqlens": ints(1, 1), "k_new": torch.zeros(2, 1, 2, 16)}, ValueError,
+                  "v_new: expected a tensor beside k_new"),
+    "new_without_lengths": ({"k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)}, ValueError,
+                            "cache_seqlens: expected int32"),
+    "new_shape": ({"cache_seqlens": ints(1, 1), "k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 2, 2, 16)},
+                  ValueError, r"v_new: expected shape \(B, T, Hkv, D\) = \(2, 1, 2, 16\)"),
+    "rotary_alone": ({"rotary": (torch.zeros(9, 4), torch.zeros(9, 4), False)}, ValueError, "rotary: only with k_new"),
+    "rotary_pair": ({"rotary": (1, 2)}, TypeError, "rotary: expected"),
+    "tree_shape": ({"tree_mask": torch.ones(2, 2, 2, dtype=torch.bool)}, ValueError, "tree_mask: expected shape"),
+    "tree_dtype": ({"tree_mask": torch.ones(2, 1, 1)}, TypeError, "tree_mask: expected a bool tensor"),
+    "index_beyond": ({"cache_batch_idx": ints(0, 2)}, ValueError, r"cache_batch_idx: expected .* got 2 at \(1,\)"),
+    "index_and_table": ({"cache_batch_idx": ints(0, 1), "page_table": ints([0], [1])}, ValueError, "not with"),
+    "leftpad": ({"cache_seqlens": ints(3, 3), "cache_leftpad": ints(0, 4)}, ValueError, "cache_leftpad: .* got 4"),
+    "page_beyond": ({"page_table": ints([0], [2])}, ValueError, r"page_table: .*0 <= id < 2.*got 2 at \(1, 0\)"),
+    "page_negative": ({"page_table": ints([0, -1], [1, 0])}, ValueError, r"page_table: .*got -1 at \(0, 1\)"),
+    "splits": ({"num_splits": 0}, ValueError, "num_splits: must be at least 1, got 0"),
+    "splits_invariant": ({"num_splits": 2, "batch_invariant": True}, ValueError, "num_splits: not with"),
+    "sigmoid": ({"normalizer": "sigmoid"}, ValueError, "normalizer: expected"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap: must be > 0"),
+    "window": ({"window": (-1, 0)}, ValueError, "window: left must be None or >= 0"),
+    "backend": ({"backend": "sdpa"}, BackendError, "sdpa.*decodes from no cache"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name: str) -> None:
+    given, kind, message = WRONG[name]
+    q, k, v = (torch.zeros(2, n, h, 16) for n, h in ((1, 4), (32, 2), (32, 2)))
+    arguments = {"q": q, "k_cache": k, "v_cache": v, "backend": "tiled"} | given
+    with pytest.raises(kind, match=message):
+        attention_decode(**arguments)
+
+
+def test_a_table_may_hold_anything_behind_the_keys() -> None:
+    q, k, v = tensors()
+    table = ints([0, 99], [1, -7])
+    attention_decode(q, k, v, page_table=table, cache_seqlens=ints(32, 3))
+    with pytest.raises(ValueError, match="page_table"):
+        attention_decode(q, k, v, page_table=table, cache_seqlens=ints(33, 3))
+
+
+def test_rotary_knows_its_last_position() -> None:
+    q, k, v = tensors(m=3)
+    new, angles = torch.zeros(2, 1, 2, 16), torch.zeros(10, 4)
+    words = {"cache_seqlens": ints(9, 2), "k_new": new, "v_new": new, "rotary": (angles, angles, False)}
+    attention_decode(q, k, v, **words)
+    with pytest.raises(ValueError, match="rotary: expected cos and sin of at least 12 positions, got 10"):
+        attention_decode(q, k, v, **words, causal=True)
+
+
+@pytest.mark.parametrize("name", ("q", "k_cache", "sink"))
+def test_gradients_are_refused(name: str) -> None:
+    q, k, v = tensors()
+    given = {"q": q, "k_cache": k, "v_cache": v, "sink": torch.zeros(4)}
+    given[name] = given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name}: decoding has no backward"):
+        attention_decode(**given)
+    with torch.no_grad():
+        attention_decode(**given)
+
+
+def test_autocast_casts_what_is_no_cache() -> None:
+    q, k, v = tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention_decode(q, k.bfloat16(), v.bfloat16()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match="k_cache"):
+            attention_decode(q, k.half(), v.half())
+
+
+def test_nobody_decodes_under_a_transform() -> None:
+    q, k, v = tensors()
+    with pytest.raises(NotImplementedError, match=r"torch.func transforms is not built for decoding"):
+        torch.func.vmap(lambda q: attention_decode(q[None], k[:1], v[:1]))(q)
+    assert fused_attn.attention_decode is attention_decode
