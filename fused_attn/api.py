@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import calls, dispatch, state
-from .bind import bind, check_qkv
+from . import calls, dispatch, nested, state
+from .bind import autocast, bind, check_qkv, no_autocast
 from .spec import Mask, describe
 
 LAYOUTS = ("bhsd", "bshd")
@@ -48,7 +47,9 @@ def attention(
 
     Args:
         q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). float16, bfloat16, float32; float64 on `tiled` and
-            `reference`. Any strides.
+            `reference`. Any strides. Jagged nested tensors are taken too: then q is (B, Hq, j, D), as torch has it,
+            k and v share their lengths, alignment is that of each sequence (None only where q shares them too), and
+            tensor masks and bias are refused.
         k: (B, Hkv, N, D); Hkv divides Hq, and query head h reads head h // (Hq // Hkv). A bilinear score lets D differ.
         v: (B, Hkv, N, Dv).
         score: how alike q_i and k_j are: "dot", q_i . k_j; or `scores.Bilinear(w)`, `scores.Cosine(t)`,
@@ -78,7 +79,7 @@ def attention(
 
     Returns:
         out (B, Hq, M, Dv) (or bshd) in q's dtype, its memory order following q's; or (out, lse). A row that may see
-        nothing gives zeros and lse -inf.
+        nothing gives zeros and lse -inf. Jagged in, jagged out, with q's offsets; lse is (B, Hq, j).
 
     Raises:
         TypeError, ValueError: a wrong argument, by name. BackendError: the backend asked for cannot run this; every
@@ -99,6 +100,12 @@ def attention(
     if call is not None and call.known:
         swapped = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if layout == "bshd" else (q, k, v)
         out, lse = call((*swapped, mask, bias, alibi_slopes, sink))
+    elif nested.is_nested(q, k, v):
+        return nested.attention(
+            q, k, v, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
+            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
+            normalizer=normalizer, layout=layout, return_lse=return_lse, deterministic=deterministic, backend=backend,
+        )  # fmt: skip
     else:
         heads = heads_first(q, k, v, layout, score)
         with no_autocast(q):
@@ -186,7 +193,8 @@ def scaled_dot_product_attention(
     query (..., M, D), key (..., N, D), value (..., N, Dv) with leading dims that broadcast; with enable_gqa the third
     last dim counts heads and key's must divide query's. attn_mask: bool (True = may attend) or float (added),
     broadcastable to (..., M, N). is_causal and window are aligned top-left, as torch's. A row that may see nothing
-    gives zeros. softcap, window, alibi_slopes, sink and backend mean what they mean in `attention`.
+    gives zeros. softcap, window, alibi_slopes, sink and backend mean what they mean in `attention`. Jagged nested
+    tensors (B, H, j, D) are taken too, without an attn_mask.
 
     Returns (..., M, Dv). Raises TypeError and ValueError that name the argument.
 
@@ -202,6 +210,11 @@ def scaled_dot_product_attention(
     if call is not None and call.known:
         return call(given)[0]
     query, key, value = autocast(query, key, value)
+    if nested.is_nested(query, key, value):
+        return nested.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, softcap=softcap,
+            window=window, alibi_slopes=alibi_slopes, sink=sink, backend=backend,
+        )  # fmt: skip
     check_qkv(query, key, value, "sdpa")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask: must be None when is_causal is True")
@@ -282,23 +295,6 @@ def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     if mask.ndim == 4:
         return mask
     return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(_product(shape[:-3]), *mask.shape[-3:])
-
-
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast, q, k and v in its dtype, as torch's own ops take them."""
-    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), None)
-    if device is None or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    castable = (torch.float16, torch.bfloat16, torch.float32)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
-
-
-def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast has done its work on the inputs; inside, it would change the types of the products."""
-    if torch.is_autocast_enabled(q.device.type):
-        return torch.autocast(q.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def warmup(

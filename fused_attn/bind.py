@@ -5,6 +5,7 @@ Every error names the argument, what it was and what is allowed.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") 
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
         if x.is_nested:
-            raise NotImplementedError(f"{name}: nested tensors are not built yet")
+            raise NotImplementedError(f"{name}: nested tensors are built for attention and the SDPA door alone")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
         if x.dtype != q.dtype:
@@ -203,3 +204,20 @@ def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
 
 def _deterministic(asked: bool | None) -> bool:
     return torch.are_deterministic_algorithms_enabled() or asked is None or bool(asked)
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, q, k and v in its dtype, as torch's own ops take them."""
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), None)
+    if device is None or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
+
+
+def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast has done its work on the inputs; inside, it would change the types of the products."""
+    if torch.is_autocast_enabled(q.device.type):
+        return torch.autocast(q.device.type, enabled=False)
+    return contextlib.nullcontext()

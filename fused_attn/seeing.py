@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops, reference
-from .api import heads_first, no_autocast
-from .bind import bind
+from .api import heads_first
+from .bind import bind, no_autocast
 from .spec import Mask, Problem, Statistics, describe
 
 
@@ -151,7 +151,7 @@ def attention_map(
 
 def _look(what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str | None, **words: Any) -> Any:
     """What `find` finds by the backend that is chosen, in float32; it remembers that it has no derivative."""
-    v = k[..., :1] if isinstance(k, Tensor) and k.ndim else k  # nobody looks at values
+    v = k[..., :1] if isinstance(k, Tensor) and k.ndim and not k.is_nested else k  # nobody looks at values
     heads = heads_first(q, k, v, layout, words["score"])
     with torch.no_grad(), no_autocast(q):
         p = bind(*heads, **words)

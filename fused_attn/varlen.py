@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import dispatch
-from .api import autocast, no_autocast
-from .bind import bind, check_qkv
+from .bind import autocast, bind, check_qkv, no_autocast
 from .checks import check_starts, readable
 from .spec import ALIGNMENTS, Mask, Problem, Ragged, describe
 

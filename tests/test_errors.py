@@ -290,7 +290,6 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
 LATER: dict[str, Callable[[], Any]] = {
     "PagedKVCache": lambda: fused_attn.PagedKVCache(),
     "parallel": lambda: fused_attn.parallel.ring_attention(None),
-    "nested": lambda: attention(*[torch.nested.nested_tensor([zeros(2, 3)], layout=torch.jagged)] * 3),
 }
 
 

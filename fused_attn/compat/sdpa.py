@@ -126,8 +126,6 @@ def _fused(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    if isinstance(query, Tensor) and query.is_nested:
-        raise NotImplementedError("query: nested tensors are not built yet")
     window = None
     if isinstance(attn_mask, CausalBias):
         if is_causal:
