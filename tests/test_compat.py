@@ -266,6 +266,7 @@ def test_scopes_of_many_threads(arrivals: list) -> None:
 
 transformers = pytest.importorskip("transformers")
 import fused_attn.compat.transformers as models  # noqa: E402
+from fused_attn.compat import flash_attn  # noqa: E402
 
 SMALL = {
     "vocab_size": 50,
@@ -453,3 +454,119 @@ def test_sentence_encoder_is_quiet() -> None:
         model = transformers.AutoModel.from_config(CONFIGS["bert"](), attn_implementation=models.NAME).eval()
         model(torch.randint(1, 50, (1, 7)))
     assert model.config._attn_implementation == models.NAME
+
+
+# --- Transformers' flash_attention_2
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The path pointed at ours; the names of what it calls."""
+    called: list[str] = []
+
+    def counted(name: str) -> Callable:
+        original = getattr(flash_attn, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("attention", "attention_varlen", "attention_decode"):
+        monkeypatch.setattr(flash_attn, name, counted(name))
+    with models.flash_attention_2():
+        yield called
+
+
+# Taking tokens out of the middle moves the others closer together, which a window sees.
+UNPADDED = [(name, padding) for name in ("bert", "llama", "mistral", "gemma2") for padding in PADDING
+            if padding != "inside" or name in ("bert", "llama")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "padding"), UNPADDED)
+def test_flash_attention_2(name: str, padding: str, flash: list[str]) -> None:
+    """Hidden states and gradients as by eager attention in float64, without padding among the tokens."""
+    model = build(name)
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, PADDING[padding]] = 0
+    tokens = {"input_ids": torch.randint(1, 50, (2, 13)), "attention_mask": mask}
+    oracle = run_model(model, "eager", torch.float64, tokens)
+    plain = run_model(model, "eager", torch.float32, tokens)
+    assert not flash
+    ours = run_model(model, models.FLASH, torch.float32, tokens)
+    assert flash == ["attention" if padding == "none" else "attention_varlen"] * 2
+    for key in oracle:
+        within_budget(key, ours[key], oracle[key], plain[key])
+
+
+@pytest.mark.parametrize("pad", [0, 4])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_flash_attention_2_with_a_cache(name: str, pad: int, flash: list[str]) -> None:
+    """A prompt of a batch, one sequence padded on the left, then token by token: as if each had come alone, at once."""
+    model = build(name)
+    tokens = torch.randint(1, 50, (2, 13))
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, :pad] = 0
+
+    def alone(dtype: torch.dtype) -> Tensor:
+        model.set_attn_implementation("eager")
+        model.to(dtype)
+        with torch.inference_mode():
+            found = [model(tokens[b : b + 1, first:]).last_hidden_state[0] for b, first in ((0, 0), (1, pad))]
+        return torch.cat(found)
+
+    def ours() -> Tensor:
+        model.set_attn_implementation(models.FLASH)
+        model.to(torch.float32)
+        places, cache, found = (mask.cumsum(1) - 1).clamp_min(0), None, []
+        with torch.inference_mode():
+            for i, end in zip([0, *range(7, 13)], range(7, 14), strict=True):
+                answer = model(tokens[:, i:end], attention_mask=mask[:, :end], position_ids=places[:, i:end],
+                               past_key_values=cache, use_cache=True)  # fmt: skip
+                cache = answer.past_key_values
+                found.append(answer.last_hidden_state)
+        return torch.cat(found, 1)[mask.bool()]
+
+    within_budget("hidden", ours(), alone(torch.float64), alone(torch.float32))
+    assert ("attention_varlen" in flash) == (pad > 0)
+    assert "attention" in flash or (pad and name == "llama")  # once a window has left the padding behind
+
+
+def test_flash_attention_2_of_packed_sequences(flash: list[str]) -> None:
+    """Positions that begin again are sequences of their own."""
+    model = build("llama")
+    tokens, cuts = torch.randint(1, 50, (1, 11)), [slice(0, 4), slice(4, 11)]
+    places = torch.cat([torch.arange(4), torch.arange(7)])[None]
+
+    def alone(dtype: torch.dtype) -> Tensor:
+        model.set_attn_implementation("eager")
+        model.to(dtype)
+        return torch.cat([model(tokens[:, cut]).last_hidden_state for cut in cuts], 1)
+
+    with torch.no_grad():
+        oracle, plain = alone(torch.float64), alone(torch.float32)
+        model.set_attn_implementation(models.FLASH)
+        within_budget("hidden", model(tokens, position_ids=places, use_cache=False).last_hidden_state, oracle, plain)
+    assert flash == ["attention_varlen"] * 2
+
+
+def test_flash_attention_2_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scopes and calls nest, and all is as it was afterwards."""
+    from transformers import modeling_flash_attention_utils as room
+
+    entry = room.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]
+    before = room._lazy_imports, dict(entry)
+    with models.flash_attention_2():
+        models.register_flash_attention_2()
+        with models.flash_attention_2():
+            pass
+        assert room.lazy_import_flash_attention(models.FLASH)[0][0] is flash_attn.flash_attn_func
+        assert (room._lazy_imports, entry) != before
+    models.unregister_flash_attention_2()
+    assert (room._lazy_imports, entry) == before
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        build("bert").set_attn_implementation(models.FLASH)
+    monkeypatch.delattr(room, "_lazy_imports")
+    with pytest.raises(NotImplementedError, match="looks for flash-attn in a way that is not known"):
+        models.register_flash_attention_2()

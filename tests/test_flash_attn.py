@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import doctest
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,13 +18,23 @@ from fused_attn.compat import flash_attn as door
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
-DENSE = ["dropout_p=0.0", "softmax_scale=None", "causal=False", "window_size=(-1, -1)", "softcap=0.0",
+WORDS_SAID = ["dropout_p=0.0", "softmax_scale=None", "causal=False", "window_size=(-1, -1)", "softcap=0.0",
          "alibi_slopes=None", "deterministic=False", "return_attn_probs=False"]  # fmt: skip
-SIGNATURES = {
-    "flash_attn_func": ["q", "k", "v", *DENSE],
-    "flash_attn_kvpacked_func": ["q", "kv", *DENSE],
-    "flash_attn_qkvpacked_func": ["qkv", *DENSE],
-}
+STARTS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+SIGNATURES: dict[str, list[str]] = {
+    "flash_attn_func": ["q", "k", "v", *WORDS_SAID],
+    "flash_attn_kvpacked_func": ["q", "kv", *WORDS_SAID],
+    "flash_attn_qkvpacked_func": ["qkv", *WORDS_SAID],
+    "flash_attn_varlen_func": ["q", "k", "v", *STARTS, *WORDS_SAID, "block_table=None"],
+    "flash_attn_varlen_kvpacked_func": ["q", "kv", *STARTS, *WORDS_SAID],
+    "flash_attn_varlen_qkvpacked_func": ["qkv", "cu_seqlens", "max_seqlen", *WORDS_SAID],
+    "flash_attn_with_kvcache": [
+        "q", "k_cache", "v_cache", "k=None", "v=None", "rotary_cos=None", "rotary_sin=None", "cache_seqlens=None",
+        "cache_batch_idx=None", "cache_leftpad=None", "block_table=None", "softmax_scale=None", "causal=False",
+        "window_size=(-1, -1)", "softcap=0.0", "rotary_interleaved=True", "alibi_slopes=None", "num_splits=0",
+        "return_softmax_lse=False",
+    ],
+}  # fmt: skip
 
 
 def randn(*shape: int) -> Tensor:
@@ -106,9 +117,40 @@ def dense(name: str) -> Callable:
     return prepare
 
 
+def starts_of(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def varlen(name: str) -> Callable:
+    """A function over packed tensors."""
+
+    def prepare(lengths: list[tuple[int, int]], words: dict[str, Any]) -> Callable:
+        rows, cols = ([x[side] for x in lengths] for side in (0, 1))
+        where = starts_of(rows), starts_of(cols), max(rows), max(cols)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            given = {
+                "flash_attn_varlen_func": lambda: (q, k, v, *where),
+                "flash_attn_varlen_kvpacked_func": lambda: (q, torch.stack((k, v), 1), *where),
+                "flash_attn_varlen_qkvpacked_func": lambda: (torch.stack((q, k, v), 1), where[0], where[2]),
+            }[name]()
+            out, lse, weights = getattr(door, name)(*given, **words, return_attn_probs=True)
+            assert weights is None
+            assert torch.equal(out, getattr(door, name)(*given, **words))
+            assert lse.shape == (q.shape[1], q.shape[0])
+            return out, lse.T
+
+        return run
+
+    return prepare
+
+
 def check(prepare: Callable, lengths: list[tuple[int, int]], words: dict[str, Any], kv_heads: int = KV_HEADS) -> None:
     """out, lse and every gradient of a function of packed tensors, held to the budget."""
     torch.manual_seed(0)
+    slopes = words.get("alibi_slopes")
+    if slopes is not None and slopes.ndim == 2:
+        words = {**words, "alibi_slopes": slopes[: len(lengths)]}
     tokens, keys = (sum(x[side] for x in lengths) for side in (0, 1))
     leaves = [randn(tokens, HEADS, DIM), randn(keys, kv_heads, DIM), randn(keys, kv_heads, DIM)]
     dout, dlse = randn(tokens, HEADS, DIM), randn(tokens, HEADS)
@@ -141,9 +183,10 @@ WORDS: dict[str, dict[str, Any]] = {
     "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 1.0])},
     "all": {
         "causal": True, "window_size": (4, 0), "softcap": 1.5, "softmax_scale": 0.6, "deterministic": True,
-        "alibi_slopes": torch.tensor([[0.5, 0.25, 0.125, 1.0], [0.3, 0.2, 0.1, 0.0]]),
+        "alibi_slopes": torch.linspace(0, 1, 20).view(5, 4),
     },
 }  # fmt: skip
+RAGGED = [(5, 9), (0, 3), (1, 0), (7, 7), (6, 2)]
 LENGTHS = {"more keys": [(7, 13)] * 2, "more queries": [(13, 7)] * 2, "alike": [(9, 9)] * 2}
 PACKED = [("flash_attn_func", KV_HEADS), ("flash_attn_kvpacked_func", KV_HEADS), ("flash_attn_qkvpacked_func", HEADS)]
 
@@ -165,6 +208,158 @@ def test_dense(backend: str, words: str, lengths: str) -> None:
 @pytest.mark.parametrize(("name", "kv_heads"), PACKED)
 def test_packed(backend: str, name: str, kv_heads: int, words: str) -> None:
     check(dense(name), LENGTHS["alike"], WORDS[words], kv_heads)
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_varlen(backend: str, words: str) -> None:
+    check(varlen("flash_attn_varlen_func"), RAGGED, WORDS[words])
+
+
+@pytest.mark.parametrize("words", ["plain", "all"])
+@pytest.mark.parametrize(("name", "kv_heads"), [(name.replace("attn_", "attn_varlen_"), h) for name, h in PACKED])
+def test_varlen_packed(name: str, kv_heads: int, words: str) -> None:
+    check(varlen(name), [(5, 5), (0, 0), (1, 1), (7, 7)], WORDS[words], kv_heads)
+
+
+def test_varlen_lengths_need_not_be_ints() -> None:
+    """Transformers hands over what it read off a tensor as a tensor."""
+    q, starts = randn(7, 2, 8), starts_of([3, 4])
+    expected = door.flash_attn_varlen_func(q, q, q, starts, starts, 4, 4, causal=True)
+    longest = starts.diff().max()
+    assert torch.equal(door.flash_attn_varlen_func(q, q, q, starts, starts, longest, longest, causal=True), expected)
+
+
+def paged(x: Tensor, lengths: Sequence[int], page: int) -> tuple[Tensor, Tensor]:
+    """Packed (T, ...) scattered over pages (P, page, ...) of NaN, in no order, and the table of the pages."""
+    needed = [-(-n // page) for n in lengths]
+    order = torch.randperm(sum(needed) + 2).int()
+    pages = torch.full((len(order), page, *x.shape[1:]), torch.nan)
+    table = torch.full((len(lengths), max(needed)), -1, dtype=torch.int32)
+    for b, (part, first) in enumerate(zip(x.split(list(lengths)), itertools.accumulate([0, *needed]), strict=False)):
+        table[b, : needed[b]] = order[first : first + needed[b]]
+        for j, row in enumerate(part):
+            pages[table[b, j // page], j % page] = row
+    return pages, table
+
+
+@pytest.mark.parametrize("words", ["plain", "causal", "window", "all"])
+def test_varlen_over_pages(backend: str, words: str) -> None:
+    rows, cols = ([x[side] for x in RAGGED] for side in (0, 1))
+    q, k, v = randn(sum(rows), HEADS, DIM), randn(sum(cols), KV_HEADS, DIM), randn(sum(cols), KV_HEADS, DIM)
+    torch.manual_seed(1)
+    k_pages, table = paged(k, cols, 4)
+    torch.manual_seed(1)
+    v_pages, _ = paged(v, cols, 4)
+    where = starts_of(rows), starts_of(cols), torch.tensor(max(rows)), max(cols)
+    out, lse, _ = door.flash_attn_varlen_func(
+        q, k_pages, v_pages, *where, **WORDS[words], return_attn_probs=True, block_table=table
+    )
+    oracle = of_batch(RAGGED, WORDS[words])
+    exact, plain = oracle(q.double(), k.double(), v.double()), oracle(q, k, v)
+    within_budget("out", out, exact[0], plain[0])
+    within_budget("lse", lse.T, exact[1], plain[1])
+
+
+# --- with a cache
+
+
+def turned(x: Tensor, places: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (S, H, D), each row's pairs of dims turned by the angles of its place."""
+    half = cos.shape[1]
+    c, s = (y.to(x.dtype)[places][:, None] for y in (cos, sin))
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
+    a, b = x[..., first], x[..., second]
+    found = x.clone()
+    found[..., first], found[..., second] = a * c - b * s, a * s + b * c
+    return found
+
+
+CACHE_WORDS = {name: WORDS[name] for name in ("plain", "causal", "window", "all")}
+CACHES = {
+    "read": {},
+    "append": {"new": 3},
+    "rotary": {"new": 3, "interleaved": True},
+    "neox": {"new": 3, "interleaved": False},
+    "rows": {"new": 3, "rows": [4, 0, 2]},
+    "leftpad": {"leftpad": [2, 0, 3]},
+    "leftpad-rotary": {"new": 3, "interleaved": True, "leftpad": [2, 0, 3]},
+    "pages": {"page": 4},
+    "pages-append": {"new": 3, "interleaved": False, "page": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("words", CACHE_WORDS)
+def test_kvcache(backend: str, words: str, cache: str) -> None:
+    given, said = CACHES[cache], dict(CACHE_WORDS[words])
+    said.pop("deterministic", None)
+    torch.manual_seed(0)
+    b, m, room, before = 3, 3, 20, [9, 6, 12]
+    rows, new = given.get("rows", list(range(b))), given.get("new", 0)
+    q, k, v = randn(b, m, HEADS, DIM), randn(b, new, KV_HEADS, DIM), randn(b, new, KV_HEADS, DIM)
+    caches = [randn(5, room, KV_HEADS, DIM) for _ in range(2)]
+    angles = randn(room + new, 3)
+    cos, sin = angles.cos(), angles.sin()
+    options: dict[str, Any] = {"cache_seqlens": torch.tensor(before, dtype=torch.int32), **said}
+    if "alibi_slopes" in said:
+        options["alibi_slopes"] = said["alibi_slopes"] = said["alibi_slopes"][:b]
+    if new:
+        options |= {"k": k, "v": v}
+    if "interleaved" in given:
+        options |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": given["interleaved"]}
+    if "rows" in given:
+        options["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32)
+    if "leftpad" in given:
+        options["cache_leftpad"] = torch.tensor(given["leftpad"], dtype=torch.int32)
+    held = [x[:b].clone() for x in caches] if "rows" not in given else [x.clone() for x in caches]
+    if "page" in given:
+        order = torch.randperm(b * room // given["page"])
+        options["block_table"] = order.argsort().view(b, -1).int()
+        held = [x.unflatten(1, (-1, given["page"])).flatten(0, 1)[order] for x in held]
+
+    def contents() -> list[Tensor]:
+        if "page" in given:
+            return [x[options["block_table"].long()].flatten(1, 2) for x in held]
+        return held
+
+    out, lse = door.flash_attn_with_kvcache(q, *held, **options, return_softmax_lse=True)
+
+    moves = said.get("causal", False) or said.get("window_size", (-1, -1)) != (-1, -1)
+
+    def oracle(dtype: torch.dtype, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """out, lse and the keys of one sequence."""
+        mine, fresh = q[i].to(dtype), k[i].to(dtype)
+        if "interleaved" in given:
+            mine = turned(mine, before[i] + torch.arange(m) * moves, cos, sin, given["interleaved"])
+            fresh = turned(fresh, before[i] + torch.arange(new), cos, sin, given["interleaved"])
+        old_k, old_v = (x[rows[i], given.get("leftpad", [0] * b)[i] : before[i]].to(dtype) for x in caches)
+        slopes = said.get("alibi_slopes")
+        keys, values = torch.cat((old_k, fresh)), torch.cat((old_v, v[i].to(dtype)))
+        return *documented(mine, keys, values, said, None if slopes is None else slopes[i]), fresh
+
+    for i in range(b):
+        exact, plain = oracle(torch.float64, i), oracle(torch.float32, i)
+        within_budget("out", out[i], exact[0], plain[0])
+        within_budget("lse", lse[i].T, exact[1], plain[1])
+        after = contents()
+        written = slice(before[i], before[i] + new)
+        within_budget("keys", after[0][rows[i], written], exact[2], plain[2])
+        assert torch.equal(after[1][rows[i], written], v[i])
+        for x, original in zip(after, caches, strict=True):
+            assert torch.equal(x[rows[i], : before[i]], original[rows[i], : before[i]])
+            assert torch.equal(x[rows[i], before[i] + new :], original[rows[i], before[i] + new :])
+
+
+def test_kvcache_lengths_as_a_number_or_none() -> None:
+    q, k, v = randn(2, 1, HEADS, DIM), randn(2, 9, KV_HEADS, DIM), randn(2, 9, KV_HEADS, DIM)
+    full = door.flash_attn_with_kvcache(q, k, v)
+    assert torch.equal(full, door.flash_attn_with_kvcache(q, k, v, cache_seqlens=9))
+    six = door.flash_attn_with_kvcache(q, k, v, cache_seqlens=6)
+    assert torch.equal(six, door.flash_attn_with_kvcache(q, k[:, :6], v[:, :6]))
+    split = door.flash_attn_with_kvcache(q, k, v, num_splits=2)
+    within_budget("split", split, door.flash_attn_with_kvcache(q.double(), k.double(), v.double()), full)
 
 
 def test_documented_masks() -> None:
@@ -233,6 +428,39 @@ def test_errors() -> None:
         door.flash_attn_kvpacked_func(q, randn(1, 5, 3, 2, 8))
     with pytest.raises(ValueError, match="k: 2 key-value heads do not divide"):
         door.flash_attn_func(randn(1, 5, 3, 8), q, q)
+
+
+def test_varlen_errors() -> None:
+    q, starts = randn(5, 2, 8), starts_of([2, 3])
+    with pytest.raises(ValueError, match=r"qkv: expected shape \(T, 3, H, D\)"):
+        door.flash_attn_varlen_qkvpacked_func(q, starts, 3)
+    with pytest.raises(ValueError, match=r"kv: expected shape \(T, 2, H, D\)"):
+        door.flash_attn_varlen_kvpacked_func(q, q, starts, starts, 3, 3)
+    with pytest.raises(NotImplementedError, match="return_attn_probs"):
+        door.flash_attn_varlen_func(q, q, q, starts, starts, 3, 3, dropout_p=0.1, return_attn_probs=True)
+    with pytest.raises(ValueError, match="max_seqlen_q: a sequence is 3 long, got 2"):
+        door.flash_attn_varlen_func(q, q, q, starts, starts, 2, 3)
+    pages, table = paged(q, [2, 3], 2)
+    with pytest.raises(NotImplementedError, match="dropout_p: 0 with block_table"):
+        door.flash_attn_varlen_func(q, pages, pages, starts, starts, 3, 3, dropout_p=0.1, block_table=table)
+    with pytest.raises(ValueError, match="max_seqlen_q: a sequence is 3 long, got 2"):
+        door.flash_attn_varlen_func(q, pages, pages, starts, starts, 2, 3, block_table=table)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k: expected cu_seqlens_q's shape \(3,\)"):
+        door.flash_attn_varlen_func(q, pages, pages, starts, starts[:2], 3, 3, block_table=table)
+    with pytest.raises(TypeError, match="cu_seqlens_q: expected an int32 tensor"):
+        door.flash_attn_varlen_func(q, pages, pages, starts.long(), starts, 3, 3, block_table=table)
+    with pytest.raises(ValueError, match="grad"):
+        door.flash_attn_varlen_func(q.clone().requires_grad_(), pages, pages, starts, starts, 3, 3, block_table=table)
+
+
+def test_kvcache_errors() -> None:
+    q, k = randn(2, 1, 2, 8), randn(2, 9, 2, 8)
+    with pytest.raises(ValueError, match="cache_seqlens: with k"):
+        door.flash_attn_with_kvcache(q, k, k, q, q)
+    with pytest.raises(ValueError, match="rotary_sin: expected with rotary_cos"):
+        door.flash_attn_with_kvcache(q, k, k, q, q, rotary_cos=randn(9, 4), cache_seqlens=3)
+    with pytest.raises(ValueError, match="rotary_cos: turns k"):
+        door.flash_attn_with_kvcache(q, k, k, rotary_cos=randn(9, 4), rotary_sin=randn(9, 4), cache_seqlens=3)
 
 
 @pytest.mark.parametrize("room", [door, bert_padding], ids=lambda room: room.__name__)
