@@ -16,6 +16,7 @@ if not (_root / "fused_attn" / "kernels").is_dir() and (_root / "kernels").is_di
 
 from . import scores  # noqa: E402
 from .api import attention, explain, merge_states, scaled_dot_product_attention, warmup  # noqa: E402
+from .cache import CacheFullError, PagedKVCache  # noqa: E402
 from .decode import attention_decode  # noqa: E402
 from .dispatch import BACKENDS, Explanation  # noqa: E402
 from .seeing import attention_map, attention_stats  # noqa: E402
@@ -26,8 +27,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BACKENDS",
     "BackendError",
+    "CacheFullError",
     "Explanation",
     "Mask",
+    "PagedKVCache",
     "TransformError",
     "attention",
     "attention_decode",
@@ -46,9 +49,7 @@ __all__ = [
     "warmup",
 ]
 
-_LATER = (
-    "PagedKVCache", "parallel",
-)  # fmt: skip
+_LATER = ("parallel",)
 
 
 class _NotBuilt:

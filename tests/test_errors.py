@@ -288,7 +288,6 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
 # ------------------------------------------------------------------------------------------------------ not built yet
 
 LATER: dict[str, Callable[[], Any]] = {
-    "PagedKVCache": lambda: fused_attn.PagedKVCache(),
     "parallel": lambda: fused_attn.parallel.ring_attention(None),
 }
 
