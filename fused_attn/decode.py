@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from . import decode_ops, dispatch
-from .api import no_autocast
-from .bind import bind
+from .bind import bind, no_autocast
 from .cached import Cache, Decode, Rotary
 from .checks import check_parameter, describe
 from .spec import DTYPES, Problem

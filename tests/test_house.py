@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "cache": {"cached", "spec"},
     "cached": {"checks", "spec"},
     "decode_ops": {"cached", "reference", "state", "tiled"},
-    "decode": {"api", "bind", "cached", "checks", "decode_ops", "dispatch", "spec"},
+    "decode": {"bind", "cached", "checks", "decode_ops", "dispatch", "spec"},
     "seeing": {"api", "bind", "dispatch", "ops", "reference", "spec"},
     "recipes": {"scores", "spec"},
     "cases": {"bind", "recipes", "spec"},

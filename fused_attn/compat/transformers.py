@@ -57,10 +57,13 @@ def attention_forward(
     """query (B, Hq, M, D), key and value (B, Hkv, N, D), not repeated -> ((B, M, Hq, Dv), None).
 
     attention_mask: bool (True = may attend) or float (added). Of the options, sliding_window, softcap, s_aux (sinks,
-    (Hq,)) and position_bias (added) change the result; a paged cache is refused.
+    (Hq,)) and position_bias (added) change the result; a paged cache is refused, and served by flash_attention_2.
     """
     if options.get("cache") is not None:
-        raise NotImplementedError("cache: continuous batching over a paged cache is not built yet")
+        raise NotImplementedError(
+            'cache: continuous batching takes its pages to attn_implementation="flash_attention_2"; see'
+            " register_flash_attention_2"
+        )
     if options.get("output_attentions"):
         warnings.warn(
             'output_attentions: fused attention forms no weights; use attn_implementation="eager"', stacklevel=2
