@@ -56,8 +56,9 @@ def attention(
     starts = q.offsets().int()
     starts_k = starts if keys == rows else k.offsets().int()
     packed_q, packed_k, packed_v = (_packed(x, layout) for x in (q, k, v))
+    longest_q, longest_k = (_longest(x, needed=mask is not None) for x in (q, k))
     result: Any = attention_varlen(
-        packed_q, packed_k, packed_v, starts, starts_k, max_seqlen_q=_longest(q), max_seqlen_k=_longest(k), mask=mask,
+        packed_q, packed_k, packed_v, starts, starts_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, mask=mask,
         return_lse=return_lse, **words,
     )  # fmt: skip
     if not return_lse:
@@ -108,9 +109,9 @@ def _check(name: str, x: Any, layout: str) -> None:
         )
 
 
-def _longest(x: Any) -> int | None:
-    """What is known of the longest sequence without looking."""
-    return x._maybe_max_seqlen
+def _longest(x: Any, needed: bool) -> int | None:
+    """The longest sequence: what is known without looking, or, once, by waiting for the device."""
+    return x._get_max_seqlen() if needed else x._maybe_max_seqlen
 
 
 def _packed(x: Tensor, layout: str) -> Tensor:

@@ -414,6 +414,36 @@ def test_dropout() -> None:
                   torch.full_like(weights[kept], 1 / 16) / 0.75)  # fmt: skip
 
 
+def test_dropout_of_packed_sequences() -> None:
+    """The same as of a batch of them."""
+    x = randn(2, 9, 4, 8)
+    starts = starts_of([9, 9])
+
+    def batch(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(5)
+        return door.flash_attn_func(*(x.to(dtype),) * 3, dropout_p=0.5, causal=True).flatten(0, 1)
+
+    torch.manual_seed(5)
+    packed = door.flash_attn_varlen_func(*(x.flatten(0, 1),) * 3, starts, starts, 9, 9, dropout_p=0.5, causal=True)
+    within_budget("packed", packed, batch(torch.float64), batch(torch.float32))
+
+
+def test_what_changes_no_value_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    for name in ("attention", "attention_varlen", "attention_decode"):
+        monkeypatch.setattr(door, name, lambda *args, **words: given.append(words))
+    q, starts = randn(1, 5, 2, 8), starts_of([5])
+    for asked in (False, True):
+        door.flash_attn_func(q, q, q, deterministic=asked)
+        door.flash_attn_varlen_func(q[0], q[0], q[0], starts, starts, 5, 4, deterministic=asked)
+        assert [x["deterministic"] for x in given] == [asked, asked]
+        assert (given[1]["max_seqlen_q"], given[1]["max_seqlen_k"]) == (5, 4)
+        given.clear()
+    for asked, passed in ((0, None), (1, 1), (3, 3)):
+        door.flash_attn_with_kvcache(q, q, q, num_splits=asked)
+        assert given.pop()["num_splits"] == passed
+
+
 def test_errors() -> None:
     q = randn(1, 5, 2, 8)
     with pytest.raises(NotImplementedError, match=r"return_attn_probs.*dropout_p = 0\.5"):

@@ -49,12 +49,13 @@ def values_of(x: Any, layout: str = "bhsd") -> Tensor:
 
 
 def one_by_one(call: Callable, rows: Sequence[int], keys: Sequence[int], *packed: Tensor) -> list[Tensor]:
-    """What call finds of each sequence, dense and heads-first with a batch of one, packed again."""
+    """What call finds of each sequence, its number and tensors, heads-first in a batch of one; packed again."""
     parts = zip(*(x.split(list(n)) for x, n in zip(packed, (rows, keys, keys), strict=True)), strict=True)
-    found = [call(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
+    found = [call(b, *(x.transpose(0, 1)[None] for x in part)) for b, part in enumerate(parts)]
     return [torch.cat([x[0].transpose(0, 1) for x in column]) for column in zip(*found, strict=True)]
 
 
+SOME = torch.tensor([4, 3, 0, 5, 1]), torch.tensor([5, 0, 1, 6, 0])  # of the keys, and of the rows
 WORDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True, "alignment": "top_left"},
@@ -65,6 +66,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 1.0]),
     },
     "mask": {"mask": Mask.causal("top_left") & Mask.window(3, None, "top_left"), "alignment": "top_left"},
+    "lengths": {"mask": Mask.lengths(*SOME)},
     "distance": {"score": fused_attn.scores.Distance(torch.tensor(1.3))},
 }  # fmt: skip
 
@@ -85,8 +87,10 @@ def test_attention(words: str, layout: str, backend: str) -> None:
         assert (lse.shape[:2], lse.shape[2]) == ((len(ROWS), HEADS), q.shape[2 if layout == "bhsd" else 1])
         return [values_of(out, layout), values_of(lse)]
 
-    def alone(*heads: Tensor) -> Any:
+    def alone(b: int, *heads: Tensor) -> Any:
         own = {n: x.to(heads[0].dtype) if isinstance(x, Tensor) else x for n, x in WORDS[words].items()}
+        if words == "lengths":
+            own["mask"] = Mask.lengths(*(x[b : b + 1] for x in SOME))
         return attention(*heads, return_lse=True, backend="reference", **own)
 
     def run(function: Callable, dtype: torch.dtype) -> list[Tensor]:
@@ -157,7 +161,7 @@ def test_functional(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, keys = offsets_of(ROWS), offsets_of(KEYS)
 
     def run(dtype: torch.dtype, **words: Any) -> Tensor:
-        def alone(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        def alone(b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
             return (scaled_dot_product_attention(q, k, v, backend="reference", **words),)
 
         return one_by_one(alone, ROWS, KEYS, *(x.to(dtype) for x in packed))[0]
