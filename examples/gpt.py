@@ -3,15 +3,18 @@
 A decoder-only Transformer is trained twice from the same weights on the same batches, which take turns: once with
 fused_attn's causal attention, on the tiled PyTorch backend by name, and once with torch's SDPA. The text is what this
 checkout holds, README.md, CONTRIBUTING.md and the sources of the package and its kernels, read at run time; nothing is
-downloaded, and the last tenth of each file is held out. Then ours writes a text of its own.
+downloaded, and the last tenth of each file is held out. Then ours writes a text of its own, twice: reading each
+character once, with keys and values kept in a `PagedKVCache`, and computing everything afresh for each character.
 
-Two things are promised, and the exit status is 1 if one of them is broken: the first 20 losses agree to a relative
-1e-5, and the last one to 1%. So must both models know more of the held-out text than how frequent its characters are.
+What is promised, and the exit status is 1 if any of it is broken: the first 20 losses agree to a relative 1e-5, and the
+last one to 1%; both models know more of the held-out text than how frequent its characters are; and both texts are the
+same, character by character.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -38,6 +41,7 @@ import fused_attn
 plt.switch_backend("Agg")
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = 16  # characters in a page of the cache
 SOURCES = ("README.md", "CONTRIBUTING.md", "fused_attn/**/*.py", "kernels/*.py")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -95,11 +99,11 @@ def windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tenso
 # --- the model
 
 
-def rotated(x: Tensor) -> Tensor:
-    """x (B, H, M, D) with each pair (i, i + D/2) of row m turned by the angle m·10000^(-2i/D): rotary positions."""
+def rotated(x: Tensor, first: int = 0) -> Tensor:
+    """x (B, H, M, D) with each pair (i, i + D/2) of row m turned by the angle (first + m)·10000^(-2i/D)."""
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency  # (M, D/2)
+    angle = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * frequency  # (M, D/2)
     a, b = x.split(half, -1)
     return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
 
@@ -120,9 +124,11 @@ class Block(nn.Module):
             nn.Linear(4 * width, width, bias=False),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first: int = 0, attend: Attend | None = None) -> Tensor:
+        """The first of x's rows is character `first` of its text; `attend` knows those before it."""
+        attend = attend or self.attend
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, M, D) each
-        x = x + self.out(self.attend(rotated(q), rotated(k), v).transpose(1, 2).flatten(2))
+        x = x + self.out(attend(rotated(q, first), rotated(k, first), v).transpose(1, 2).flatten(2))
         return x + self.feed_forward(x)
 
 
@@ -141,8 +147,48 @@ class GPT(nn.Module):
                 added = name.endswith(("out.weight", "feed_forward.3.weight"))
                 nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * layers) if added else 1))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.linear(self.norm(self.blocks(self.embedding(tokens))), self.embedding.weight)
+    def forward(self, tokens: Tensor, memory: Memory | None = None) -> Tensor:
+        """memory: of the characters before these, which it gets too; B is 1 with it."""
+        x = self.embedding(tokens)
+        if memory is None:
+            x = self.blocks(x)
+        else:
+            first, attends = len(memory), memory.attends(tokens.shape[1])
+            for block, attend in zip(self.blocks, attends, strict=True):
+                x = block(x, first, attend)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+class Memory:
+    """Keys and values of the characters that a model has read: a sequence of a paged cache, a layer for each block."""
+
+    def __init__(self, model: GPT, context: int) -> None:
+        characters, heads = model.embedding.weight, model.blocks[0].heads
+        self.cache = fused_attn.PagedKVCache(
+            math.ceil(context / PAGE), PAGE, heads, characters.shape[1] // heads, num_layers=len(model.blocks),
+            dtype=characters.dtype, device=characters.device,
+        )  # fmt: skip
+        self.text = self.cache.allocate()
+
+    def __len__(self) -> int:
+        return self.cache.length(self.text)
+
+    def attends(self, count: int) -> list[Attend]:
+        """For each block, causal attention of `count` more characters over all until then, theirs written first."""
+        page_table, cache_seqlens = self.cache.extend([self.text], count)
+
+        def attend(k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, M, H, D) each
+            out = fused_attn.attention_decode(
+                q, k_cache, v_cache, page_table=page_table, cache_seqlens=cache_seqlens, k_new=k, v_new=v, causal=True,
+                backend="tiled",
+            )  # fmt: skip
+            return out.transpose(1, 2)
+
+        return [functools.partial(attend, *layer) for layer in zip(self.cache.k, self.cache.v, strict=True)]
+
+    def forget(self) -> None:
+        self.cache.truncate(self.text, 0)
 
 
 def loss_of(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -158,12 +204,34 @@ def held_out_loss(model: GPT, tokens: Tensor, context: int, batch: int) -> float
     return sum(losses) / len(starts)
 
 
+def first_read(length: int, context: int) -> int:
+    """Where reading begins in a text of so many characters: at its start, until it is longer than `context`.
+
+    Then the older half of the context is forgotten at once. Were it one character each time, no key or value of a
+    second or later block could be kept: each depends on all that its character could see, the forgotten ones too.
+    """
+    half = max(1, context // 2)
+    return max(0, math.ceil((length - context) / half) * half)
+
+
 @torch.inference_mode()
-def generate(model: GPT, tokens: Tensor, length: int, context: int, temperature: float, seed: int) -> Tensor:
-    """tokens (M,) and length more, each drawn by what the model says of the last `context`, computed afresh."""
+def generate(
+    model: GPT, tokens: Tensor, length: int, context: int, temperature: float, seed: int, cached: bool = True
+) -> Tensor:
+    """tokens (M,) and length more, each drawn by what the model says of those from `first_read` on.
+
+    cached: each character is read once, and once more when the older half is forgotten; else all that is read is
+    computed afresh for each.
+    """
     chance = torch.Generator().manual_seed(seed)
+    memory, begun = Memory(model, context) if cached else None, 0
     for _ in range(length):
-        logits = model(tokens[None, -context:])[0, -1]
+        first = first_read(len(tokens), context)
+        if memory is not None and first > begun:
+            memory.forget()
+        begun = first
+        known = 0 if memory is None else len(memory)
+        logits = model(tokens[None, first + known :], memory)[0, -1]
         drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance)
         tokens = torch.cat((tokens, drawn))
     return tokens
@@ -233,6 +301,34 @@ def trained(corpus: Corpus, given: argparse.Namespace, console: Console) -> tupl
 
 
 # --- what came of it
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A text by a model, twice, and how long each took."""
+
+    cached: Tensor  # (tokens,)
+    afresh: Tensor  # (tokens,)
+    seconds_cached: float
+    seconds_afresh: float
+
+    def promise(self) -> Promise:
+        return "characters that are others without the cache", (self.cached != self.afresh).sum().item(), 0
+
+    def __str__(self) -> str:
+        return (
+            f"This text of {len(self.cached)} characters took {self.seconds_cached:.2f} s with a cache and"
+            f" {self.seconds_afresh:.2f} s without: {self.seconds_afresh / self.seconds_cached:.1f} times as fast."
+        )
+
+
+def write(model: GPT, prompt: Tensor, given: argparse.Namespace) -> Writing:
+    texts, seconds = [], []
+    for cached in (True, False):
+        begun = time.perf_counter()
+        texts.append(generate(model, prompt, given.length, given.context, 0.7, given.seed, cached))
+        seconds.append(time.perf_counter() - begun)
+    return Writing(*texts, *seconds)
 
 
 def promises(ours: Run, theirs: Run, entropy: float) -> list[Promise]:
@@ -309,15 +405,16 @@ def main(given: list[str] | None = None) -> int:
     ours, theirs = trained(corpus, options, console)
     weights = sum(x.numel() for x in ours.model.parameters())
     entropy = corpus.entropy()
-    written = generate(ours.model, corpus.encode(options.prompt), options.length, options.context, 0.7, options.seed)
+    written = write(ours.model, corpus.encode(options.prompt), options)
     console.print(
         f"{len(corpus.train):,} characters of this repository, {len(corpus.characters)} different ones; "
         f"{len(corpus.held_out):,} held out. {weights:,} weights.",
         highlight=False,
     )
-    console.print(Panel(Text(corpus.decode(written)), title=f"written through {ours.name}"))
+    console.print(Panel(Text(corpus.decode(written.cached)), title=f"written through {ours.name}"))
+    console.print(str(written), highlight=False)
     console.print(figures((ours, theirs), entropy))
-    table, broken = verdicts(promises(ours, theirs, entropy))
+    table, broken = verdicts([*promises(ours, theirs, entropy), written.promise()])
     console.print(table)
     console.print(f"Both curves: {draw(ours, theirs, entropy).relative_to(ROOT)}")
     if broken:

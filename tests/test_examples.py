@@ -68,6 +68,8 @@ def test_gpt() -> None:
     said = ran("gpt.py", "gpt_losses.png", *SMALL, "--context", fused_attn.tiles.KEYS + 88, "--steps", 50)
     assert verdict(said, "first 20 losses") == verdict(said, "last loss") == ["ok"]
     assert verdict(said, "held-out loss") == ["ok", "ok"]
+    assert verdict(said, "characters that are others without the cache") == ["ok"]
+    assert re.search(r"text of 24 characters took [\d.]+ s with a cache and [\d.]+ s without: [\d.]+ times", said)
     assert "BROKEN" not in said
 
 
@@ -127,15 +129,70 @@ def test_gpt_positions_are_relative(gpt: ModuleType) -> None:
 
 
 def test_gpt_writes_what_the_model_says(gpt: ModuleType, model: torch.nn.Module) -> None:
-    """Nearly cold, the likeliest character each time; of the last `context` characters alone."""
+    """Nearly cold, the likeliest character each time; of what `first_read` says alone."""
+    shaken(model)
     start = torch.randint(50, (12,))
     written = gpt.generate(model, start, length=6, context=10, temperature=1e-6, seed=0)
     assert torch.equal(written[:12], start) and len(written) == 18
     with torch.inference_mode():
-        likeliest = [model(written[None, i - 10 : i])[0, -1].argmax() for i in range(12, 18)]
+        read = [written[None, first:i] for first, i in ((5, 12), (5, 13), (5, 14), (5, 15), (10, 16), (10, 17))]
+        likeliest = [model(x)[0, -1].argmax() for x in read]
     assert written[12:].tolist() == likeliest
     warm = [gpt.generate(model, start, 6, 10, 1.0, seed).tolist() for seed in (0, 0, 1)]
     assert warm[0] == warm[1] != warm[2]
+
+
+def shaken(model: torch.nn.Module) -> None:
+    """Larger weights: what is said depends on all that was read; at their start it is the last character again."""
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+
+
+@pytest.mark.parametrize("context", [100, 30, 1])
+@pytest.mark.parametrize("temperature", [1e-6, 1.0])
+def test_gpt_writes_the_same_with_a_cache(
+    context: int, temperature: float, gpt: ModuleType, model: torch.nn.Module
+) -> None:
+    """Within the context and beyond it, where half is forgotten, several times; pages end within a context."""
+    shaken(model)
+    start = torch.randint(50, (37,))
+    cached, afresh = (gpt.generate(model, start, 60, context, temperature, 3, cached=x) for x in (True, False))
+    assert torch.equal(cached, afresh) and len(cached) == 97
+    assert len(cached[37:].unique()) > (10 if temperature == 1 else 1)
+
+
+def test_gpt_reads_on_where_it_stopped(gpt: ModuleType, model: torch.nn.Module) -> None:
+    """Logits over a cache, in chunks of any size, are those of the whole text; every block's keys are the same."""
+    shaken(model.double())
+    tokens = torch.randint(50, (1, 70))
+    memory = gpt.Memory(model, 70)
+    with torch.inference_mode():
+        read = [model(x, memory) for x in tokens.split((33, 1, 1, 15, 20), 1)]
+        torch.testing.assert_close(torch.cat(read, 1), model(tokens))
+    assert len(memory) == 70 and memory.cache.k.shape[0] == len(model.blocks)
+
+
+def test_gpt_forgets_half_at_once(gpt: ModuleType) -> None:
+    """Not more than the context is read, and at least half of it, as soon as there is so much; it moves on in steps."""
+    for context in (1, 2, 7, 160):
+        firsts = [gpt.first_read(n, context) for n in range(1, 500)]
+        assert all(min(n, (context + 1) // 2) <= n - first <= context for n, first in enumerate(firsts, 1))
+        assert set(torch.tensor(firsts).diff().tolist()) == {0, max(1, context // 2)} - ({0} if context == 1 else set())
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_gpt_notices_a_wrong_cache(
+    wrong: bool, gpt: ModuleType, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every character that is read over a cache stands where a text begins."""
+    shaken(model)
+    if wrong:
+        rotated = gpt.rotated
+        monkeypatch.setattr(gpt, "rotated", lambda x, first: rotated(x, 0))
+    given = gpt.arguments(["--length", "30", "--context", "40"], gpt.read())
+    assert gpt.verdicts([gpt.write(model, torch.randint(50, (5,)), given).promise()])[1] == wrong
 
 
 def test_gpt_text(gpt: ModuleType) -> None:
