@@ -264,23 +264,28 @@ def test_random_operations() -> None:
 
 
 def test_pages() -> None:
-    """Who takes how many; the last one to write into a shared page keeps it."""
+    """Who takes how many; the last one to write into a shared page keeps it, and the others take what was in it."""
     cache = small(4)
-    one = cache.allocate()
-    cache.append([one], *drawn(cache, 1, 6))
+    one, prompt, more = cache.allocate(), drawn(cache, 1, 6), drawn(cache, 3, 1)
+    cache.append([one], *prompt)
     assert cache.pages_free == PAGES - 2
     two, three = cache.fork(one), cache.fork(one)
     assert cache.pages_free == PAGES - 2
-    cache.append([one, two, three], *drawn(cache, 3, 1))  # two copies of the second page; the third stays in place
+    cache.append([one, two, three], *more)  # two copies of the second page; the third stays in place
     assert cache.pages_free == PAGES - 4
     table, lengths = cache.batch([one, two, three])
     assert table.dtype == lengths.dtype == torch.int32 and lengths.tolist() == [7, 7, 7]
     assert len(table[:, 0].unique()) == 1 and len(table[:, 1].unique()) == 3
+    for b, name in enumerate((one, two, three)):
+        for found, first, last in zip(contents(cache, name), prompt, more, strict=True):
+            assert torch.equal(found, torch.cat((first[:, 0], last[:, b]), 1))
     for name in (one, two):
         cache.free(name)
     assert cache.pages_free == PAGES - 2 and list(cache.sequences) == [three]
     cache.truncate(three, 4)
     assert cache.pages_free == PAGES - 1
+    cache.append([cache.fork(three)], *drawn(cache, 1, 1))  # a full page is written no more, so it stays shared
+    assert cache.pages_free == PAGES - 2
 
 
 def test_a_batch_is_filled_up_with_a_page_that_exists() -> None:
