@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_attn.bind import bind
 from fused_attn.launch.statistics import ADDITIVE
 from fused_attn.scores import Additive, Distance
-from fused_attn.spec import Mask, Problem
+from fused_attn.spec import Mask, Problem, Ragged
 from fused_attn.tuning import Config, config, override
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -32,6 +32,8 @@ MODIFIED = (
     "distance",
     "additive",
     "sigmoid",
+    "ragged_additive",
+    "ragged_bias",
 )
 BATCH, HEADS, LENGTH = 2, 4, 512
 
@@ -55,12 +57,13 @@ class Case:
             return (*(("hopper_prepare", "hopper_finish") if others else ()), "hopper_backward")
         if self.direction == "statistics":
             # Which keys are ranked is nothing to what a key gets.
-            return ("row_statistics",) if self.feature == "top_k" else ("row_statistics", "key_mass", "map")
-        if self.feature == "additive":
+            others = {"top_k": (), "ragged": ("key_mass",)}.get(self.feature, ("key_mass", "map"))
+            return ("row_statistics", *others)
+        if self.feature.endswith("additive"):
             return ("delta", "additive_prepare", "additive_backward")
         if self.feature == "sigmoid":
             return ("dkdv", "dq")
-        return ("delta", "dkdv", "dq", *(("dbias",) if self.feature == "bias_batch" else ()))
+        return ("delta", "dkdv", "dq", *(("dbias",) if self.feature in ("bias_batch", "ragged_bias") else ()))
 
     @property
     def rich(self) -> bool:
@@ -70,7 +73,7 @@ class Case:
     def config(self, kernel: str, arch: str) -> Config:
         """What the tables give one of its kernels. Those around the one-pass backward have its own."""
         kernel = "hopper_backward" if self.direction == "hopper_backward" else kernel
-        if self.feature == "additive":
+        if self.feature.endswith("additive"):
             others = dict.fromkeys(("forward", "additive_prepare"), "additive_forward")
             kernel = (others | ADDITIVE).get(kernel, kernel)
         # Statistics need no values, and what takes their place has one column.
@@ -110,7 +113,8 @@ class Case:
         def statistics() -> None:
             with override(**scope):
                 backend.statistics(p, True, True, True, 8 if self.feature == "top_k" else 0)
-                backend.weights(p, [0, LENGTH - 1], [0])
+                if p.ragged is None:
+                    backend.weights(p, [0, LENGTH - 1], [0])
 
         if self.direction == "statistics":
             return torch.no_grad()(statistics)
@@ -127,7 +131,9 @@ class Case:
         k, v = (zeros(BATCH, kv_heads, LENGTH, self.d) for _ in range(2))
         v = k[..., :1] if self.direction == "statistics" else v
         lengths = torch.full((BATCH,), LENGTH)
-        ids = torch.arange(LENGTH) // 100
+        starts = torch.tensor([0, LENGTH // 4, LENGTH], dtype=torch.int32)
+        ragged = Ragged(starts, starts.clone(), LENGTH, LENGTH, "bottom_right")
+        ids, slopes = torch.arange(LENGTH) // 100, zeros(HEADS, dtype=torch.float32)
         options: dict[str, Callable[[], dict[str, Any]]] = {
             "plain": dict,
             "top_k": dict,
@@ -145,13 +151,19 @@ class Case:
             "bias_batch": lambda: {"bias": zeros(1, HEADS, LENGTH, LENGTH)},
             "bias_keys": lambda: {"bias": zeros(BATCH, 1, 1, LENGTH)},
             "softcap": lambda: {"softcap": 30.0},
-            "alibi": lambda: {"alibi_slopes": zeros(HEADS, dtype=torch.float32)},
+            "alibi": lambda: {"alibi_slopes": slopes},
             "sink": lambda: {"sink": zeros(HEADS, dtype=torch.float32)},
             "dropout": lambda: {"dropout_p": 0.1, "seed": 7},
             "distance": lambda: {"score": Distance(8.0)},
             "additive": lambda: {"score": Additive(zeros(HEADS, self.d))},
             "sigmoid": lambda: {"normalizer": "sigmoid", "return_lse": False},
+            "ragged": lambda: {"ragged": ragged},
+            "ragged_causal": lambda: {"ragged": ragged, "causal": True},
+            "ragged_additive": lambda: {"ragged": ragged, "score": Additive(zeros(HEADS, self.d))},
+            "ragged_bias": lambda: {"ragged": ragged, "bias": zeros(1, HEADS, LENGTH, LENGTH), "alibi_slopes": slopes},
         }
+        if self.feature.startswith("ragged"):
+            q, k, v = (x[:1] for x in (q, k, v))
         # An unordered sum is what the one-pass backward computes; with "ordered", deterministic.
         deterministic = self.direction != "hopper_backward" or self.feature == "ordered"
         given = {"return_lse": True, "deterministic": deterministic} | options[self.feature]()
@@ -177,14 +189,18 @@ def cases(target: str) -> list[Case]:
     heads = [("bf16", d, "plain") for d in (*DIMS, *ODD)] + [("fp32", d, "plain") for d in DIMS]
     heads += [("bf16", d, "bias_batch") for d in DIMS]
     heads += [("bf16", 64, "additive")]
+    heads += [("bf16", 128, "ragged")]
     if target == "sm_90":
         heads += [("bf16", d, feature) for d in (64, 128, 256) for feature in ("bias", "causal")]
+        heads += [("bf16", 64, "ragged"), *(("bf16", d, "ragged_causal") for d in (64, 128))]
+        heads += [("bf16", 64, "ragged_additive"), ("bf16", 128, "ragged_bias")]
         heads += [("bf16", 128, feature) for feature in RICH] + [("fp16", 128, "plain")]
         heads += [("bf16", d, "additive") for d in (128, 256)] + [("fp32", 64, "additive")]
     found = [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]
     found += [Case("statistics", "bf16", d) for d in DIMS[1:]] + [Case("statistics", "bf16", 128, "top_k")]
     if target == "sm_90":
         found += [Case("statistics", "bf16", 64, feature) for feature in SEEN]
+        found += [Case("statistics", "bf16", 64, "ragged")]
         found += [Case("statistics", "bf16", 72), Case("statistics", "fp32", 64), Case("statistics", "fp16", 128)]
         found += [Case("hopper_forward", "bf16", d, feature) for d in HOPPER_DIMS for feature in HOPPER]
         found += [Case("hopper_forward", "bf16", d, "bias") for d in HOPPER_DIMS[:-1]]

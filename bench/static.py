@@ -143,7 +143,8 @@ def gates(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, and a program may have {device.shared_per_program}")
     if not number("programs"):
         found.append("its registers and shared memory leave room for no program")
-    additive = row["feature"] == "additive"  # its sweeps are bound by loops over features, and hold only small products
+    # The sweeps of additive scores are bound by loops over features, and hold only small products.
+    additive = row["feature"].endswith("additive")
     if number("sweeps") and not additive and not number("bulk_loads") and number("wide_loads") < needed_loads(row):
         found.append(f"{row['wide_loads']} loads of 16 bytes in the sweeps, and the tiles need {needed_loads(row)}")
     if device.amd:

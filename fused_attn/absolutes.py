@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,8 @@ def of_scores(p: Problem) -> Tensor:
 @torch.no_grad()
 def absolutes(p: Problem, inputs: Inputs) -> dict[str, Tensor]:
     """A of each result. p is in float64 and not lowered."""
+    if p.ragged is not None:
+        return _of_sequences(p, inputs)
     b, h, m, n = p.shape
     zero = p.q.new_zeros(())
     v = p.v.repeat_interleave(p.group, 1).abs()
@@ -173,4 +176,18 @@ def absolutes(p: Problem, inputs: Inputs) -> dict[str, Tensor]:
         found["parameter"] = (
             dparameter.sum_to_size(p.parameter.shape) if isinstance(p.parameter, Tensor) else dparameter
         )
+    return found
+
+
+def _of_sequences(p: Problem, inputs: Inputs) -> dict[str, Tensor]:
+    """Of each ragged sequence, put together or added up."""
+    shapes = {"out": (*p.q.shape[:3], p.v.shape[3]), "lse": p.q.shape[:3]}
+    shapes |= {name: x.shape for name, x in p.tensors().items()}
+    found: dict[str, Tensor] = {}
+    for one, alone in p.sequences():
+        dout, dlse = (None if x is None else one.part("out", x) for x in (inputs.dout, inputs.dlse))
+        own = replace(inputs, dout=dout, dlse=dlse)
+        for name, x in absolutes(alone, own).items():
+            whole = found.setdefault(name, x.new_zeros(shapes[name]))
+            one.part(name, whole).add_(x)
     return found

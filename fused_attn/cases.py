@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .bind import bind
 from .recipes import MASK_SHAPES, MASKS, SCORES, VALUES, Draw, parameter, place
-from .spec import Mask, Problem
+from .spec import Mask, Problem, Ragged
+from .tiles import reached
 
 PARAMETERS = frozenset({"scale", "softcap", "bias", "slopes", "sink", "parameter"})
 LEAVES = ("q", "k", "v", *sorted(PARAMETERS))
@@ -39,6 +40,7 @@ class Case:
     d: int = 32
     dv: int | None = None
     dk: int | None = None  # k's head dim, which only a bilinear score lets differ
+    lengths: tuple[tuple[int, int], ...] = ()  # M and N of ragged sequences, packed; b, m and n follow
     # options of `attention`
     score: str | None = None  # a key of SCORES
     parameter: str | float = ""  # its shape, or the number that it is
@@ -70,6 +72,12 @@ class Case:
     backward: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+    def __post_init__(self) -> None:
+        if self.lengths:
+            longest = (max(x) for x in zip(*self.lengths, strict=True))
+            for name, size in zip("bmn", (len(self.lengths), *longest), strict=True):
+                object.__setattr__(self, name, size)
+
     def sizes(self) -> dict[str, int]:
         """B, Hq, Hkv, M, N, D, Dv and k's D by letter; g is Hkv, e is Dv and c is k's D."""
         hkv, n, dv, dk = (
@@ -78,6 +86,14 @@ class Case:
         )
         return {"b": self.b, "h": self.hq, "g": hkv, "m": self.m, "n": n, "d": self.d, "e": dv, "c": dk, "1": 1}
 
+    def held(self, letters: str) -> tuple[int, ...]:
+        """The shape of what lies as q or k does: the sequences of a ragged case behind one another in one batch."""
+        if not self.lengths:
+            return self.shape(letters)
+        rows, keys = (sum(x) for x in zip(*self.lengths, strict=True))
+        sizes = self.sizes() | {"b": 1, "m": rows, "n": keys}
+        return tuple(sizes[x] for x in letters)
+
     def shape(self, letters: str) -> tuple[int, ...]:
         sizes = self.sizes()
         return tuple(sizes[x] for x in letters)
@@ -85,7 +101,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Tensors and keywords ready for `fused_attn.attention`, in the case's layout, and the cotangents."""
+    """Tensors and keywords ready for `fused_attn.attention`, or `attention_varlen`, and the cotangents."""
 
     case: Case
     tensors: dict[str, Tensor]  # by the names of LEAVES; q, k, v heads-first
@@ -94,17 +110,22 @@ class Inputs:
     dout: Tensor | None
     dlse: Tensor | None
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the tensors live in, and its copy
+    ragged: Ragged | None = None
 
     @property
-    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as the case's layout shows them."""
+    def qkv(self) -> tuple[Tensor, ...]:
+        """q, k, v as the case's layout shows them, and where ragged sequences begin."""
+        if self.ragged is not None:
+            q, k, v = (self.tensors[x][0].transpose(0, 1) for x in "qkv")
+            return q, k, v, self.ragged.q, self.ragged.k
         q, k, v = (self.tensors[x].transpose(1, 2) if self.case.layout == "bshd" else self.tensors[x] for x in "qkv")
         return q, k, v
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The keywords of `attention`."""
-        return self._keywords(self.tensors) | {"layout": self.case.layout, "return_lse": self.case.return_lse}
+        said = {"layout": self.case.layout} if self.ragged is None else {}
+        return self._keywords(self.tensors) | {"return_lse": self.case.return_lse} | said
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -138,7 +159,7 @@ class Inputs:
         return self.options | named
 
     def _bind(self, tensors: dict[str, Tensor]) -> Problem:
-        keywords = self._keywords(tensors) | {"return_lse": self.case.return_lse}
+        keywords = self._keywords(tensors) | {"return_lse": self.case.return_lse, "ragged": self.ragged}
         return bind(*(tensors[x] for x in "qkv"), **keywords)
 
 
@@ -157,7 +178,7 @@ def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: An
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device=source)
 
-    x = {"q": draw(*c.shape("bhmd")), "k": draw(*c.shape("bgnc")), "v": draw(*c.shape("bgne"))}
+    x = {"q": draw(*c.held("bhmd")), "k": draw(*c.held("bgnc")), "v": draw(*c.held("bgne"))}
     if 0 not in c.shape("bhmn"):
         VALUES[c.values](**x)
     if c.memory.startswith("expanded"):
@@ -178,15 +199,23 @@ def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: An
     tensors = {name: t.detach().requires_grad_(c.backward and name in c.needs) for name, t in homes.items()}
     dout = dlse = None
     if c.dout == "ones":
-        dout = torch.ones((), dtype=dtype, device=device).expand(c.shape("bhme"))
+        dout = torch.ones((), dtype=dtype, device=device).expand(c.held("bhme"))
     elif c.dout is not None:
-        dout = place(draw(*c.shape("bhme")).to(device, dtype), "dense" if around == "dense" else c.dout, buffers)
+        dout = place(draw(*c.held("bhme")).to(device, dtype), "dense" if around == "dense" else c.dout, buffers)
     if c.return_lse:
-        dlse = draw(*c.shape("bhm")).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    inputs = Inputs(c, tensors, options, clean, dout, dlse, buffers)
+        dlse = draw(*c.held("bhm")).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    inputs = Inputs(c, tensors, options, clean, dout, dlse, buffers, _ragged(c, device))
     if c.unseen_nan:
         _poison_unseen(inputs)
     return inputs
+
+
+def _ragged(c: Case, device: Any) -> Ragged | None:
+    if not c.lengths:
+        return None
+    q, k = (torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in zip(*c.lengths, strict=True))
+    m, n = c.shape("mn")
+    return Ragged(q, k, m, n, c.alignment)
 
 
 def _options(c: Case, draw: Draw, device: Any, seed: int) -> dict[str, Any]:
@@ -229,10 +258,10 @@ def _parameters(c: Case, draw: Draw) -> dict[str, Tensor]:
 def _poison_unseen(inputs: Inputs) -> None:
     """NaN into the keys that by `Problem.reached` never matter; the clean copy keeps its numbers."""
     p = inputs.problem()
-    seen = p.reached()
+    seen = p.reached()[..., None] if p.ragged is None else reached(p)[1]
     for name in "kv":
         home = inputs.tensors[name].detach()
-        home.copy_(torch.where(seen[..., None], home, torch.nan))
+        home.copy_(torch.where(seen, home, torch.nan))
     for n, (buffer, _) in enumerate(inputs.buffers):
         inputs.buffers[n] = (buffer, buffer.clone())
 
@@ -265,6 +294,10 @@ EVERYTHING: dict[str, Any] = {
     "alignment": "bottom_right", "masks": ("random_b11n",), "bias": "1hmn", "alibi": "h", "softcap": 4.0, "sink": True,
     "dropout_p": 0.2, "return_lse": True,
 }  # fmt: skip
+# Queries and keys of ragged sequences: none of either, one, more than a tile, and less.
+RAGGED = ((33, 20), (0, 9), (5, 0), (1, 1), (97, 140), (20, 3))
+SELF = tuple((n, n) for n in (17, 0, 1, 90, 33))
+SHORT = ((9, 20), (0, 3), (33, 40), (2, 0), (17, 1))
 FLOAT_ONLY = (torch.float32, torch.float64)
 SCORE_CASES: dict[str, dict[str, Any]] = {
     "bilinear": {"parameter": "hdc", "dk": 24},
@@ -452,6 +485,32 @@ CASES: dict[str, Case] = _table(
     *_family("sigmoid", "values", ("very_negative", "nan_q", "nan_k", "nan_v"), m=97, normalizer="sigmoid", hq=1),
     *_family("additive", "values", ("nan_q", "nan_k", "nan_v", "inf_q"), score="additive", parameter="d", m=33, hq=1,
              d=8),
+    # ragged batches
+    _case("ragged", "core half", lengths=RAGGED),
+    _case("ragged_self", "half", hq=4, hkv=2, lengths=SELF, causal=True, alignment="bottom_right"),
+    _case("ragged_one", hq=1, lengths=((63, 97),)),
+    _case("ragged_empty", lengths=((0, 0), (0, 7), (5, 0), (0, 0)), return_lse=True, sink=True),
+    _case("ragged_bottom_right", "core", lengths=RAGGED, causal=True, alignment="bottom_right", return_lse=True,
+          unseen_nan=True),
+    _case("ragged_top_left", lengths=RAGGED, causal=True, alignment="top_left", unseen_nan=True),
+    _case("ragged_window", hq=1, lengths=RAGGED, window=(17, 5), alignment="bottom_right", alibi="bh", unseen_nan=True),
+    _case("ragged_window_top_left", hq=1, lengths=RAGGED, window=(30, 3), alignment="top_left", alibi="h"),
+    _case("ragged_sinks", lengths=RAGGED, masks=("window_sinks",), alignment="bottom_right", return_lse=True),
+    *(_case(f"ragged_{mask}", hq=2, lengths=SELF, alignment="top_left", return_lse=True, masks=(mask,))
+      for mask in ("lengths", "lengths_q", "prefix", "segments", "runs", "blocks", "random_bhmn", "random_b11n")),
+    *_family("ragged_bias", "bias", ("bhmn", "1hmn", "b11n", "bhm1", "1h11"), lengths=RAGGED, dropout_p=0.2),
+    _case("ragged_everything", "core half", lengths=RAGGED, **{x: EVERYTHING[x] for x in EVERYTHING if x not in "bmn"}),
+    _case("ragged_everything_tensor", lengths=RAGGED, softcap_tensor=True, scale_tensor="h",
+          **{x: EVERYTHING[x] for x in EVERYTHING if x not in "bmn"}),
+    _case("ragged_sigmoid", lengths=RAGGED, normalizer="sigmoid", causal=True, alignment="bottom_right", bias="bhm1"),
+    *(
+        _case(f"ragged_{score}", "half" if score == "additive" else "", lengths=SHORT, score=score, causal=True,
+              alignment="bottom_right", unseen_nan=True, **SCORE_CASES[score])
+        for score in SCORE_CASES
+    ),
+    _case("ragged_additive_modified", lengths=SHORT, score="additive", parameter="d", d=6, hq=4, hkv=2, alibi="bh",
+          alignment="top_left", bias="1hmn", masks=("runs_cross",), softcap=3.0, softcap_tensor=True, scale_tensor="h"),
+    _case("ragged_gaps", b=1, lengths=SELF, memory="strided", dout="transposed"),
     # memory
     _case("layout_bshd", "core half", b=2, layout="bshd", memory="bshd", m=63),
     _case("layout_bshd_gaps", b=2, layout="bshd", m=63, n=97, hq=4, hkv=2),

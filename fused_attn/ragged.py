@@ -81,6 +81,11 @@ def places(starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return b, index - starts[b]
 
 
+def sums(x: Tensor, starts: Tensor) -> Tensor:
+    """Packed (1, H, T), added up over each sequence: (B, H)."""
+    return torch.segment_reduce(x[0].T.contiguous(), "sum", offsets=starts.long(), axis=0, initial=0.0)
+
+
 def padded(x: Tensor, starts: Tensor, longest: int) -> Tensor:
     """Packed (1, H, T, ...) as (B, H, longest, ...), zeros behind each sequence's end."""
     found = x.new_zeros((len(starts) - 1, x.shape[1], longest, *x.shape[3:]))

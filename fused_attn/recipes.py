@@ -107,8 +107,8 @@ VALUES: dict[str, Callable] = {
 
 
 def _lengths(c: Case, total: int) -> Tensor:
-    """Uneven lengths; the third batch, if there is one, is empty."""
-    return torch.tensor([total * 5 // 6, total // 2, 0][: c.b], dtype=torch.int32)
+    """Uneven lengths; every third batch, if there is one, is empty."""
+    return torch.tensor([(total * 5 // 6, total // 2, 0)[b % 3] for b in range(c.b)], dtype=torch.int32)
 
 
 def _ids(c: Case, total: int, *cuts: float) -> Tensor:

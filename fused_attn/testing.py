@@ -184,11 +184,15 @@ def compare(inputs: Inputs, got: dict[str, Tensor], expected: Expected, label: s
 
 
 def run_public(inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
-    """out, lse (where asked) and every gradient through `fused_attn.attention`."""
+    """out, lse (where asked) and every gradient through `fused_attn.attention`, or `attention_varlen`."""
     from .api import attention
+    from .varlen import attention_varlen
 
-    result: Any = attention(*inputs.qkv, **inputs.kwargs, backend=backend)
+    call: Any = attention if inputs.ragged is None else attention_varlen
+    result = call(*inputs.qkv, **inputs.kwargs, backend=backend)
     out, lse = result if inputs.case.return_lse else (result, None)
+    if inputs.ragged is not None:
+        out, lse = out.transpose(0, 1)[None], None if lse is None else lse.T[None]
     out = out.transpose(1, 2) if inputs.case.layout == "bshd" else out
     got = {"out": out} if lse is None else {"out": out, "lse": lse}
     return got | (gradients(out, lse, inputs.tensors, inputs) if inputs.case.backward else {})
@@ -214,10 +218,9 @@ def run_module(inputs: Inputs, module: ModuleType) -> dict[str, Tensor]:
 
 def why_not(case: Case | str, backend: str, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> list[str]:
     """Every reason why a backend cannot run a case; empty where it can."""
-    from .api import explain
+    from .dispatch import explain
 
-    inputs = make_inputs(case, dtype, device)
-    return explain(*inputs.qkv, **inputs.kwargs, backend=backend).reasons.get(backend, [])
+    return explain(make_inputs(case, dtype, device).problem(), backend).reasons.get(backend, [])
 
 
 def check_parity(

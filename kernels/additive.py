@@ -18,10 +18,23 @@ import triton
 import triton.language as tl
 
 from .backward import dropped, score_gradient, statistics, weights
-from .memory import head_pointer, load_rows, number, schedule, store_rows
+from .memory import head_pointer, load_rows, member, number, owner, start_pointer, store_rows
 from .modifiers import Plane, backward, parameters, saturation, slope_gradient, softcap_gradient, tile_pointers
 from .numerics import LOG2E, dot, reciprocal
-from .scores import PEAKS, additive, first_features, following, halves, key_features, paired, pitch, products, tanhs
+from .scores import (
+    PEAKS,
+    additive,
+    first_features,
+    following,
+    halves,
+    key_features,
+    paired,
+    pitch,
+    products,
+    query_features,
+    room,
+    tanhs,
+)
 from .spans import Reach, interval, listed, live, pattern, visible, visit
 from .types import AdditiveGradients, View
 
@@ -30,30 +43,40 @@ SLICE: tl.constexpr = tl.constexpr(16)  # features that are added at once
 
 @triton.jit(do_not_specialize=["LENGTH", "HEADS", "BATCHED_HEADS"])
 def additive_prepare_kernel(
-    x, features, exponentials, peaks, blocks, LENGTH, HEADS, BATCHED_HEADS,
+    x, features, exponentials, peaks, blocks, ragged, LENGTH, HEADS, BATCHED_HEADS,
     FEATURES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """x: View (B, H, LENGTH, D); a program turns PEAKS of its rows, zeros past the end. Grid: blocks x heads."""
-    tile, head = schedule(tl.program_id(0), number(blocks), BATCHED_HEADS, BATCHED_HEADS)
-    start = tile * PEAKS
-    rows = start + tl.arange(0, PEAKS) < LENGTH
-    found = load_rows(x, head_pointer(x, head // HEADS, head % HEADS), start, rows, PEAKS, D, BLOCK_D).to(tl.float32)
+    """x: View (B, H, LENGTH, D); a program turns PEAKS of its rows, zeros past the end. Grid: blocks x heads.
+
+    ragged: of x alone; zeros behind its sequences stand there before.
+    """
+    at = owner(ragged, tl.program_id(0), number(blocks), LENGTH, LENGTH, HEADS, BATCHED_HEADS, BATCHED_HEADS, False)
+    start = at.tile * PEAKS
+    rows = start + tl.arange(0, PEAKS) < at.M
+    found = load_rows(x, start_pointer(x, at, at.h, at.row), start, rows, PEAKS, D, BLOCK_D).to(tl.float32)
     d = tl.arange(0, BLOCK_D)[None, :]
-    at = head.to(tl.int64) * FEATURES * pitch(blocks) + start
+    first = room(at, at.row) + start
+    own = at.home.to(tl.int64) * FEATURES * pitch(blocks) + first
     offsets = d.to(tl.int64) * pitch(blocks) + tl.arange(0, PEAKS)[:, None]
-    tl.store(features + at + offsets, found, mask=d < FEATURES)
+    inside = at.tile >= 0
+    if ragged is not None:
+        inside = start < at.M
+    tl.store(features + own + offsets, found, mask=(d < FEATURES) & inside)
     if PAIRS:
-        tl.store(exponentials + at + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=d < FEATURES)
-        tl.store(peaks + head.to(tl.int64) * number(blocks) + tile, tl.max(tl.max(tl.abs(found), 1), 0))
+        tl.store(exponentials + own + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=(d < FEATURES) & inside)
+        block = at.home.to(tl.int64) * number(blocks) + first // PEAKS
+        tl.store(peaks + block, tl.max(tl.max(tl.abs(found), 1), 0), mask=inside)
 
 
 class Keys(NamedTuple):
-    """A tile of keys at n, the program that owns it, and what its rows are met with."""
+    """A tile of keys at n, the program that owns it, and what its rows are met with. row_slots, key_slots: for how many
+    tiles there is room in memory, for each head."""
 
     v: Any
     n: Any
-    tile: Any
     program: Any
+    row_slots: Any
+    key_slots: Any
     dout: View
     do_head: Any
     bias_head: Any
@@ -68,14 +91,35 @@ class Keys(NamedTuple):
 
 
 @triton.jit
+def slots(ragged, length, BLOCK: tl.constexpr, BATCH):
+    """How many tiles one head has room for: of one of a batch, or of all sequences, each of which has a last one."""
+    if ragged is None:
+        return tl.cdiv(length, BLOCK)
+    else:
+        return length // BLOCK + BATCH
+
+
+@triton.jit
+def row_slot(at, tile, room_for, BLOCK: tl.constexpr):
+    """Where a tile of rows has its room."""
+    return at.home * room_for + at.row // BLOCK + (at.b - at.batch) + tile
+
+
+@triton.jit
+def key_slot(at, room_for, BLOCK: tl.constexpr):
+    """Where the program's tile of keys has its room."""
+    return at.home * room_for + at.key // BLOCK + (at.b - at.batch) + at.tile
+
+
+@triton.jit
 def add_features(c, du, m, PAIRED: tl.constexpr):
     """dk and dw += what du, [BLOCK_N, BLOCK_M], gives them; the tile's part of dq is staged."""
     q, k = first_features(c.plane, m, c.n, PAIRED)
     w = c.plane.own.weights
     dk = key_features(c.plane, c.gradients.dk, c.n)
     stage = c.gradients.stage + c.program.to(tl.int64) * c.plane.score.additive.features * c.plane.BLOCK_M
-    tiles = tl.cdiv(c.plane.N, c.plane.BLOCK_N)
-    dw = c.gradients.dw + (c.plane.head.to(tl.int64) * tiles + c.tile) * c.plane.score.additive.features
+    slot = key_slot(c.plane.at, c.key_slots, c.plane.BLOCK_N)
+    dw = c.gradients.dw + slot.to(tl.int64) * c.plane.score.additive.features
     step = pitch(c.plane.score.additive.k_pitch)
     for _ in tl.range(0, c.plane.score.additive.features, 2):
         if PAIRED:
@@ -110,7 +154,7 @@ def absorb(c, state, m):
     at = m + tl.arange(0, c.plane.BLOCK_M)
     rows = live(c.reach, m, c.plane.BLOCK_M, True)
     do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
-    shift, delta = statistics(c.shift, c.delta, c.plane.head, at, at < c.plane.M, c.plane.M)
+    shift, delta = statistics(c.shift, c.delta, c.plane.at, at, at < c.plane.at.M)
     s = additive(c.plane, m, c.n, True)
     dp = products(c.v, do, c.PRECISION)
     t = saturation(c.plane, s)
@@ -125,7 +169,7 @@ def absorb(c, state, m):
     dx = score_gradient(c.plane, p, dp, delta[None, :], kept)
     if c.gradients.bias is not None:
         ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, m, c.n, True)
-        inside = (at < c.plane.M)[None, :] & (c.n + tl.arange(0, c.plane.BLOCK_N) < c.plane.N)[:, None]
+        inside = (at < c.plane.at.M)[None, :] & (c.n + tl.arange(0, c.plane.BLOCK_N) < c.plane.at.N)[:, None]
         tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=inside)
     if c.gradients.columns is not None:
         columns += tl.sum(dx, 1)
@@ -155,27 +199,24 @@ def add_rows(c, m, sums):
     """Add the staged part of dq, and the sums of dx, to the rows at m: the tile's turn has come."""
     rows = m + tl.arange(0, c.plane.BLOCK_M)
     if c.gradients.rows is not None:
-        at = c.gradients.rows + c.plane.head.to(tl.int64) * c.plane.M + rows
-        tl.store(at, tl.load(at, mask=rows < c.plane.M, other=0.0) + sums, mask=rows < c.plane.M)
+        at = c.gradients.rows + (c.plane.at.rows + rows)
+        tl.store(at, tl.load(at, mask=rows < c.plane.at.M, other=0.0) + sums, mask=rows < c.plane.at.M)
     if c.gradients.dq is not None:
-        base = c.gradients.dq + c.plane.head.to(tl.int64) * c.plane.score.additive.features * pitch(
-            c.plane.score.additive.q_pitch
-        )
+        base = query_features(c.plane, c.gradients.dq, m)
         stage = c.gradients.stage + c.program.to(tl.int64) * c.plane.score.additive.features * c.plane.BLOCK_M
         for first in tl.range(0, c.plane.score.additive.features, SLICE):
             d = first + tl.arange(0, SLICE)[:, None]
-            inside = (d < c.plane.score.additive.features) & (rows < c.plane.M)[None, :]
-            at = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + rows[None, :]
-            staged = tl.load(
-                stage + d * c.plane.BLOCK_M + tl.arange(0, c.plane.BLOCK_M)[None, :], mask=inside, other=0.0
-            )
+            inside = (d < c.plane.score.additive.features) & (rows < c.plane.at.M)[None, :]
+            cols = tl.arange(0, c.plane.BLOCK_M)[None, :]
+            at = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + cols
+            staged = tl.load(stage + d * c.plane.BLOCK_M + cols, mask=inside, other=0.0)
             tl.store(at, tl.load(at, mask=inside, other=0.0) + staged, mask=inside)
 
 
 @triton.jit
 def meet_rows(c, state):
     """Every tile of one query head's rows: those that the keys are seen from, and a turn passed on in the others."""
-    tiles = tl.cdiv(c.plane.M, c.plane.BLOCK_M)
+    tiles = tl.cdiv(c.plane.at.M, c.plane.BLOCK_M)
     visit = c.reach.visit
     for tile in tl.range(0, tiles):
         m = tile * c.plane.BLOCK_M
@@ -187,28 +228,28 @@ def meet_rows(c, state):
         if visited:
             dv, columns, scale, caps, slopes, sums = absorb(c, state, m)
             state = dv, columns, scale, caps, slopes
-        turn = c.gradients.turns + c.plane.head * tiles + tile
+        turn = c.gradients.turns + row_slot(c.plane.at, tile, c.row_slots, c.plane.BLOCK_M)
         # What this tile stored is there for all threads, and then what earlier tiles added is there for this program.
         tl.debug_barrier()
-        while tl.atomic_add(turn, 0, sem="acquire") != c.tile:
+        while tl.atomic_add(turn, 0, sem="acquire") != c.plane.at.tile:
             pass
         tl.debug_barrier()
         if visited:
             add_rows(c, m, sums)
         tl.debug_barrier()
-        tl.atomic_xchg(turn, c.tile + 1, sem="release")
+        tl.atomic_xchg(turn, c.plane.at.tile + 1, sem="release")
     return state
 
 
 @triton.jit
-def keep_columns(pointer, head, N, keys, seen, sums):
+def keep_columns(pointer, at, keys, seen, sums):
     if pointer is not None:
-        tl.store(pointer + head.to(tl.int64) * N + keys, tl.where(seen, sums, 0.0), mask=keys < N)
+        tl.store(pointer + at.keys + keys, tl.where(seen, sums, 0.0), mask=keys < at.N)
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def additive_backward_kernel(
-    v, dout, shift, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    v, dout, shift, delta, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -216,44 +257,48 @@ def additive_backward_kernel(
 
     A program takes tickets as long as there are tiles, so that what it stages needs memory once for all of them.
     """
-    tiles = tl.cdiv(N, BLOCK_N)
+    row_slots = slots(ragged, M, BLOCK_M, BATCHED_HEADS // HEADS)
+    key_slots = slots(ragged, N, BLOCK_N, BATCHED_HEADS // HEADS)
+    tickets = key_slots * BATCHED_HEADS
+    if ragged is not None:
+        tickets = key_slots * HEADS
     ticket = tl.atomic_add(gradients.ticket, 1)
-    while ticket < tiles * BATCHED_HEADS:
-        tile, head = schedule(ticket, tiles, BATCHED_HEADS, WAVE)
-        n = tile * BLOCK_N
-        b = head // HEADS
-        h = head % HEADS
+    while ticket < tickets:
+        at = owner(ragged, ticket, key_slots, M, N, HEADS, BATCHED_HEADS, WAVE, False)
+        n = at.tile * BLOCK_N
         keys = n + tl.arange(0, BLOCK_N)
-        lo, hi = interval(span, b, keys, N, M)
+        lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)
         seen = lo < hi
-        reach = visit(lo, hi, M, BLOCK_M)
-        v_tile = load_rows(v, head_pointer(v, b, h), n, seen, BLOCK_N, DV, BLOCK_DV)
+        reach = visit(lo, hi, at.M, BLOCK_M)
+        v_tile = load_rows(v, start_pointer(v, at, at.h, at.key), n, seen, BLOCK_N, DV, BLOCK_DV)
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
         zeros = tl.zeros([BLOCK_N], tl.float32)
-        for member in range(GROUP):
-            row_head = head * GROUP + member
-            row_h = h * GROUP + member
+        for index in range(GROUP):
+            of_rows = member(at, index, M, N, GROUP)
             bias_head = None
             if gradients.bias is not None:
-                bias_head = head_pointer(gradients.bias, b, row_h)
+                bias_head = head_pointer(gradients.bias, at.b, of_rows.h)
             dv, columns, scale, caps, slopes = meet_rows(
                 Keys(
-                    v_tile, n, tile, tl.program_id(0), dout, head_pointer(dout, b, row_h), bias_head, shift, delta,
-                    Plane(score, parameters(score, mask, b, row_h), mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N),
+                    v_tile, n, tl.program_id(0), row_slots, key_slots,
+                    dout, start_pointer(dout, at, of_rows.h, at.row), bias_head, shift, delta,
+                    Plane(score, parameters(score, mask, at.b, of_rows.h), mask, dropout, of_rows, BLOCK_M, BLOCK_N),
                     Reach(
-                        span, lo, hi, listed(span, reach, b, row_h, tile, M, BLOCK_M), pattern(span, b, row_h, keys, N)
+                        span, lo, hi, listed(span, reach, of_rows),
+                        pattern(span, at.b, of_rows.h, keys, at.N, 0 - at.shift),
                     ),
                     gradients, DV, BLOCK_DV, PRECISION,
                 ),
                 (dv, zeros, zeros, zeros, zeros),
             )  # fmt: skip
-            keep_columns(gradients.columns, row_head, N, keys, seen, columns)
-            keep_columns(gradients.scale, row_head, N, keys, seen, scale)
-            keep_columns(gradients.softcap, row_head, N, keys, seen, caps)
-            keep_columns(gradients.slopes, row_head, N, keys, seen, slopes)
+            keep_columns(gradients.columns, of_rows, keys, seen, columns)
+            keep_columns(gradients.scale, of_rows, keys, seen, scale)
+            keep_columns(gradients.softcap, of_rows, keys, seen, caps)
+            keep_columns(gradients.slopes, of_rows, keys, seen, slopes)
         if gradients.dv is not None:
             if dropout is not None:
                 dv *= dropout.rescale
             dv = tl.where(seen[:, None], dv, 0.0)
-            store_rows(gradients.dv, head_pointer(gradients.dv, b, h), n, keys < N, dv, BLOCK_N, DV, BLOCK_DV)
+            start = start_pointer(gradients.dv, at, at.h, at.key)
+            store_rows(gradients.dv, start, n, keys < at.N, dv, BLOCK_N, DV, BLOCK_DV)
         ticket = tl.atomic_add(gradients.ticket, 1)

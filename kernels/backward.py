@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import head_pointer, load_rows, schedule, store_rows
+from .memory import head_pointer, load_rows, member, owner, pair_pointers, place, schedule, start_pointer, store_rows
 from .modifiers import (
     Plane,
     backward,
@@ -34,7 +34,7 @@ from .types import KeyGradients, RowGradients, View
 
 
 @triton.jit
-def statistics(shift, delta, head, rows, seeing, M):
+def statistics(shift, delta, at, rows, seeing):
     """(shift, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row sees.
 
     Zeros for a sigmoid, which asks for neither: shift and delta are None.
@@ -42,11 +42,11 @@ def statistics(shift, delta, head, rows, seeing, M):
     if shift is None:
         return rows * 0.0, rows * 0.0
     else:
-        at = head.to(tl.int64) * M + rows
+        shift, delta = shift + (at.rows + rows), delta + (at.rows + rows)
         if seeing is None:
-            return tl.load(shift + at), tl.load(delta + at)
+            return tl.load(shift), tl.load(delta)
         else:
-            return tl.load(shift + at, mask=seeing, other=float("inf")), tl.load(delta + at, mask=seeing, other=0.0)
+            return tl.load(shift, mask=seeing, other=float("inf")), tl.load(delta, mask=seeing, other=0.0)
 
 
 @triton.jit
@@ -140,9 +140,9 @@ def issue_rows(c, m, MASKED: tl.constexpr):
     # Read before the products: what is read after a wait for one waits with it, and the exponentials need shift.
     at = m + tl.arange(0, c.plane.BLOCK_M)
     if MASKED:
-        shift, delta = statistics(c.shift, c.delta, c.plane.head, at, at < c.plane.M, c.plane.M)
+        shift, delta = statistics(c.shift, c.delta, c.plane.at, at, at < c.plane.at.M)
     else:
-        shift, delta = statistics(c.shift, c.delta, c.plane.head, at, None, c.plane.M)
+        shift, delta = statistics(c.shift, c.delta, c.plane.at, at, None)
     return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do, shift, delta
 
 
@@ -174,51 +174,53 @@ def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def dkdv_kernel(
-    q, k, v, dout, shift, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, dout, shift, delta, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads. Keys nobody sees get zeros."""
-    tile, head = schedule(tl.program_id(0), tl.cdiv(N, BLOCK_N), BATCHED_HEADS, WAVE)
-    n = tile * BLOCK_N  # under a causal mask the first keys take longest
-    b = head // HEADS
-    h = head % HEADS
+    """span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads. Keys nobody sees get zeros.
+
+    Under a causal mask the first keys take longest.
+    """
+    at = owner(ragged, tl.program_id(0), tl.cdiv(N, BLOCK_N), M, N, HEADS, BATCHED_HEADS, WAVE, False)
+    n = at.tile * BLOCK_N
     keys = n + tl.arange(0, BLOCK_N)
-    lo, hi = interval(span, b, keys, N, M)
+    lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)
     seen = lo < hi
-    reach = visit(lo, hi, M, BLOCK_M)
-    k_tile = load_rows(k, head_pointer(k, b, h), n, seen, BLOCK_N, D, BLOCK_D)
-    v_tile = load_rows(v, head_pointer(v, b, h), n, seen, BLOCK_N, DV, BLOCK_DV)
+    reach = visit(lo, hi, at.M, BLOCK_M)
+    k_tile = load_rows(k, start_pointer(k, at, at.h, at.key), n, seen, BLOCK_N, D, BLOCK_D)
+    v_tile = load_rows(v, start_pointer(v, at, at.h, at.key), n, seen, BLOCK_N, DV, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(GROUP):
-        row_head = head * GROUP + member
-        row_h = h * GROUP + member
-        own = parameters(score, mask, b, row_h)
-        tiles = listed(span, reach, b, row_h, tile, M, BLOCK_M)
+    for index in range(GROUP):
+        of_rows = member(at, index, M, N, GROUP)
+        own = parameters(score, mask, at.b, of_rows.h)
+        tiles = listed(span, reach, of_rows)
         dk, dv, columns = sweep(
             issue_rows, absorb_rows,
             Keys(
-                k_tile, v_tile, n, q, head_pointer(q, b, row_h), dout, head_pointer(dout, b, row_h), shift, delta,
-                Plane(score, own, mask, dropout, row_head, M, N, BLOCK_M, BLOCK_N),
-                Reach(span, lo, hi, tiles, pattern(span, b, row_h, keys, N)),
+                k_tile, v_tile, n, q, start_pointer(q, at, of_rows.h, at.row),
+                dout, start_pointer(dout, at, of_rows.h, at.row), shift, delta,
+                Plane(score, own, mask, dropout, of_rows, BLOCK_M, BLOCK_N),
+                Reach(span, lo, hi, tiles, pattern(span, at.b, of_rows.h, keys, at.N, 0 - at.shift)),
                 gradients, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             ),
             (dk, dv, tl.zeros([BLOCK_N], tl.float32)), tiles, BLOCK_M, False,
         )  # fmt: skip
         if gradients.sums is not None:
-            at = gradients.sums + row_head.to(tl.int64) * N + keys
-            tl.store(at, tl.where(seen, columns, 0.0), mask=keys < N)
+            tl.store(gradients.sums + of_rows.keys + keys, tl.where(seen, columns, 0.0), mask=keys < at.N)
     if gradients.dk is not None:
         if not score.scale.pointer:
             dk *= score.scale.value
         dk = tl.where(seen[:, None], dk, 0.0)
-        store_rows(gradients.dk, head_pointer(gradients.dk, b, h), n, keys < N, dk, BLOCK_N, D, BLOCK_D)
+        start = start_pointer(gradients.dk, at, at.h, at.key)
+        store_rows(gradients.dk, start, n, keys < at.N, dk, BLOCK_N, D, BLOCK_D)
     if gradients.dv is not None:
         if dropout is not None:
             dv *= dropout.rescale
         dv = tl.where(seen[:, None], dv, 0.0)
-        store_rows(gradients.dv, head_pointer(gradients.dv, b, h), n, keys < N, dv, BLOCK_N, DV, BLOCK_DV)
+        start = start_pointer(gradients.dv, at, at.h, at.key)
+        store_rows(gradients.dv, start, n, keys < at.N, dv, BLOCK_N, DV, BLOCK_DV)
 
 
 class Rows(NamedTuple):
@@ -264,7 +266,7 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
     if c.gradients.bias is not None:
         i, j = positions(c.plane, c.m, n, False)
         ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, c.m, n, False)
-        tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=(i < c.plane.M) & (j < c.plane.N))
+        tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=(i < c.plane.at.M) & (j < c.plane.at.N))
     if c.gradients.sums is not None:
         sums += tl.sum(dx, 1)
     if c.gradients.slopes is not None:
@@ -278,60 +280,62 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def dq_kernel(
-    q, k, v, dout, shift, delta, score, span, mask, dropout, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, dout, shift, delta, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What sums over the keys: dq, each row's share of the scalar gradients, and dx itself for a dense bias."""
-    tiles = tl.cdiv(M, BLOCK_M)
-    tile, head = schedule(tl.program_id(0), tiles, BATCHED_HEADS, WAVE)
-    m = (tiles - 1 - tile) * BLOCK_M
-    b = head // HEADS
-    h = head % HEADS
+    at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
+    m = at.tile * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)
-    lo, hi = interval(span, b, rows, M, N)
-    reach = listed(span, visit(lo, hi, N, BLOCK_N), b, h, m // BLOCK_M, N, BLOCK_N)
-    own = parameters(score, mask, b, h)
-    q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
-    do_tile = load_rows(dout, head_pointer(dout, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV)
-    lse_tile, delta_tile = statistics(shift, delta, head, rows, lo < hi, M)
+    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)
+    reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
+    own = parameters(score, mask, at.b, at.h)
+    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)
+    do_tile = load_rows(dout, start_pointer(dout, at, at.h, at.row), m, rows < at.M, BLOCK_M, DV, BLOCK_DV)
+    lse_tile, delta_tile = statistics(shift, delta, at, rows, lo < hi)
     bias_head = None
     if gradients.bias is not None:
-        bias_head = head_pointer(gradients.bias, b, h)
+        bias_head = head_pointer(gradients.bias, at.b, at.h)
     zeros = tl.zeros([BLOCK_M], tl.float32)
     dq, caps, slopes, sums = sweep(
         issue_keys, absorb_keys,
         Rows(
             q_tile, do_tile, m, lse_tile, delta_tile,
-            k, head_pointer(k, b, h // GROUP), v, head_pointer(v, b, h // GROUP),
-            Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)),
+            k, start_pointer(k, at, at.h // GROUP, at.key), v, start_pointer(v, at, at.h // GROUP, at.key),
+            Plane(score, own, mask, dropout, at, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
             gradients, bias_head, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros), reach, BLOCK_N, False,
     )  # fmt: skip
-    at = head.to(tl.int64) * M + rows
+    own_rows = at.rows + rows
     if gradients.scale is not None:
-        tl.store(gradients.scale + at, tl.sum(q_tile.to(tl.float32) * dq, 1), mask=rows < M)
+        tl.store(gradients.scale + own_rows, tl.sum(q_tile.to(tl.float32) * dq, 1), mask=rows < at.M)
     if gradients.softcap is not None:
-        tl.store(gradients.softcap + at, caps, mask=rows < M)
+        tl.store(gradients.softcap + own_rows, caps, mask=rows < at.M)
     if gradients.slopes is not None:
-        tl.store(gradients.slopes + at, slopes, mask=rows < M)
+        tl.store(gradients.slopes + own_rows, slopes, mask=rows < at.M)
     if gradients.sums is not None:
-        tl.store(gradients.sums + at, sums, mask=rows < M)
+        tl.store(gradients.sums + own_rows, sums, mask=rows < at.M)
     if gradients.dq is not None:
-        store_rows(gradients.dq, head_pointer(gradients.dq, b, h), m, rows < M, dq * own.scale, BLOCK_M, D, BLOCK_D)
+        start = start_pointer(gradients.dq, at, at.h, at.row)
+        store_rows(gradients.dq, start, m, rows < at.M, dq * own.scale, BLOCK_M, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["M", "N", "BATCH", "HEADS", "BIAS_BATCH", "BIAS_HEADS"])
+@triton.jit(do_not_specialize=["M", "N", "ROWS", "KEYS", "BATCH", "HEADS", "BIAS_BATCH", "BIAS_HEADS"])
 def dbias_kernel(
-    q, k, v, dout, shift, delta, score, span, mask, dropout, dbias, M, N, BATCH, HEADS, BIAS_BATCH, BIAS_HEADS,
+    q, k, v, dout, shift, delta, score, span, mask, dropout, ragged, dbias, M, N, ROWS, KEYS, BATCH, HEADS,
+    BIAS_BATCH, BIAS_HEADS,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dbias: View (1 or B, 1 or Hq, M, N). Adds dx over the batches and heads that share a tile, in order."""
+    """dbias: View (1 or B, 1 or Hq, M, N). Adds dx over the batches and heads that share a tile, in order.
+
+    ROWS, KEYS: those that q and k have in memory: M and N, or of all sequences together.
+    """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    tile, owner = schedule(tl.program_id(0), tiles, BIAS_BATCH * BIAS_HEADS, BIAS_BATCH * BIAS_HEADS)
+    tile, own = schedule(tl.program_id(0), tiles, BIAS_BATCH * BIAS_HEADS, BIAS_BATCH * BIAS_HEADS)
     m = tile // tl.cdiv(N, BLOCK_N) * BLOCK_M
     n = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N
     rows = m + tl.arange(0, BLOCK_M)
@@ -339,42 +343,38 @@ def dbias_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     shared_heads = HEADS // BIAS_HEADS
     for sharer in tl.range(0, BATCH // BIAS_BATCH * shared_heads):
-        b = owner // BIAS_HEADS + sharer // shared_heads
-        h = owner % BIAS_HEADS + sharer % shared_heads
-        head = b * HEADS + h
-        lo, hi = interval(span, b, rows, M, N)
-        reach = visit(lo, hi, N, BLOCK_N)
-        lse_tile, delta_tile = statistics(shift, delta, head, rows, lo < hi, M)
-        total += tile_gradient(
-            q, k, v, dout, lse_tile, delta_tile,
-            Plane(score, parameters(score, mask, b, h), mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)), m, n, b, h,
-            GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
-    ptrs = tile_pointers(
-        dbias,
-        head_pointer(dbias, owner // BIAS_HEADS, owner % BIAS_HEADS),
-        Plane(score, None, mask, dropout, owner, M, N, BLOCK_M, BLOCK_N),
-        m,
-        n,
-        False,
+        b = own // BIAS_HEADS + sharer // shared_heads
+        at = place(ragged, b, own % BIAS_HEADS + sharer % shared_heads, tile, ROWS, KEYS, HEADS)
+        lo, hi = interval(span, b, rows, at.M, at.N, at.shift)
+        reach = visit(lo, hi, at.N, BLOCK_N)
+        if reach.total > 0:
+            lse_tile, delta_tile = statistics(shift, delta, at, rows, lo < hi)
+            total += tile_gradient(
+                q, k, v, dout, lse_tile, delta_tile,
+                Plane(score, parameters(score, mask, b, at.h), mask, dropout, at, BLOCK_M, BLOCK_N),
+                Reach(span, lo, hi, reach, pattern(span, b, at.h, rows, at.M, at.shift)), m, n,
+                GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
+    ptrs = pair_pointers(
+        dbias, head_pointer(dbias, own // BIAS_HEADS, own % BIAS_HEADS), m, n, M, N, BLOCK_M, BLOCK_N, False
     )
     tl.store(ptrs, total.to(ptrs.dtype.element_ty), mask=(rows < M)[:, None] & (keys < N)[None, :])
 
 
 @triton.jit
 def tile_gradient(
-    q, k, v, dout, shift, delta, plane, reach, m, n, b, h,
+    q, k, v, dout, shift, delta, plane, reach, m, n,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx of one tile of one head, [BLOCK_M, BLOCK_N]."""
-    rows = m + tl.arange(0, plane.BLOCK_M) < plane.M
+    rows = m + tl.arange(0, plane.BLOCK_M) < plane.at.M
+    h = plane.at.h
     keys = live(reach, n, plane.BLOCK_N, True)
-    q_tile = load_rows(q, head_pointer(q, b, h), m, rows, plane.BLOCK_M, D, BLOCK_D)
-    k_tile = load_rows(k, head_pointer(k, b, h // GROUP), n, keys, plane.BLOCK_N, D, BLOCK_D)
-    v_tile = load_rows(v, head_pointer(v, b, h // GROUP), n, keys, plane.BLOCK_N, DV, BLOCK_DV)
-    do_tile = load_rows(dout, head_pointer(dout, b, h), m, rows, plane.BLOCK_M, DV, BLOCK_DV)
+    q_tile = load_rows(q, start_pointer(q, plane.at, h, plane.at.row), m, rows, plane.BLOCK_M, D, BLOCK_D)
+    k_tile = load_rows(k, start_pointer(k, plane.at, h // GROUP, plane.at.key), n, keys, plane.BLOCK_N, D, BLOCK_D)
+    v_tile = load_rows(v, start_pointer(v, plane.at, h // GROUP, plane.at.key), n, keys, plane.BLOCK_N, DV, BLOCK_DV)
+    do_tile = load_rows(dout, start_pointer(dout, plane.at, h, plane.at.row), m, rows, plane.BLOCK_M, DV, BLOCK_DV)
     if plane.score.additive is not None:
         s = additive(plane, m, n, False)
     else:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import head_pointer, load_rows, load_tile, schedule, store_rows
+from .memory import load_rows, load_tile, owner, start_pointer, store_rows
 from .modifiers import Plane, keep, parameters, saturation, value
 from .numerics import LOG2E, dot, sigmoid
 from .scores import additive, products
@@ -19,7 +19,7 @@ from .types import View
 
 
 class Rows(NamedTuple):
-    """A tile of query rows at m, and what a step of its sweep over the keys, of batch b and head h, asks for."""
+    """A tile of query rows at m, and what a step of its sweep over the keys, of their head h, asks for."""
 
     q: Any
     m: Any
@@ -29,7 +29,6 @@ class Rows(NamedTuple):
     v: View
     v_head: Any
     v_box: Any
-    b: Any
     h: Any
     plane: Plane
     reach: Reach
@@ -48,7 +47,7 @@ def issue(c, n, MASKED: tl.constexpr):
         return additive(c.plane, c.m, n, False)
     else:
         keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
-        k = load_tile(c.k, c.k_head, c.k_box, c.b, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
+        k = load_tile(c.k, c.k_head, c.k_box, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
         return products(c.q, k, c.PRECISION)
 
 
@@ -71,30 +70,27 @@ def absorb(c, state, s, n, MASKED: tl.constexpr):
     if c.plane.dropout is not None:
         p = tl.where(keep(c.plane, c.m, n, False), p, 0.0)
     keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
-    v = load_tile(c.v, c.v_head, c.v_box, c.b, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
+    v = load_tile(c.v, c.v_head, c.v_box, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
     acc = dot(p.to(v.dtype), v, acc, c.PRECISION)
     return m_i, l_i, acc
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def forward_kernel(
-    q, k, v, out, lse, score, span, mask, sink, dropout, k_box, v_box, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, out, lse, score, span, mask, sink, dropout, ragged, k_box, v_box, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, k, v, out, mask: View; lse, sink: pointers (B, Hq, M), not used by a sigmoid, and (Hq,); k_box, v_box: tensor
-    descriptors, or None."""
-    tiles = tl.cdiv(M, BLOCK_M)
-    tile, head = schedule(tl.program_id(0), tiles, BATCHED_HEADS, WAVE)
-    m = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last rows take longest
-    b = head // HEADS
-    h = head % HEADS
+    descriptors, or None. Under a causal mask the last rows take longest."""
+    at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
+    m = at.tile * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)
-    lo, hi = interval(span, b, rows, M, N)
-    reach = listed(span, visit(lo, hi, N, BLOCK_N), b, h, m // BLOCK_M, N, BLOCK_N)
+    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)
+    reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
 
-    own = parameters(score, mask, b, h)
-    q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
+    own = parameters(score, mask, at.b, at.h)
+    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)
     scale = tl.full([], 1.0, tl.float32)
     if score.folds:
         scale *= own.scale
@@ -102,10 +98,10 @@ def forward_kernel(
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
-            q_tile, m, k, head_pointer(k, b, h // GROUP), k_box, v, head_pointer(v, b, h // GROUP), v_box,
-            b, h // GROUP,
-            Plane(score, own, mask, dropout, head, M, N, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)),
+            q_tile, m, k, start_pointer(k, at, at.h // GROUP, at.key), k_box,
+            v, start_pointer(v, at, at.h // GROUP, at.key), v_box, at.h // GROUP,
+            Plane(score, own, mask, dropout, at, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
         init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP,
@@ -113,12 +109,12 @@ def forward_kernel(
 
     logit = None
     if sink is not None:
-        logit = tl.load(sink + h).to(tl.float32)
+        logit = tl.load(sink + at.h).to(tl.float32)
     if score.sigmoid:
         out_tile = acc
     else:
         out_tile, lse_tile = finish(m_i, l_i, acc, scale, logit, lo < hi)
-        tl.store(lse + head.to(tl.int64) * M + rows, lse_tile, mask=rows < M)
+        tl.store(lse + at.rows + rows, lse_tile, mask=rows < at.M)
     if dropout is not None:
         out_tile *= dropout.rescale
-    store_rows(out, head_pointer(out, b, h), m, rows < M, out_tile, BLOCK_M, DV, BLOCK_DV)
+    store_rows(out, start_pointer(out, at, at.h, at.row), m, rows < at.M, out_tile, BLOCK_M, DV, BLOCK_DV)

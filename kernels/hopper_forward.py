@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barriers, fetch, pin, tile_start, visit
-from .memory import number, pointers, schedule
+from .memory import number, place, pointers, schedule
 from .modifiers import Plane, apart, capped, parameters, saturation
 from .numerics import LOG2E
 from .softmax import LOWEST, finish, update
@@ -263,7 +263,7 @@ def consume(group: gl.constexpr, p, shared, out, lse, score, sink):
     for turn in range(turns(p)):
         m, b, h, seen = assignment(p, turn)
         m += group * p.ROWS
-        head = b * p.HEADS + h
+        at = place(None, b, h, m * 0, p.M, p.N, p.HEADS)
         own = parameters(score, None, b, h)
         scale = 1.0
         if score.folds:
@@ -272,7 +272,7 @@ def consume(group: gl.constexpr, p, shared, out, lse, score, sink):
         m_i, l_i, acc = attend(
             p, shared,
             Tile(
-                m, turn, Plane(score, own, None, None, head, p.M, p.N, p.ROWS, p.BLOCK_N), scale * LOG2E,
+                m, turn, Plane(score, own, None, None, at, p.ROWS, p.BLOCK_N), scale * LOG2E,
                 group,
             ),
             seen, count,
@@ -289,7 +289,7 @@ def consume(group: gl.constexpr, p, shared, out, lse, score, sink):
         if sink is not None:
             logit = gl.load(sink + h).to(gl.float32)
         found, lse_tile = finish(gl.convert_layout(m_i, ROW), gl.convert_layout(l_i, ROW), acc, scale, logit, some)
-        gl.store(lse + head.to(gl.int64) * p.M + rows, lse_tile, mask=rows < p.M)
+        gl.store(lse + at.rows + rows, lse_tile, mask=rows < p.M)
         if p.OWN_OUT:
             tma.store_wait(0)  # of the tile before
         slot = shared.out.index(group)

@@ -1,7 +1,33 @@
 """Where row n lives: pointers to tiles of a View, loads and stores that never leave it, and which tile is whose."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Place(NamedTuple):
+    """Whose tile a program owns: that of a head h of a sequence b, which is one of a batch, or one of several that lie
+    behind one another in one batch.
+
+    head: b * heads + h. M, N: the sequence's lengths; shift: how much further right its diagonal lies than is said.
+    In memory it has batch `batch`, head `home` of all, and rows from `row` and keys from `key` on; row 0 and key 0 of
+    the head lie at `rows` and `keys` of what is laid out (batch, head, row) and (batch, head, key).
+    """
+
+    b: Any
+    h: Any
+    head: Any
+    tile: Any
+    M: Any
+    N: Any
+    shift: Any
+    batch: Any
+    home: Any
+    row: Any
+    key: Any
+    rows: Any
+    keys: Any
 
 
 @triton.jit
@@ -32,6 +58,12 @@ def stride(view, dim: tl.constexpr):
 def head_pointer(view, b, h):
     """To row 0 of one batch and head; int64 before the first multiply."""
     return view.ptr + (b.to(tl.int64) * number(view.strides[0]) + h.to(tl.int64) * number(view.strides[1])) * view.unit
+
+
+@triton.jit
+def start_pointer(view, at, h, start):
+    """To the first row of a sequence, its own of q or of k, in one head of packed or batched rows."""
+    return head_pointer(view, at.batch, h) + start.to(tl.int64) * stride(view, 2)
 
 
 @triton.jit
@@ -77,10 +109,10 @@ def load_rows(view, head, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOC
 
 
 @triton.jit
-def load_tile(view, head, box, b, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """load_rows; a tile whose every row lives comes by the descriptor of its boxes, unless that is None."""
+def load_tile(view, head, box, at, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """load_rows of keys; a tile whose every row lives comes by the descriptor of its boxes, unless that is None."""
     if (live is None) and (box is not None):
-        return tl.reshape(box.load([b, h, start, 0]), (ROWS, BLOCK_D))
+        return tl.reshape(box.load([at.batch, h, at.key + start, 0]), (ROWS, BLOCK_D))
     else:
         return load_rows(view, head, start, live, ROWS, D, BLOCK_D)
 
@@ -98,8 +130,8 @@ def pair_pointers(view, head, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
     Beyond the edge they repeat the last row and key, so that a load needs no mask; those scores are never used.
     """
-    rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - m)
-    cols = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n)
+    rows = tl.minimum(tl.arange(0, BLOCK_M), tl.maximum(M - 1, 0) - m)
+    cols = tl.minimum(tl.arange(0, BLOCK_N), tl.maximum(N - 1, 0) - n)
     if TRANSPOSED:
         return pointers(view, head, m, n, rows[None, :], cols[:, None])
     else:
@@ -114,3 +146,50 @@ def schedule(turn, tiles, heads, WAVE):
     width = tl.minimum(WAVE, heads - wave * WAVE)
     rest = turn - wave * WAVE * tiles
     return rest // width, wave * WAVE + rest % width
+
+
+@triton.jit
+def place(ragged, b, h, tile, M, N, HEADS):
+    """The Place of a tile of head h of sequence b. M, N: of a batch, or of all sequences together. A tile of less than
+    0 is that of a sequence without rows and keys."""
+    head = b * HEADS + h
+    zero = tile * 0
+    if ragged is None:
+        base = head.to(tl.int64)
+        return Place(b, h, head, tile, M, N, zero, b, head, zero, zero, base * M, base * N)
+    else:
+        row = tl.load(ragged.q + b)
+        key = tl.load(ragged.k + b)
+        m = tl.where(tile < 0, 0, tl.load(ragged.q + b + 1) - row)
+        n = tl.where(tile < 0, 0, tl.load(ragged.k + b + 1) - key)
+        tile = tl.maximum(tile, 0)
+        shift = (n - m) * number(ragged.aligned)
+        base = h.to(tl.int64)
+        return Place(b, h, head, tile, m, n, shift, zero, h, row, key, base * M + row, base * N + key)
+
+
+@triton.jit
+def owner(ragged, turn, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_FIRST: tl.constexpr):
+    """The Place of a program, by its turn. tiles: how many a batch has; LAST_FIRST: from the last one on.
+
+    Turns of sequences stand in a table, in which the longest come first.
+    """
+    if ragged is None:
+        tile, head = schedule(turn, tiles, BATCHED_HEADS, WAVE)
+        if LAST_FIRST:
+            tile = tiles - 1 - tile
+        return place(ragged, head // HEADS, head % HEADS, tile, M, N, HEADS)
+    else:
+        b = tl.load(ragged.tiles + turn // HEADS * 2)
+        tile = tl.load(ragged.tiles + turn // HEADS * 2 + 1)
+        return place(ragged, b, turn % HEADS, tile, M, N, HEADS)
+
+
+@triton.jit
+def member(at, index, M, N, GROUP: tl.constexpr):
+    """The Place of one of the query heads of a key-value head's group."""
+    home = at.home * GROUP + index
+    return Place(
+        at.b, at.h * GROUP + index, at.head * GROUP + index, at.tile, at.M, at.N, at.shift,
+        at.batch, home, at.row, at.key, home.to(tl.int64) * M + at.row, home.to(tl.int64) * N + at.key,
+    )  # fmt: skip

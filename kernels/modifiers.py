@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import head_pointer, number, pair_pointers, read_scalar
+from .memory import Place, head_pointer, number, pair_pointers, read_scalar
 from .numerics import tanh
 from .types import Score
 
@@ -30,15 +30,13 @@ class Parameters(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """The scores of one head, (M, N), and what makes them. head is b * Hq + h."""
+    """The scores of one head, and what makes them."""
 
     score: Score
     own: Parameters
     mask: Any
     dropout: Any
-    head: Any
-    M: Any
-    N: Any
+    at: Place
     BLOCK_M: Any
     BLOCK_N: Any
 
@@ -79,7 +77,7 @@ def positions(plane, m, n, TRANSPOSED: tl.constexpr):
 @triton.jit
 def tile_pointers(view, start, plane, m, n, TRANSPOSED: tl.constexpr):
     """To the tile of something (M, N)."""
-    return pair_pointers(view, start, m, n, plane.M, plane.N, plane.BLOCK_M, plane.BLOCK_N, TRANSPOSED)
+    return pair_pointers(view, start, m, n, plane.at.M, plane.at.N, plane.BLOCK_M, plane.BLOCK_N, TRANSPOSED)
 
 
 @triton.jit
@@ -95,7 +93,7 @@ def apart(plane, m, n, i, j):
 
     The tile's distance is one number and becomes a float once; what is left are small whole numbers, exact in float32.
     """
-    far = 1.0 * (m - n + number(plane.score.offset))
+    far = 1.0 * (m - n + number(plane.score.offset) + plane.at.shift)
     return tl.abs((far + i.to(tl.float32)) - j.to(tl.float32))
 
 
@@ -114,9 +112,9 @@ def value(plane, s, t, m, n, TRANSPOSED: tl.constexpr):
     x = capped(plane, s, t)
     if plane.score.rows is not None:
         i, j = positions(plane, m, n, TRANSPOSED)
-        row, key = tl.minimum(i, plane.M - 1), tl.minimum(j, plane.N - 1)  # beyond the edge nothing is used
-        x += tl.load(plane.score.rows + plane.head.to(tl.int64) * plane.M + row)
-        x += tl.load(plane.score.keys + plane.head.to(tl.int64) * plane.N + key)
+        row, key = tl.minimum(i, plane.at.M - 1), tl.minimum(j, plane.at.N - 1)  # beyond the edge nothing is used
+        x += tl.load(plane.score.rows + plane.at.rows + row)
+        x += tl.load(plane.score.keys + plane.at.keys + key)
     if plane.score.bias is not None:
         x += tl.load(tile_pointers(plane.score.bias, plane.own.bias, plane, m, n, TRANSPOSED)).to(tl.float32)
     if plane.score.slopes is not None:
@@ -176,7 +174,7 @@ def keep(plane, m, n, TRANSPOSED: tl.constexpr):
         tl.load(plane.dropout.rng),
         zero + cols.to(tl.uint32),
         zero + rows.to(tl.uint32),
-        zero + plane.head.to(tl.uint32),
+        zero + plane.at.head.to(tl.uint32),
         zero + tl.load(plane.dropout.rng + 1).to(tl.uint32),
         7,
     )

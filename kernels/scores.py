@@ -13,6 +13,7 @@ from .memory import number
 from .numerics import dot, reciprocal, tanh
 
 PEAKS: tl.constexpr = tl.constexpr(16)  # rows to a peak, and to a block of a pitch
+GAP: tl.constexpr = tl.constexpr(256)  # rows of zeros behind a sequence; no tile is longer
 SAFE: tl.constexpr = tl.constexpr(11.0)  # exp(4 * 2 * 11) < 2**127
 
 
@@ -29,17 +30,24 @@ def pitch(blocks):
 
 
 @triton.jit
+def room(at, start):
+    """Where the features of a sequence begin, that begins at start in q or k: in memory of its own, zeros behind its
+    end, so that a tile that runs over it meets nothing of the next one. 0 in a batch, where start and b - batch are."""
+    return (tl.cdiv(start, PEAKS) + (at.b - at.batch) * (GAP // PEAKS + 1)) * PEAKS
+
+
+@triton.jit
 def query_features(plane, base, m):
     """To feature 0 of row m, in memory laid out as q's features are."""
-    head = plane.head.to(tl.int64) * plane.score.additive.features
-    return base + head * pitch(plane.score.additive.q_pitch) + m
+    head = plane.at.home.to(tl.int64) * plane.score.additive.features
+    return base + head * pitch(plane.score.additive.q_pitch) + (room(plane.at, plane.at.row) + m)
 
 
 @triton.jit
 def key_features(plane, base, n):
     """To feature 0 of key n, in memory laid out as k's features are."""
-    head = (plane.head // plane.score.additive.group).to(tl.int64) * plane.score.additive.features
-    return base + head * pitch(plane.score.additive.k_pitch) + n
+    head = (plane.at.home // plane.score.additive.group).to(tl.int64) * plane.score.additive.features
+    return base + head * pitch(plane.score.additive.k_pitch) + (room(plane.at, plane.at.key) + n)
 
 
 @triton.jit
@@ -53,12 +61,18 @@ def peak(base, blocks, head, start, BLOCK: tl.constexpr):
 @triton.jit
 def paired(plane, m, n):
     """Whether the tile at (m, n) may take the identity."""
-    q = peak(plane.score.additive.q_peaks, plane.score.additive.q_pitch, plane.head, m, plane.BLOCK_M)
+    q = peak(
+        plane.score.additive.q_peaks,
+        plane.score.additive.q_pitch,
+        plane.at.home,
+        room(plane.at, plane.at.row) + m,
+        plane.BLOCK_M,
+    )
     k = peak(
         plane.score.additive.k_peaks,
         plane.score.additive.k_pitch,
-        plane.head // plane.score.additive.group,
-        n,
+        plane.at.home // plane.score.additive.group,
+        room(plane.at, plane.at.key) + n,
         plane.BLOCK_N,
     )
     return (q <= SAFE) & (k <= SAFE)

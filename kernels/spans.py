@@ -50,14 +50,17 @@ class Reach(NamedTuple):
 
 
 @triton.jit
-def interval(span, b, index, length, limit):
-    """lo, hi [BLOCK]: index sees lo <= y < hi. An index that sees nothing, or lies past length, has lo >= hi."""
+def interval(span, b, index, length, limit, shift):
+    """lo, hi [BLOCK]: index sees lo <= y < hi. An index that sees nothing, or lies past length, has lo >= hi.
+
+    shift: how much further right the diagonal lies than the span says.
+    """
     lo = index * 0
     hi = tl.where(index < length, limit, 0)
     if (span.left is not None) and (span.sinks is None):
-        lo = tl.maximum(lo, index + number(span.left))
+        lo = tl.maximum(lo, index + (shift + number(span.left)))
     if span.right is not None:
-        hi = tl.minimum(hi, index + number(span.right) + 1)
+        hi = tl.minimum(hi, index + (shift + number(span.right) + 1))
     if span.lo is not None:
         ptrs = span.lo.ptr + b.to(tl.int64) * number(span.lo.stride) + index
         lo = tl.maximum(lo, tl.load(ptrs, mask=index < length, other=0))
@@ -65,7 +68,7 @@ def interval(span, b, index, length, limit):
         ptrs = span.hi.ptr + b.to(tl.int64) * number(span.hi.stride) + index
         hi = tl.minimum(hi, tl.load(ptrs, mask=index < length, other=0))
     if span.sinks is not None:
-        lo = tl.where(lo < number(span.sinks), lo, tl.maximum(lo, index + number(span.left)))
+        lo = tl.where(lo < number(span.sinks), lo, tl.maximum(lo, index + (shift + number(span.left))))
     return lo, hi
 
 
@@ -85,27 +88,28 @@ def visit(lo, hi, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def listed(span, reach, b, h, tile, limit, BLOCK: tl.constexpr):
+def listed(span, reach, at):
     """The visit of the program that owns a tile, by the table if there is one."""
     if span.table is None:
         return reach
     else:
-        own = tile * (tl.cdiv(limit, BLOCK) + 2)
-        at = b.to(tl.int64) * number(span.table.strides[0]) + h.to(tl.int64) * number(span.table.strides[1]) + own
-        partial = tl.load(span.table.ptr + at)
-        full = tl.load(span.table.ptr + at + 1)
-        return Visit(reach.origin, partial, full, partial + full, reach.first, reach.last, span.table.ptr + at + 2)
+        head = at.b.to(tl.int64) * number(span.table.strides[0]) + at.h.to(tl.int64) * number(span.table.strides[1])
+        own = span.table.ptr + head + at.tile * number(span.table.strides[2])
+        some = (at.M > 0) & (at.N > 0)
+        partial = tl.where(some, tl.load(own), 0)
+        full = tl.where(some, tl.load(own + 1), 0)
+        return Visit(reach.origin, partial, full, partial + full, reach.first, reach.last, own + 2)
 
 
 @triton.jit
-def pattern(span, b, h, index, length):
+def pattern(span, b, h, index, length, shift):
     """What else decides whom index sees; zeros, not None, for what is absent."""
     near = 0
     ids = 0
     others = 0
     blocks = 0
     if span.sinks is not None:
-        near = index + number(span.left)
+        near = index + (shift + number(span.left))
     if span.ids is not None:
         ptrs = span.ids.ptr + b.to(tl.int64) * number(span.ids.stride) + index
         ids = tl.load(ptrs, mask=index < length, other=0)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .forward import issue
-from .memory import head_pointer, load_rows, schedule
+from .memory import load_rows, owner, place, start_pointer
 from .modifiers import Plane, parameters, saturation, value
 from .numerics import LN2, LOG2E, sigmoid
 from .scores import additive, products
@@ -35,14 +35,13 @@ FAR: tl.constexpr = tl.constexpr(1000.0)  # exp(-FAR) is 0, and FAR times 0 is 0
 
 
 class Rows(NamedTuple):
-    """A tile of query rows at m, and what a step of its sweep over the keys, of batch b and head h, asks for."""
+    """A tile of query rows at m, and what a step of its sweep over the keys, of their head h, asks for."""
 
     q: Any
     m: Any
     k: View
     k_head: Any
     k_box: Any
-    b: Any
     h: Any
     plane: Plane
     reach: Reach
@@ -166,34 +165,33 @@ def denominator(m_i, l_i, sink, h):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "FIRST", "TOP"])
 def row_statistics_kernel(
-    q, k, score, span, mask, sink, found, M, N, HEADS, BATCHED_HEADS, WAVE, FIRST, TOP,
+    q, k, score, span, mask, sink, ragged, found, M, N, HEADS, BATCHED_HEADS, WAVE, FIRST, TOP,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, k, mask: View; sink: pointer (Hq,); found: Found. Places FIRST to FIRST + BLOCK_K of TOP are written."""
-    tiles = tl.cdiv(M, BLOCK_M)
-    tile, head = schedule(tl.program_id(0), tiles, BATCHED_HEADS, WAVE)
-    m = (tiles - 1 - tile) * BLOCK_M  # under a causal mask the last rows take longest
-    b = head // HEADS
-    h = head % HEADS
+    at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
+    m = at.tile * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)
-    lo, hi = interval(span, b, rows, M, N)
-    reach = listed(span, visit(lo, hi, N, BLOCK_N), b, h, m // BLOCK_M, N, BLOCK_N)
-    at = head.to(tl.int64) * M + rows
+    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)
+    reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
+    mine = at.rows + rows
+    inside = rows < at.M
     bound = None
     if found.bound is not None:
-        bound = tl.load(found.bound + at, mask=rows < M, other=0)
+        bound = tl.load(found.bound + mine, mask=inside, other=0)
 
-    own = parameters(score, mask, b, h)
-    q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
+    own = parameters(score, mask, at.b, at.h)
+    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, inside, BLOCK_M, D, BLOCK_D)
     m_i, l_i, _ = init(BLOCK_M, 1)
     zero = tl.zeros([BLOCK_M], tl.float32)
     m_i, l_i, t_i, top, nan, best = sweep(
         issue, observe,
         Rows(
-            q_tile, m, k, head_pointer(k, b, h // GROUP), None, b, h // GROUP,
-            Plane(score, own, mask, None, head, M, N, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)), found, bound, D, BLOCK_D, PRECISION,
+            q_tile, m, k, start_pointer(k, at, at.h // GROUP, at.key), None, at.h // GROUP,
+            Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
+            found, bound, D, BLOCK_D, PRECISION,
         ),
         (m_i, l_i, zero, zero + float("-inf"), tl.zeros([BLOCK_M], tl.int32), nobody(BLOCK_M, BLOCK_K)),
         reach, BLOCK_N, False,
@@ -203,32 +201,32 @@ def row_statistics_kernel(
     some = lo < hi
     if found.max_logit is not None:
         top = tl.where(nan > 0, float("nan"), top)
-        tl.store(found.max_logit + at, tl.where(some, top, float("-inf")), mask=rows < M)
+        tl.store(found.max_logit + mine, tl.where(some, top, float("-inf")), mask=inside)
     shift = zero
     part = zero
     if found.weighs:
-        c, shift, d = denominator(m_i, tl.where(some, l_i, 0.0), sink, h)
+        c, shift, d = denominator(m_i, tl.where(some, l_i, 0.0), sink, at.h)
         blind = c == float("-inf")
         part = tl.where(blind, 0.0, tl.exp2((c - shift) * LOG2E) / d)
         if found.entropy is not None:
             depth = shift - c + tl.log2(d) * LN2
-            tl.store(found.entropy + at, tl.where(blind, 0.0, part * (t_i + depth * l_i)), mask=rows < M)
+            tl.store(found.entropy + mine, tl.where(blind, 0.0, part * (t_i + depth * l_i)), mask=inside)
         part = tl.where(blind, 0.0, 1.0 / d)
         if found.shift is not None:
-            tl.store(found.shift + at, tl.where(blind, float("inf"), shift), mask=rows < M)
-            tl.store(found.part + at, part, mask=rows < M)
+            tl.store(found.shift + mine, tl.where(blind, float("inf"), shift), mask=inside)
+            tl.store(found.part + mine, part, mask=inside)
     if found.indices is not None:
         best = descending(best, BLOCK_K)
         x, key = unpacked(best)
         x = tl.where(some[:, None], x, float("-inf"))
         slots = FIRST + tl.arange(0, BLOCK_K)[None, :]
-        places = at[:, None] * TOP + slots
-        wanted = (rows < M)[:, None] & (slots < TOP)
+        places = mine[:, None] * TOP + slots
+        wanted = inside[:, None] & (slots < TOP)
         tl.store(found.indices + places, tl.where(some[:, None], key, -1).to(tl.int64), mask=wanted)
-        p = share(Plane(score, own, mask, None, head, M, N, BLOCK_M, BLOCK_N), x, shift[:, None], part[:, None])
+        p = share(Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N), x, shift[:, None], part[:, None])
         tl.store(found.weights + places, p, mask=wanted)
         if found.next is not None:
-            tl.store(found.next + at, tl.min(best, 1), mask=rows < M)
+            tl.store(found.next + mine, tl.min(best, 1), mask=inside)
 
 
 # Keys
@@ -268,38 +266,36 @@ def collect(c, mass, s, m, MASKED: tl.constexpr):
     part = shift
     if c.shift is not None:
         rows = m + tl.arange(0, c.plane.BLOCK_M)
-        at = c.plane.head.to(tl.int64) * c.plane.M + rows
-        shift = tl.load(c.shift + at, mask=rows < c.plane.M, other=0.0)
-        part = tl.load(c.part + at, mask=rows < c.plane.M, other=0.0)
+        at = c.plane.at.rows + rows
+        shift = tl.load(c.shift + at, mask=rows < c.plane.at.M, other=0.0)
+        part = tl.load(c.part + at, mask=rows < c.plane.at.M, other=0.0)
     return mass + tl.sum(share(c.plane, x, shift[None, :], part[None, :]), 1)
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def key_mass_kernel(
-    q, k, score, span, mask, shift, part, key_mass, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, score, span, mask, shift, part, ragged, key_mass, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """span: of keys over rows. shift, part: pointers (B, Hq, M), None for a sigmoid; key_mass: pointer (B, Hq, N)."""
-    tile, head = schedule(tl.program_id(0), tl.cdiv(N, BLOCK_N), BATCHED_HEADS, WAVE)
-    n = tile * BLOCK_N  # under a causal mask the first keys take longest
-    b = head // HEADS
-    h = head % HEADS
+    at = owner(ragged, tl.program_id(0), tl.cdiv(N, BLOCK_N), M, N, HEADS, BATCHED_HEADS, WAVE, False)
+    n = at.tile * BLOCK_N  # under a causal mask the first keys take longest
     keys = n + tl.arange(0, BLOCK_N)
-    lo, hi = interval(span, b, keys, N, M)
+    lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)
     seen = lo < hi
-    reach = listed(span, visit(lo, hi, M, BLOCK_M), b, h, tile, M, BLOCK_M)
-    k_tile = load_rows(k, head_pointer(k, b, h // GROUP), n, seen, BLOCK_N, D, BLOCK_D)
+    reach = listed(span, visit(lo, hi, at.M, BLOCK_M), at)
+    k_tile = load_rows(k, start_pointer(k, at, at.h // GROUP, at.key), n, seen, BLOCK_N, D, BLOCK_D)
     mass = sweep(
         issue_rows, collect,
         Keys(
-            k_tile, n, q, head_pointer(q, b, h), shift, part,
-            Plane(score, parameters(score, mask, b, h), mask, None, head, M, N, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, b, h, keys, N)), D, BLOCK_D, PRECISION,
+            k_tile, n, q, start_pointer(q, at, at.h, at.row), shift, part,
+            Plane(score, parameters(score, mask, at.b, at.h), mask, None, at, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, at.b, at.h, keys, at.N, 0 - at.shift)), D, BLOCK_D, PRECISION,
         ),
         tl.zeros([BLOCK_N], tl.float32), reach, BLOCK_M, False,
     )  # fmt: skip
-    tl.store(key_mass + head.to(tl.int64) * N + keys, tl.where(seen, mass, 0.0), mask=keys < N)
+    tl.store(key_mass + at.keys + keys, tl.where(seen, mass, 0.0), mask=keys < at.N)
 
 
 # Chosen rows
@@ -313,7 +309,6 @@ class Shown(NamedTuple):
     k: View
     k_head: Any
     k_box: Any
-    b: Any
     h: Any
     plane: Plane
     reach: Reach
@@ -332,7 +327,7 @@ def show(c, state, s, n, MASKED: tl.constexpr):
     x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
     p = share(c.plane, x, c.shift[:, None], c.part[:, None])
     cols = tl.arange(0, c.plane.BLOCK_N)[None, :]
-    tl.store(c.ptrs[:, None] + (n + cols), p, mask=c.chosen[:, None] & (cols < c.plane.N - n))
+    tl.store(c.ptrs[:, None] + (n + cols), p, mask=c.chosen[:, None] & (cols < c.plane.at.N - n))
     return state
 
 
@@ -344,18 +339,18 @@ def map_kernel(
 ):  # fmt: skip
     """tiles, slots, heads: int32 pointers (TILES,), (TILES, BLOCK_M), (SHOWN_HEADS,): the tiles that hold chosen rows,
     which row of out (B, SHOWN_HEADS, SHOWN_ROWS, N) each of their rows is, -1 for none, and which heads are shown."""
-    tile = tl.program_id(0) % TILES
-    place = tl.program_id(0) // TILES  # in B x SHOWN_HEADS
-    b = place // SHOWN_HEADS
-    h = tl.load(heads + place % SHOWN_HEADS)
-    m = tl.load(tiles + tile) * BLOCK_M
-    slot = tl.load(slots + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    turn = tl.program_id(0) % TILES
+    shown = tl.program_id(0) // TILES  # in B x SHOWN_HEADS
+    h = tl.load(heads + shown % SHOWN_HEADS)
+    at = place(None, shown // SHOWN_HEADS, h, tl.load(tiles + turn), M, N, HEADS)
+    m = at.tile * BLOCK_M
+    slot = tl.load(slots + turn * BLOCK_M + tl.arange(0, BLOCK_M))
     rows = m + tl.arange(0, BLOCK_M)
-    lo, hi = interval(span, b, rows, M, N)
-    reach = listed(span, visit(lo, hi, N, BLOCK_N), b, h, m // BLOCK_M, N, BLOCK_N)
-    own = parameters(score, mask, b, h)
-    q_tile = load_rows(q, head_pointer(q, b, h), m, rows < M, BLOCK_M, D, BLOCK_D)
-    k_head = head_pointer(k, b, h // GROUP)
+    lo, hi = interval(span, at.b, rows, M, N, at.shift)
+    reach = listed(span, visit(lo, hi, N, BLOCK_N), at)
+    own = parameters(score, mask, at.b, h)
+    q_tile = load_rows(q, start_pointer(q, at, h, at.row), m, rows < M, BLOCK_M, D, BLOCK_D)
+    k_head = start_pointer(k, at, h // GROUP, at.key)
     shift = tl.zeros([BLOCK_M], tl.float32)
     part = shift
     if not score.sigmoid:
@@ -363,22 +358,22 @@ def map_kernel(
         m_i, l_i = sweep(
             issue, weigh,
             Shown(
-                q_tile, m, k, k_head, None, b, h // GROUP,
-                Plane(score, own, mask, None, b * HEADS + h, M, N, BLOCK_M, BLOCK_N),
-                Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)),
+                q_tile, m, k, k_head, None, h // GROUP,
+                Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
+                Reach(span, lo, hi, reach, pattern(span, at.b, h, rows, M, at.shift)),
                 shift, part, None, slot >= 0, D, BLOCK_D, PRECISION,
             ),
             (m_i, l_i), reach, BLOCK_N, False,
         )  # fmt: skip
         c, shift, d = denominator(m_i, l_i, sink, h)
         part = tl.where(c == float("-inf"), 0.0, 1.0 / d)
-    ptrs = out + (place.to(tl.int64) * SHOWN_ROWS + slot) * N
+    ptrs = out + (shown.to(tl.int64) * SHOWN_ROWS + slot) * N
     sweep(
         issue, show,
         Shown(
-            q_tile, m, k, k_head, None, b, h // GROUP,
-            Plane(score, own, mask, None, b * HEADS + h, M, N, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, b, h, rows, M)),
+            q_tile, m, k, k_head, None, h // GROUP,
+            Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, at.b, h, rows, M, at.shift)),
             shift, part, ptrs, (slot >= 0) & (lo < hi), D, BLOCK_D, PRECISION,
         ),
         shift, reach, BLOCK_N, False,

@@ -52,12 +52,23 @@ class Blocks(NamedTuple):
 
 
 class Table(NamedTuple):
-    """int32 (batch, head, tile of x, 2 + tiles of y), with the codes of the first two strides: how many tiles of y are
-    partial, how many are full, and which: the partial ones first. Where a kernel visits all tiles in order, what each
-    is instead: 0 where it is not visited."""
+    """int32 (batch, head, tile of x, 2 + tiles of y), with the codes of three strides: how many tiles of y are partial,
+    how many are full, and which: the partial ones first. Where a kernel visits all tiles in order, what each is
+    instead: 0 where it is not visited."""
 
     ptr: Any
     strides: tuple
+
+
+class Ragged(NamedTuple):
+    """Sequences behind one another. q, k: pointers to int32 (B + 1), where each begins and the last one ends. tiles: to
+    int32 (turns, 2): the sequence and the tile of each turn, which every head takes; a tile of -1 is none.
+    aligned: the code of 1 where each one's diagonal ends at its last row and key, else of 0."""
+
+    q: Any
+    k: Any
+    tiles: Any
+    aligned: Any
 
 
 class Span(NamedTuple):

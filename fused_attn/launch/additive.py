@@ -9,15 +9,16 @@ from torch import Tensor
 
 from .. import launch as seam
 from ..kernels import additive as kernels
+from ..kernels import scores
 from ..kernels.types import Additive, AdditiveGradients
+from ..ragged import places
 from ..spec import HALF, Problem
 from ..tuning import Config
 from ..tuning.select import padded
-from . import views, visits
+from . import owners, views, visits
 
-BLOCK = kernels.PEAKS.value
-ROOM = 256  # no tile is longer, so that tiles at the end need no mask
-
+BLOCK = scores.PEAKS.value
+ROOM = scores.GAP.value  # no tile is longer, so that tiles at the end need no mask
 
 RESIDENT = 4  # programs of the backward on a multiprocessor, at most
 
@@ -39,16 +40,22 @@ def even(d: int) -> int:
     return d + d % 2
 
 
-def _features(x: Tensor, paired: bool) -> Features:
+def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
+    """starts: of ragged sequences, which have zeros behind the end of each; see `kernels.scores.room`."""
     b, heads, length, d = x.shape
     blocks = -(-length // ROOM) * ROOM // BLOCK
-    plain = x.new_empty(b * heads, even(d), blocks * BLOCK, dtype=torch.float32)
-    exponentials = torch.empty_like(plain) if paired else plain
-    peaks = plain.new_empty(b * heads, blocks) if paired else plain
+    memory, ragged, programs = x.new_empty, None, blocks * b * heads
+    if starts is not None:
+        blocks = -(-length // BLOCK) + (len(starts) - 1) * (ROOM // BLOCK + 1)
+        memory, ragged = x.new_zeros, owners.alone(starts, length, BLOCK)
+        programs = len(ragged.tiles) * heads
+    plain = memory(b * heads, even(d), blocks * BLOCK, dtype=torch.float32)
+    exponentials = memory(plain.shape, dtype=torch.float32) if paired else plain
+    peaks = memory(b * heads, blocks, dtype=torch.float32) if paired else plain
     seam.launch(
         kernels.additive_prepare_kernel,
-        blocks * b * heads,
-        *(views.view(x), plain, exponentials, peaks, views.code(blocks), length, heads, b * heads),
+        programs,
+        *(views.view(x), plain, exponentials, peaks, views.code(blocks), ragged, length, heads, b * heads),
         FEATURES=even(d),
         D=d,
         BLOCK_D=padded(even(d)),
@@ -63,7 +70,8 @@ def score(p: Problem, fast: bool) -> Additive | None:
     if p.w is None:
         return None
     paired, d = pairs(p), p.q.shape[3]
-    q, k = (_features(x, paired) for x in (p.q, p.k))
+    starts = (None, None) if p.ragged is None else (p.ragged.q, p.ragged.k)
+    q, k = (_features(x, own, paired) for x, own in zip((p.q, p.k), starts, strict=True))
     w = torch.nn.functional.pad(p.w.float(), (0, d % 2)).contiguous()
     return Additive(
         w, views.code(0 if w.ndim == 1 else even(d)),
@@ -88,8 +96,8 @@ def backward(
 ) -> Sums:  # fmt: skip
     """One launch. planes: score, mask and dropout; needs: of q, k, w, scale, softcap, slopes, and the sums of dx,
     "columns" and "rows"."""
-    (b, hq, m, n), hkv, d = p.shape, p.k.shape[1], p.q.shape[3]
-    features, tiles = even(d), -(-n // c.BLOCK_N)
+    (b, hq, m, d), (hkv, n) = p.q.shape, p.k.shape[1:3]
+    features, tiles = even(d), owners.tiles(p, c.BLOCK_N, True)
     programs = min(tiles * b * hkv, multiprocessors * RESIDENT)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -113,12 +121,13 @@ def backward(
         planes[0],
         visits.keys(p, c, kinds=True),
         *planes[1:],
+        owners.turns(p, c.BLOCK_N, True, in_order=True),
         AdditiveGradients(
-            zeros(1, dtype=torch.int32), zeros(b * hq, -(-m // c.BLOCK_M), dtype=torch.int32),
+            zeros(1, dtype=torch.int32), zeros(b * hq, owners.tiles(p, c.BLOCK_M), dtype=torch.int32),
             None if dv is None else views.view(dv), dbias,
             *(columns.get(x) for x in ("columns", "scale", "softcap", "slopes")), rows, dq, dk, dw, stage,
         ),
-        *(m, n, hkv, b * hkv, wave),
+        *(m, n, hkv, p.shape[0] * hkv, wave),
         GROUP=p.group,
         DV=p.v.shape[3],
         BLOCK_DV=padded(p.v.shape[3]),
@@ -131,9 +140,9 @@ def backward(
     grads = {}
     scale = p.scale.float().reshape(-1, 1, 1) if isinstance(p.scale, Tensor) else p.scale
     if "q" in needs:
-        grads["q"] = _rows_of(dq, p.q, scale)
+        grads["q"] = _rows_of(dq, p.q, None if p.ragged is None else p.ragged.q, scale)
     if "k" in needs:
-        grads["k"] = _rows_of(dk, p.k, 1.0)
+        grads["k"] = _rows_of(dk, p.k, None if p.ragged is None else p.ragged.k, 1.0)
     if "w" in needs:
         per_head = dw.view(b, hq, tiles, features).sum((0, 2))[:, :d]
         per_head = per_head * (scale[..., 0] if isinstance(scale, Tensor) else scale)
@@ -141,8 +150,13 @@ def backward(
     return Sums(columns, rows, grads)
 
 
-def _rows_of(features: Tensor, like: Tensor, scale: float | Tensor) -> Tensor:
+def _rows_of(features: Tensor, like: Tensor, starts: Tensor | None, scale: float | Tensor) -> Tensor:
     """The inverse of preparing, in like's dtype and memory order."""
     b, heads, length, d = like.shape
-    found = features.view(b, heads, *features.shape[1:])[:, :, :d, :length].mT
+    found = features.view(b, heads, *features.shape[1:])[:, :, :d].mT
+    if starts is None:
+        found = found[:, :, :length]
+    else:
+        own, index = places(starts, length)
+        found = found[:, :, (-(-starts[own] // BLOCK) + own * (ROOM // BLOCK + 1)) * BLOCK + index]
     return torch.mul(found, scale, out=torch.empty_like(like))

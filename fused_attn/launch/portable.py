@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import launch as seam
+from ..ragged import padded as padded_sequences
+from ..ragged import sums as sequence_sums
 from ..spec import HALF, Problem, Statistics
 from ..tuning import Config, architecture, config
 from ..tuning.select import SHARED, padded
@@ -26,7 +28,7 @@ def _device_code() -> Any:
     from types import SimpleNamespace
 
     from ..kernels import backward, forward, types
-    from . import additive, views, visits
+    from . import additive, owners, views, visits
 
     return SimpleNamespace(
         forward=forward.forward_kernel,
@@ -35,6 +37,7 @@ def _device_code() -> Any:
         dq=backward.dq_kernel,
         dbias=backward.dbias_kernel,
         additive=additive,
+        owners=owners,
         types=types,
         views=views,
         visits=visits,
@@ -49,8 +52,6 @@ def interpreted() -> bool:
 def why_not(p: Problem) -> list[str]:
     """Every reason why these kernels cannot run p."""
     reasons = []
-    if p.ragged is not None:
-        reasons.append("ragged batches are not built")
     if not INSTALLED:
         reasons.append("triton is not installed")
     device = p.q.device
@@ -179,15 +180,15 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse), under no_grad."""
     code = _device_code()
-    views = code.views
-    b, hq, m, n = p.shape
+    views, owners = code.views, code.owners
+    b, hq = p.shape[:2]
     out = p.empty_out()
     lse = p.empty_lse()
     c, boxes = _forward_config(p)
     with torch.cuda.device_of(p.q):
         seam.launch(
             code.forward,
-            -(-m // c.BLOCK_M) * b * hq,
+            owners.programs(p, c.BLOCK_M, hq),
             *(views.view(x) for x in (p.q, p.k, p.v, out)),
             None if p.sigmoid else lse,
             _score(p),
@@ -195,8 +196,10 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             views.plane_view(p.mask, p.shape),
             None if p.sink is None else p.sink.contiguous(),
             views.dropout(p),
+            owners.turns(p, c.BLOCK_M),
             *boxes,
-            *(m, n, hq, b * hq, _wave(p, hq)),
+            *owners.lengths(p),
+            *(hq, b * hq, _wave(p, hq)),
             **_constants(c, p),
             OVERLAP=c.overlap,
         )
@@ -220,7 +223,7 @@ class _Backward:
         self.p, self.out, self.lse, self.dout, self.needs = p, out, lse, dout, needs
         self.dlse = None if dlse is None else dlse.contiguous()
         self.code = _device_code()
-        self.views = self.code.views
+        self.views, self.owners = self.code.views, self.code.owners
         self.grads: dict[str, Tensor] = {}
         # Of dx, over the keys of each row and the rows of each key, where they are asked for.
         self.row_sums: Tensor | None = None
@@ -247,9 +250,9 @@ class _Backward:
         if rows:
             self.row_sums = self.row_sums if p.sigmoid else self._row_gradient()
         if form == "rows":
-            self._keep("bias", _sum_to(self.row_sums[..., None], p.bias.shape))
+            self._keep("bias", _sum_to(self._by_sequence(self.row_sums)[..., None], p.bias.shape))
         if form == "columns":
-            self._keep("bias", _sum_to(self.column_sums[:, :, None], p.bias.shape))
+            self._keep("bias", _sum_to(self._by_sequence(self.column_sums, True)[:, :, None], p.bias.shape))
         for name, sums in (("row_terms", self.row_sums), ("key_terms", self.column_sums)):
             if name in needs:
                 self._keep(name, sums)
@@ -261,6 +264,13 @@ class _Backward:
         """In the parameter's own dtype and memory order."""
         own = self.p.tensors()[name]
         self.grads[name] = torch.empty_like(own).copy_(value.view(own.shape))
+
+    def _by_sequence(self, x: Tensor, by_keys: bool = False) -> Tensor:
+        """Of rows or keys, as bias is laid out."""
+        ragged = self.p.ragged
+        if ragged is None:
+            return x
+        return padded_sequences(x, *((ragged.k, ragged.max_k) if by_keys else (ragged.q, ragged.max_q)))
 
     def _bias_form(self) -> str:
         """How the bias's gradient is had: contract by contract, the cheapest that is exact."""
@@ -275,7 +285,7 @@ class _Backward:
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """shift and delta: what every other kernel knows of a row."""
         p = self.p
-        b, hq, m, _ = p.shape
+        b, hq, m, _ = p.q.shape  # a row knows of no other, wherever its sequence begins
         shift, delta = torch.empty_like(self.lse), torch.empty_like(self.lse)
         c = _config("delta", p)
         seam.launch(
@@ -305,60 +315,68 @@ class _Backward:
         p = self.p
         return _score(p), self.views.plane_view(p.mask, p.shape), self.views.dropout(p)
 
-    def _inputs(self, span: Any) -> tuple[Any, ...]:
+    def _inputs(self, span: Any, turns: Any) -> tuple[Any, ...]:
         """What the kernels that compute weights again begin with."""
         score, mask, dropout = self._planes
-        return *self._operands, self.shift, self.delta, score, span, mask, dropout
+        return *self._operands, self.shift, self.delta, score, span, mask, dropout, turns
 
     def _wanted(self, name: str) -> Any:
         return self.views.view(self.grads[name]) if name in self.needs else None
 
     def _dkdv(self, columns: bool) -> None:
         p = self.p
-        b, hq, m, n = p.shape
-        hkv = p.k.shape[1]
-        sums = self.column_sums = p.q.new_empty((b, hq, n), dtype=torch.float32) if columns else None
+        (b, hq, _, _), hkv = p.shape, p.k.shape[1]
+        of_keys = p.q.shape[0], hq, p.k.shape[2]
+        sums = self.column_sums = p.q.new_empty(of_keys, dtype=torch.float32) if columns else None
         c = _config("dkdv", p)
-        span = self.code.visits.keys(p, c)
+        inputs = self._inputs(self.code.visits.keys(p, c), self.owners.turns(p, c.BLOCK_N, True))
         dk, dv = self._wanted("k"), self._wanted("v")
         both = dv is not None and (dk is not None or columns)
         for outputs in ((dk, None, sums), (None, dv, None)) if c.split and both else ((dk, dv, sums),):
             seam.launch(
                 self.code.dkdv,
-                -(-n // c.BLOCK_N) * b * hkv,
-                *self._inputs(span),
+                self.owners.programs(p, c.BLOCK_N, hkv, True),
+                *inputs,
                 self.code.types.KeyGradients(*outputs),
-                *(m, n, hkv, b * hkv, _wave(p, hkv)),
+                *self.owners.lengths(p),
+                *(hkv, b * hkv, _wave(p, hkv)),
                 **_constants(c, p),
             )
 
     def _dq(self, dense: bool, totals: bool) -> None:
         p, needs = self.p, self.needs
-        b, hq, m, n = p.shape
+        b, hq, _, _ = p.shape
         per_row = ("scale", "softcap", "slopes")
-        sums = {x: p.q.new_empty(p.shape[:3], dtype=torch.float32) for x in per_row if x in needs}
-        self.row_sums = p.q.new_empty(p.shape[:3], dtype=torch.float32) if totals else None
+        sums = {x: p.q.new_empty(p.q.shape[:3], dtype=torch.float32) for x in per_row if x in needs}
+        self.row_sums = p.q.new_empty(p.q.shape[:3], dtype=torch.float32) if totals else None
         bias = self._dense_bias() if dense else None
         c = _config("dq", p)
         seam.launch(
             self.code.dq,
-            -(-m // c.BLOCK_M) * b * hq,
-            *self._inputs(self.code.visits.rows(p, c)),
+            self.owners.programs(p, c.BLOCK_M, hq),
+            *self._inputs(self.code.visits.rows(p, c), self.owners.turns(p, c.BLOCK_M)),
             self.code.types.RowGradients(self._wanted("q"), bias, *(sums.get(x) for x in per_row), self.row_sums),
-            *(m, n, hq, b * hq, _wave(p, hq)),
+            *self.owners.lengths(p),
+            *(hq, b * hq, _wave(p, hq)),
             **_constants(c, p),
         )
         self._keep_sums(sums)
 
-    def _keep_sums(self, sums: dict[str, Tensor]) -> None:
+    def _keep_sums(self, sums: dict[str, Tensor], by_keys: bool = False) -> None:
         """Of rows or keys, (B, Hq, length), as the gradients of what they are named for."""
+        ragged = self.p.ragged
         for name, x in sums.items():
             own = self.p.tensors()[name]
-            self._keep(name, x.sum() if own.ndim == 0 else x.sum(2) if own.ndim == 2 else x.sum((0, 2)))
+            if own.ndim == 2:
+                starts = None if ragged is None else ragged.k if by_keys else ragged.q
+                self._keep(name, x.sum(2) if starts is None else sequence_sums(x, starts))
+            else:
+                self._keep(name, x.sum() if own.ndim == 0 else x.sum((0, 2)))
 
     def _dense_bias(self) -> Any:
         """A bias of which every entry has one score, to be written; tiles that no row sees are never visited."""
-        self.grads["bias"] = (torch.empty_like if self.p.unbounded else torch.zeros_like)(self.p.bias)
+        whole = self.p.unbounded and self.p.ragged is None
+        self.grads["bias"] = (torch.empty_like if whole else torch.zeros_like)(self.p.bias)
         return self.views.plane_output(self.grads["bias"], self.p.shape)
 
     def _additive(self, dense: bool, columns: bool, rows: bool) -> None:
@@ -375,7 +393,7 @@ class _Backward:
         self.grads |= {name: x for name, x in sums.grads.items() if name != "w"}
         if "w" in sums.grads:
             self._keep("w", sums.grads["w"])
-        self._keep_sums(sums.columns)
+        self._keep_sums(sums.columns, by_keys=True)
 
     def _dbias(self) -> None:
         p = self.p
@@ -386,9 +404,9 @@ class _Backward:
         seam.launch(
             self.code.dbias,
             -(-m // c.BLOCK_M) * -(-n // c.BLOCK_N) * shared.numel(),
-            *self._inputs(self.code.visits.pairs(p)),
+            *self._inputs(self.code.visits.pairs(p), self.owners.turns(p, c.BLOCK_M, in_order=True)),
             self.views.plane_output(self.grads["bias"], p.shape),
-            *(m, n, b, hq, *shared),
+            *(m, n, *self.owners.lengths(p), b, hq, *shared),
             **_constants(c, p),
         )
 

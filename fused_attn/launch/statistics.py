@@ -21,12 +21,13 @@ ADDITIVE = {"row_statistics": "additive_forward", "map": "additive_forward", "ke
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any, Any, Any, Any, Any]:
+def _kernels() -> tuple[Any, Any, Any, Any, Any, Any, Any]:
     """The row-major kernel, the key-major one, that of maps, and the host's and the device's nouns."""
     from ..kernels import statistics, types
-    from . import views, visits
+    from . import owners, views, visits
 
-    return statistics.row_statistics_kernel, statistics.key_mass_kernel, statistics.map_kernel, views, visits, types
+    rows, keys, maps = statistics.row_statistics_kernel, statistics.key_mass_kernel, statistics.map_kernel
+    return rows, keys, maps, views, visits, types, owners
 
 
 def _constants(c: Config, p: Problem) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k
     if p.empty:
         return found
     by_mass = key_mass and not p.sigmoid
-    shift, part = (p.q.new_empty(p.shape[:3], dtype=torch.float32) if by_mass else None for _ in range(2))
+    shift, part = (p.q.new_empty(p.q.shape[:3], dtype=torch.float32) if by_mass else None for _ in range(2))
     with torch.cuda.device_of(p.q):
         planes = _planes(p)
         if entropy or max_logit or top_k or by_mass:
@@ -70,25 +71,27 @@ def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k
 
 
 def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor | None, part: Tensor | None) -> None:
-    kernel, _, _, views, visits, types = _kernels()
-    (b, hq, m, n), (q, k, score, mask) = p.shape, planes
+    kernel, _, _, views, visits, types, owners = _kernels()
+    (b, hq, _, _), (q, k, score, mask) = p.shape, planes
     c = _tiles("row_statistics", p)
-    span = visits.rows(p, c)
+    span, turns = visits.rows(p, c), owners.turns(p, c.BLOCK_M)
     top_k = 0 if found.top_k_indices is None else found.top_k_indices.shape[3]
     # Where there are more places than a program ranks at once, further launches rank what is below the last of them.
     size = max(2, min(MOST, c.BLOCK_N, 1 << (top_k - 1).bit_length())) if top_k else 2
     bound, others = None, (found.max_logit, found.entropy, shift, part)
     weighs = not p.sigmoid and (top_k > 0 or any(x is not None for x in others[1:]))
     for first in range(0, max(1, top_k), size):
-        following = p.q.new_empty(p.shape[:3], dtype=torch.int64) if first + size < top_k else None
+        following = p.q.new_empty(p.q.shape[:3], dtype=torch.int64) if first + size < top_k else None
         ranked = (found.top_k_indices, found.top_k_weights, bound, following)
         seam.launch(
             kernel,
-            -(-m // c.BLOCK_M) * b * hq,
+            owners.programs(p, c.BLOCK_M, hq),
             *(q, k, score, span, mask),
             None if p.sink is None else p.sink.contiguous(),
+            turns,
             types.Found(*others, *ranked, views._booleans[weighs]),
-            *(m, n, hq, b * hq, portable._wave(p, hq), first, top_k),
+            *owners.lengths(p),
+            *(hq, b * hq, portable._wave(p, hq), first, top_k),
             **_constants(c, p),
             BLOCK_K=size,
         )
@@ -98,22 +101,23 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
 def _mass(
     p: Problem, planes: tuple[Any, ...], key_mass: Tensor | None, shift: Tensor | None, part: Tensor | None
 ) -> None:
-    _, kernel, _, _, visits, _ = _kernels()
-    (b, hq, m, n), (q, k, score, mask) = p.shape, planes
+    _, kernel, _, _, visits, _, owners = _kernels()
+    (b, hq, _, _), (q, k, score, mask) = p.shape, planes
     c = _tiles("key_mass", p)
     seam.launch(
         kernel,
-        -(-n // c.BLOCK_N) * b * hq,
+        owners.programs(p, c.BLOCK_N, hq, True),
         *(q, k, score, visits.keys(p, c), mask),
-        *(shift, part, key_mass),
-        *(m, n, hq, b * hq, portable._wave(p, hq)),
+        *(shift, part, owners.turns(p, c.BLOCK_N, True), key_mass),
+        *owners.lengths(p),
+        *(hq, b * hq, portable._wave(p, hq)),
         **_constants(c, p),
     )
 
 
 def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
     """(B, len(heads), len(rows), N), under no_grad."""
-    _, _, kernel, _, visits, _ = _kernels()
+    _, _, kernel, _, visits, _, _ = _kernels()
     b, hq, m, n = p.shape
     once, back = torch.unique(torch.tensor(rows, dtype=torch.int64), return_inverse=True)
     out = p.q.new_zeros((b, len(heads), len(once), n), dtype=torch.float32)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.types import Blocks, Span, Table
+from ..masks import padded_span
 from ..spec import Pattern, Problem
 from ..tuning import Config
 from . import views
@@ -25,13 +26,19 @@ def pairs(p: Problem) -> Span:
 
 def rows(p: Problem, c: Config) -> Span:
     """Rows over keys, for a kernel that sweeps over the keys."""
-    return pairs(p)._replace(table=_table(*tiles_of_keys(p, c))) if p.tabled else pairs(p)
+    return pairs(p)._replace(table=_table(*tiles_of_keys(_padded(p), c))) if p.tabled else pairs(p)
+
+
+def _padded(p: Problem) -> Problem:
+    """Ragged sequences as they are seen in a batch of the longest ones."""
+    return p if p.ragged is None else p.replace(span=padded_span(p.span, p.ragged))
 
 
 def keys(p: Problem, c: Config, kinds: bool = False) -> Span:
     """Keys over rows, for a kernel that sweeps over the rows; kinds: one that meets all of their tiles in order."""
     if not p.tabled:
         return views.transposed_span(p.span, p.shape[3])
+    p = _padded(p)
     start, stop = _seers(p)
     span = Span(lo=views.vector(start), hi=views.vector(stop))
     table = _table(*_tiles_of_rows(p, c, start, stop), kinds)
@@ -120,4 +127,4 @@ def _table(some: Tensor, whole: Tensor, kinds: bool = False) -> Table:
     body = some.int() + whole if kinds else torch.where(some, whole.int(), 2).argsort(dim=-1, stable=True)
     counts = (x.sum(-1, keepdim=True) for x in (partial, whole))
     table = torch.cat((*counts, body), -1).int()
-    return Table(table, tuple(map(views.code, views.strides_of(table.shape, table.stride())[:2])))
+    return Table(table, tuple(map(views.code, views.strides_of(table.shape, table.stride())[:3])))
