@@ -12,6 +12,7 @@ from . import dispatch, ops, reference
 from .api import heads_first
 from .bind import bind, no_autocast
 from .spec import Mask, Problem, Statistics, describe
+from .varlen import bind_ragged, check_longest, packed_heads_first
 
 
 def attention_stats(
@@ -34,6 +35,10 @@ def attention_stats(
     sink: Tensor | None = None,
     normalizer: str = "softmax",
     layout: str = "bhsd",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     backend: str | None = None,
 ) -> Statistics:
     """Statistics of the attention weights, in memory linear in length: no (M, N) matrix is ever there.
@@ -51,6 +56,9 @@ def attention_stats(
         key_mass, entropy, max_logit: what is asked for. entropy is refused with normalizer "sigmoid", whose weights are
             no distribution.
         top_k: how many keys of each row; 0 for none, at most N.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: q (Tq, Hq, D) and k (Tk, Hkv, D) are packed sequences, as
+            in `attention_varlen`. Every statistic then has (T, Hq) where it has (B, Hq, M) or (B, Hq, N), and a place
+            is an index in its own sequence.
         The other keywords are those of `attention`. Dropout changes no statistic.
         backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
 
@@ -71,7 +79,12 @@ def attention_stats(
     >>> stats.entropy.shape, stats.top_k_indices[0, 0, 0].tolist()
     (torch.Size([2, 8, 128]), [0, -1, -1])
     """
-    _check_top_k(top_k, k, layout)
+    packed = None
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        packed = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError("max_seqlen_q, max_seqlen_k: speak of packed sequences, and cu_seqlens_q is None")
+    _check_top_k(top_k, k, layout if packed is None else "packed")
     if entropy and normalizer == "sigmoid":
         raise ValueError('entropy: normalizer "sigmoid" has none, for its weights are no distribution')
     asked = (bool(key_mass), bool(entropy), bool(max_logit), top_k)
@@ -85,8 +98,10 @@ def attention_stats(
     found = _look(
         "attention_stats", find, q, k, layout, backend, score=score, scale=scale, mask=mask, causal=causal,
         window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink,
-        normalizer=normalizer,
+        normalizer=normalizer, packed=packed,
     )  # fmt: skip
+    if packed is not None:
+        found = [None if x is None else x[0].transpose(0, 1) for x in found]
     return Statistics(*found)
 
 
@@ -149,12 +164,24 @@ def attention_map(
     return found
 
 
-def _look(what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str | None, **words: Any) -> Any:
-    """What `find` finds by the backend that is chosen, in float32; it remembers that it has no derivative."""
+def _look(
+    what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str | None, packed: Any = None, **words: Any
+) -> Any:
+    """What `find` finds by the backend that is chosen, in float32; it remembers that it has no derivative.
+
+    packed: starts and longest lengths of queries and keys, of packed sequences.
+    """
     v = k[..., :1] if isinstance(k, Tensor) and k.ndim and not k.is_nested else k  # nobody looks at values
-    heads = heads_first(q, k, v, layout, words["score"])
+    ragged, score = None, words["score"]
+    if packed is None:
+        heads = heads_first(q, k, v, layout, score)
+    else:
+        heads = packed_heads_first(q, k, v, score)
+        ragged = bind_ragged(heads[0], heads[1], *packed, words["alignment"])
     with torch.no_grad(), no_autocast(q):
-        p = bind(*heads, **words)
+        p = bind(*heads, **words, ragged=ragged)
+        if packed is not None:
+            check_longest(p, *packed[2:])
         name, form = dispatch.choose(p, backend, task="seeing")
         found = find(name, form)
         found = tuple(x.float() if x is not None and x.is_floating_point() else x for x in found)
@@ -184,7 +211,9 @@ def _check_top_k(top_k: Any, k: Any, layout: str) -> None:
         raise TypeError(f"top_k: expected an int, got {describe(top_k)}")
     if top_k < 0:
         raise ValueError(f"top_k: must be >= 0, got {top_k}")
-    n = k.shape[1 if layout == "bshd" else 2] if isinstance(k, Tensor) and k.ndim == 4 else top_k
+    at = {"bhsd": (4, 2), "bshd": (4, 1), "packed": (3, 0)}
+    rank, dim = at.get(layout, at["bhsd"])
+    n = k.shape[dim] if isinstance(k, Tensor) and k.ndim == rank else top_k
     if top_k > n:
         raise ValueError(f"top_k: expected at most the {n} keys that there are, got {top_k}")
 

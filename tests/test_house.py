@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "cached": {"checks", "spec"},
     "decode_ops": {"cached", "reference", "state", "tiled"},
     "decode": {"bind", "cached", "checks", "decode_ops", "dispatch", "spec"},
-    "seeing": {"api", "bind", "dispatch", "ops", "reference", "spec"},
+    "seeing": {"varlen", "api", "bind", "dispatch", "ops", "reference", "spec"},
     "recipes": {"scores", "spec"},
     "cases": {"bind", "recipes", "spec", "tiles"},
     "absolutes": {"cases", "reference", "scores", "spec"},
