@@ -56,9 +56,9 @@ def attention_stats(
         key_mass, entropy, max_logit: what is asked for. entropy is refused with normalizer "sigmoid", whose weights are
             no distribution.
         top_k: how many keys of each row; 0 for none, at most N.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: q (Tq, Hq, D) and k (Tk, Hkv, D) are packed sequences, as
-            in `attention_varlen`. Every statistic then has (T, Hq) where it has (B, Hq, M) or (B, Hq, N), and a place
-            is an index in its own sequence.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: q (Tq, Hq, D) and k (Tk, Hkv, D) are packed sequences,
+            as in `attention_varlen`. Every statistic then has (T, Hq) where it has (B, Hq, M) or (B, Hq, N), and a
+            place is an index in its own sequence.
         The other keywords are those of `attention`. Dropout changes no statistic.
         backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
 
@@ -177,11 +177,12 @@ def _look(
         heads = heads_first(q, k, v, layout, score)
     else:
         heads = packed_heads_first(q, k, v, score)
-        ragged = bind_ragged(heads[0], heads[1], *packed, words["alignment"])
+        starts_q, starts_k, max_q, max_k = packed
+        ragged = bind_ragged(heads[0], heads[1], starts_q, starts_k, max_q, max_k, words["alignment"])
     with torch.no_grad(), no_autocast(q):
         p = bind(*heads, **words, ragged=ragged)
         if packed is not None:
-            check_longest(p, *packed[2:])
+            check_longest(p, max_q, max_k)
         name, form = dispatch.choose(p, backend, task="seeing")
         found = find(name, form)
         found = tuple(x.float() if x is not None and x.is_floating_point() else x for x in found)

@@ -18,7 +18,7 @@ ROWS, HEADS = (-1, 0, 0), (-1, 0)  # of a map, with one row between them; twice 
 
 
 class Witness:
-    """A case and what its statistics and its map must be: the float64 oracle, plain PyTorch in dtype, and A."""
+    """A case and what its statistics and its map must be, of each of its sequences if it is ragged."""
 
     def __init__(
         self,
@@ -32,50 +32,82 @@ class Witness:
         self.inputs, self.dtype = make_inputs(case, dtype, device, seed), dtype
         _, heads, m, n = (self.inputs.case.sizes()[x] for x in "bhmn")
         self.rows, self.heads = [m // 2, *ROWS] if m else [], list(HEADS) if heads else []
-        exact, self.top_k = self.inputs.clean_problem(torch.float64), min(top_k, n)
+        plain_dtype = torch.float32 if dtype == torch.float64 else dtype
+        exact, plain = (self.inputs.clean_problem(x) for x in (torch.float64, plain_dtype))
         self.asked: dict[str, Any] = {
             "key_mass": True,
             "entropy": not exact.sigmoid,
             "max_logit": True,
-            "top_k": self.top_k,
+            "top_k": min(top_k, n),
         }
-        plain_dtype = torch.float32 if dtype == torch.float64 else dtype
-        plain = self.inputs.clean_problem(plain_dtype)
+        self.sequences, pairs = [], [(exact, plain)]
+        if exact.ragged is not None:
+            self.sequences = [one for one, _ in exact.sequences()]
+            pairs = [(x, y) for (_, x), (_, y) in zip(exact.sequences(), plain.sequences(), strict=True)]
         with torch.no_grad():
-            self.scores = reference.scores(exact, torch.float64)
-            self.plain_scores = reference.scores(plain, plain_dtype)
-            self.terms = of_scores(exact).masked_fill(self.scores == -torch.inf, 0.0)
-            self.oracle = reference.statistics(exact, **self.asked, dtype=torch.float64)
-            self.plain = reference.statistics(plain, **self.asked, dtype=plain_dtype)
-            self.map, self.plain_map = (
-                reference.weights(p, self.rows, self.heads, own)
-                for p, own in ((exact, torch.float64), (plain, plain_dtype))
-            )
-            self.absolute = self._absolute(exact)
+            self.judges = [_Judge(x, y, self.asked, plain_dtype) for x, y in pairs]
+            if not self.sequences:
+                self.map, self.plain_map = (
+                    reference.weights(p, self.rows, self.heads, own)
+                    for p, own in ((exact, torch.float64), (plain, plain_dtype))
+                )
+
+    def check(self, backend: str | None) -> Parity:
+        """The verdict on a backend; AssertionError says what is wrong, and what the backend raises passes through."""
+        words = {name: x for name, x in self.inputs.kwargs.items() if name not in OF_OUT} | {"backend": backend}
+        q, k, _, *starts = self.inputs.qkv
+        words |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=False))
+        got = seeing.attention_stats(q, k, **self.asked, **words)
+        weights = None if starts else seeing.attention_map(q, k, rows=self.rows, heads=self.heads, **words)
+        self.inputs.check_untouched()
+        case = self.inputs.case
+        try:
+            rows = self.judge(got)
+            return Parity(case, str(backend), self.dtype, rows if weights is None else rows | self.judge_map(weights))
+        except AssertionError as failure:
+            raise AssertionError(f"{case.name} on {backend} in {self.dtype}: {failure}") from None
+
+    def judge(self, got: Statistics) -> dict[str, Row]:
+        """The worst row of each statistic."""
+        if not self.sequences:
+            return self.judges[0].judge(got)
+        rows: dict[str, Row] = {}
+        whole = {name: None if x is None else x.transpose(0, 1)[None] for name, x in got._asdict().items()}
+        for one, judge in zip(self.sequences, self.judges, strict=True):
+            own = Statistics(**{name: None if x is None else one.part(name, x) for name, x in whole.items()})
+            for name, row in judge.judge(own).items():
+                rows[name] = max(rows.get(name, row), row, key=lambda x: x.share)
+        return rows
+
+    def judge_map(self, got: Tensor) -> dict[str, Row]:
+        found = _float32("map", got)
+        return {"map": assert_within_budget("map", found, self.map, self.plain_map, self.map, torch.float32)}
+
+
+class _Judge:
+    """What the statistics of one dense problem must be: the float64 oracle, plain PyTorch in dtype, and A."""
+
+    def __init__(self, exact: Problem, plain: Problem, asked: dict[str, Any], plain_dtype: torch.dtype) -> None:
+        self.top_k = min(asked["top_k"], exact.shape[3])
+        asked = asked | {"top_k": self.top_k}
+        self.scores = reference.scores(exact, torch.float64)
+        self.plain_scores = reference.scores(plain, plain_dtype)
+        self.terms = of_scores(exact).masked_fill(self.scores == -torch.inf, 0.0)
+        self.oracle = reference.statistics(exact, **asked, dtype=torch.float64)
+        self.plain = reference.statistics(plain, **asked, dtype=plain_dtype)
+        self.absolute = self._absolute(exact)
 
     def _absolute(self, p: Problem) -> Statistics:
         weights, lse = reference.shown(p, self.scores), reference.normalized(p, self.scores)[1]
         depth = None
         if not p.sigmoid:
             depth = (weights * (lse.abs()[..., None] + self.scores.abs())).masked_fill(weights == 0, 0.0).sum(-1)
-        peak = self.terms.amax(-1) if p.shape[3] else torch.zeros_like(lse)
+        peak = self.terms.amax(-1) if p.shape[3] else self.scores.new_zeros(self.scores.shape[:3])
         return Statistics(self.oracle.key_mass, depth, peak, None, self.oracle.top_k_weights)
-
-    def check(self, backend: str | None) -> Parity:
-        """The verdict on a backend; AssertionError says what is wrong, and what the backend raises passes through."""
-        words = {name: x for name, x in self.inputs.kwargs.items() if name not in OF_OUT} | {"backend": backend}
-        q, k, _ = self.inputs.qkv
-        got = seeing.attention_stats(q, k, **self.asked, **words)
-        weights = seeing.attention_map(q, k, rows=self.rows, heads=self.heads, **words)
-        self.inputs.check_untouched()
-        case = self.inputs.case
-        try:
-            return Parity(case, str(backend), self.dtype, self.judge(got) | {"map": self.judge_map(weights)})
-        except AssertionError as failure:
-            raise AssertionError(f"{case.name} on {backend} in {self.dtype}: {failure}") from None
 
     def judge(self, got: Statistics) -> dict[str, Row]:
         rows = {}
+        got = self._without_missing(got)
         for name in Statistics._fields:
             x = getattr(got, name)
             if x is not None and x.is_floating_point():
@@ -118,8 +150,14 @@ class Witness:
             )
         return Row(1.0 - sure.double().mean().item(), 0.0, 0.0)
 
-    def judge_map(self, got: Tensor) -> Row:
-        return assert_within_budget("map", _float32("map", got), self.map, self.plain_map, self.map, torch.float32)
+    def _without_missing(self, got: Statistics) -> Statistics:
+        """Places beyond the last key, which a sequence shorter than top_k has, hold nothing and are taken away."""
+        if got.top_k_indices is None or got.top_k_weights is None:
+            return got
+        if (got.top_k_indices[..., self.top_k :] != -1).any() or (got.top_k_weights[..., self.top_k :] != 0).any():
+            raise AssertionError("top_k_indices: a place beyond the last key is not -1 with weight 0")
+        kept = (x[..., : self.top_k] if self.top_k else None for x in (got.top_k_indices, got.top_k_weights))
+        return got._replace(**dict(zip(("top_k_indices", "top_k_weights"), kept, strict=True)))
 
 
 def _float32(name: str, x: Tensor) -> Tensor:
