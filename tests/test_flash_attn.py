@@ -221,6 +221,13 @@ def test_varlen_packed(name: str, kv_heads: int, words: str) -> None:
     check(varlen(name), [(5, 5), (0, 0), (1, 1), (7, 7)], WORDS[words], kv_heads)
 
 
+def test_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FUSED_ATTN_BACKEND", "triton")
+    check(dense("flash_attn_func"), LENGTHS["more queries"], WORDS["all"])
+    check(varlen("flash_attn_varlen_func"), RAGGED, WORDS["all"])
+
+
 def test_varlen_lengths_need_not_be_ints() -> None:
     """Transformers hands over what it read off a tensor as a tensor."""
     q, starts = randn(7, 2, 8), starts_of([3, 4])

@@ -75,6 +75,19 @@ WORDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("words", WORDS)
 def test_attention(words: str, layout: str, backend: str) -> None:
+    check(words, layout, backend)
+
+
+def test_on_triton() -> None:
+    """After a dense call by the same words, which is remembered."""
+    pytest.importorskip("triton")
+    dense = randn(1, 2, 5, 8)
+    for _ in range(4):
+        attention(dense, dense, dense, causal=True, alignment="top_left", return_lse=True, backend="triton")
+    check("causal", "bhsd", "triton")
+
+
+def check(words: str, layout: str, backend: str) -> None:
     """out, lse and the gradients of packed values, with offsets of its own for the keys."""
     packed = [randn(sum(ROWS), HEADS, DIM), randn(sum(KEYS), KV_HEADS, DIM), randn(sum(KEYS), KV_HEADS, DIM)]
     dout, dlse = randn(sum(ROWS), HEADS, DIM), randn(sum(ROWS), HEADS)
