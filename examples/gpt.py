@@ -99,13 +99,19 @@ def windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tenso
 # --- the model
 
 
-def rotated(x: Tensor, first: int = 0) -> Tensor:
-    """x (B, H, M, D) with each pair (i, i + D/2) of row m turned by the angle (first + m)·10000^(-2i/D)."""
-    half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * frequency  # (M, D/2)
-    a, b = x.split(half, -1)
-    return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+def turns(positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, (M, dim/2), of the angle m·10000^(-2i/dim) for each m of positions (M,): rotary positions."""
+    half = dim // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=positions.device) / half)
+    angle = positions[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotated(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, H, M, D) with each pair (i, i + D/2) of a row turned by its angle, given as cos and sin, (M, D/2)."""
+    cos, sin = by
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 class Block(nn.Module):
@@ -124,11 +130,11 @@ class Block(nn.Module):
             nn.Linear(4 * width, width, bias=False),
         )
 
-    def forward(self, x: Tensor, first: int = 0, attend: Attend | None = None) -> Tensor:
-        """The first of x's rows is character `first` of its text; `attend` knows those before it."""
+    def forward(self, x: Tensor, by: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
+        """by: what `turns` says of the rows' positions. attend: None for the block's own."""
         attend = attend or self.attend
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, M, D) each
-        x = x + self.out(attend(rotated(q, first), rotated(k, first), v).transpose(1, 2).flatten(2))
+        x = x + self.out(attend(rotated(q, by), rotated(k, by), v).transpose(1, 2).flatten(2))
         return x + self.feed_forward(x)
 
 
@@ -138,7 +144,7 @@ class GPT(nn.Module):
     def __init__(self, characters: int, width: int, heads: int, layers: int, attend: Attend) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, attend) for _ in range(layers)))
+        self.blocks = nn.ModuleList(Block(width, heads, attend) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
         # A small start keeps the training tame. From std width**-0.5 the rounding of any attention, torch's against
         # torch's in float64 too, grows tenfold in every dozen steps, until the losses differ by a hundredth.
@@ -148,14 +154,12 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * layers) if added else 1))
 
     def forward(self, tokens: Tensor, memory: Memory | None = None) -> Tensor:
-        """memory: of the characters before these, which it gets too; B is 1 with it."""
-        x = self.embedding(tokens)
-        if memory is None:
-            x = self.blocks(x)
-        else:
-            first, attends = len(memory), memory.attends(tokens.shape[1])
-            for block, attend in zip(self.blocks, attends, strict=True):
-                x = block(x, first, attend)
+        """memory: of the characters before these, to which these are added; B is 1 with it."""
+        x, count = self.embedding(tokens), tokens.shape[1]
+        first, attends = (0, [None] * len(self.blocks)) if memory is None else (len(memory), memory.attends(count))
+        by = turns(torch.arange(first, first + count, device=x.device), x.shape[-1] // self.blocks[0].heads)
+        for block, attend in zip(self.blocks, attends, strict=True):
+            x = block(x, by, attend)
         return F.linear(self.norm(x), self.embedding.weight)
 
 

@@ -437,7 +437,7 @@ MUTANTS = (
     Mutant((), "cache: copies need no room", "fused_attn/cache.py",
            "wanted = len(shared) + sum", "wanted = sum", ("test_cache.py", "test_full")),
     Mutant((), "gpt: each character over a cache stands at the beginning", "examples/gpt.py",
-           "first, attends = len(memory), memory", "first, attends = 0, memory",
+           "else (len(memory), memory", "else (0, memory",
            ("test_examples.py", "the_same_with_a_cache")),
 )  # fmt: skip
 

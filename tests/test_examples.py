@@ -122,7 +122,8 @@ def test_gpt_cannot_see_the_future(gpt: ModuleType, model: torch.nn.Module) -> N
 
 def test_gpt_positions_are_relative(gpt: ModuleType) -> None:
     """The product of two rotated rows depends on their distance alone, and does depend on it."""
-    q, k = (gpt.rotated(torch.randn(8, dtype=torch.float64).expand(1, 1, 20, 8)) for _ in "qk")
+    by = gpt.turns(torch.arange(20), 8)
+    q, k = (gpt.rotated(torch.randn(8, dtype=torch.float64).expand(1, 1, 20, 8), by) for _ in "qk")
     scores = (q @ k.mT)[0, 0]
     torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5])
     assert scores[0].unique().numel() == 20
@@ -189,8 +190,8 @@ def test_gpt_notices_a_wrong_cache(
     """Every character that is read over a cache stands where a text begins."""
     shaken(model)
     if wrong:
-        rotated = gpt.rotated
-        monkeypatch.setattr(gpt, "rotated", lambda x, first: rotated(x, 0))
+        turns = gpt.turns
+        monkeypatch.setattr(gpt, "turns", lambda positions, dim: turns(positions - positions[0], dim))
     given = gpt.arguments(["--length", "30", "--context", "40"], gpt.read())
     assert gpt.verdicts([gpt.write(model, torch.randint(50, (5,)), given).promise()])[1] == wrong
 
