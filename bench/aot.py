@@ -170,6 +170,7 @@ def figures(
             "tensor_clocks": round(trip.tensor, 1),
             "mufu_clocks": round(trip.mufu, 1),
             "issue_clocks": round(trip.issue, 1),
+            "bytes_per_instruction": round(device.lanes * sum(x.load_bytes for x in sweep.body) / len(sweep.body), 1),
             "tensor_share": round(trip.tensor / trip.trip(hidden, found["programs"]), 3),
         }
     if not device.amd and (features := feature_figures(listing, device, warps, paired)):

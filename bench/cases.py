@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import decoding
 from fused_attn.bind import bind
 from fused_attn.launch.statistics import ADDITIVE
 from fused_attn.scores import Additive, Distance
@@ -50,6 +51,8 @@ class Case:
     @property
     def kernels(self) -> tuple[str, ...]:
         """The kernels that it launches."""
+        if self.direction in decoding.DIRECTIONS:
+            return decoding.kernels(self.direction, self.feature)
         if self.direction in ("forward", "hopper_forward"):
             return (self.direction,)
         if self.direction == "hopper_backward":
@@ -72,6 +75,8 @@ class Case:
 
     def config(self, kernel: str, arch: str) -> Config:
         """What the tables give one of its kernels. Those around the one-pass backward have its own."""
+        if self.direction in decoding.DIRECTIONS:
+            return decoding.chosen(arch, getattr(torch, DTYPES[self.dtype]), self.d, self.feature)
         kernel = "hopper_backward" if self.direction == "hopper_backward" else kernel
         if self.feature.endswith("additive"):
             others = dict.fromkeys(("forward", "additive_prepare"), "additive_forward")
@@ -94,8 +99,11 @@ class Case:
         """A call of the launch path; configs overrides what the tables say, by kernel."""
         from fused_attn.launch import hopper, portable
 
-        p = self.problem()
         scope = {kernel: Config.from_row(row) for kernel, row in configs.items()}
+        if self.direction in decoding.DIRECTIONS:
+            dtype = getattr(torch, DTYPES[self.dtype])
+            return decoding.launcher(self.direction, dtype, self.d, self.feature, scope)
+        p = self.problem()
         if self.feature == "ordered":
             scope.setdefault("hopper_backward", self.config("hopper_backward", "sm_90"))
         backend = hopper if self.direction.startswith("hopper") else portable
@@ -197,6 +205,7 @@ def cases(target: str) -> list[Case]:
         heads += [("bf16", 128, feature) for feature in RICH] + [("fp16", 128, "plain")]
         heads += [("bf16", d, "additive") for d in (128, 256)] + [("fp32", 64, "additive")]
     found = [Case(direction, *rest) for rest in heads for direction in ("forward", "backward")]
+    found += [Case(*x) for x in decoding.cases(target)]
     found += [Case("statistics", "bf16", d) for d in DIMS[1:]] + [Case("statistics", "bf16", 128, "top_k")]
     if target == "sm_90":
         found += [Case("statistics", "bf16", 64, feature) for feature in SEEN]

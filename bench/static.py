@@ -16,6 +16,7 @@ only rows whose hash changed are compiled again. Columns:
     hidden                        sm_90: share of the full sweep's exponentials issued while a product is in flight
     tensor/mufu/issue_clocks      clocks of a multiprocessor for one trip of the full sweep (bench/device_model.py)
     tensor_share                  of the modelled trip, how much the tensor cores are busy
+    bytes_per_instruction         that a warp fetches in one trip of the full sweep
     feature_special/issue         additive scores, per feature of a score, over all loops: special functions and
                                   instructions; and feature_share, the special functions' part of the modelled time
 """
@@ -50,6 +51,7 @@ COLUMNS = (
     "kernel", "target", "dtype", "d", "feature", "config", "warps", "registers", "shared", "stack", "spills", "local",
     "local_in_loops", "loads", "wide_loads", "bulk_loads", "load_bytes", "programs", "sweeps", "wgmma", "serialised",
     "instructions", "hidden", "tensor_clocks", "mufu_clocks", "issue_clocks", "tensor_share",
+    "bytes_per_instruction",
     "feature_special", "feature_issue", "feature_share", "triton", "hash",
 )  # fmt: skip
 
@@ -122,7 +124,7 @@ def gated(row: dict[str, Any]) -> bool:
 def needed_loads(row: dict[str, Any]) -> int:
     """16-byte loads of one thread, if the tiles that every trip fetches come in such loads."""
     m, n, warps = map(int, re.match(r"(\d+)x(\d+) w(\d+)", row["config"]).groups())
-    swept = {"forward": n, "dq": n, "dkdv": m, "row_statistics": n, "map": n, "key_mass": m}.get(
+    swept = {"forward": n, "dq": n, "decode": n, "dkdv": m, "row_statistics": n, "map": n, "key_mass": m}.get(
         row["kernel"], min(m, n)
     )
     tiles = 1 if row["kernel"] in STATISTICS else 2  # what looks at weights needs no values
@@ -156,7 +158,7 @@ def gates(row: dict[str, Any]) -> list[str]:
     if promised and number("feature_share") < needed:
         found.append(f"special functions are {number('feature_share'):.0%} of the features' time, {needed:.0%} needed")
     if row["target"] == "sm_90" and number("sweeps") and not additive:
-        if not number("wgmma"):
+        if not number("wgmma") and int(row["config"].split("x")[0]) >= 64:  # of which an instruction takes 64 rows
             found.append("the sweeps hold no wgmma")
         if row["serialised"]:
             found.append(f"ptxas serialises wgmma: {row['serialised']}")
@@ -243,7 +245,8 @@ def worst(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
             return y if x is None else x
         if column.endswith("clocks") or column == "instructions":
             return x + y
-        if column in ("programs", "wgmma", "hidden", "wide_loads", "load_bytes", "tensor_share"):
+        if column in ("programs", "wgmma", "hidden", "wide_loads", "load_bytes", "tensor_share",
+                      "bytes_per_instruction"):  # fmt: skip
             return min(x, y)
         return max(x, y)
 

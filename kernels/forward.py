@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     v: View
     v_head: Any
     v_box: Any
+    pages: Any
     h: Any
     plane: Plane
     reach: Reach
@@ -47,7 +48,7 @@ def issue(c, n, MASKED: tl.constexpr):
         return additive(c.plane, c.m, n, False)
     else:
         keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
-        k = load_tile(c.k, c.k_head, c.k_box, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
+        k = load_tile(c.k, c.k_head, c.k_box, c.pages, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
         return products(c.q, k, c.PRECISION)
 
 
@@ -70,7 +71,7 @@ def absorb(c, state, s, n, MASKED: tl.constexpr):
     if c.plane.dropout is not None:
         p = tl.where(keep(c.plane, c.m, n, False), p, 0.0)
     keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
-    v = load_tile(c.v, c.v_head, c.v_box, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
+    v = load_tile(c.v, c.v_head, c.v_box, c.pages, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
     acc = dot(p.to(v.dtype), v, acc, c.PRECISION)
     return m_i, l_i, acc
 
@@ -99,7 +100,7 @@ def forward_kernel(
         issue, absorb,
         Rows(
             q_tile, m, k, start_pointer(k, at, at.h // GROUP, at.key), k_box,
-            v, start_pointer(v, at, at.h // GROUP, at.key), v_box, at.h // GROUP,
+            v, start_pointer(v, at, at.h // GROUP, at.key), v_box, None, at.h // GROUP,
             Plane(score, own, mask, dropout, at, BLOCK_M, BLOCK_N),
             Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,

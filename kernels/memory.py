@@ -96,7 +96,12 @@ def row_pointers(view, head, start, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def load_rows(view, head, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[ROWS, BLOCK_D] from row `start`; zeros past D and where live [ROWS] is false. live None: every row lives."""
-    ptrs = row_pointers(view, head, start, ROWS, BLOCK_D)
+    return load_whole(row_pointers(view, head, start, ROWS, BLOCK_D), live, D, BLOCK_D)
+
+
+@triton.jit
+def load_whole(ptrs, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What load_rows loads, from pointers to whole rows."""
     if live is None:
         if D == BLOCK_D:
             return tl.load(ptrs)
@@ -109,12 +114,66 @@ def load_rows(view, head, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOC
 
 
 @triton.jit
-def load_tile(view, head, box, at, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """load_rows of keys; a tile whose every row lives comes by the descriptor of its boxes, unless that is None."""
-    if (live is None) and (box is not None):
+def load_tile(view, head, box, pages, at, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """load_rows of keys; a tile whose every row lives comes by the descriptor of its boxes, unless that is None. Keys
+    that lie in pages, unless those are None, are looked up, and head points to row 0 of page 0."""
+    if pages is not None:
+        return load_paged(view, head, pages, at, start, live, ROWS, D, BLOCK_D)
+    elif (live is None) and (box is not None):
         return tl.reshape(box.load([at.batch, h, at.key + start, 0]), (ROWS, BLOCK_D))
     else:
         return load_rows(view, head, start, live, ROWS, D, BLOCK_D)
+
+
+@triton.jit
+def load_paged(view, head, pages, at, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of keys from their pages, of which none but those of live keys are asked for. `start` is a multiple of
+    ROWS, so a page of as many keys or a multiple of it holds the tile whole."""
+    if pages.size % ROWS == 0:
+        page = tl.load(pages.ptr + at.key + start // pages.size)
+        return load_rows(view, head + page_offset(view, page), start % pages.size, live, ROWS, D, BLOCK_D)
+    else:
+        offsets = row_offsets(view, pages, at.key, start + tl.arange(0, ROWS), live)
+        return load_whole(whole_rows(view, head, offsets, BLOCK_D), live, D, BLOCK_D)
+
+
+@triton.jit
+def page_offset(view, page):
+    """In elements, int64."""
+    return page.to(tl.int64) * number(view.strides[0]) * view.unit
+
+
+@triton.jit
+def row_offsets(view, pages, entry, rows, live):
+    """int64 [len(rows)]: from row 0 of the head to rows of a sequence, wherever they are; entry: of its first page in
+    the table, where there is one. Only live rows are looked up; live None: all are."""
+    if pages is None:
+        return rows.to(tl.int64) * stride(view, 2)
+    else:
+        ptrs = pages.ptr + entry + rows // pages.size
+        if live is None:
+            page = tl.load(ptrs)
+        else:
+            page = tl.load(ptrs, mask=live, other=0)
+        return page_offset(view, page) + (rows % pages.size).to(tl.int64) * stride(view, 2)
+
+
+@triton.jit
+def whole_rows(view, head, offsets, COLS: tl.constexpr):
+    """Pointers [len(offsets), COLS] to rows that lie anywhere; head may be one pointer or a row of its own for each."""
+    if view.columns == 2:
+        cols = tl.arange(0, COLS).to(tl.int64) * stride(view, 3)
+    else:
+        cols = tl.arange(0, COLS)
+    return (head + offsets)[:, None] + cols[None, :]
+
+
+@triton.jit
+def packed_rows(view, b, h, rows, GROUP: tl.constexpr, COLS: tl.constexpr):
+    """Pointers [len(rows), COLS] to rows in which heads are packed: r is index r // GROUP of head h + r % GROUP."""
+    of_head = (rows % GROUP).to(tl.int64) * number(view.strides[1]) * view.unit
+    of_index = (rows // GROUP).to(tl.int64) * number(view.strides[2]) * view.unit
+    return whole_rows(view, head_pointer(view, b, h), of_head + of_index, COLS)
 
 
 @triton.jit

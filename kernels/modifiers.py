@@ -19,7 +19,8 @@ from .types import Score
 
 
 class Parameters(NamedTuple):
-    """One head's parameters, in registers; bias and mask point to the head's plane."""
+    """One head's parameters, in registers; bias and mask point to the head's plane. Of rows in which heads are packed
+    scale and slope are [BLOCK_M, 1], and so is position, where each row stands."""
 
     scale: Any
     cap: Any
@@ -27,6 +28,7 @@ class Parameters(NamedTuple):
     bias: Any
     mask: Any
     weights: Any
+    position: Any
 
 
 class Plane(NamedTuple):
@@ -62,7 +64,7 @@ def parameters(score, mask, b, h):
         bias = head_pointer(score.bias, b, h)
     if mask is not None:
         plane = head_pointer(mask, b, h)
-    return Parameters(read_scalar(score.scale, b, h), cap, slope, bias, plane, weights)
+    return Parameters(read_scalar(score.scale, b, h), cap, slope, bias, plane, weights, 0)
 
 
 @triton.jit
@@ -82,9 +84,12 @@ def tile_pointers(view, start, plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def distance(plane, m, n, TRANSPOSED: tl.constexpr):
-    """|i + offset - j| in float32."""
+    """|i + offset - j| in float32; without an offset, rows say where they stand."""
     i, j = positions(plane, 0, 0, TRANSPOSED)
-    return apart(plane, m, n, i, j)
+    if plane.score.offset is None:
+        return tl.abs((plane.own.position - n - j).to(tl.float32))
+    else:
+        return apart(plane, m, n, i, j)
 
 
 @triton.jit

@@ -31,12 +31,15 @@ class Visit(NamedTuple):
 
 class Pattern(NamedTuple):
     """What tells, beside the intervals, whom a program's indices see: near [BLOCK], from where on they see all; ids
-    [BLOCK], and a pointer to the others'; blocks [BLOCK], pointers to their rows of blocks."""
+    [BLOCK], and a pointer to the others'; blocks [BLOCK], pointers to their rows of blocks; tree [BLOCK], pointers to
+    their rows of a tree, which begins behind y = trunk."""
 
     near: Any
     ids: Any
     others: Any
     blocks: Any
+    tree: Any
+    trunk: Any
 
 
 class Reach(NamedTuple):
@@ -118,7 +121,7 @@ def pattern(span, b, h, index, length, shift):
         own = tl.minimum(index, length - 1) // number(span.blocks.sizes[0])
         head = b.to(tl.int64) * number(span.blocks.strides[0]) + h.to(tl.int64) * number(span.blocks.strides[1])
         blocks = span.blocks.ptr + head + own.to(tl.int64) * number(span.blocks.strides[2])
-    return Pattern(near, ids, others, blocks)
+    return Pattern(near, ids, others, blocks, 0, 0)
 
 
 @triton.jit
@@ -137,6 +140,10 @@ def sees(reach, y):
         block = (tl.where(inside, y, 0) // number(reach.span.blocks.sizes[1])).to(tl.int64)
         ptrs = reach.pattern.blocks[:, None] + (block * number(reach.span.blocks.strides[3]))[None, :]
         see &= tl.load(ptrs) != 0
+    if reach.span.tree is not None:
+        leaf = y - reach.pattern.trunk
+        ptrs = reach.pattern.tree[:, None] + (leaf * number(reach.span.tree.strides[2]))[None, :]
+        see &= tl.load(ptrs, mask=(inside & (leaf >= 0))[None, :], other=1) != 0
     return see
 
 

@@ -42,6 +42,7 @@ class Rows(NamedTuple):
     k: View
     k_head: Any
     k_box: Any
+    pages: Any
     h: Any
     plane: Plane
     reach: Reach
@@ -188,7 +189,7 @@ def row_statistics_kernel(
     m_i, l_i, t_i, top, nan, best = sweep(
         issue, observe,
         Rows(
-            q_tile, m, k, start_pointer(k, at, at.h // GROUP, at.key), None, at.h // GROUP,
+            q_tile, m, k, start_pointer(k, at, at.h // GROUP, at.key), None, None, at.h // GROUP,
             Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
             Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
             found, bound, D, BLOCK_D, PRECISION,
@@ -309,6 +310,7 @@ class Shown(NamedTuple):
     k: View
     k_head: Any
     k_box: Any
+    pages: Any
     h: Any
     plane: Plane
     reach: Reach
@@ -358,7 +360,7 @@ def map_kernel(
         m_i, l_i = sweep(
             issue, weigh,
             Shown(
-                q_tile, m, k, k_head, None, h // GROUP,
+                q_tile, m, k, k_head, None, None, h // GROUP,
                 Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
                 Reach(span, lo, hi, reach, pattern(span, at.b, h, rows, M, at.shift)),
                 shift, part, None, slot >= 0, D, BLOCK_D, PRECISION,
@@ -371,7 +373,7 @@ def map_kernel(
     sweep(
         issue, show,
         Shown(
-            q_tile, m, k, k_head, None, h // GROUP,
+            q_tile, m, k, k_head, None, None, h // GROUP,
             Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
             Reach(span, lo, hi, reach, pattern(span, at.b, h, rows, M, at.shift)),
             shift, part, ptrs, (slot >= 0) & (lo < hi), D, BLOCK_D, PRECISION,

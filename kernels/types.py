@@ -51,6 +51,13 @@ class Blocks(NamedTuple):
     sizes: tuple
 
 
+class Tree(NamedTuple):
+    """bool (batch, row, key), with the codes of its strides."""
+
+    ptr: Any
+    strides: tuple
+
+
 class Table(NamedTuple):
     """int32 (batch, head, tile of x, 2 + tiles of y), with the codes of three strides: how many tiles of y are partial,
     how many are full, and which: the partial ones first. Where a kernel visits all tiles in order, what each is
@@ -75,7 +82,8 @@ class Span(NamedTuple):
     """Index x may see y where x + left <= y <= x + right and lo[x] <= y < hi[x]; see `fused_attn.Mask`.
 
     sinks: y below it may be seen whatever left says. ids, others: Vectors of x's and of y's ids, which must be equal;
-    blocks: Blocks that must be allowed; table: which tiles to visit. x is a row and y a key; for the key-major kernel
+    blocks: Blocks that must be allowed; table: which tiles to visit; tree: a Tree, which of the last M keys a row sees,
+    where decoding asks. x is a row and y a key; for the key-major kernel
     the host passes the transpose, with x a key and y a row.
     """
 
@@ -88,6 +96,7 @@ class Span(NamedTuple):
     others: Any = None
     blocks: Any = None
     table: Any = None
+    tree: Any = None
 
 
 class Additive(NamedTuple):
@@ -118,7 +127,7 @@ class Additive(NamedTuple):
 class Score(NamedTuple):
     """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see; and
     rows and keys, pointers to float32 (B, Hq, M) and (B, Hq, N), added to the product times the scale. additive: what
-    the product is made of where it is no dot product.
+    the product is made of where it is no dot product. offset is also None where rows know where they stand.
 
     sigmoid: what turns a score into a weight is a sigmoid, not a softmax. folds: the scale is known to be positive and
     finite, and nothing follows it, so the largest product is the largest score, and the kernels multiply inside the
@@ -135,6 +144,41 @@ class Score(NamedTuple):
     additive: Any
     sigmoid: Any
     folds: Any
+
+
+class Pages(NamedTuple):
+    """Where keys lie: int32 (batch, entry), with the code of its batch stride, names a page of `size` keys for each."""
+
+    ptr: Any
+    stride: Any
+    size: Any
+
+
+class Sequences(NamedTuple):
+    """What each sequence of a batch has in a cache, pointers to int32 (batch,) or None: lengths, its keys, to which
+    `added`, a code, come; index, which row of the cache it has; leftpad, its first key."""
+
+    lengths: Any
+    index: Any
+    leftpad: Any
+    added: Any
+
+
+class Parts(NamedTuple):
+    """Pointers to the answers of parts of the keys, out (batch * Hkv, part, row, column) and lse (.., row), float32."""
+
+    out: Any
+    lse: Any
+
+
+class Rotary(NamedTuple):
+    """cos and sin, Views (1, 1, position, half) of so many positions, a code, for the first 2 * half dims."""
+
+    cos: Any
+    sin: Any
+    positions: Any
+    half: Any
+    interleaved: Any
 
 
 class Dropout(NamedTuple):

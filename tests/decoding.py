@@ -44,8 +44,8 @@ class Call:
     leftpad: bool = False
     indexed: bool = False
     rotary: str = ""  # "" for none, "halves" or "pairs"
-    layout: str = "bmhd"  # memory order of q
-    cache_order: str = "bnhd"
+    layout: str = "bmhd"  # memory order of q, or "gaps"
+    cache_order: str = "bnhd"  # or "bhnd" or "gaps"
     seed: int = 0
 
 
@@ -59,6 +59,9 @@ class Given:
         self.q = self._tensor(b, c.m, c.hq, c.d)
         if c.layout == "bhmd":
             self.q = self.q.transpose(1, 2).contiguous().transpose(1, 2)
+        if c.layout == "gaps":
+            roomy = torch.full((b, c.m, c.hq, c.d + 3), torch.nan, dtype=dtype)
+            self.q = roomy[..., : c.d].copy_(self.q)
         self.keys = [self._tensor(n, c.hkv, c.d) for n in c.lengths]
         self.values = [self._tensor(n, c.hkv, dv) for n in c.lengths]
         self.starts = [min(n, 3 + 5 * i) if c.leftpad else 0 for i, n in enumerate(c.lengths)]
@@ -105,6 +108,8 @@ class Given:
         """NaN everywhere, more of it than anybody needs."""
         c, b = self.call, len(self.call.lengths)
         outer, inner = (b + 2 * c.indexed, c.room) if c.page is None else (b * -(-c.room // c.page) + 3, c.page)
+        if c.cache_order == "gaps":  # as rows of something longer
+            return torch.full((outer, inner, c.hkv, width + 3), torch.nan, dtype=self.dtype)[..., :width]
         if c.cache_order == "bhnd":
             return torch.full((outer, c.hkv, inner, width), torch.nan, dtype=self.dtype).transpose(1, 2)
         return torch.full((outer, inner, c.hkv, width), torch.nan, dtype=self.dtype)

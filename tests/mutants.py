@@ -57,6 +57,10 @@ def _seeing(expression: str) -> tuple[str, str]:
     return "test_seeing.py", expression
 
 
+def _decoding(expression: str) -> tuple[str, str]:
+    return "test_decode.py", expression
+
+
 _launches = ("test_launches.py", "test_launches and not under")
 
 
@@ -439,6 +443,24 @@ MUTANTS = (
     Mutant((), "gpt: each character over a cache stands at the beginning", "examples/gpt.py",
            "else (len(memory), memory", "else (0, memory",
            ("test_examples.py", "the_same_with_a_cache")),
+    # Caches: what is read of them, where a sequence is cut, and what comes of the parts
+    Mutant((16, 37), "parts that nobody wrote are merged", "kernels/combine.py",
+           "written = index < count", "written = index < PARTS", _decoding("test_parity and triton-3 and plain")),
+    Mutant((6,), "keys before a leftpad are seen", "kernels/decode.py",
+           "tl.maximum(first, begin + part * size)", "begin + part * size",
+           _decoding("test_parity and triton and leftpad")),
+    Mutant((6,), "a tile that a tree reaches into counts as full", "kernels/decode.py",
+           "tl.minimum(found.full, tl.maximum(trunk - begin, 0) // BLOCK)", "found.full",
+           _decoding("test_parity and triton and tree")),
+    Mutant((6,), "every tile begins its page", "kernels/memory.py",
+           "load_rows(view, head + page_offset(view, page), start % pages.size,",
+           "load_rows(view, head + page_offset(view, page), start * 0,",
+           _decoding("test_parity and triton and pages_of_64")),
+    Mutant((37,), "where a sequence is cut depends on the room that it has", "fused_attn/launch/decode.py",
+           "return max(1, -(-n // INVARIANT)), INVARIANT", "return max(1, -(-n // INVARIANT)), c.BLOCK_N",
+           _decoding("test_bits_do_not_depend_on_the_batch and triton")),
+    Mutant((16,), "new keys turn the wrong way", "kernels/append.py",
+           "x * cos - y * sin,", "x * cos + y * sin,", _decoding("test_append and triton and halves")),
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "tiled": {"additive", "ragged", "scores", "spec", "state", "tiles"},
     "tuning": {"spec"},
     "statistics": {"spec", "tiled", "tiles"},
-    "launch": {"spec", "tuning", "kernels"},
+    "launch": {"cached", "masks", "ragged", "spec", "tuning", "kernels"},
     "ops": {"spec"},
     "autograd": {"ops", "spec"},
     "dispatch": {"autograd", "ops", "native", "tiled", "reference", "spec"},

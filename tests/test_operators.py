@@ -25,6 +25,7 @@ from fused_attn import attention, ops, testing
 from fused_attn.cases import CASES, Case
 from fused_attn.recipes import MEMORIES
 from fused_attn.spec import DIFFERENTIABLE
+from tests.compilations import COMPILATIONS
 
 ROOT = Path(__file__).parents[1]
 LAUNCHED = ("triton", "tiled")
@@ -131,36 +132,9 @@ def test_line_33_outputs_never_alias_inputs(backend: str, fields: dict) -> None:
 
 # ---------------------------------------------------------------------------------------------------- compilations
 
-COUNTER = """
-import json, sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-from fused_attn import testing
-from fused_attn.cases import Case
-from fused_attn.launch import portable
-
-class Driver:
-    # As much of a GPU as the launch path asks for.
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
-
-class Kernel:
-    function = packed_metadata = None
-    def launch_metadata(self, *args): return None
-    def run(self, *args): pass
-
-compiled = []
-def do_compile(self, key, signature, device, *rest, **options):
-    compiled.append(self.fn.__name__)
-    kernel = self.device_caches[device][0][key] = Kernel()
-    return kernel
-
-triton.runtime.driver.set_active(Driver())
-JITFunction._do_compile = do_compile
-
+COUNTER = (
+    COMPILATIONS
+    + """
 counts = {}
 for name, fields, steps in json.loads(sys.argv[1]):
     counts[name] = []
@@ -175,6 +149,7 @@ for name, fields, steps in json.loads(sys.argv[1]):
         counts[name].append(len(compiled) - before)
 print(json.dumps(counts))
 """
+)
 
 
 def test_line_34_no_compilation_per_length() -> None:

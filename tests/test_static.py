@@ -272,7 +272,8 @@ def test_a_sample_of_the_table_compiles_to_the_committed_figures():
 @pytest.mark.aot
 @pytest.mark.slow
 def test_a_few_rows_pass_the_gates_under_this_triton():
-    wanted = static.requests("sm_90/forward/bf16/128/plain") + static.requests("sm_80/dq/bf16/72/plain")
+    names = ("sm_90/forward/bf16/128/plain", "sm_80/dq/bf16/72/plain", "sm_90/decode/bf16/128/modified")
+    wanted = [request for name in names for request in static.requests(name)]
     with Pool(2) as pool:
         rows = list(static.compile_rows(wanted, pool))
     for row in rows:

@@ -63,7 +63,7 @@ def test_a_configuration_that_no_kernel_can_have_is_refused(changed: dict[str, i
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias", "delta"])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias", "delta", "decode"])
 def test_every_architecture_has_an_answer_for_every_head_dim(kernel: str, dtype: torch.dtype) -> None:
     for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"):
         for dim in (1, 16, 40, 64, 96, 128, 192, 256, 512):

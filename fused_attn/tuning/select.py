@@ -28,7 +28,7 @@ from ..spec import HALF
 from .config import Config, overridden
 
 KERNELS = ("forward", "dkdv", "dq", "dbias", "delta", "additive_forward", "additive_backward")
-STATISTICS = ("row_statistics", "key_mass", "map")  # these have heuristics and no rows
+STATISTICS = ("row_statistics", "key_mass", "map")  # these have heuristics and no rows, as "decode" has
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 # Bytes of shared memory that one program may use.
@@ -111,6 +111,8 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) ->
         return Config(32 if d > 128 else 64, 16, 4, 1)
     if kernel.startswith("additive"):
         return _additive(kernel, arch, dtype, d)
+    if kernel == "decode":
+        return _decode(arch, dtype, d, rich)
     if kernel in STATISTICS:
         return _statistics(kernel, arch, dtype, d)
     half = dtype in HALF
@@ -174,3 +176,15 @@ def _statistics(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Config:
     owned = owned if d < 512 or roomy else min(owned, 32)
     stages = 2 if dtype in HALF and (d < 256 or roomy) else 1
     return Config(*((swept, owned) if kernel == "key_mass" else (owned, swept)), num_warps=4, num_stages=stages)
+
+
+def _decode(arch: str, dtype: torch.dtype, d: int, rich: bool) -> Config:
+    """Bound by memory: as many keys and values on their way as the shared memory of two programs holds. BLOCK_M is for
+    packed rows at most; a step of generation has fewer. In float32 more rows, or fewer warps, spill."""
+    if dtype not in HALF:
+        return Config(16, 32 if d <= 128 else 16, num_warps=8, num_stages=2 if d <= 128 and arch != "gfx942" else 1)
+    keys = {16: 128, 32: 128, 64: 128, 128: 64, 256: 32, 512: 16}[d]
+    keys = keys // 2 if rich and d in (64, 128) else keys
+    stages = max(1, min(3, SHARED[arch] // 2 // (4 * keys * d)))
+    rows = {256: 32, 512: 16}.get(d, 64)
+    return Config(rows, keys, num_warps=4 if d < 512 else 8, num_stages=1 if arch == "gfx942" else stages)
