@@ -45,6 +45,10 @@ def _operators(expression: str) -> tuple[str, str]:
     return "test_operators.py", expression
 
 
+def _flash(expression: str) -> tuple[str, str]:
+    return "test_flash_attn.py", expression
+
+
 def _hopper(expression: str) -> tuple[str, str]:
     return "test_hopper.py", expression
 
@@ -440,6 +444,28 @@ MUTANTS = (
            "if x.length % self.page_size and", "if x.pages and", ("test_cache.py", "test_pages")),
     Mutant((), "cache: copies need no room", "fused_attn/cache.py",
            "wanted = len(shared) + sum", "wanted = sum", ("test_cache.py", "test_full")),
+    Mutant((), "flash_attn: windows are mirrored", "fused_attn/compat/flash_attn.py",
+           "left, right = (x if", "right, left = (x if", _flash("test_dense and window")),
+    Mutant((), "flash_attn: packed sequences begin at the top left", "fused_attn/compat/flash_attn.py",
+           'max_seqlen_k=_longest(max_seqlen_k), alignment="bottom_right"',
+           'max_seqlen_k=_longest(max_seqlen_k), alignment="top_left"', _flash("test_varlen and causal")),
+    Mutant((), "flash_attn: queries over pages stand at the first rows", "fused_attn/compat/flash_attn.py",
+           "row = row + (max_seqlen_q - lengths)[sequence]", "row = row + 0", _flash("test_varlen_over_pages")),
+    Mutant((), "flash_attn: rotary pairs are the other convention's", "fused_attn/compat/flash_attn.py",
+           "rotary_sin, rotary_interleaved)", "rotary_sin, not rotary_interleaved)", _flash("test_kvcache and rotary")),
+    Mutant((), "flash_attn: leftpad is forgotten", "fused_attn/compat/flash_attn.py",
+           "cache_leftpad=cache_leftpad", "cache_leftpad=None", _flash("test_kvcache and leftpad")),
+    Mutant((), "bert_padding: unused places count as used", "fused_attn/compat/bert_padding.py",
+           "used.sum(-1, dtype=torch.int32)", "placed.sum(-1, dtype=torch.int32)", _flash("test_unpad_and_pad")),
+    Mutant((), "jagged: keys lie where queries do", "fused_attn/nested.py",
+           "starts if keys == rows else k.offsets().int()", "starts", ("test_nested.py", "test_attention and plain")),
+    Mutant((), "jagged: out has offsets of its own", "fused_attn/nested.py",
+           "values, like.offsets(), jagged_dim", "values, like.offsets().clone(), jagged_dim",
+           ("test_nested.py", "test_out_goes_on")),
+    Mutant((), "jagged: a mask with a tensor inside passes", "fused_attn/nested.py",
+           "or (isinstance(mask, Mask) and mask.remainder)", "", ("test_nested.py", "test_errors")),
+    Mutant((), "transformers: the path is not given back", "fused_attn/compat/transformers.py",
+           "        entry.update(_replaced)\n", "", ("test_transformers.py", "is_a_switch")),
     Mutant((), "gpt: each character over a cache stands at the beginning", "examples/gpt.py",
            "else (len(memory), memory", "else (0, memory",
            ("test_examples.py", "the_same_with_a_cache")),
