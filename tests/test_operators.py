@@ -54,6 +54,7 @@ PROBLEMS = {
         Case("sigmoid", **SMALL, normalizer="sigmoid", causal=True, alignment="top_left"),
         Case("distance", **SMALL, score="distance", parameter="h", scale_tensor=""),
         Case("additive", **SMALL, score="additive", parameter="hd", softcap=3.0),
+        Case("ragged", **SMALL, lengths=((9, 11), (0, 3), (4, 0)), causal=True, alignment="bottom_right", bias="h1n"),
     )
 }
 
@@ -168,6 +169,8 @@ def test_line_34_no_compilation_per_length() -> None:
         ("window_sinks", fields | {"masks": ("window_sinks",)}, lengths[::3]),
         ("alibi_softcap", fields | {"alibi": "h", "softcap": 3.0}, lengths),
         ("dropout", fields | {"dropout_p": 0.1}, lengths[:20]),
+        ("ragged", fields | {"causal": True, "alignment": "bottom_right"},
+         [{"lengths": [(n, n + 3), (1, n)] + [(7, 2)] * (n % 3)} for n in range(1, 90, 3)]),
         ("decode", fields | {"causal": True}, steps),
         # The rows of a dense mask or bias are aligned, or they are not: two kernels, whatever the lengths.
         ("dense_bias", fields | {"bias": "1hmn"}, lengths),
