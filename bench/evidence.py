@@ -32,6 +32,7 @@ from bench import providers
 from bench.clock import directed, gradients, milliseconds
 from bench.providers import Provider, ours
 from bench.samples import ADDITIVE, MODIFIED, Sample, sized
+from bench.steps import Steps
 from fused_attn import testing, tuning, witness
 from fused_attn.launch import hopper, portable
 from fused_attn.testing import CASES, Case
@@ -64,6 +65,7 @@ class Setting:
     matmul: int = 8192
     memory: int = 65536
     additive: tuple[int, int, int] = (1, 32, 1024)  # batch, heads and length of additive scores
+    decoding: tuple[int, int] = (32, 8192)  # batch and keys of a step: 1 GiB of them for D 128
     rivals: int | None = None  # neighbours of each configuration that are tried, None for all
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     classes: tuple[str, ...] = ("half", "single")
@@ -85,7 +87,7 @@ class Setting:
 
 TINY = Setting(
     dims=(16, 32), lengths=(48,), tokens=48, width=32, large=65, odd=65, repeats=3, rounds=1, matmul=64, memory=64,
-    additive=(1, 1, 48), rivals=1, dtypes=("float32",), classes=("single",), tiles=(16, 32),
+    additive=(1, 1, 48), decoding=(2, 48), rivals=1, dtypes=("float32",), classes=("single",), tiles=(16, 32),
 )  # fmt: skip
 
 
@@ -469,7 +471,8 @@ def clocked() -> tuple[int, float]:
 
 PARTS: dict[str, Any] = {
     "parity": Parity(), "seeing": Seeing(), "configs": Configs(), "races": Races(), "overlap": Overlap(),
-    "costs": Costs(), "timing": Timing(), "modifiers": Modifiers(), "additive": AdditiveScores(), "tune": Tune(),
+    "costs": Costs(), "timing": Timing(), "modifiers": Modifiers(), "additive": AdditiveScores(), "decoding": Steps(),
+    "tune": Tune(),
 }  # fmt: skip
 
 

@@ -190,13 +190,17 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def ratios(cases: list[Entry]) -> list[str]:
-    """Modifiers beside the plain product; additive scores beside their eager form and their limit."""
+    """Modifiers beside the plain product; additive scores beside their eager form and their limit; bytes decoded."""
     lines = []
     for x in cases:
         measured = "measure_seconds" in x and x["status"] == "passed"
         if x["part"] == "modifiers" and measured:
             shown = ", ".join(f"{direction} {x[direction]['of_plain']:.3f}" for direction in ("forward", "backward"))
             lines.append(f"  {x['name']:24} of the plain product's throughput: {shown}")
+        if x["part"] == "decoding" and measured:
+            shown = [f"{kind} {how} {y['ms']:.4g} ms, {y['terabytes_per_second']:.3g} TB/s"
+                     for kind in ("full", "alone") for how, y in x[kind].items() if how != "bytes"]  # fmt: skip
+            lines.append(f"  {x['name']:24} {'; '.join(shown)}")
         if x["part"] == "additive" and measured:
             for direction, found in x["providers"]["triton"].items():
                 shown = [f"{found['over_eager']:.1f} times as fast as eager"] if found["over_eager"] else []

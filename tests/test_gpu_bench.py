@@ -71,7 +71,7 @@ ASKED = (
     "seeing/scale_heads/float32", "seeing/everything/float32", "seeing/large_causal_16/float32",
     "configs/chosen/single/16", "configs/forward/16/64x32w1s1", "races/full_64/float32",
     "overlap/forward/16/64x32w1s1", "costs/first_call/16", "timing/d16/causal/48", "modifiers/softcap/16",
-    "additive/additive/16", "tune/forward/16/64x32w1s1",
+    "additive/additive/16", "decoding/d16/page_16", "tune/forward/16/64x32w1s1",
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def every_case() -> dict[str, bool]:
 @pytest.mark.slow
 @needs_triton
 def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
-    parts = ("parity", "seeing", "configs", "races", "overlap", "costs", "timing", "modifiers", "additive", "tune")
+    parts = tuple(dict.fromkeys(name.split("/")[0] for name in ASKED))
     only = ",".join({name.split("/", 1)[1]: None for name in ASKED})
     code, record, said = rehearse(tmp_path, *parts, "--only", only, "--seconds", "3000")
     assert code == 0, said
@@ -120,7 +120,11 @@ def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
         assert found["modifiers/softcap/16"][direction]["of_plain"] > 0
         assert found["additive/additive/16"]["providers"]["triton"][direction]["over_eager"] > 0
     assert "of_limit" not in found["additive/additive/16"]["providers"]["triton"]["forward"], "a CPU has no such units"
-    assert "times as fast as eager" in said and "of the plain product's throughput" in said
+    assert "times as fast as eager" in said and "of the plain product's throughput" in said and "TB/s" in said
+    step = found["decoding/d16/page_16"]
+    assert set(step["rows"]) == {"{'num_splits': 1}", "{}", "{'batch_invariant': True}"}
+    assert step["full"]["bytes"] == 2 * step["alone"]["bytes"] == 2 * 2 * 48 * 16 * 4
+    assert step["full"]["call"]["terabytes_per_second"] > 0
     first = found["costs/first_call/16"]["cold"]
     assert 0 < first["forward_s"] < first["forward_backward_s"]
 

@@ -169,8 +169,11 @@ def test_line_34_no_compilation_per_length() -> None:
         ("window_sinks", fields | {"masks": ("window_sinks",)}, lengths[::3]),
         ("alibi_softcap", fields | {"alibi": "h", "softcap": 3.0}, lengths),
         ("dropout", fields | {"dropout_p": 0.1}, lengths[:20]),
-        ("ragged", fields | {"causal": True, "alignment": "bottom_right"},
-         [{"lengths": [(n, n + 3), (1, n)] + [(7, 2)] * (n % 3)} for n in range(1, 90, 3)]),
+        (
+            "ragged",
+            fields | {"causal": True, "alignment": "bottom_right"},
+            [{"lengths": [(n, n + 3), (1, n)] + [(7, 2)] * (n % 3)} for n in range(1, 90, 3)],
+        ),
         ("decode", fields | {"causal": True}, steps),
         # The rows of a dense mask or bias are aligned, or they are not: two kernels, whatever the lengths.
         ("dense_bias", fields | {"bias": "1hmn"}, lengths),

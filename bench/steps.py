@@ -1,0 +1,124 @@
+"""Evidence of decoding for bench.gpu: steps of generation over caches, right, of the same bits, and timed."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.clock import milliseconds
+from fused_attn import attention_decode, reference, testing
+from fused_attn.absolutes import absolutes
+from fused_attn.cached import Cache, Decode
+
+HEADS, KV_HEADS = 32, 8
+PAGES = (None, 64, 16, 256, 1)  # keys in one; None for a dense cache
+HOW: tuple[dict[str, Any], ...] = ({"num_splits": 1}, {}, {"batch_invariant": True})
+
+
+def caches(s: Any, lengths: list[int], d: int, page: int | None, heads: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """k, v and what tells where sequences lie in them: NaN behind their keys, and in pages that nobody has."""
+    b, room = len(lengths), -(-max(lengths) // 256) * 256
+    draw = {"dtype": s.half, "device": s.device}
+    counts = torch.tensor(lengths, dtype=torch.int32, device=s.device)
+    places: dict[str, Any] = {"cache_seqlens": counts}
+    if page is None:
+        k, v = (torch.randn(b, room, heads, d, **draw) for _ in range(2))
+        behind = torch.arange(room, device=s.device) >= counts[:, None]
+    else:
+        width = room // page
+        table = torch.randperm(b * width + 5, device=s.device)[: b * width].view(b, width)
+        k, v = (torch.randn(b * width + 5, page, heads, d, **draw) for _ in range(2))
+        behind = torch.ones(len(k), page, dtype=torch.bool, device=s.device)
+        behind[table] = (torch.arange(room, device=s.device) >= counts[:, None]).view(b, width, page)
+        places["page_table"] = table.int()
+    for x in (k, v):
+        x[behind] = torch.nan
+    return k, v, places
+
+
+def judged(q: Tensor, k: Tensor, v: Tensor, places: dict[str, Any], got: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Each sequence against float64: what out and lse used of their budgets, the worst of them."""
+    where = (places["cache_seqlens"], places.get("page_table"))
+    exact, plain = (Decode(x, Cache(y, z, *where), x.shape[3] ** -0.5) for x, y, z in
+                    ((q.double(), k.double(), v.double()), (q, k, v)))  # fmt: skip
+    rows: dict[str, Any] = {}
+    for i, (p, near) in enumerate(zip(exact.problems(), plain.problems(), strict=True)):
+        wanted, close = reference.attention(p, torch.float64), reference.attention(near, q.dtype)
+        terms = absolutes(p, SimpleNamespace(dout=None, dlse=None))
+        for j, (name, x) in enumerate((("out", got[0][i].transpose(0, 1)[None]), ("lse", got[1][i][None]))):
+            dtype = q.dtype if name == "out" else torch.float32
+            row = testing.assert_within_budget(f"{name} of {i}", x, wanted[j], close[j], terms[name], dtype)
+            rows[name] = max(rows.get(name, row), row, key=lambda x: x.share)
+    return {name: asdict(row) for name, row in rows.items()}
+
+
+class Steps:
+    """Steps of generation: against float64 with poisoned pages, bits in any company and at every repeat; then the
+    time of one beside the bytes of the keys and values that it reads, from large caches and from a single one."""
+
+    def __init__(self) -> None:
+        self.shares = {"check": 25, "measure": 30}
+
+    def cases(self, s: Any) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+        for d, page in itertools.product(s.dims[:2], PAGES):
+            name = "dense" if page is None else f"page_{page}"
+            yield f"d{d}/{name}", page in PAGES[:2] and d == s.dims[0], {"d": d, "page": page}
+
+    def check(self, s: Any, d: int, page: int | None) -> dict[str, Any]:
+        from bench.evidence import poisoned
+
+        heads = KV_HEADS if s.device == "cuda" else 1
+        lengths = [s.large, 1, s.odd]
+        k, v, places = caches(s, lengths, d, page, heads)
+        q = torch.randn(3, 1, 4 * heads, d, dtype=s.half, device=s.device)
+        rows = {}
+        with poisoned():
+            for how in HOW:
+                got = attention_decode(q, k, v, **places, **how, return_lse=True, backend="triton")
+                rows[str(how)] = judged(q, k, v, places, got)
+                for _ in range(s.repeats // 10):
+                    again = attention_decode(q, k, v, **places, **how, return_lse=True, backend="triton")
+                    if not all(map(torch.equal, again, got)):
+                        raise AssertionError(f"{how}: not the same bits at every repeat")
+            turned = {name: x.flip(0) for name, x in places.items()}
+            order = torch.arange(3, dtype=torch.int32, device=s.device).flip(0)
+            where = {} if page else {"cache_batch_idx": order}
+            out = attention_decode(q.flip(0), k, v, **turned, **where, batch_invariant=True, backend="triton")
+        if not torch.equal(out.flip(0), got[0]):
+            raise AssertionError("a sequence's bits depend on its place in the batch")
+        return {"rows": rows}
+
+    def measure(self, s: Any, checked: dict[str, Any], d: int, page: int | None) -> dict[str, Any]:
+        found = {}
+        for kind, batch in (("full", s.decoding[0]), ("alone", 1)):
+            found[kind] = self._timed(s, batch, d, page)
+        return found
+
+    def _timed(self, s: Any, batch: int, d: int, page: int | None) -> dict[str, Any]:
+        heads, length = (KV_HEADS, s.decoding[1]) if s.device == "cuda" else (1, s.decoding[1])
+        k, v, places = caches(s, [length] * batch, d, page, heads)
+        q = torch.randn(batch, 1, HEADS // KV_HEADS * heads, d, dtype=s.half, device=s.device)
+
+        def call() -> Tensor:
+            return attention_decode(q, k, v, **places, backend="triton")
+
+        timed: dict[str, Callable[[], Any]] = {"call": call}
+        if s.device == "cuda":
+            call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            timed["graph"] = graph.replay
+        moved = 2 * batch * length * heads * d * k.element_size()
+        found: dict[str, Any] = {"bytes": moved}
+        for name, f in timed.items():
+            ms = statistics.median(milliseconds(f, s.device) for _ in range(s.rounds))
+            found[name] = {"ms": ms, "terabytes_per_second": moved / ms * 1e-9}
+        return found
