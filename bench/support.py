@@ -62,7 +62,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "scale": {"float": {}, "tensor": {"scale_tensor": ""}, "h": {"scale_tensor": "h"}},
     "lse": {"no": {}, "with gradient": {"return_lse": True}},
     "dtype": {str(x).removeprefix("torch."): {"dtype": x} for x in sorted(DTYPES, key=lambda x: x != torch.bfloat16)},
-    "layout": {"bhsd": {}, "bshd": {"layout": "bshd"}},
+    "layout": {"bhsd": {}, "bshd": {"layout": "bshd"}, "packed": {"lengths": ((33, 20), (0, 4), (5, 0), (20, 65))}},
 }
 
 Feature = tuple[str, str]  # a factor and what it is

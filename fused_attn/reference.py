@@ -117,7 +117,7 @@ def _reached(x: Tensor, p: Problem) -> Tensor:
     Keys beyond every row's interval and pattern are zeros: they never matter, even as NaN.
     """
     x = x if p.group == 1 else x.repeat_interleave(p.group, dim=1)
-    return x if p.unbounded else torch.where(p.reached()[..., None], x, 0.0)
+    return x if p.all_reached else torch.where(p.reached()[..., None], x, 0.0)
 
 
 def _number(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:

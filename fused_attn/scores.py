@@ -54,7 +54,7 @@ class Score:
     def lower(self, p: Problem) -> Problem:
         """The same problem in words that every backend but the reference takes."""
         q, k = p.q, p.k
-        visible = None if p.unbounded else reached(p)
+        visible = None if p.all_reached else reached(p)
         if visible is not None:
             q, k = torch.where(visible[0], q, 0), torch.where(visible[1], k, 0)
         return self._lower(p.replace(q=q, k=k, score=None))

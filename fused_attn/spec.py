@@ -155,6 +155,11 @@ class Problem:
         return self.span.unbounded and self.pattern is None
 
     @property
+    def all_reached(self) -> bool:
+        """Every key is seen by some row, as far as span and pattern go; keys without queries are not."""
+        return self.unbounded and self.ragged is None and self.q.shape[2] > 0
+
+    @property
     def tabled(self) -> bool:
         """What a row sees, the tensor mask aside, is no interval of keys: which tiles to visit stands in a table."""
         return self.pattern is not None or self.span.sinks > 0

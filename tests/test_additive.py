@@ -129,6 +129,9 @@ CASES = {
     "full": Case("full", **SMALL),
     "causal_gqa": Case("causal_gqa", **SMALL, hq=4, hkv=2, causal=True, alignment="bottom_right", bias="1h1n"),
     "segments": Case("segments", **SMALL | {"m": 41}, b=2, hq=1, masks=("segments_gap",), scale_tensor="h", alibi="h"),
+    "ragged": Case(
+        "ragged", **SMALL, lengths=((20, 17), (3, 40), (0, 5), (33, 18)), causal=True, alignment="bottom_right"
+    ),
     "sigmoid_rows": Case("sigmoid_rows", **SMALL, hq=1, normalizer="sigmoid", bias="bhm1"),
 }
 
