@@ -17,6 +17,7 @@ from torch import Tensor
 # Taken now: `compat.sdpa` puts our own function in its place, and that one may come here.
 from torch.nn.functional import scaled_dot_product_attention
 
+from .checks import readable
 from .spec import Problem
 
 DEVICES = ("cpu", "cuda")
@@ -25,6 +26,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def why_not(p: Problem) -> list[str]:
     """Every reason why torch's op would compute something else, or need memory for the whole score matrix."""
+    if p.ragged is not None:
+        return _why_not_each(p)
     reasons = [f"torch's op has no {what}" for what, there in _modifiers(p).items() if there]
     device, requires_grad = p.q.device.type, any(x.requires_grad for x in (p.q, p.k, p.v))
     if device not in DEVICES:
@@ -46,6 +49,14 @@ def why_not(p: Problem) -> list[str]:
     return reasons
 
 
+def _why_not_each(p: Problem) -> list[str]:
+    """Of ragged sequences, which are so many calls of torch's op."""
+    if not readable(p.q) or p.q.device.type != "cpu":
+        return ["it is called for one ragged sequence after another, and where they begin is only read on the CPU"]
+    some = [alone for _, alone in p.sequences() if not alone.empty]
+    return list(dict.fromkeys(x for alone in some or [p.replace(ragged=None)] for x in why_not(alone)))
+
+
 def _modifiers(p: Problem) -> dict[str, bool]:
     return {
         "tensor scale": not isinstance(p.scale, float),
@@ -60,7 +71,6 @@ def _modifiers(p: Problem) -> dict[str, bool]:
         "terms of rows and keys beside the product": p.key_terms is not None,
         "sigmoid normalizer": p.sigmoid,
         "mask that is no interval": p.tabled,
-        "ragged batch": p.ragged is not None,
     }
 
 
@@ -103,6 +113,20 @@ def _norm(x: Tensor) -> float:
 
 def attention(p: Problem) -> tuple[Tensor, None]:
     """out by torch's op, differentiable once by its own backward; it returns no log-sum-exp."""
+    if p.ragged is not None:
+        return _attention_each(p), None
     scale: Any = p.scale  # a number: why_not refuses tensors
     out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=not _full(p), scale=scale, enable_gqa=p.group > 1)
     return out if out.stride() == p.q.stride() else p.in_order(out), None
+
+
+def _attention_each(p: Problem) -> Tensor:
+    """Of ragged sequences. They are split, because the derivative of one slice is as large as the whole."""
+    shapes = [one.shape for one, _ in p.sequences()]
+    rows, keys = ([x[side] for x in shapes] for side in range(2))
+    split = zip(p.q.split(rows, 2), p.k.split(keys, 2), p.v.split(keys, 2), strict=True)
+    outs = [p.empty_out()[:, :, :0]]
+    for (_, alone), (q, k, v) in zip(p.sequences(), split, strict=True):
+        own = alone.replace(q=q, k=k, v=v)
+        outs.append(torch.zeros_like(own.empty_out()) if own.empty else attention(own)[0])
+    return p.in_order(torch.cat(outs, 2))

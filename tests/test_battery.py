@@ -14,7 +14,19 @@ HALF = (torch.float16, torch.bfloat16)
 BACKENDS = ("triton", "sdpa", "tiled", "reference")
 DOUBLE = ("tiled", "reference")
 # The plainest cases, which torch's own operator must not be refused.
-NATIVE = ("plain", "one_query", "tall", "wide", "gqa_3", "head_dim_5", "causal", "causal_203", "values_ramps")
+NATIVE = (
+    "plain",
+    "one_query",
+    "tall",
+    "wide",
+    "gqa_3",
+    "head_dim_5",
+    "causal",
+    "causal_203",
+    "values_ramps",
+    "ragged",
+    "ragged_self",
+)
 
 
 def _dtypes(backend: str, case: testing.Case) -> list[torch.dtype]:

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "scores": {"spec", "tiles"},
     "bind": {"scores", "spec"},
     "reference": {"scores", "spec"},
-    "native": {"spec"},
+    "native": {"checks", "spec"},
     "additive": set(),
     "tiled": {"additive", "ragged", "scores", "spec", "state", "tiles"},
     "tuning": {"spec"},
