@@ -11,6 +11,7 @@ from torch import Tensor
 from . import calls, dispatch, nested, state
 from .bind import autocast, bind, check_qkv, no_autocast
 from .spec import Mask, describe
+from .varlen import bind_packed
 
 LAYOUTS = ("bhsd", "bshd")
 
@@ -127,13 +128,16 @@ def explain(
 ) -> dispatch.Explanation:
     """Which backend `attention` would take for this call, and every reason why the ones before it cannot.
 
-    Takes the arguments of `attention`. Runs nothing.
+    Takes the arguments of `attention`, or, with cu_seqlens_q, those of `attention_varlen`. Runs nothing.
 
     >>> import torch, fused_attn
     >>> x = torch.randn(1, 2, 16, 8)
     >>> fused_attn.explain(x, x, x, sink=torch.zeros(2)).backend
     'tiled'
     """
+    packed = [options.pop(x, None) for x in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
+    if any(x is not None for x in packed):
+        return dispatch.explain(bind_packed(q, k, v, *packed, **options), backend)
     heads = heads_first(q, k, v, layout, options.get("score", "dot"))
     return dispatch.explain(bind(*heads, **options), backend)
 

@@ -12,7 +12,7 @@ from . import dispatch, ops, reference
 from .api import heads_first
 from .bind import bind, no_autocast
 from .spec import Mask, Problem, Statistics, describe
-from .varlen import bind_ragged, check_longest, packed_heads_first
+from .varlen import bind_packed
 
 
 def attention_stats(
@@ -172,17 +172,13 @@ def _look(
     packed: starts and longest lengths of queries and keys, of packed sequences.
     """
     v = k[..., :1] if isinstance(k, Tensor) and k.ndim and not k.is_nested else k  # nobody looks at values
-    ragged, score = None, words["score"]
     if packed is None:
-        heads = heads_first(q, k, v, layout, score)
+        heads = heads_first(q, k, v, layout, words["score"])
+        with no_autocast(q):
+            p = bind(*heads, **words)
     else:
-        heads = packed_heads_first(q, k, v, score)
-        starts_q, starts_k, max_q, max_k = packed
-        ragged = bind_ragged(heads[0], heads[1], starts_q, starts_k, max_q, max_k, words["alignment"])
+        p = bind_packed(q, k, v, *packed, **words)
     with torch.no_grad(), no_autocast(q):
-        p = bind(*heads, **words, ragged=ragged)
-        if packed is not None:
-            check_longest(p, max_q, max_k)
         name, form = dispatch.choose(p, backend, task="seeing")
         found = find(name, form)
         found = tuple(x.float() if x is not None and x.is_floating_point() else x for x in found)

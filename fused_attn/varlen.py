@@ -71,22 +71,32 @@ def attention_varlen(
     >>> first = fused_attn.attention(*(x[None, :5] for x in (q, k, v)), causal=True, layout="bshd")
     >>> torch.testing.assert_close(out[:5], first[0])
     """
-    heads = packed_heads_first(q, k, v, score)
-    ragged = bind_ragged(*heads[:2], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alignment)
+    p = bind_packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, score=score, scale=scale, mask=mask,
+        causal=causal, window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
+        sink=sink, dropout_p=dropout_p, seed=seed, normalizer=normalizer, return_lse=return_lse,
+        deterministic=deterministic,
+    )  # fmt: skip
     with no_autocast(q):
-        p = bind(
-            *heads, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
-            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
-            normalizer=normalizer, return_lse=return_lse, deterministic=deterministic, ragged=ragged,
-        )  # fmt: skip
-        check_longest(p, max_seqlen_q, max_seqlen_k)
         name, p = dispatch.choose(p, backend)
         out, lse = dispatch.run(p, name)
     out = out[0].transpose(0, 1)
     return (out, lse[0].T) if return_lse else out  # type: ignore[index]
 
 
-def packed_heads_first(q: Tensor, k: Tensor, v: Tensor, score: Any) -> tuple[Tensor, Tensor, Tensor]:
+def bind_packed(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Any, starts_k: Any, max_q: int | None, max_k: int | None, **words: Any
+) -> Problem:
+    """Packed tensors, where their sequences begin and how long they are at most, and the words of `attention`."""
+    heads = _heads_first(q, k, v, words.get("score", "dot"))
+    ragged = _ragged(heads[0], heads[1], starts_q, starts_k, max_q, max_k, words.get("alignment"))
+    with no_autocast(q):
+        p = bind(*heads, **words, ragged=ragged)
+    _check_longest(p, ragged, max_q, max_k)
+    return p
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor, score: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Packed tensors checked, in autocast's dtype, as (1, H, T, dim) views."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if isinstance(x, Tensor) and not x.is_nested and x.ndim != 3:
@@ -97,7 +107,7 @@ def packed_heads_first(q: Tensor, k: Tensor, v: Tensor, score: Any) -> tuple[Ten
     return q, k, v
 
 
-def bind_ragged(
+def _ragged(
     q: Tensor, k: Tensor, starts_q: Any, starts_k: Any, max_q: int | None, max_k: int | None, alignment: str | None
 ) -> Ragged:
     """The starts checked, as far as that is free, and the longest sequences: given, read, or all that there is."""
@@ -121,10 +131,10 @@ def bind_ragged(
     return Ragged(starts_q, starts_k, longest[0], longest[1], alignment, starts_q is starts_k)
 
 
-def check_longest(p: Problem, max_q: int | None, max_k: int | None) -> None:
+def _check_longest(p: Problem, ragged: Ragged, max_q: int | None, max_k: int | None) -> None:
     """What is said pair by pair, or row by row, is laid out by the longest sequences, so they have to be known."""
     by_row = (p.mask, p.span.lo, p.span.hi, p.pattern, p.span.sinks or None)
     said = "bias" if p.bias is not None else "mask" if any(x is not None for x in by_row) else None
     for name, most in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-        if said and most is None and not readable(p.ragged.q):  # type: ignore[union-attr]
+        if said and most is None and not readable(ragged.q):
             raise ValueError(f"{name}: {said} is laid out by it, got None")

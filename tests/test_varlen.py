@@ -365,6 +365,15 @@ def test_bad_input(name: str) -> None:
         attention_varlen(**changed(**words))
 
 
+def test_explained() -> None:
+    q, k, v, *cuts = packed(grad=False)
+    words = {"cu_seqlens_q": cuts[0], "cu_seqlens_k": cuts[1]}
+    assert fused_attn.explain(q, k, v, **words).backend == "sdpa"
+    assert fused_attn.explain(q, k, v, **words, softcap=2.0).backend == "tiled"
+    with pytest.raises(ValueError, match="alignment: a causal mask"):
+        fused_attn.explain(q, k, v, **words, causal=True)
+
+
 def test_what_a_device_holds_is_read_when_asked() -> None:
     here: Any = SimpleNamespace(device=SimpleNamespace(type="cpu"))
     there: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"))
