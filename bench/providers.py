@@ -78,10 +78,14 @@ def ours(
     words = {"backend": backend} | ({} if deterministic is None else {"deterministic": deterministic})
 
     def bind(x: Sample) -> Call:
-        kwargs = x.inputs.kwargs | words
-        return lambda: fused_attn.attention(*x.inputs.qkv, **kwargs)
+        kwargs, qkv = x.inputs.kwargs | words, x.inputs.qkv
+        if x.case.lengths:
+            return lambda: fused_attn.attention_varlen(*qkv, **kwargs).transpose(0, 1)[None]  # as q lies
+        return lambda: fused_attn.attention(*qkv, **kwargs)
 
     def config(x: Sample) -> str:
+        if x.case.lengths:
+            return ""
         chosen = fused_attn.explain(*x.inputs.qkv, **x.inputs.kwargs | words).backend
         found = [chosen] if backend is None and chosen else []
         return ", ".join([*found, *tiles(chosen, x.problem)])

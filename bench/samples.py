@@ -2,7 +2,8 @@
 
 By the field's convention the forward of B, H, M, N, D takes 4 B H M N D floating-point operations, half of them when
 causal, and the backward 2.5 times as many. Of other intervals the scores are counted one by one; a tensor mask or a
-bias saves none. Every score is counted as the dot product that it stands for.
+bias saves none. Every score is counted as the dot product that it stands for. Packed sequences have the scores of each
+by itself.
 """
 
 from __future__ import annotations
@@ -46,6 +47,20 @@ def sized(case: Case | str, batch: int, heads: int, length: int, dim: int) -> Ca
     )  # fmt: skip
 
 
+def heavy_tail(batch: int, longest: int, fill: float, seed: int = 0) -> list[int]:
+    """Lengths of a log-normal distribution, cut at `longest`, whose sum is about `fill` of batch * longest.
+
+    The same for every seed. Its median is moved until the sum is right.
+    """
+    draws = torch.randn(batch, generator=torch.Generator().manual_seed(seed))
+    low, high = 0.0, 2.0 * longest
+    for _ in range(50):
+        median = (low + high) / 2
+        lengths = (median * draws.exp()).round().clamp(1, longest)
+        low, high = (median, high) if lengths.mean() < fill * longest else (low, median)
+    return [int(x) for x in lengths]
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One problem on the device, with fresh random tensors, and how many of its scores are judged at once."""
@@ -56,6 +71,7 @@ class Sample:
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype, device: str, scores: int | None = None) -> Sample:
         inputs = testing.make_inputs(case, dtype, device, seed=random.getrandbits(31))
+        inputs = packed(inputs) if case.lengths else inputs
         return cls(inputs, SCORES[device] if scores is None else scores)
 
     @property
@@ -89,6 +105,8 @@ class Sample:
         """The share of all scores that intervals and patterns leave."""
         if self.span != "other":
             return 1.0 if self.span == "full" else 0.5
+        if self.case.lengths:
+            raise NotImplementedError("operations of packed sequences are counted in full, or causal")
         p, (m, n) = self.problem, self.problem.shape[2:]
         rows, cols = (torch.arange(x, device=p.q.device) for x in (m, n))
         if p.tabled:
@@ -97,16 +115,15 @@ class Sample:
         return (hi - lo).clamp(min=0).double().mean().item() / n
 
     def flops(self, direction: str) -> float:
-        b, h, m, n = self.problem.shape
         widths = self.problem.q.shape[3] + self.problem.v.shape[3]
-        return 2.0 * b * h * m * n * widths * self.visible * WORK[direction]
+        return 2.0 * self.problem.shape[1] * pairs(self.case) * widths * self.visible * WORK[direction]
 
     def bytes(self, direction: str) -> int:
         """What must be moved at the least: every tensor read once, every result written once."""
         p, case = self.problem, self.case
         given = [p.q, p.k, p.v, *(x for x in (p.bias, p.mask, p.parameter) if isinstance(x, Tensor))]
         read = sum(x.numel() * x.element_size() for x in given)
-        out = p.q.element_size() * torch.Size(case.shape("bhme")).numel()
+        out = p.q.element_size() * torch.Size(case.held("bhme")).numel()
         grads = sum(x.numel() * x.element_size() for x in self.leaves)
         forward, backward = read + out, read + 2 * out + grads
         return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
@@ -185,15 +202,30 @@ class Excerpt(Inputs):
         return p.replace(**parts, span=replace(p.span, lo=lo, hi=hi), pattern=pattern)
 
 
+def packed(inputs: Inputs) -> Inputs:
+    """The same numbers, a token's heads beside each other, as (T, H, D) lies in memory."""
+
+    def laid(x: Tensor | None) -> Any:
+        return None if x is None else x.detach().transpose(1, 2).contiguous().transpose(1, 2)
+
+    tensors = {n: laid(x).requires_grad_(x.requires_grad) if n in "qkv" else x for n, x in inputs.tensors.items()}
+    return replace(inputs, tensors=tensors, dout=laid(inputs.dout))
+
+
+def pairs(case: Case) -> int:
+    """Of rows and keys, in all batches."""
+    b, m, n = case.shape("bmn")
+    return sum(x * y for x, y in case.lengths) if case.lengths else b * m * n
+
+
 def excerpt(inputs: Inputs, p: Problem, scores: int) -> Excerpt:
     """As many batches and heads as have so many scores, one key-value head of one batch at the least.
 
     The last ones, where offsets are largest; with dropout the first ones, because its mask counts heads from there.
     """
-    b, h, m, n = p.shape
-    each = (
-        m * n * (p.q.shape[3] if isinstance(p.score, Additive) else 1)
-    )  # defined, those have a number for each feature
+    b, h = p.q.shape[:2]  # packed sequences are one batch
+    features = p.q.shape[3] if isinstance(p.score, Additive) else 1  # defined, additive scores have a number for each
+    each = pairs(inputs.case) // max(1, b) * features
     everything = slice(None)
     one, group = (slice(-1, None), slice(-p.group, None)) if p.dropout is None else (slice(0, 1), slice(0, p.group))
     batches, heads, kv_heads = one, group, one
@@ -204,7 +236,7 @@ def excerpt(inputs: Inputs, p: Problem, scores: int) -> Excerpt:
     if b * h * each <= scores:
         batches = heads = kv_heads = everything
     part = Excerpt(
-        inputs.case, inputs.tensors, inputs.options, inputs.clean, None, None,
+        inputs.case, inputs.tensors, inputs.options, inputs.clean, None, None, ragged=inputs.ragged,
         batches=batches, heads=heads, kv_heads=kv_heads,
     )  # fmt: skip
     dout, dlse = (None if x is None else part.take(name, x) for name, x in (("out", inputs.dout), ("lse", inputs.dlse)))

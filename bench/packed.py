@@ -1,0 +1,150 @@
+"""What the benchmarks of ragged batches and of decoding share: the padded form of a packed sample, the peers that take
+packed sequences, and one step of decoding over a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused_attn
+from bench.providers import Call, Provider
+from bench.samples import Sample
+from fused_attn.ragged import padded, places
+from fused_attn.testing import Case
+
+NO_TABLE = 2**30  # stands in a page table where nobody may look
+
+
+def ragged_case(lengths: list[int], heads: int, dim: int, causal: bool = False) -> Case:
+    """Self-attention of packed sequences."""
+    alignment = "top_left" if causal else None
+    return Case("ragged", hq=heads, lengths=tuple((n, n) for n in lengths), d=dim, causal=causal, alignment=alignment)
+
+
+class Padded:
+    """The sequences of a packed sample, each padded to the longest: (B, H, longest, D), and the cotangent likewise."""
+
+    def __init__(self, x: Sample) -> None:
+        ragged = x.inputs.ragged
+        assert ragged is not None
+        self.starts, self.longest = ragged.q, ragged.max_q
+        self.leaves = [self._padded(t).requires_grad_() for t in x.leaves]
+        self.cotangents = [self._padded(t) for t in x.cotangents]
+        lengths = ragged.q.diff()
+        self.mask = (torch.arange(self.longest, device=lengths.device) < lengths[:, None])[:, None, None]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return padded(x.detach(), self.starts, self.longest)
+
+    def call(self, masked: bool) -> Call:
+        """torch's own function; without a mask it is at its fastest, and lets the padding take part."""
+        mask = self.mask if masked else None
+        return lambda: F.scaled_dot_product_attention(*self.leaves, attn_mask=mask)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """(B, H, longest, D) as a packed sample lies, (1, H, T, D)."""
+        b, i = places(self.starts, int(self.starts[-1]))
+        return x[b, :, i].transpose(0, 1)[None]
+
+
+# ------------------------------------------------------------------------------------------------------------- peers
+
+
+def _bound(find: Callable[[Sample], Callable[..., Any]]) -> Callable[[Sample], Call]:
+    """Of a function of packed q, k, v, two starts and two longest lengths."""
+
+    def bind(x: Sample) -> Call:
+        call, qkv, ragged = find(x), x.inputs.qkv, x.inputs.ragged
+        assert ragged is not None
+        return lambda: call(*qkv, ragged.max_q, ragged.max_k).transpose(0, 1)[None]
+
+    return bind
+
+
+def _flash(x: Sample) -> Callable[..., Any]:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise NotImplementedError(f"flash-attn is not installed: {error}") from error
+    return lambda *given: flash_attn_varlen_func(*given, causal=x.case.causal)
+
+
+def _varlen(x: Sample) -> Callable[..., Any]:
+    if x.problem.q.device.type != "cuda":
+        raise NotImplementedError("torch's varlen_attn needs a GPU")
+    from torch.nn.attention.varlen import varlen_attn
+
+    words: dict[str, Any] = {"is_causal": True}
+    if "is_causal" not in inspect.signature(varlen_attn).parameters:  # newer ones say it as a window
+        words = {"window_size": (-1, 0)}
+    return lambda *given: varlen_attn(*given, **words if x.case.causal else {})
+
+
+def _nested(x: Sample) -> Call:
+    if x.problem.q.device.type != "cuda":
+        raise NotImplementedError("torch's function takes jagged tensors on a GPU")
+    q, k, v, starts, _ = x.inputs.qkv
+    longest = x.problem.shape[2]
+
+    def jagged(t: Tensor) -> Tensor:
+        return torch.nested.nested_tensor_from_jagged(t, starts, max_seqlen=longest).transpose(1, 2)
+
+    def call() -> Tensor:
+        out = F.scaled_dot_product_attention(*map(jagged, (q, k, v)), is_causal=x.case.causal)
+        return out.transpose(1, 2).values().transpose(0, 1)[None]
+
+    return call
+
+
+PEERS = (Provider("flash_attn", _bound(_flash)), Provider("varlen", _bound(_varlen)), Provider("nested", _nested))
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode_case(batch: int, heads: int, kv_heads: int, length: int, dim: int) -> Case:
+    """One query of each sequence over `length` keys."""
+    return Case("decode", b=batch, hq=heads, hkv=kv_heads, m=1, n=length, d=dim, backward=False)
+
+
+class Step:
+    """A step of decoding: a sample's queries over its keys in a cache with more room, NaN behind them.
+
+    page: keys of a page, whose pages lie in any order; None for a dense cache.
+    """
+
+    def __init__(self, x: Sample, room: int, page: int | None = None) -> None:
+        q, k, v = (t.detach().transpose(1, 2) for t in x.inputs.qkv)
+        b, length = k.shape[:2]
+        self.q, self.table = q.contiguous(), None
+        self.lengths = torch.full((b,), length, dtype=torch.int32, device=q.device)
+        self.bytes = 2 * k.numel() * k.element_size()
+        if page is not None:
+            width, used = -(-room // page), -(-length // page)
+            pages = torch.randperm(b * width, device=q.device).view(b, width)
+            self.table = torch.where(torch.arange(width, device=q.device) < used, pages, NO_TABLE).int()
+        self.k, self.v = (self._laid(t, room, page) for t in (k, v))
+
+    def _laid(self, x: Tensor, room: int, page: int | None) -> Tensor:
+        b, length, *rest = x.shape
+        if page is None or self.table is None:
+            cache = x.new_full((b, room, *rest), torch.nan)
+            cache[:, :length] = x
+            return cache
+        cache = x.new_full((b * self.table.shape[1], page, *rest), torch.nan)
+        keys = torch.arange(length, device=x.device)
+        cache[self.table[:, keys // page].long(), keys % page] = x
+        return cache
+
+    def __call__(self, backend: str, **words: Any) -> Tensor:
+        """out (B, Hq, 1, Dv)."""
+        found: Any = fused_attn.attention_decode(
+            self.q, self.k, self.v, cache_seqlens=self.lengths, page_table=self.table, backend=backend, **words
+        )
+        return found.transpose(1, 2)
