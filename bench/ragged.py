@@ -28,7 +28,8 @@ from bench.samples import Sample, heavy_tail
 from bench.table import Row, figure
 
 DIRECTIONS = ("forward", "forward+backward")
-OWN, THEIRS = ("fused_attn", "tiled"), ("padded", "unmasked")
+OWN = {"fused_attn": None, "tiled": "tiled"}  # backends by the names of providers
+THEIRS = ("padded", "unmasked")
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,15 @@ class Size:
     heads: int = 8
     dim: int = 64
     rounds: int = 7
-    cached: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)  # keys in a cache with the largest room
-    rooms: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)  # room of a cache that holds `held` keys
-    held: int = 1024
+    cached: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)  # keys in a cache with the largest room
+    rooms: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)  # room of a cache that holds `held` keys
+    held: int = 4096
     sequences: int = 2  # of a step
+    kv_heads: int = 2  # of a step
     page: int = 64
 
 
-TINY = Size(batch=3, longest=24, heads=2, dim=8, rounds=2, cached=(4, 16), rooms=(8, 16), held=8, page=4)
+TINY = Size(batch=3, longest=24, heads=2, dim=8, rounds=2, kv_heads=1, cached=(4, 16), rooms=(8, 16), held=8, page=4)
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,12 @@ def batch(size: Size) -> Iterator[Row]:
     lengths = heavy_tail(size.batch, size.longest, size.fill)
     x = Sample.draw(ragged_case(lengths, size.heads, size.dim), torch.float32, "cpu")
     padded = Padded(x)
-    found = {
-        name: Contender(ours(backend).bind(x), x.leaves, x.cotangents) for name, backend in zip(OWN, (None, OWN[1]))
-    }
+    found = {name: Contender(ours(backend).bind(x), x.leaves, x.cotangents) for name, backend in OWN.items()}
     found |= {name: Contender(padded.call(name == THEIRS[0]), padded.leaves, padded.cotangents) for name in THEIRS}
+    fill = sum(lengths) / len(lengths) / size.longest
     what = {
         "case": "ragged", "length": size.longest, "batch": size.batch, "heads": size.heads, "kv_heads": size.heads,
-        "dim": size.dim, "dtype": "float32", "status": "timed", "options": f"fill={sum(lengths) / len(lengths) / size.longest:.3f}",
+        "dim": size.dim, "dtype": "float32", "status": "timed", "options": f"fill={fill:.3f}",
     }  # fmt: skip
     shares = {}
     for name, c in found.items():
@@ -100,7 +101,7 @@ def steps(size: Size) -> Iterator[Row]:
     asked = [(n, most) for n in size.cached] + [(size.held, room) for room in size.rooms]
     places, timed = [], {}
     for length, room in dict.fromkeys(asked):
-        x = Sample.draw(decode_case(size.sequences, size.heads, size.heads, length, size.dim), torch.float32, "cpu")
+        x = Sample.draw(decode_case(size.sequences, size.heads, size.kv_heads, length, size.dim), torch.float32, "cpu")
         for page in (None, size.page):
             step = Step(x, room, page)
             share = x.judge(step("tiled"), [])["out"]["share"]
@@ -110,7 +111,7 @@ def steps(size: Size) -> Iterator[Row]:
         length, room, page, moved, share = places[index]
         where = {
             "case": "decode" if page is None else "decode_paged", "provider": "tiled", "direction": "forward",
-            "length": length, "batch": size.sequences, "heads": size.heads, "kv_heads": size.heads, "dim": size.dim,
+            "length": length, "batch": size.sequences, "heads": size.heads, "kv_heads": size.kv_heads, "dim": size.dim,
             "dtype": "float32", "options": f"room={room}" + (f" page={page}" if page else ""), "status": "timed",
             "share": share,
         }  # fmt: skip

@@ -83,8 +83,9 @@ class Cache:
         if self.table is None:
             found = x[b if self.index is None else int(self.index[b]), first:end]
         else:
-            keys = torch.arange(first, end, device=x.device)
-            found = x[self.table[b, keys // self.page].long(), keys % self.page]
+            begin = first // self.page
+            pages = self.table[b, begin : -(-end // self.page)].long()
+            found = x.index_select(0, pages).flatten(0, 1)[first - begin * self.page : end - begin * self.page]
         return found.transpose(0, 1)[None]
 
     def positions(self, count: int, advance: bool = True) -> Tensor:

@@ -84,7 +84,10 @@ class Work:
             rows, keys = (part(x, share.batch, *[EVERYTHING] * 3) for x in visible)
             q, k, v = torch.where(rows, q, 0), torch.where(keys, k, 0), torch.where(keys, v, 0)
         self.q = q
-        self.k, self.v = (x.to(self.dtype).contiguous().flatten(0, 1) for x in (k, v))
+        k, v = (x.to(self.dtype) for x in (k, v))
+        if len(share.tiles) > 1:  # else each key is read once, from where it lies
+            k, v = k.contiguous(), v.contiguous()
+        self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, tile: Tile, keys: slice) -> Tensor:
