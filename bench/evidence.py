@@ -30,8 +30,9 @@ import fused_attn
 import fused_attn.bind as binding
 from bench import providers
 from bench.clock import directed, gradients, milliseconds
+from bench.packed import RaggedBatches, ragged_case
 from bench.providers import Provider, ours
-from bench.samples import ADDITIVE, MODIFIED, Sample, sized
+from bench.samples import ADDITIVE, MODIFIED, Sample, heavy_tail, sized
 from bench.steps import Steps
 from fused_attn import testing, tuning, witness
 from fused_attn.launch import hopper, portable
@@ -65,6 +66,7 @@ class Setting:
     matmul: int = 8192
     memory: int = 65536
     additive: tuple[int, int, int] = (1, 32, 1024)  # batch, heads and length of additive scores
+    ragged: tuple[int, int] = (32, 4096)  # sequences, and the longest of them
     decoding: tuple[int, int] = (32, 8192)  # batch and keys of a step: 1 GiB of them for D 128
     rivals: int | None = None  # neighbours of each configuration that are tried, None for all
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -87,7 +89,8 @@ class Setting:
 
 TINY = Setting(
     dims=(16, 32), lengths=(48,), tokens=48, width=32, large=65, odd=65, repeats=3, rounds=1, matmul=64, memory=64,
-    additive=(1, 1, 48), decoding=(2, 48), rivals=1, dtypes=("float32",), classes=("single",), tiles=(16, 32),
+    additive=(1, 1, 48), ragged=(3, 48), decoding=(2, 48), rivals=1, dtypes=("float32",), classes=("single",),
+    tiles=(16, 32),
 )  # fmt: skip
 
 
@@ -130,6 +133,8 @@ class Parity:
                 tags = {"half", "core"} if d == s.dims[0] else {"half"}
                 name = f"large_{kind}_{d}"
                 large[name] = Case(name, frozenset(tags), hq=4, hkv=2, d=d, return_lse=True, **fields)
+            name, lengths = f"large_ragged_{d}", heavy_tail(8, s.large, 0.3)
+            large[name] = replace(ragged_case(lengths, 4, d, causal=True), name=name, tags=frozenset({"half"}), hkv=2)
         # Tens of thousands of programs are nothing to a GPU and hours to an interpreter.
         return large | {name: c for name, c in CASES.items() if s.device == "cuda" or "large" not in c.tags}
 
@@ -224,6 +229,7 @@ class Races:
             Case("window_256", hq=2, m=s.large, d=256, window=(m // 2, m // 3)),
             Case("bias_broadcast", b=2, hq=4, m=m // 2, d=64, bias="11mn", sink=True, scale_tensor="h"),
             Case("bias_keys", b=2, hq=4, m=m // 2, d=128, bias="b11n", softcap=4.0, softcap_tensor=True),
+            replace(ragged_case(heavy_tail(8, s.large, 0.3), 4, 128, causal=True), name="ragged_128", hkv=2),
             replace(everything, name="everything_64", m=m // 2, n=m, d=64, dv=64),
             replace(everything, name="everything_128", m=m // 2, n=m, d=128, dv=128),
         )
@@ -407,15 +413,10 @@ class Modifiers:
 
     def measure(self, s: Setting, checked: dict[str, Any], case: str) -> dict[str, Any]:
         samples = [s.named(name, s.dims[0], s.lengths[0]) for name in (case, "plain")]
-        calls = [ours().bind(x) for x in samples]
-        found = {}
-        for direction in providers.DIRECTIONS[:2]:
-            timed = [directed(direction, f, x.leaves, x.cotangents) for f, x in zip(calls, samples, strict=True)]
-            turns = [[milliseconds(call, s.device) for call in timed] for _ in range(s.rounds)]
-            took = [statistics.median(x) for x in zip(*turns, strict=True)]
-            own, plain = (x.flops(direction) / ms for x, ms in zip(samples, took, strict=True))
-            found[direction] = {"ms": took[0], "plain_ms": took[1], "of_plain": own / plain}
-        return found
+        return {
+            direction: {"ms": own[0], "plain_ms": plain[0], "of_plain": own[1] / plain[1]}
+            for direction, (own, plain) in throughputs(samples, s).items()
+        }
 
 
 # Special-function operations of a multiprocessor in a clock (NVIDIA, sm_80 to sm_100), and evaluations of each tanh in
@@ -471,7 +472,8 @@ def clocked() -> tuple[int, float]:
 
 PARTS: dict[str, Any] = {
     "parity": Parity(), "seeing": Seeing(), "configs": Configs(), "races": Races(), "overlap": Overlap(),
-    "costs": Costs(), "timing": Timing(), "modifiers": Modifiers(), "additive": AdditiveScores(), "decoding": Steps(),
+    "costs": Costs(), "timing": Timing(), "modifiers": Modifiers(), "additive": AdditiveScores(),
+    "ragged": RaggedBatches(), "decoding": Steps(),
     "tune": Tune(),
 }  # fmt: skip
 
@@ -536,6 +538,18 @@ def compared(
     for name, direction in ((n, d) for n in needed for d in directions):
         if "ms" not in found["providers"][name][direction]:
             raise RuntimeError(f"{name}, {direction}: {found['providers'][name][direction]}")
+    return found
+
+
+def throughputs(samples: list[Sample], s: Setting) -> dict[str, list[tuple[float, float]]]:
+    """Ours on several samples in turns: by direction, the (milliseconds, operations a millisecond) of each."""
+    calls = [ours().bind(x) for x in samples]
+    found = {}
+    for direction in providers.DIRECTIONS:
+        timed = [directed(direction, f, x.leaves, x.cotangents) for f, x in zip(calls, samples, strict=True)]
+        turns = [[milliseconds(call, s.device) for call in timed] for _ in range(s.rounds)]
+        took = [statistics.median(x) for x in zip(*turns, strict=True)]
+        found[direction] = [(ms, x.flops(direction) / ms) for x, ms in zip(samples, took, strict=True)]
     return found
 
 

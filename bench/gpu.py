@@ -36,6 +36,7 @@ import torch
 
 import fused_attn
 from bench.evidence import GLUON, PARTS, STAGES, TINY, Refused, Setting
+from bench.providers import DIRECTIONS
 from bench.table import source
 from bench.workers import Pool
 from fused_attn import tuning
@@ -190,17 +191,19 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def ratios(cases: list[Entry]) -> list[str]:
-    """Modifiers beside the plain product; additive scores beside their eager form and their limit; bytes decoded."""
+    """Modifiers beside the plain product; additive scores beside their eager form and their limit; packed
+    sequences beside dense ones; bytes decoded."""
     lines = []
     for x in cases:
         measured = "measure_seconds" in x and x["status"] == "passed"
         if x["part"] == "modifiers" and measured:
             shown = ", ".join(f"{direction} {x[direction]['of_plain']:.3f}" for direction in ("forward", "backward"))
             lines.append(f"  {x['name']:24} of the plain product's throughput: {shown}")
+        if x["part"] == "ragged" and measured:
+            shown = ", ".join(f"{how} {x[how]['of_dense']:.3f} (goal {x[how]['goal']})" for how in DIRECTIONS)
+            lines.append(f"  {x['name']:24} of the dense kernel's throughput: {shown}")
         if x["part"] == "decoding" and measured:
-            shown = [f"{kind} {how} {y['ms']:.4g} ms, {y['terabytes_per_second']:.3g} TB/s"
-                     for kind in ("full", "alone") for how, y in x[kind].items() if how != "bytes"]  # fmt: skip
-            lines.append(f"  {x['name']:24} {'; '.join(shown)}")
+            lines += decoded(x)
         if x["part"] == "additive" and measured:
             for direction, found in x["providers"]["triton"].items():
                 shown = [f"{found['over_eager']:.1f} times as fast as eager"] if found["over_eager"] else []
@@ -209,6 +212,22 @@ def ratios(cases: list[Entry]) -> list[str]:
                     shown.append("{:.3f} of one operation a tanh, {:.3f} of half".format(*limits))
                 lines.append(f"  {x['name']:24} {direction}: {found['ms']:.3g} ms; {'; '.join(shown)}")
     return lines
+
+
+def decoded(x: Entry) -> list[str]:
+    """Steps of many sequences and of one; of one also by the parts that its keys are cut into."""
+
+    def shown(found: dict[str, Any]) -> str:
+        goal = f" (goal {found['goal_ms']} ms)" if "goal_ms" in found else ""
+        return goal + "; ".join(
+            f" {how} {y['ms']:.4g} ms, {y['terabytes_per_second']:.3g} TB/s"
+            + (f", {y['of_copy']:.2f} of a copy (goal {y['goal']})" if "goal" in y else "")
+            for how, y in found.items()
+            if how in ("call", "graph")
+        )
+
+    kinds = {"full": x["full"], "alone": x["alone"]} | {f"alone, {n} parts": y for n, y in x["splits"].items()}
+    return [f"  {x['name']:24} {kind}{shown(found)}" for kind, found in kinds.items()]
 
 
 def flat_rows(entry: Entry) -> list[tuple[str, dict[str, Any]]]:

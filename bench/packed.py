@@ -1,24 +1,25 @@
-"""What the benchmarks of ragged batches and of decoding share: the padded form of a packed sample, the peers that take
-packed sequences, and one step of decoding over a cache.
-"""
+"""Ragged batches as benchmarks see them: the padded form of a packed sample, the peers that take it packed, and
+the evidence that bench.gpu gathers of them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fused_attn
-from bench.providers import Call, Provider
-from bench.samples import Sample
+from bench.providers import DIRECTIONS, Call, Provider, ours
+from bench.samples import Sample, heavy_tail, sized
 from fused_attn.ragged import padded, places
 from fused_attn.testing import Case
 
-NO_TABLE = 2**30  # stands in a page table where nobody may look
+FILL = {"heavy": 0.3, "equal": 1.0}  # of the padded batch
+GOAL = 0.9  # of the dense kernel's TFLOP/s
 
 
 def ragged_case(lengths: list[int], heads: int, dim: int, causal: bool = False) -> Case:
@@ -105,46 +106,44 @@ def _nested(x: Sample) -> Call:
 PEERS = (Provider("flash_attn", _bound(_flash)), Provider("varlen", _bound(_varlen)), Provider("nested", _nested))
 
 
-# ---------------------------------------------------------------------------------------------------------- decoding
+# ---------------------------------------------------------------------------------------------------------- evidence
 
 
-def decode_case(batch: int, heads: int, kv_heads: int, length: int, dim: int) -> Case:
-    """One query of each sequence over `length` keys."""
-    return Case("decode", b=batch, hq=heads, hkv=kv_heads, m=1, n=length, d=dim, backward=False)
+class RaggedBatches:
+    """Packed sequences, of lengths from a heavy tail and of equal ones: TFLOP/s on the tokens that there are, beside
+    the dense kernel's on as many scores, and beside peers that take them packed."""
 
+    def __init__(self) -> None:
+        self.shares = {"check": 25, "measure": 40}
 
-class Step:
-    """A step of decoding: a sample's queries over its keys in a cache with more room, NaN behind them.
+    def cases(self, s: Any) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+        for kind, d, mask in itertools.product(FILL, s.dims[:2], ("full", "causal")):
+            args = {"kind": kind, "d": d, "causal": mask == "causal"}
+            yield f"{kind}/d{d}/{mask}", kind == "heavy" and d == s.dims[0], args
 
-    page: keys of a page, whose pages lie in any order; None for a dense cache.
-    """
-
-    def __init__(self, x: Sample, room: int, page: int | None = None) -> None:
-        q, k, v = (t.detach().transpose(1, 2) for t in x.inputs.qkv)
-        b, length = k.shape[:2]
-        self.q, self.table = q.contiguous(), None
-        self.lengths = torch.full((b,), length, dtype=torch.int32, device=q.device)
-        self.bytes = 2 * k.numel() * k.element_size()
-        if page is not None:
-            width, used = -(-room // page), -(-length // page)
-            pages = torch.randperm(b * width, device=q.device).view(b, width)
-            self.table = torch.where(torch.arange(width, device=q.device) < used, pages, NO_TABLE).int()
-        self.k, self.v = (self._laid(t, room, page) for t in (k, v))
-
-    def _laid(self, x: Tensor, room: int, page: int | None) -> Tensor:
-        b, length, *rest = x.shape
-        if page is None or self.table is None:
-            cache = x.new_full((b, room, *rest), torch.nan)
-            cache[:, :length] = x
-            return cache
-        cache = x.new_full((b * self.table.shape[1], page, *rest), torch.nan)
-        keys = torch.arange(length, device=x.device)
-        cache[self.table[:, keys // page].long(), keys % page] = x
-        return cache
-
-    def __call__(self, backend: str, **words: Any) -> Tensor:
-        """out (B, Hq, 1, Dv)."""
-        found: Any = fused_attn.attention_decode(
-            self.q, self.k, self.v, cache_seqlens=self.lengths, page_table=self.table, backend=backend, **words
+    def samples(self, s: Any, kind: str, d: int, causal: bool) -> tuple[Sample, Sample]:
+        """The packed batch, and a dense one of as many sequences and scores."""
+        batch, longest = s.ragged
+        lengths = heavy_tail(batch, longest, FILL[kind]) if FILL[kind] < 1 else [longest] * max(1, batch // 8)
+        heads, each = max(1, s.width // d), round(math.sqrt(sum(n * n for n in lengths) / len(lengths)))
+        cases = (
+            ragged_case(lengths, heads, d, causal),
+            sized("causal" if causal else "plain", len(lengths), heads, each, d),
         )
-        return found.transpose(1, 2)
+        packed, dense = (Sample.draw(case, s.half, s.device, scores=0) for case in cases)
+        return packed, dense
+
+    def check(self, s: Any, kind: str, d: int, causal: bool) -> dict[str, Any]:
+        from bench.evidence import verify
+
+        packed, dense = self.samples(s, kind, d, causal)
+        return {"rows": verify(ours(), packed) | {f"dense {n}": x for n, x in verify(ours(), dense).items()}}
+
+    def measure(self, s: Any, checked: dict[str, Any], kind: str, d: int, causal: bool) -> dict[str, Any]:
+        from bench.evidence import compared, throughputs
+
+        packed, dense = self.samples(s, kind, d, causal)
+        found = compared([ours(), *PEERS], packed, s, DIRECTIONS, ["triton"])
+        for direction, (own, other) in throughputs([packed, dense], s).items():
+            found[direction] = {"ms": own[0], "dense_ms": other[0], "of_dense": own[1] / other[1], "goal": GOAL}
+        return found

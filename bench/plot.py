@@ -1,6 +1,7 @@
 """Draws tables of bench.run: throughput, speed by modifier, memory, and a roofline. Measures nothing.
 
     python -m bench.plot                        bench/results/cpu.csv, into pictures beside it
+    python -m bench.plot bench/results/ragged.csv    a step of decoding, by keys and by room
     python -m bench.plot FILE... [--out STEM]   some tables as one; pictures are named STEM_throughput.png and so on
 
 A picture whose figures the tables do not hold is not drawn.
@@ -249,8 +250,39 @@ def roofline(rows: list[Row]) -> Figure | None:
     return figure
 
 
+def decoding(rows: list[Row]) -> Figure | None:
+    """A step of decoding: by the keys in a cache of one size, and by the size of a cache with as many keys."""
+    found = [x for x in picked(rows, metric="ms") if x["case"].startswith("decode")]
+    if not found:
+        return None
+    most, held = max(several(found, "length")), table.held(found)
+    figure, grid = plt.subplots(1, 2, figsize=(9.4, 4.0), layout="constrained", sharey=True)
+    panels = (
+        (f"keys in a cache with room for {most}", [x for x in found if table.room(x) == most], lambda x: x["length"]),
+        (f"room of a cache with {held} keys", [x for x in found if x["length"] == held], table.room),
+    )
+    colours = {"decode": ("#1f5fa8", "o", "dense"), "decode_paged": ("#d1742f", "s", "in pages")}
+    for axes, (title, panel, place) in zip(grid, panels, strict=True):
+        for case, (colour, marker, label) in colours.items():
+            points = sorted(picked(panel, case=case), key=place)
+            places = [place(x) for x in points]
+            middle, low, high = ([x[part] for x in points] for part in ("value", "low", "high"))
+            axes.plot(places, middle, lw=1.4, ms=5, color=colour, marker=marker, label=label)
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
+        axes.set_xlabel(title, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+    grid[0].set_ylabel("ms a step", fontsize=9)
+    grid[0].legend(fontsize=8)
+    x = found[0]
+    note = f"{x['batch']} sequences, {x['heads']} query heads, {x['kv_heads']} of keys, of {x['dim']}, {x['dtype']}"
+    figure.supxlabel(f"{note} (shade: 10th to 90th percentile)\n{caption(found)}", fontsize=7)
+    return figure
+
+
 PICTURES: dict[str, Callable[[list[Row]], Figure | None]] = {
-    x.__name__: x for x in (throughput, speed, memory, roofline)
+    x.__name__: x for x in (throughput, speed, memory, roofline, decoding)
 }
 
 

@@ -12,20 +12,24 @@ held to the tolerance rule first, but for the call without a mask.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from bench import table
 from bench.clock import directed, gradients, milliseconds
-from bench.packed import Padded, Step, decode_case, ragged_case
+from bench.packed import Padded, ragged_case
 from bench.providers import ours
 from bench.samples import Sample, heavy_tail
+from bench.steps import caches, judged
 from bench.table import Row, figure
+from fused_attn import attention_decode
 
 DIRECTIONS = ("forward", "forward+backward")
 OWN = {"fused_attn": None, "tiled": "tiled"}  # backends by the names of providers
@@ -50,7 +54,9 @@ class Size:
     page: int = 64
 
 
-TINY = Size(batch=3, longest=24, heads=2, dim=8, rounds=2, kv_heads=1, cached=(4, 16), rooms=(8, 16), held=8, page=4)
+TINY = Size(
+    batch=3, longest=24, heads=2, dim=8, rounds=2, kv_heads=1, cached=(40, 256), rooms=(256, 512, 768), held=8, page=4
+)
 
 
 @dataclass(frozen=True)
@@ -97,36 +103,36 @@ def batch(size: Size) -> Iterator[Row]:
 
 def steps(size: Size) -> Iterator[Row]:
     """One step of decoding, by keys in the cache and by room in it, dense and in pages."""
-    most = max(size.cached)
+    most, heads = max(size.cached), size.kv_heads
     asked = [(n, most) for n in size.cached] + [(size.held, room) for room in size.rooms]
-    places, timed = [], {}
-    for length, room in dict.fromkeys(asked):
-        x = Sample.draw(decode_case(size.sequences, size.heads, size.kv_heads, length, size.dim), torch.float32, "cpu")
-        for page in (None, size.page):
-            step = Step(x, room, page)
-            share = x.judge(step("tiled"), [])["out"]["share"]
-            places.append((length, room, page, step.bytes, share))
-            timed[len(places) - 1] = lambda step=step: step("tiled")
-    for index, took in in_turns(timed, size.rounds).items():
-        length, room, page, moved, share = places[index]
+    setting = SimpleNamespace(half=torch.float32, device="cpu")
+    timed, shares = {}, {}
+    for length, room, page in ((*x, page) for x in dict.fromkeys(asked) for page in (None, size.page)):
+        k, v, places = caches(setting, [length] * size.sequences, size.dim, page, heads, room)
+        q = torch.randn(size.sequences, 1, size.heads, size.dim)
+        call = functools.partial(attention_decode, q, k, v, **places, return_lse=True, backend="tiled")
+        shares[length, room, page] = max(row["share"] for row in judged(q, k, v, places, call()).values())
+        timed[length, room, page] = call
+    for (length, room, page), took in in_turns(timed, size.rounds, least=3).items():
         where = {
             "case": "decode" if page is None else "decode_paged", "provider": "tiled", "direction": "forward",
-            "length": length, "batch": size.sequences, "heads": size.heads, "kv_heads": size.kv_heads, "dim": size.dim,
+            "length": length, "batch": size.sequences, "heads": size.heads, "kv_heads": heads, "dim": size.dim,
             "dtype": "float32", "options": f"room={room}" + (f" page={page}" if page else ""), "status": "timed",
-            "share": share,
+            "share": shares[length, room, page],
         }  # fmt: skip
         yield where | figure("ms", took)
+        moved = 2 * 4 * size.sequences * length * heads * size.dim
         yield where | figure("gbytes_per_second", [1e-6 * moved / ms for ms in took])
 
 
-def in_turns(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Milliseconds of each, one sample a round, in an order that turns round."""
+def in_turns(calls: dict[Any, Callable[[], Any]], rounds: int, least: int = 1) -> dict[Any, list[float]]:
+    """Milliseconds of each, one sample a round of so many calls, in an order that turns round."""
     found: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for turn in range(rounds):
         for name in list(calls) if turn % 2 else reversed(calls):
-            found[name].append(milliseconds(calls[name], "cpu", least=3 if len(calls) > 4 else 1))
+            found[name].append(milliseconds(calls[name], "cpu", least=least))
     return found
 
 

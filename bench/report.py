@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 DIRECTIONS = ("forward", "forward+backward")
+STEPS = {"decode": "dense", "decode_paged": "pages of 64"}
 PEERS = {"naive": "whole matrices", "flex": "FlexAttention", "torch": "torch's own"}
 
 
@@ -110,6 +111,41 @@ def memory() -> str:
         for direction in DIRECTIONS
     ]
     return f"{markdown(['MiB', *map(str, lengths)], body)}\n\n{_ran(rows)}."
+
+
+def ragged() -> str:
+    """A ragged batch, packed, against padded calls of torch's own function."""
+    rows = [x for x in table.read(RESULTS / "ragged.csv") if x["case"] == "ragged" and x["metric"] == "speedup"]
+    found = {(x["provider"], x["direction"], x["threads"], x["against"]): x for x in rows}
+    labels = {"padded": "masked", "unmasked": "unmasked"}
+    columns = [(n, name) for n in sorted({x["threads"] for x in rows}) for name in labels]
+    body = [
+        [f"`{name}`, {direction}", *(_spread(found[(name, direction, *c)]) for c in columns)]
+        for name in dict.fromkeys(x["provider"] for x in rows)
+        for direction in DIRECTIONS
+    ]
+    headings = [f"÷ {labels[name]}, {n} thread{'s' * (n > 1)}" for n, name in columns]
+    x = rows[0]
+    fill = f"{100 * float(x['options'].removeprefix('fill=')):.0f}%"
+    sizes = f"{x['batch']} sequences of at most {x['length']}, {fill} of the padded batch, {x['heads']} heads"
+    return f"{markdown(['', *headings], body)}\n\n{sizes} of {x['dim']}. {_ran(rows)}."
+
+
+def decoding() -> str:
+    """A step of decoding by keys and by room."""
+    rows = [x for x in table.read(RESULTS / "ragged.csv") if x["case"] in STEPS and x["metric"] == "ms"]
+    points = [(x["case"], x["length"], table.room(x), f"{x['value']:.2f}") for x in rows]
+    most, held = max(n for _, n, _, _ in points), table.held(rows)
+    blocks = []
+    for title, by, fixed, value in (("keys", 1, 2, most), ("room", 2, 1, held)):
+        found = {(p[0], p[by]): p[3] for p in points if p[fixed] == value}
+        sizes = sorted({size for _, size in found})
+        of = f"room for {value}" if by == 1 else f"{value} keys"
+        body = [[f"{label}, ms, {of}", *(found[case, n] for n in sizes)] for case, label in STEPS.items()]
+        blocks.append(markdown([title, *map(str, sizes)], body))
+    x = rows[0]
+    sizes = f"{x['batch']} sequences, {x['heads']} query heads and {x['kv_heads']} of keys, of {x['dim']}"
+    return "\n\n".join([*blocks, f"{sizes}, {x['dtype']}. {_ran(rows)}."])
 
 
 def host() -> str:

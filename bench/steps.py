@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -19,12 +20,21 @@ from fused_attn.cached import Cache, Decode
 
 HEADS, KV_HEADS = 32, 8
 PAGES = (None, 64, 16, 256, 1)  # keys in one; None for a dense cache
+SPLITS = (None, 4, 8, 16, 32, 64)  # parts of a single sequence's keys; None leaves them to the launch
+BANDWIDTH = 4.3  # TB/s of a copy on the reference GPU
+GOALS = {None: 0.95, 64: 0.90, 16: 0.85}  # of it, by page
+GOAL_MS = 0.013  # of one step of one sequence of 8192 at D 128
 HOW: tuple[dict[str, Any], ...] = ({"num_splits": 1}, {}, {"batch_invariant": True})
 
 
-def caches(s: Any, lengths: list[int], d: int, page: int | None, heads: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """k, v and what tells where sequences lie in them: NaN behind their keys, and in pages that nobody has."""
-    b, room = len(lengths), -(-max(lengths) // 256) * 256
+def caches(
+    s: Any, lengths: list[int], d: int, page: int | None, heads: int, room: int = 0
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """k, v and what tells where sequences lie in them: NaN behind their keys, and in pages that nobody has.
+
+    room: for so many keys of each, rounded up to 256; the longest sequence's without it.
+    """
+    b, room = len(lengths), -(-max(room, *lengths) // 256) * 256
     draw = {"dtype": s.half, "device": s.device}
     counts = torch.tensor(lengths, dtype=torch.int32, device=s.device)
     places: dict[str, Any] = {"cache_seqlens": counts}
@@ -96,29 +106,46 @@ class Steps:
         return {"rows": rows}
 
     def measure(self, s: Any, checked: dict[str, Any], d: int, page: int | None) -> dict[str, Any]:
-        found = {}
-        for kind, batch in (("full", s.decoding[0]), ("alone", 1)):
-            found[kind] = self._timed(s, batch, d, page)
+        """Full: many sequences, at least 1 GiB of bfloat16 at D 128 (P10). Alone: one of them (P11), by splits."""
+        gpu = s.device == "cuda"
+        heads, length = KV_HEADS if gpu else 1, s.decoding[1]
+        full = self._timed(s, s.decoding[0], d, page, heads)
+        if gpu and page in GOALS and full["bytes"] >= 2**30:
+            share = full["graph"]["terabytes_per_second"] / BANDWIDTH
+            full["graph"] |= {"of_copy": share, "goal": GOALS[page]}
+        # As many copies as a cache of 60 MB would have to hold four times over.
+        copies = 1 + 2**28 // (4 * length * heads * d) if gpu else 2
+        alone = {str(n): self._timed(s, 1, d, page, heads, copies, n) for n in (SPLITS if gpu else SPLITS[:2])}
+        found = {"full": full, "alone": alone.pop("None"), "splits": alone, "copies": copies}
+        if (d, length, page) == (128, 8192, None):
+            found["alone"]["goal_ms"] = GOAL_MS
         return found
 
-    def _timed(self, s: Any, batch: int, d: int, page: int | None) -> dict[str, Any]:
-        heads, length = (KV_HEADS, s.decoding[1]) if s.device == "cuda" else (1, s.decoding[1])
-        k, v, places = caches(s, [length] * batch, d, page, heads)
-        q = torch.randn(batch, 1, HEADS // KV_HEADS * heads, d, dtype=s.half, device=s.device)
+    def _timed(
+        self, s: Any, batch: int, d: int, page: int | None, heads: int, copies: int = 1, splits: int | None = None
+    ) -> dict[str, Any]:
+        """By call, and on a GPU by replays of a graph that takes one copy of the buffers after another."""
+        length = s.decoding[1]
+        given = []
+        for _ in range(copies):
+            k, v, places = caches(s, [length] * batch, d, page, heads)
+            q = torch.randn(batch, 1, HEADS // KV_HEADS * heads, d, dtype=s.half, device=s.device)
+            given.append(functools.partial(attention_decode, q, k, v, **places, num_splits=splits, backend="triton"))
 
-        def call() -> Tensor:
-            return attention_decode(q, k, v, **places, backend="triton")
+        def replayed() -> None:
+            for call in given:
+                call()
 
-        timed: dict[str, Callable[[], Any]] = {"call": call}
+        timed: dict[str, tuple[Callable[[], Any], int]] = {"call": (given[0], 1)}
         if s.device == "cuda":
-            call()
+            replayed()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                call()
-            timed["graph"] = graph.replay
-        moved = 2 * batch * length * heads * d * k.element_size()
+                replayed()
+            timed["graph"] = graph.replay, copies
+        moved = 2 * batch * length * heads * d * s.half.itemsize
         found: dict[str, Any] = {"bytes": moved}
-        for name, f in timed.items():
-            ms = statistics.median(milliseconds(f, s.device) for _ in range(s.rounds))
+        for name, (f, times) in timed.items():
+            ms = statistics.median(milliseconds(f, s.device) for _ in range(s.rounds)) / times
             found[name] = {"ms": ms, "terabytes_per_second": moved / ms * 1e-9}
         return found

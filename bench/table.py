@@ -113,6 +113,19 @@ def processors(row: Row) -> str:
     return f"{row['device']}, {count} thread{'s' * (count > 1)}" if row["arch"] == "cpu" else row["device"]
 
 
+def room(row: Row) -> int:
+    """Keys that the cache of a step of decoding has room for."""
+    return int(row["options"].split()[0].removeprefix("room="))
+
+
+def held(rows: list[Row]) -> int:
+    """The keys of the caches of several rooms, among rows of steps of decoding."""
+    rooms: dict[int, set[int]] = {}
+    for row in rows:
+        rooms.setdefault(row["length"], set()).add(room(row))
+    return max(rooms, key=lambda length: len(rooms[length]))
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import fused_attn
-from bench import peers, providers, report, revisions, run, table
+from bench import peers, providers, ragged, report, revisions, run, table
 from bench.clock import DIRECTIONS, directed, gradients
+from bench.packed import PEERS, Padded, ragged_case
 from bench.providers import Provider
-from bench.samples import ADDITIVE, GRID, MODIFIED, SCORES, WORK, Sample, sized
+from bench.samples import ADDITIVE, GRID, MODIFIED, SCORES, WORK, Sample, heavy_tail, sized
 from fused_attn import testing
 
 CPU = ("--tiny", "--device", "cpu")
@@ -264,6 +265,102 @@ def test_flex_is_told_of_every_modifier(monkeypatch: pytest.MonkeyPatch) -> None
         else:
             x.judge(started.result, [])
     assert refused == {"sink", "lse", "dropout", "softmax1", "sigmoid", "bilinear", "cosine", "distance", "additive"}
+
+
+# ------------------------------------------------------------------------------------------------------ ragged batches
+
+
+def packed_sample(scores: int = SCORES["cpu"], causal: bool = False) -> Sample:
+    return Sample.draw(ragged_case([9, 1, 40, 17], 4, 16, causal), torch.float32, "cpu", scores)
+
+
+def packed_results(x: Sample) -> tuple[Any, list[torch.Tensor]]:
+    out = providers.ours("tiled").bind(x)()
+    return out, list(gradients(out, x.leaves, x.cotangents, retain=False))
+
+
+@pytest.mark.parametrize("batch", (8, 32))
+def test_lengths_have_a_heavy_tail(batch: int) -> None:
+    lengths = heavy_tail(batch, 512, 0.3)
+    assert len(lengths) == batch and all(1 <= n <= 512 for n in lengths)
+    assert sum(lengths) == pytest.approx(0.3 * 512 * batch, rel=0.01)
+    assert max(lengths) > 2.5 * sorted(lengths)[batch // 2], "the longest is far from the median"
+    assert lengths == heavy_tail(batch, 512, 0.3) != heavy_tail(batch, 512, 0.3, seed=1)
+
+
+@pytest.mark.parametrize("scores", (SCORES["cpu"], 0), ids=("whole", "one head"))
+def test_packed_sequences_are_judged(scores: int) -> None:
+    x = packed_sample(scores)
+    q, _, _, starts, _ = x.inputs.qkv
+    assert q.is_contiguous() and q.shape == (67, 4, 16) and starts.tolist() == [0, 9, 10, 50, 67]
+    out, grads = packed_results(x)
+    assert x.judge(out, grads).keys() == {"out", "dq", "dk", "dv"}
+    for n, name in enumerate(("out", "dq", "dk", "dv")):
+        changed = [y.detach().clone() for y in (out, *grads)]
+        changed[n][0, -1, -1, 0] += 0.05
+        with pytest.raises(AssertionError, match=f"{name}:"):
+            x.judge(changed[0], changed[1:])
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_operations_of_packed_sequences_are_each_ones_own(causal: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = packed_sample(causal=causal)
+    with FlopCounterMode(display=False) as counter:
+        packed_results(x)
+    pairs = sum(n * n for n in (9, 1, 40, 17))
+    counted = counter.get_total_flops()  # as if nothing were masked
+    assert counted == (2 + 5) * 2 * 4 * pairs * 16
+    assert x.flops("forward+backward") == counted / (2 if causal else 1)
+
+
+def test_padding_takes_no_part_where_it_is_masked() -> None:
+    """What stands beside ours is the same problem."""
+    x = packed_sample()
+    padded = Padded(x)
+    assert padded.leaves[0].shape == (4, 4, 40, 16)
+    found = {}
+    for masked in (True, False):
+        out = padded.call(masked)()
+        grads = gradients(out, padded.leaves, padded.cotangents, retain=False)
+        found[masked] = [padded.packed(y) for y in (out, *grads)]
+    x.judge(found[True][0], found[True][1:])
+    with pytest.raises(AssertionError, match="out:"):
+        x.judge(found[False][0], found[False][1:])
+
+
+def test_peers_of_packed_sequences_say_what_they_lack() -> None:
+    said = {p.name: providers.run_once(p, packed_sample(), "cpu").found["forward"]["refused"] for p in PEERS}
+    assert "not installed" in said["flash_attn"] and all("GPU" in said[x] for x in ("varlen", "nested"))
+
+
+def test_ragged_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of the table, what README says of it, and the picture."""
+    path, before = tmp_path / "ragged.csv", torch.get_num_threads()
+    assert ragged.main(["--tiny", "--threads", "1", "--out", str(path)]) == 0 and torch.get_num_threads() == before
+    rows = table.read(path)
+    times = {(x["provider"], x["direction"]) for x in about(rows, case="ragged", metric="ms")}
+    assert times == set(itertools.product(("fused_attn", "tiled", "padded", "unmasked"), ragged.DIRECTIONS))
+    for x in about(rows, case="ragged", metric="ms"):
+        assert 0 < x["share"] <= 1 if x["provider"] != "unmasked" else "not judged" in x["reason"]
+    assert {x["against"] for x in about(rows, provider="tiled", metric="speedup")} == {"padded", "unmasked"}
+    steps = {(x["case"], x["length"], x["options"]) for x in rows if x["case"] != "ragged"}
+    assert {("decode", 256, "room=256"), ("decode_paged", 8, "room=512 page=4")} <= steps and len(steps) == 10
+    assert all({"device", "torch", "commit", "threads", "load"} <= x.keys() for x in rows)
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (line,) = (x for x in report.ragged().splitlines() if x.startswith("| `tiled`, forward |"))
+    speed = {x["against"]: x for x in about(rows, provider="tiled", metric="speedup", direction="forward")}
+    assert [f"{speed[name]['value']:.2f} (" in line for name in ("padded", "unmasked")] == [True, True]
+    (line,) = (x for x in report.decoding().splitlines() if x.startswith("| dense, ms, room for 256 |"))
+    (shown,) = about(rows, case="decode", length=40, metric="ms")
+    assert f" {shown['value']:.2f} " in line
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    assert plot.main([str(path)]) == 0
+    assert [x.name for x in tmp_path.glob("*.png")] == ["ragged_decoding.png"]
 
 
 # ---------------------------------------------------------------------------------------------------------- revisions

@@ -71,7 +71,9 @@ ASKED = (
     "seeing/scale_heads/float32", "seeing/everything/float32", "seeing/large_causal_16/float32",
     "configs/chosen/single/16", "configs/forward/16/64x32w1s1", "races/full_64/float32",
     "overlap/forward/16/64x32w1s1", "costs/first_call/16", "timing/d16/causal/48", "modifiers/softcap/16",
-    "additive/additive/16", "decoding/d16/page_16", "tune/forward/16/64x32w1s1",
+    "additive/additive/16", "ragged/heavy/d16/causal", "decoding/d16/page_16",
+    "parity/ragged_self/float32", "parity/large_ragged_16/float32", "races/ragged_128/float32",
+    "tune/forward/16/64x32w1s1",
 )  # fmt: skip
 
 
@@ -86,6 +88,8 @@ def every_case() -> dict[str, bool]:
 @pytest.mark.slow
 @needs_triton
 def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
+    from bench.samples import heavy_tail
+
     parts = tuple(dict.fromkeys(name.split("/")[0] for name in ASKED))
     only = ",".join({name.split("/", 1)[1]: None for name in ASKED})
     code, record, said = rehearse(tmp_path, *parts, "--only", only, "--seconds", "3000")
@@ -124,7 +128,18 @@ def test_rehearsal_runs_to_its_end_and_lists_every_case(tmp_path: Path) -> None:
     step = found["decoding/d16/page_16"]
     assert set(step["rows"]) == {"{'num_splits': 1}", "{}", "{'batch_invariant': True}"}
     assert step["full"]["bytes"] == 2 * step["alone"]["bytes"] == 2 * 2 * 48 * 16 * 4
-    assert step["full"]["call"]["terabytes_per_second"] > 0
+    assert step["full"]["call"]["terabytes_per_second"] > 0 and step["splits"]["4"]["call"]["ms"] > 0
+    packed = found["ragged/heavy/d16/causal"]
+    assert {"out", "dq", "dk", "dv", "dense out"} <= packed["rows"].keys()
+    lengths = heavy_tail(3, 48, 0.3)
+    flops = 4 * 2 * sum(n * n for n in lengths) * 16 / 2  # causal, two heads
+    for direction, times in (("forward", 1), ("backward", 2.5)):
+        assert packed[direction]["of_dense"] > 0
+        timed = packed["providers"]["triton"][direction]
+        assert timed["tflops"] == pytest.approx(times * flops / timed["ms"] * 1e-9)
+        assert "GPU" in packed["providers"]["varlen"][direction]["refused"]
+        assert "flash-attn is not installed" in packed["providers"]["flash_attn"][direction]["refused"]
+    assert "of the dense kernel's throughput" in said and "alone, 4 parts" in said
     first = found["costs/first_call/16"]["cold"]
     assert 0 < first["forward_s"] < first["forward_backward_s"]
 
