@@ -54,7 +54,7 @@ class Case:
         if self.direction in decoding.DIRECTIONS:
             return decoding.kernels(self.direction, self.feature)
         if self.direction in ("forward", "hopper_forward"):
-            return (self.direction,)
+            return (self.direction, *(("turns",) if self.feature == "ragged" else ()))
         if self.direction == "hopper_backward":
             others = self.feature == "plain"  # they know nothing of features
             return (*(("hopper_prepare", "hopper_finish") if others else ()), "hopper_backward")
@@ -77,7 +77,7 @@ class Case:
         """What the tables give one of its kernels. Those around the one-pass backward have its own."""
         if self.direction in decoding.DIRECTIONS:
             return decoding.chosen(arch, getattr(torch, DTYPES[self.dtype]), self.d, self.feature)
-        kernel = "hopper_backward" if self.direction == "hopper_backward" else kernel
+        kernel = {"hopper_backward": "hopper_backward"}.get(self.direction, "forward" if kernel == "turns" else kernel)
         if self.feature.endswith("additive"):
             others = dict.fromkeys(("forward", "additive_prepare"), "additive_forward")
             kernel = (others | ADDITIVE).get(kernel, kernel)

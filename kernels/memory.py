@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+BITS: tl.constexpr = tl.constexpr(22)  # of a sequence's number, and of a tile's, in the key of a turn
+
 
 class Place(NamedTuple):
     """Whose tile a program owns: that of a head h of a sequence b, which is one of a batch, or one of several that lie
@@ -231,7 +233,7 @@ def place(ragged, b, h, tile, M, N, HEADS):
 def owner(ragged, turn, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_FIRST: tl.constexpr):
     """The Place of a program, by its turn. tiles: how many a batch has; LAST_FIRST: from the last one on.
 
-    Turns of sequences stand in a table, in which the longest come first.
+    Turns of sequences stand in a table; see turns.py.
     """
     if ragged is None:
         tile, head = schedule(turn, tiles, BATCHED_HEADS, WAVE)
@@ -239,9 +241,11 @@ def owner(ragged, turn, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_FIRST: tl.
             tile = tiles - 1 - tile
         return place(ragged, head // HEADS, head % HEADS, tile, M, N, HEADS)
     else:
-        b = tl.load(ragged.tiles + turn // HEADS * 2)
-        tile = tl.load(ragged.tiles + turn // HEADS * 2 + 1)
-        return place(ragged, b, turn % HEADS, tile, M, N, HEADS)
+        key = tl.load(ragged.turns + turn // HEADS)
+        found = tl.maximum(key, 0)
+        b = ((found >> BITS) & (2**BITS - 1)).to(tl.int32)
+        tile = (found & (2**BITS - 1)).to(tl.int32)
+        return place(ragged, b, turn % HEADS, tl.where(key < 0, -1, tile), M, N, HEADS)
 
 
 @triton.jit

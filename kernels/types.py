@@ -68,13 +68,13 @@ class Table(NamedTuple):
 
 
 class Ragged(NamedTuple):
-    """Sequences behind one another. q, k: pointers to int32 (B + 1), where each begins and the last one ends. tiles: to
-    int32 (turns, 2): the sequence and the tile of each turn, which every head takes; a tile of -1 is none.
-    aligned: the code of 1 where each one's diagonal ends at its last row and key, else of 0."""
+    """Sequences behind one another. q, k: pointers to int32 (B + 1), where each begins and the last one ends. turns: to
+    int64 keys of whose tile comes when, which every head takes; see turns.py. aligned: the code of 1 where each one's
+    diagonal ends at its last row and key, else of 0."""
 
     q: Any
     k: Any
-    tiles: Any
+    turns: Any
     aligned: Any
 
 

@@ -217,18 +217,18 @@ def test_the_same_bits_every_time(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ("triton", "tiled", None))
 def test_compiles_whole(backend: str | None) -> None:
-    """The reference does not: it is no operator, and reads where sequences begin."""
+    """The reference does not: it is no operator, and reads where sequences begin, as torch's op would have to here."""
     if backend and testing.why_not("ragged", backend):
         pytest.skip("no triton")
 
-    def call(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, backend: str | None) -> Tensor:
         return attention_varlen(q.sin(), k, v, cuts, cuts, causal=True, backend=backend).cos()
 
     torch._dynamo.reset()
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
     for lengths in ((5, 0, 9), (20, 3, 4)):
         q, k, v, cuts, _ = packed(tuple((n, n) for n in lengths))
-        got, expected = (f(q, k, v, cuts) for f in (compiled, call))
+        got, expected = compiled(q, k, v, cuts, backend), call(q, k, v, cuts, backend or "tiled")
         assert torch.equal(got, expected)
         grads = (torch.autograd.grad(y.sum(), (q, k, v)) for y in (got, expected))
         assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
@@ -262,6 +262,11 @@ def problem(lengths: Any, span: Any = None, alignment: str = "bottom_right") -> 
     return Problem(q, k, v, 1.0, span=span or fused_attn.spec.UNBOUNDED, ragged=ragged)
 
 
+def unpacked(keys: Tensor) -> list[list[int]]:
+    """(sequence, tile) of each turn; -1 for no tile."""
+    return [[x >> 22 & 2**22 - 1, x & 2**22 - 1] if x >= 0 else [0, -1] for x in keys.tolist()]
+
+
 LISTS = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=9)
 SPANS = st.sampled_from([(None, None), (None, 0), (-3, 5), (2, None), (-20, 0)])
 
@@ -274,7 +279,7 @@ def test_every_tile_has_one_turn_and_the_longest_come_first(
     owners = pytest.importorskip("fused_attn.launch.owners")
     span = fused_attn.spec.Span(*bounds)
     p = problem(lengths, span, alignment)
-    turns = owners.turns(p, block, by_keys).tiles.tolist()
+    turns = unpacked(owners.turns(p, block, by_keys).turns)
     assert len(turns) * 3 == owners.programs(p, block, 3, by_keys)
     wanted = [(b, i) for b, x in enumerate(lengths) for i in range(-(-x[by_keys] // block))]
     assert sorted(map(tuple, (x for x in turns if x[1] >= 0))) == wanted
@@ -290,8 +295,9 @@ def test_every_tile_has_one_turn_and_the_longest_come_first(
         return int(some[-1] - some[0] + 1) if len(some) else 0
 
     work = [seen(b, i) for b, i in turns if i >= 0]
-    inside = [x for x in work if x]
+    inside = [-(-x // 64) for x in work if x]
     assert inside == sorted(inside, reverse=True)
+    assert unpacked(owners.turns(p, block, by_keys, in_order=True).turns)[: len(wanted)] == list(map(list, wanted))
 
 
 def test_one_long_sequence_does_not_begin_last() -> None:
@@ -299,7 +305,7 @@ def test_one_long_sequence_does_not_begin_last() -> None:
     owners = pytest.importorskip("fused_attn.launch.owners")
     lengths = [(n, n) for n in [40] * 50 + [1500] + [40] * 50 + [700]]
     p = problem(lengths, fused_attn.spec.Span(right=0))
-    work = [min(lengths[b][1], (i + 1) * 64) for b, i in owners.turns(p, 64).tiles.tolist() if i >= 0]
+    work = [min(lengths[b][1], (i + 1) * 64) for b, i in unpacked(owners.turns(p, 64).turns) if i >= 0]
     free = [0] * 16
     for x in work:
         free[free.index(min(free))] += x

@@ -48,7 +48,7 @@ def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
     if starts is not None:
         blocks = -(-length // BLOCK) + (len(starts) - 1) * (ROOM // BLOCK + 1)
         memory, ragged = x.new_zeros, owners.alone(starts, length, BLOCK)
-        programs = len(ragged.tiles) * heads
+        programs = len(ragged.turns) * heads
     plain = memory(b * heads, even(d), blocks * BLOCK, dtype=torch.float32)
     exponentials = memory(plain.shape, dtype=torch.float32) if paired else plain
     peaks = memory(b * heads, blocks, dtype=torch.float32) if paired else plain
