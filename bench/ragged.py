@@ -20,6 +20,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+if __name__ == "__main__":
+    # A thread that waits gives its core to whoever else computes. Else a call of many small operations, which wait at
+    # the end of each, takes a hundred times as long where another process has one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from bench import table
