@@ -118,7 +118,7 @@ def steps(size: Size) -> Iterator[Row]:
         call = functools.partial(attention_decode, q, k, v, **places, return_lse=True, backend="tiled")
         shares[length, room, page] = max(row["share"] for row in judged(q, k, v, places, call()).values())
         timed[length, room, page] = call
-    for (length, room, page), took in in_turns(timed, size.rounds, least=3).items():
+    for (length, room, page), took in in_turns(timed, 3 * size.rounds, least=3).items():
         where = {
             "case": "decode" if page is None else "decode_paged", "provider": "tiled", "direction": "forward",
             "length": length, "batch": size.sequences, "heads": size.heads, "kv_heads": heads, "dim": size.dim,
