@@ -32,8 +32,10 @@ static: $(VENV)/test.stamp
 # Ours and every peer on this machine, what a call costs its host, pictures; and the README's figures of them.
 bench: $(VENV)/test.stamp
 	$(RUN) -m bench.run --device cpu
+	$(RUN) -m bench.ragged
 	$(RUN) -m bench.cpu
 	$(RUN) -m bench.plot
+	$(RUN) -m bench.plot bench/results/ragged.csv
 	$(RUN) -m bench.report
 
 # For a GPU machine: uses its own torch and triton and installs nothing.

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 DIRECTIONS = ("forward", "forward+backward")
-STEPS = {"decode": "dense", "decode_paged": "pages of 64"}
+STEPS = ("decode", "decode_paged")
 PEERS = {"naive": "whole matrices", "flex": "FlexAttention", "torch": "torch's own"}
 
 
@@ -126,26 +126,30 @@ def ragged() -> str:
     ]
     headings = [f"÷ {labels[name]}, {n} thread{'s' * (n > 1)}" for n, name in columns]
     x = rows[0]
-    fill = f"{100 * float(x['options'].removeprefix('fill=')):.0f}%"
-    sizes = f"{x['batch']} sequences of at most {x['length']}, {fill} of the padded batch, {x['heads']} heads"
-    return f"{markdown(['', *headings], body)}\n\n{sizes} of {x['dim']}. {_ran(rows)}."
+    fill = f"{100 * float(table.options(x)['fill']):.0f}%"
+    sizes = f"{x['batch']} sequences of at most {x['length']}, together {fill} of the padded batch, {x['heads']} heads"
+    return f"{markdown(['', *headings], body)}\n\n{sizes} of {x['dim']}, {x['dtype']}. {_ran(rows)}."
 
 
 def decoding() -> str:
     """A step of decoding by keys and by room."""
     rows = [x for x in table.read(RESULTS / "ragged.csv") if x["case"] in STEPS and x["metric"] == "ms"]
-    points = [(x["case"], x["length"], table.room(x), f"{x['value']:.2f}") for x in rows]
-    most, held = max(n for _, n, _, _ in points), table.held(rows)
+    most, held = max(x["length"] for x in rows), table.held(rows)
     blocks = []
-    for title, by, fixed, value in (("keys", 1, 2, most), ("room", 2, 1, held)):
-        found = {(p[0], p[by]): p[3] for p in points if p[fixed] == value}
-        sizes = sorted({size for _, size in found})
-        of = f"room for {value}" if by == 1 else f"{value} keys"
-        body = [[f"{label}, ms, {of}", *(found[case, n] for n in sizes)] for case, label in STEPS.items()]
+    for title, of, size, chosen in (
+        ("keys", f"room for {most}", lambda x: x["length"], [x for x in rows if table.room(x) == most]),
+        ("room", f"{held} keys", table.room, [x for x in rows if x["length"] == held]),
+    ):
+        lines: dict[str, dict[int, str]] = {}
+        for x in chosen:
+            page = table.options(x).get("page")
+            lines.setdefault(f"pages of {page}" if page else "dense", {})[size(x)] = f"{x['value']:.2f}"
+        sizes = sorted({n for line in lines.values() for n in line})
+        body = [[f"{label}, ms, {of}", *(line[n] for n in sizes)] for label, line in lines.items()]
         blocks.append(markdown([title, *map(str, sizes)], body))
     x = rows[0]
-    sizes = f"{x['batch']} sequences, {x['heads']} query heads and {x['kv_heads']} of keys, of {x['dim']}"
-    return "\n\n".join([*blocks, f"{sizes}, {x['dtype']}. {_ran(rows)}."])
+    what = f"{x['batch']} sequences, {x['heads']} query heads and {x['kv_heads']} of keys, of {x['dim']}"
+    return "\n\n".join([*blocks, f"{what}, {x['dtype']}. {_ran(rows)}."])
 
 
 def host() -> str:
@@ -212,7 +216,7 @@ def _listed(pairs: Iterable[support.Pair]) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    x.__name__: x for x in (features, plain, modifiers, additive, memory, host, static)
+    x.__name__: x for x in (features, plain, modifiers, additive, memory, ragged, decoding, host, static)
 }
 
 

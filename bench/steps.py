@@ -74,7 +74,7 @@ class Steps:
     time of one beside the bytes of the keys and values that it reads, from large caches and from a single one."""
 
     def __init__(self) -> None:
-        self.shares = {"check": 25, "measure": 30}
+        self.shares = {"check": 25, "measure": 40}
 
     def cases(self, s: Any) -> Iterator[tuple[str, bool, dict[str, Any]]]:
         for d, page in itertools.product(s.dims[:2], PAGES):
@@ -115,7 +115,8 @@ class Steps:
             full["graph"] |= {"of_copy": share, "goal": GOALS[page]}
         # As many copies as a cache of 60 MB would have to hold four times over.
         copies = 1 + 2**28 // (4 * length * heads * d) if gpu else 2
-        alone = {str(n): self._timed(s, 1, d, page, heads, copies, n) for n in (SPLITS if gpu else SPLITS[:2])}
+        splits = SPLITS if gpu and page in GOALS else SPLITS[:2]
+        alone = {str(n): self._timed(s, 1, d, page, heads, copies, n) for n in splits}
         found = {"full": full, "alone": alone.pop("None"), "splits": alone, "copies": copies}
         if (d, length, page) == (128, 8192, None):
             found["alone"]["goal_ms"] = GOAL_MS

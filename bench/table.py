@@ -113,9 +113,14 @@ def processors(row: Row) -> str:
     return f"{row['device']}, {count} thread{'s' * (count > 1)}" if row["arch"] == "cpu" else row["device"]
 
 
+def options(row: Row) -> dict[str, str]:
+    """What a row's options say, by name."""
+    return dict(x.split("=") for x in row.get("options", "").split())
+
+
 def room(row: Row) -> int:
     """Keys that the cache of a step of decoding has room for."""
-    return int(row["options"].split()[0].removeprefix("room="))
+    return int(options(row)["room"])
 
 
 def held(rows: list[Row]) -> int:
