@@ -196,7 +196,7 @@ def test_an_inexact_peer_is_timed_and_its_error_is_written(tmp_path: Path, monke
 @pytest.mark.parametrize("name", (*GRID, *MODIFIED, *ADDITIVE))
 def test_every_case_is_judged(name: str, scores: int) -> None:
     """Right results pass, and a wrong entry of each is seen: anywhere, or in the head that is judged."""
-    random.seed(0)  # one draw of ten lets nobody see any of so few blocks
+    random.seed(7)  # one draw of ten lets nobody see any of so few blocks
     x = sample(name, scores)
     out, grads = results(x)
     used = x.judge(out, grads)
