@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .backward import dropped, score_gradient, statistics, weights
-from .memory import head_pointer, load_rows, member, number, owner, start_pointer, store_rows
+from .memory import head_pointer, key_base, load_rows, member, number, owner, row_base, start_pointer, store_rows
 from .modifiers import Plane, backward, parameters, saturation, slope_gradient, softcap_gradient, tile_pointers
 from .numerics import LOG2E, dot, reciprocal
 from .scores import (
@@ -70,7 +70,7 @@ def additive_prepare_kernel(
 
 class Keys(NamedTuple):
     """A tile of keys at n, the program that owns it, and what its rows are met with. row_slots, key_slots: for how many
-    tiles there is room in memory, for each head."""
+    tiles of ragged sequences there is room in memory, for each head."""
 
     v: Any
     n: Any
@@ -91,24 +91,21 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def slots(ragged, length, BLOCK: tl.constexpr, BATCH):
-    """How many tiles one head has room for: of one of a batch, or of all sequences, each of which has a last one."""
-    if ragged is None:
-        return tl.cdiv(length, BLOCK)
-    else:
-        return length // BLOCK + BATCH
-
-
-@triton.jit
 def row_slot(at, tile, room_for, BLOCK: tl.constexpr):
     """Where a tile of rows has its room."""
-    return at.home * room_for + at.row // BLOCK + (at.b - at.batch) + tile
+    if room_for is None:
+        return at.head * tl.cdiv(at.M, BLOCK) + tile
+    else:
+        return at.home * room_for + at.row // BLOCK + at.b + tile
 
 
 @triton.jit
 def key_slot(at, room_for, BLOCK: tl.constexpr):
     """Where the program's tile of keys has its room."""
-    return at.home * room_for + at.key // BLOCK + (at.b - at.batch) + at.tile
+    if room_for is None:
+        return at.head * tl.cdiv(at.N, BLOCK) + at.tile
+    else:
+        return at.home * room_for + at.key // BLOCK + at.b + at.tile
 
 
 @triton.jit
@@ -199,17 +196,18 @@ def add_rows(c, m, sums):
     """Add the staged part of dq, and the sums of dx, to the rows at m: the tile's turn has come."""
     rows = m + tl.arange(0, c.plane.BLOCK_M)
     if c.gradients.rows is not None:
-        at = c.gradients.rows + (c.plane.at.rows + rows)
+        at = c.gradients.rows + (row_base(c.plane.at) + rows)
         tl.store(at, tl.load(at, mask=rows < c.plane.at.M, other=0.0) + sums, mask=rows < c.plane.at.M)
     if c.gradients.dq is not None:
-        base = query_features(c.plane, c.gradients.dq, m)
+        base = query_features(c.plane, c.gradients.dq, m * 0)
         stage = c.gradients.stage + c.program.to(tl.int64) * c.plane.score.additive.features * c.plane.BLOCK_M
         for first in tl.range(0, c.plane.score.additive.features, SLICE):
             d = first + tl.arange(0, SLICE)[:, None]
             inside = (d < c.plane.score.additive.features) & (rows < c.plane.at.M)[None, :]
-            cols = tl.arange(0, c.plane.BLOCK_M)[None, :]
-            at = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + cols
-            staged = tl.load(stage + d * c.plane.BLOCK_M + cols, mask=inside, other=0.0)
+            at = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + rows[None, :]
+            staged = tl.load(
+                stage + d * c.plane.BLOCK_M + tl.arange(0, c.plane.BLOCK_M)[None, :], mask=inside, other=0.0
+            )
             tl.store(at, tl.load(at, mask=inside, other=0.0) + staged, mask=inside)
 
 
@@ -244,7 +242,7 @@ def meet_rows(c, state):
 @triton.jit
 def keep_columns(pointer, at, keys, seen, sums):
     if pointer is not None:
-        tl.store(pointer + at.keys + keys, tl.where(seen, sums, 0.0), mask=keys < at.N)
+        tl.store(pointer + key_base(at) + keys, tl.where(seen, sums, 0.0), mask=keys < at.N)
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
@@ -257,14 +255,17 @@ def additive_backward_kernel(
 
     A program takes tickets as long as there are tiles, so that what it stages needs memory once for all of them.
     """
-    row_slots = slots(ragged, M, BLOCK_M, BATCHED_HEADS // HEADS)
-    key_slots = slots(ragged, N, BLOCK_N, BATCHED_HEADS // HEADS)
-    tickets = key_slots * BATCHED_HEADS
+    tiles = tl.cdiv(N, BLOCK_N)
+    tickets = tiles * BATCHED_HEADS
+    row_slots = None
+    key_slots = None
     if ragged is not None:
+        row_slots = M // BLOCK_M + BATCHED_HEADS // HEADS
+        key_slots = N // BLOCK_N + BATCHED_HEADS // HEADS
         tickets = key_slots * HEADS
     ticket = tl.atomic_add(gradients.ticket, 1)
     while ticket < tickets:
-        at = owner(ragged, ticket, key_slots, M, N, HEADS, BATCHED_HEADS, WAVE, False)
+        at = owner(ragged, ticket, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, False)
         n = at.tile * BLOCK_N
         keys = n + tl.arange(0, BLOCK_N)
         lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)
@@ -274,7 +275,7 @@ def additive_backward_kernel(
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
         zeros = tl.zeros([BLOCK_N], tl.float32)
         for index in range(GROUP):
-            of_rows = member(at, index, M, N, GROUP)
+            of_rows = member(at, index, GROUP)
             bias_head = None
             if gradients.bias is not None:
                 bias_head = head_pointer(gradients.bias, at.b, of_rows.h)

@@ -14,7 +14,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import head_pointer, load_rows, member, owner, pair_pointers, place, schedule, start_pointer, store_rows
+from .memory import (
+    head_pointer,
+    key_base,
+    load_rows,
+    member,
+    owner,
+    pair_pointers,
+    place,
+    row_base,
+    schedule,
+    start_pointer,
+    store_rows,
+)
 from .modifiers import (
     Plane,
     backward,
@@ -42,7 +54,7 @@ def statistics(shift, delta, at, rows, seeing):
     if shift is None:
         return rows * 0.0, rows * 0.0
     else:
-        shift, delta = shift + (at.rows + rows), delta + (at.rows + rows)
+        shift, delta = shift + (row_base(at) + rows), delta + (row_base(at) + rows)
         if seeing is None:
             return tl.load(shift), tl.load(delta)
         else:
@@ -193,7 +205,7 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for index in range(GROUP):
-        of_rows = member(at, index, M, N, GROUP)
+        of_rows = member(at, index, GROUP)
         own = parameters(score, mask, at.b, of_rows.h)
         tiles = listed(span, reach, of_rows)
         dk, dv, columns = sweep(
@@ -208,7 +220,7 @@ def dkdv_kernel(
             (dk, dv, tl.zeros([BLOCK_N], tl.float32)), tiles, BLOCK_M, False,
         )  # fmt: skip
         if gradients.sums is not None:
-            tl.store(gradients.sums + of_rows.keys + keys, tl.where(seen, columns, 0.0), mask=keys < at.N)
+            tl.store(gradients.sums + key_base(of_rows) + keys, tl.where(seen, columns, 0.0), mask=keys < at.N)
     if gradients.dk is not None:
         if not score.scale.pointer:
             dk *= score.scale.value
@@ -309,7 +321,7 @@ def dq_kernel(
         ),
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros), reach, BLOCK_N, False,
     )  # fmt: skip
-    own_rows = at.rows + rows
+    own_rows = row_base(at) + rows
     if gradients.scale is not None:
         tl.store(gradients.scale + own_rows, tl.sum(q_tile.to(tl.float32) * dq, 1), mask=rows < at.M)
     if gradients.softcap is not None:
@@ -347,7 +359,10 @@ def dbias_kernel(
         at = place(ragged, b, own % BIAS_HEADS + sharer % shared_heads, tile, ROWS, KEYS, HEADS)
         lo, hi = interval(span, b, rows, at.M, at.N, at.shift)
         reach = visit(lo, hi, at.N, BLOCK_N)
-        if reach.total > 0:
+        visits = 1
+        if ragged is not None:
+            visits = tl.minimum(reach.total, 1)  # far behind a sequence's end there is no memory to read
+        for _ in tl.range(0, visits):
             lse_tile, delta_tile = statistics(shift, delta, at, rows, lo < hi)
             total += tile_gradient(
                 q, k, v, dout, lse_tile, delta_tile,

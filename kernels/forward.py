@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import load_rows, load_tile, owner, start_pointer, store_rows
+from .memory import load_rows, load_tile, owner, row_base, start_pointer, store_rows
 from .modifiers import Plane, keep, parameters, saturation, value
 from .numerics import LOG2E, dot, sigmoid
 from .scores import additive, products
@@ -115,7 +115,7 @@ def forward_kernel(
         out_tile = acc
     else:
         out_tile, lse_tile = finish(m_i, l_i, acc, scale, logit, lo < hi)
-        tl.store(lse + at.rows + rows, lse_tile, mask=rows < at.M)
+        tl.store(lse + row_base(at) + rows, lse_tile, mask=rows < at.M)
     if dropout is not None:
         out_tile *= dropout.rescale
     store_rows(out, start_pointer(out, at, at.h, at.row), m, rows < at.M, out_tile, BLOCK_M, DV, BLOCK_DV)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barriers, fetch, pin, tile_start, visit
-from .memory import number, place, pointers, schedule
+from .memory import number, place, pointers, row_base, schedule
 from .modifiers import Plane, apart, capped, parameters, saturation
 from .numerics import LOG2E
 from .softmax import LOWEST, finish, update
@@ -289,7 +289,7 @@ def consume(group: gl.constexpr, p, shared, out, lse, score, sink):
         if sink is not None:
             logit = gl.load(sink + h).to(gl.float32)
         found, lse_tile = finish(gl.convert_layout(m_i, ROW), gl.convert_layout(l_i, ROW), acc, scale, logit, some)
-        gl.store(lse + at.rows + rows, lse_tile, mask=rows < p.M)
+        gl.store(lse + row_base(at) + rows, lse_tile, mask=rows < p.M)
         if p.OWN_OUT:
             tma.store_wait(0)  # of the tile before
         slot = shared.out.index(group)

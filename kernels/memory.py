@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 BITS: tl.constexpr = tl.constexpr(22)  # of a sequence's number, and of a tile's, in the key of a turn
+NONE: tl.constexpr = tl.constexpr(2**22 - 1)  # no tile
 
 
 class Place(NamedTuple):
@@ -13,8 +14,8 @@ class Place(NamedTuple):
     behind one another in one batch.
 
     head: b * heads + h. M, N: the sequence's lengths; shift: how much further right its diagonal lies than is said.
-    In memory it has batch `batch`, head `home` of all, and rows from `row` and keys from `key` on; row 0 and key 0 of
-    the head lie at `rows` and `keys` of what is laid out (batch, head, row) and (batch, head, key).
+    In memory it has batch `batch`, head `home` of all, and rows from `row` and keys from `key` on, of the `rows` and
+    `keys` that each head has there.
     """
 
     b: Any
@@ -211,22 +212,20 @@ def schedule(turn, tiles, heads, WAVE):
 
 @triton.jit
 def place(ragged, b, h, tile, M, N, HEADS):
-    """The Place of a tile of head h of sequence b. M, N: of a batch, or of all sequences together. A tile of less than
-    0 is that of a sequence without rows and keys."""
+    """The Place of a tile of head h of sequence b. M, N: of a batch, or of all sequences together. The tile
+    NONE is that of a sequence without rows and keys."""
     head = b * HEADS + h
     zero = tile * 0
     if ragged is None:
-        base = head.to(tl.int64)
-        return Place(b, h, head, tile, M, N, zero, b, head, zero, zero, base * M, base * N)
+        return Place(b, h, head, tile, M, N, zero, b, head, zero, zero, M, N)
     else:
         row = tl.load(ragged.q + b)
         key = tl.load(ragged.k + b)
-        m = tl.where(tile < 0, 0, tl.load(ragged.q + b + 1) - row)
-        n = tl.where(tile < 0, 0, tl.load(ragged.k + b + 1) - key)
-        tile = tl.maximum(tile, 0)
+        m = tl.where(tile == NONE, 0, tl.load(ragged.q + b + 1) - row)
+        n = tl.where(tile == NONE, 0, tl.load(ragged.k + b + 1) - key)
+        tile = tl.where(tile == NONE, 0, tile)
         shift = (n - m) * number(ragged.aligned)
-        base = h.to(tl.int64)
-        return Place(b, h, head, tile, m, n, shift, zero, h, row, key, base * M + row, base * N + key)
+        return Place(b, h, head, tile, m, n, shift, zero, h, row, key, M, N)
 
 
 @triton.jit
@@ -242,17 +241,27 @@ def owner(ragged, turn, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_FIRST: tl.
         return place(ragged, head // HEADS, head % HEADS, tile, M, N, HEADS)
     else:
         key = tl.load(ragged.turns + turn // HEADS)
-        found = tl.maximum(key, 0)
-        b = ((found >> BITS) & (2**BITS - 1)).to(tl.int32)
-        tile = (found & (2**BITS - 1)).to(tl.int32)
-        return place(ragged, b, turn % HEADS, tl.where(key < 0, -1, tile), M, N, HEADS)
+        b = (key >> BITS).to(tl.int32) & NONE
+        return place(ragged, b, turn % HEADS, key.to(tl.int32) & NONE, M, N, HEADS)
 
 
 @triton.jit
-def member(at, index, M, N, GROUP: tl.constexpr):
+def member(at, index, GROUP: tl.constexpr):
     """The Place of one of the query heads of a key-value head's group."""
-    home = at.home * GROUP + index
     return Place(
         at.b, at.h * GROUP + index, at.head * GROUP + index, at.tile, at.M, at.N, at.shift,
-        at.batch, home, at.row, at.key, home.to(tl.int64) * M + at.row, home.to(tl.int64) * N + at.key,
+        at.batch, at.home * GROUP + index, at.row, at.key, at.rows, at.keys,
     )  # fmt: skip
+
+
+@triton.jit
+def row_base(at):
+    """Where row 0 of the sequence lies in what is laid out (batch, head, row); computed where it is used, because two
+    registers are more than the multiplication."""
+    return at.home.to(tl.int64) * at.rows + at.row
+
+
+@triton.jit
+def key_base(at):
+    """Where key 0 of the sequence lies in what is laid out (batch, head, key)."""
+    return at.home.to(tl.int64) * at.keys + at.key

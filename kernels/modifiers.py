@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import Place, head_pointer, number, pair_pointers, read_scalar
+from .memory import Place, head_pointer, key_base, number, pair_pointers, read_scalar, row_base
 from .numerics import tanh
 from .types import Score
 
@@ -118,8 +118,8 @@ def value(plane, s, t, m, n, TRANSPOSED: tl.constexpr):
     if plane.score.rows is not None:
         i, j = positions(plane, m, n, TRANSPOSED)
         row, key = tl.minimum(i, plane.at.M - 1), tl.minimum(j, plane.at.N - 1)  # beyond the edge nothing is used
-        x += tl.load(plane.score.rows + plane.at.rows + row)
-        x += tl.load(plane.score.keys + plane.at.keys + key)
+        x += tl.load(plane.score.rows + row_base(plane.at) + row)
+        x += tl.load(plane.score.keys + key_base(plane.at) + key)
     if plane.score.bias is not None:
         x += tl.load(tile_pointers(plane.score.bias, plane.own.bias, plane, m, n, TRANSPOSED)).to(tl.float32)
     if plane.score.slopes is not None:

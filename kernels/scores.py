@@ -40,14 +40,14 @@ def room(at, start):
 def query_features(plane, base, m):
     """To feature 0 of row m, in memory laid out as q's features are."""
     head = plane.at.home.to(tl.int64) * plane.score.additive.features
-    return base + head * pitch(plane.score.additive.q_pitch) + (room(plane.at, plane.at.row) + m)
+    return base + (head * pitch(plane.score.additive.q_pitch) + room(plane.at, plane.at.row)) + m
 
 
 @triton.jit
 def key_features(plane, base, n):
     """To feature 0 of key n, in memory laid out as k's features are."""
     head = (plane.at.home // plane.score.additive.group).to(tl.int64) * plane.score.additive.features
-    return base + head * pitch(plane.score.additive.k_pitch) + (room(plane.at, plane.at.key) + n)
+    return base + (head * pitch(plane.score.additive.k_pitch) + room(plane.at, plane.at.key)) + n
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .forward import issue
-from .memory import load_rows, owner, place, start_pointer
+from .memory import key_base, load_rows, owner, place, row_base, start_pointer
 from .modifiers import Plane, parameters, saturation, value
 from .numerics import LN2, LOG2E, sigmoid
 from .scores import additive, products
@@ -176,7 +176,7 @@ def row_statistics_kernel(
     rows = m + tl.arange(0, BLOCK_M)
     lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)
     reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
-    mine = at.rows + rows
+    mine = row_base(at) + rows
     inside = rows < at.M
     bound = None
     if found.bound is not None:
@@ -267,7 +267,7 @@ def collect(c, mass, s, m, MASKED: tl.constexpr):
     part = shift
     if c.shift is not None:
         rows = m + tl.arange(0, c.plane.BLOCK_M)
-        at = c.plane.at.rows + rows
+        at = row_base(c.plane.at) + rows
         shift = tl.load(c.shift + at, mask=rows < c.plane.at.M, other=0.0)
         part = tl.load(c.part + at, mask=rows < c.plane.at.M, other=0.0)
     return mass + tl.sum(share(c.plane, x, shift[None, :], part[None, :]), 1)
@@ -296,7 +296,7 @@ def key_mass_kernel(
         ),
         tl.zeros([BLOCK_N], tl.float32), reach, BLOCK_M, False,
     )  # fmt: skip
-    tl.store(key_mass + at.keys + keys, tl.where(seen, mass, 0.0), mask=keys < at.N)
+    tl.store(key_mass + key_base(at) + keys, tl.where(seen, mass, 0.0), mask=keys < at.N)
 
 
 # Chosen rows

@@ -1,13 +1,13 @@
 """Whose tile comes when, of sequences behind one another: a key for each turn, which `memory.owner` takes apart.
 
 A key holds how much a tile sees, the sequence and the tile, so that keys sorted downwards are turns with the longest
-first, and the kernels that take them need nothing else. Turns for which there is no tile have -1.
+first, and the kernels that take them need nothing else. Turns for which there is no tile have tile NONE of sequence 0.
 """
 
 import triton
 import triton.language as tl
 
-from .memory import BITS, number
+from .memory import BITS, NONE, number
 
 GRAIN: tl.constexpr = tl.constexpr(64)  # keys that make a difference; 18 bits of them are 2**24 keys
 MOST: tl.constexpr = tl.constexpr(2**18 - 1)
@@ -45,4 +45,4 @@ def turns_kernel(
         hi = tl.minimum(hi, tl.minimum(tile * BLOCK + BLOCK, length) + (shift + number(right)))
     seen = tl.minimum(tl.cdiv(tl.maximum(hi - lo, 0), GRAIN), MOST)
     key = (((seen.to(tl.int64) << BITS) + b) << BITS) + tile
-    tl.store(keys + turn, tl.where(turn < total, key, -1), mask=turn < TURNS)
+    tl.store(keys + turn, tl.where(turn < total, key, NONE), mask=turn < TURNS)

@@ -264,7 +264,8 @@ def problem(lengths: Any, span: Any = None, alignment: str = "bottom_right") -> 
 
 def unpacked(keys: Tensor) -> list[list[int]]:
     """(sequence, tile) of each turn; -1 for no tile."""
-    return [[x >> 22 & 2**22 - 1, x & 2**22 - 1] if x >= 0 else [0, -1] for x in keys.tolist()]
+    none = 2**22 - 1
+    return [[x >> 22 & none, -1 if x & none == none else x & none] for x in keys.tolist()]
 
 
 LISTS = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=9)
