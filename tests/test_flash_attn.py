@@ -217,7 +217,7 @@ def test_varlen(backend: str, words: str) -> None:
 
 @pytest.mark.parametrize("words", ["plain", "all"])
 @pytest.mark.parametrize(("name", "kv_heads"), [(name.replace("attn_", "attn_varlen_"), h) for name, h in PACKED])
-def test_varlen_packed(name: str, kv_heads: int, words: str) -> None:
+def test_varlen_packed(backend: str, name: str, kv_heads: int, words: str) -> None:
     check(varlen(name), [(5, 5), (0, 0), (1, 1), (7, 7)], WORDS[words], kv_heads)
 
 
