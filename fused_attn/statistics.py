@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .spec import Problem, Statistics
-from .tiled import Work, exp_minus, finite_peak
 from .tiles import Share, Tile, one_tile, seen, shares, windows
+from .work import Work, exp_minus, finite_peak
 
 FAR = 1000.0  # exp(-FAR) is 0 in float64 too, and FAR times 0 is 0
 ROWS, APART = 128, 16  # of chosen rows: at most so many at once, and what lies between two of them

@@ -16,167 +16,20 @@ and v are never repeated. Everything is computed in float32, or in float64 for f
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import additive, state
 from .ragged import KEYS, ROWS
 from .scores import Additive
-from .spec import HALF, Problem, philox
-from .tiles import EVERYTHING, Share, Tile, masked_by_tensors, part, row_tiles, seen, shares
+from .spec import Problem
+from .tiles import Share, Tile, masked_by_tensors, part, row_tiles, seen, shares
+from .work import Work, distance_to_diagonal, exp_minus, finite_peak, indices, number, work_dtype
 
 
 def why_not(p: Problem) -> list[str]:
     """Every problem can be tiled."""
     return []
-
-
-def _work_dtype(p: Problem) -> torch.dtype:
-    return torch.float32 if p.q.dtype in HALF else p.q.dtype
-
-
-def _number(x: float | Tensor, dtype: torch.dtype, heads: slice = EVERYTHING) -> float | Tensor:
-    """A float as it is; a tensor () or (Hq,) shaped to multiply (B, Hq, M, N)."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.to(dtype) if x.ndim == 0 else x[heads].to(dtype)[:, None, None]
-
-
-def _range(x: slice, device: torch.device) -> Tensor:
-    return torch.arange(x.start, x.stop, device=device)
-
-
-def _distance(p: Problem, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
-    """(M, N): how far a key lies from the row's diagonal, which is what ALiBi multiplies."""
-    i = torch.arange(rows.start + p.offset, rows.stop + p.offset, device=p.q.device).to(dtype)
-    return (i[:, None] - _range(keys, p.q.device).to(dtype)).abs_()
-
-
-def finite_peak(m: Tensor) -> Tensor:
-    """The maximum to subtract: 0 while a row has seen nothing, since -inf - -inf would be NaN."""
-    return m.masked_fill(m == -torch.inf, 0)
-
-
-def exp_minus(s: Tensor, shift: Tensor) -> Tensor:
-    """exp(s - shift), in place. On a CPU exp2 is three times as fast as exp, and thirty times where that underflows."""
-    return s.sub_(shift).mul_(1 / math.log(2)).exp2_()
-
-
-def _forbid(s: Tensor, allowed: Tensor) -> None:
-    """s = -inf where not allowed, whatever it held. On a CPU masked_fill branches at every element; bits do not."""
-    ints, minus_inf = (torch.int64, -(1 << 52)) if s.dtype == torch.float64 else (torch.int32, -(1 << 23))
-    keep = allowed.to(ints).neg_()
-    s.view(ints).bitwise_and_(keep).bitwise_or_(keep.bitwise_not_().bitwise_and_(minus_inf))
-
-
-class Work:
-    """A share of a problem: its inputs in the working dtype, and the memory that its tiles overwrite in turn.
-
-    A tile of scores is (B, Hq, rows, keys); for products it is seen as (B * Hkv, group * rows, keys).
-    """
-
-    def __init__(self, p: Problem, share: Share, visible: tuple[Tensor, Tensor] | None) -> None:
-        self.p, self.share, self.dtype = p, share, _work_dtype(p)
-        q, k, v = p.q[share.batch, share.heads], p.k[share.batch, share.kv_heads], p.v[share.batch, share.kv_heads]
-        if visible is not None:
-            rows, keys = (part(x, share.batch, *[EVERYTHING] * 3) for x in visible)
-            q, k, v = torch.where(rows, q, 0), torch.where(keys, k, 0), torch.where(keys, v, 0)
-        self.q = q
-        k, v = (x.to(self.dtype) for x in (k, v))
-        if len(share.tiles) > 1:  # else each key is read once, from where it lies
-            k, v = k.contiguous(), v.contiguous()
-        self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
-        self._buffers: dict[str, Tensor] = {}
-
-    def buffer(self, name: str, tile: Tile, keys: slice) -> Tensor:
-        """(B, Hq, rows, keys), holding whatever the last tile left."""
-        shape = torch.Size((*self.q.shape[:2], tile.stop - tile.start, keys.stop - keys.start))
-        memory = self._buffers.get(name)
-        if memory is None or memory.numel() < shape.numel():
-            memory = self._buffers[name] = torch.empty(shape.numel(), dtype=self.dtype, device=self.q.device)
-        return memory[: shape.numel()].view(shape)
-
-    def fold(self, x: Tensor) -> Tensor:
-        """(B, Hq, rows, D) -> (B * Hkv, group * rows, D), contiguous."""
-        b, heads, rows, d = x.shape
-        group = self.p.group
-        return x.to(self.dtype).contiguous().view(b * (heads // group), group * rows, d)
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """The inverse of fold, for (B * Hkv, group * rows, anything)."""
-        b, heads = self.q.shape[:2]
-        return x.view(b, heads, -1, x.shape[2])
-
-    def by_head(self, x: Tensor) -> Tensor:
-        """k's tile, (B * Hkv, keys, D), as (B, Hkv, keys, D)."""
-        return x.unflatten(0, (self.q.shape[0], -1))
-
-    @property
-    def w(self) -> Tensor:
-        """The weights of an additive score, of this share's heads."""
-        return self.p.w if self.p.w.ndim == 1 else self.p.w[self.share.heads]
-
-    def of_rows(self, x: Tensor, tile: Tile) -> Tensor:
-        """What a (B, Hq, M, D) tensor of the whole problem holds for one tile of this share, folded."""
-        return self.fold(x[self.share.batch, self.share.heads, tile.rows])
-
-    def scores(self, q: Tensor, tile: Tile, keys: slice) -> Tensor:
-        """The scores of a tile; q is folded. With a softcap, buffer "tanh" holds its tanh afterwards."""
-        p, share, dtype = self.p, self.share, self.dtype
-        s = self.buffer("scores", tile, keys)
-        factor = _number(p.scale, dtype, share.heads)
-        cap = None if p.softcap is None else _number(p.softcap, dtype)
-        if cap is not None:
-            factor = factor / cap
-        if p.w is None:
-            alpha, product = 1 if isinstance(factor, Tensor) else factor, self.fold(s)
-            torch.baddbmm(product, q, self.k[:, keys].mT, beta=0, alpha=alpha, out=product)
-        else:
-            additive.products(self.unfold(q), self.by_head(self.k[:, keys]), self.w, s)
-        if p.w is not None or isinstance(factor, Tensor):
-            s.mul_(factor)
-        if p.key_terms is not None:
-            s.add_(p.row_terms[share.batch, share.heads, tile.rows, None])
-            s.add_(p.key_terms[share.batch, share.heads, None, keys])
-        if cap is not None:
-            torch.mul(torch.tanh(s, out=self.buffer("tanh", tile, keys)), cap, out=s)
-        if p.bias is not None:
-            s.add_(part(p.bias, share.batch, share.heads, tile.rows, keys).to(dtype))
-        if p.slopes is not None:
-            slopes = part(p.slopes[None] if p.slopes.ndim == 1 else p.slopes, share.batch, share.heads)
-            distance = _distance(p, tile.rows, keys, dtype).expand_as(s)
-            s.sub_(torch.mul(distance, slopes[..., None, None].to(dtype), out=self.buffer("slopes", tile, keys)))
-        for cut in tile.partial(keys):
-            i, j = (_range(x, s.device) for x in (tile.rows, cut))
-            allowed = part(p.span.materialize(i, j, p.shape[3]), share.batch, *[EVERYTHING] * 3)
-            _forbid(s[..., cut.start - keys.start : cut.stop - keys.start], allowed)
-        if p.pattern is not None and not tile.clear(keys):
-            allowed = p.pattern.materialize(_range(tile.rows, s.device), _range(keys, s.device))
-            _forbid(s, part(allowed, share.batch, share.heads, EVERYTHING, EVERYTHING))
-        if p.mask is not None:
-            _forbid(s, part(p.mask, share.batch, share.heads, tile.rows, keys))
-        return s
-
-    def kept(self, tile: Tile, keys: slice) -> Tensor:
-        """(B, Hq, rows, keys): 1 where dropout lets a weight live, 0 elsewhere; four times as fast as `materialize`.
-
-        Four elements share a call of Philox, so it is called for the first half of each 16 rows and of each 16 keys.
-        """
-        p, device = self.p, self.q.device
-        (b, h), rows = p.shape[:2], tile.rows
-        i, j = (_range(slice(x.start & ~15, x.stop + 15 & ~15), device).view(-1, 2, 8)[:, 0] for x in (rows, keys))
-        heads = torch.arange(b * h, device=device).view(b, h)[self.share.batch, self.share.heads, None, None]
-        heads = heads + p.dropout.first
-        words = philox(p.dropout.rng, j.flatten(), i.flatten()[:, None], heads)
-        # The fate of eight keys is eight bytes, which move as one number.
-        fates = [(word >= p.dropout.threshold).view(torch.int64) for word in words]
-        halves = [torch.stack(x, -1).unflatten(2, (len(i), 8)) for x in (fates[:2], fates[2:])]
-        whole = torch.stack(halves, 3).view(torch.bool).view(*heads.shape[:2], 16 * len(i), 16 * len(j))
-        top, left = rows.start & 15, keys.start & 15
-        whole = whole[..., top : top + rows.stop - rows.start, left : left + keys.stop - keys.start]
-        return self.buffer("kept", tile, keys).copy_(whole)
 
 
 # ----------------------------------------------------------------------------------------------------------- forward
@@ -260,7 +113,7 @@ def backward(
     """The gradients named in needs, each in its own tensor's shape and dtype."""
     if p.ragged is not None:
         return _backward_each(p, out, lse, dout, dlse, needs)
-    dtype, visible = _work_dtype(p), seen(p)
+    dtype, visible = work_dtype(p), seen(p)
     if visible is not None:
         dout = torch.where(visible[0], dout, 0)
     if p.sigmoid:
@@ -290,7 +143,7 @@ def _backward_each(
     """What each sequence gives, added in their order; parameters in the working dtype."""
     own = {name: x for name, x in p.tensors().items() if name in needs}
     found = {
-        name: torch.zeros_like(x, dtype=x.dtype if name in ROWS | KEYS else _work_dtype(p)) for name, x in own.items()
+        name: torch.zeros_like(x, dtype=x.dtype if name in ROWS | KEYS else work_dtype(p)) for name, x in own.items()
     }
     for one, alone in p.sequences():
         own_out, own_dout = one.part("out", out), one.part("dout", dout)
@@ -369,7 +222,7 @@ class _Gradients:
         # k's product with a tensor scale takes q times that scale; a number is left to the end.
         self.q = q
         if self.p.w is None and isinstance(self.p.scale, Tensor) and self.dk is not None:
-            scale = _number(self.p.scale, self.dtype, work.share.heads)
+            scale = number(self.p.scale, self.dtype, work.share.heads)
             self.q = work.fold(work.unfold(q) * scale)
         wanted = {"q", "scale", "softcap"} if self.p.w is None else {"q"}
         self.dq = torch.zeros_like(q) if self.needs & wanted else None
@@ -383,7 +236,7 @@ class _Gradients:
             total = ds4.sum(reduced, keepdim=True) if reduced else ds4
             part(sums["bias"], share.batch, share.heads, tile.rows, keys).add_(total)
         if "slopes" in sums:
-            distance = _distance(p, tile.rows, keys, self.dtype)
+            distance = distance_to_diagonal(p, tile.rows, keys, self.dtype)
             total = (ds4.view(-1, distance.numel()) @ distance.view(-1)).view(ds4.shape[:2])
             if p.slopes.ndim == 1:
                 sums["slopes"][share.heads].sub_(total.sum(0))
@@ -420,7 +273,7 @@ class _Gradients:
 
     def _add_numbers(self, share: Share, per_head: Tensor) -> None:
         """What the sum of du times the product, (Hq,), is to scale and softcap."""
-        scale = _number(self.p.scale, self.dtype, share.heads)
+        scale = number(self.p.scale, self.dtype, share.heads)
         if "scale" in self.sums:
             whole = self.sums["scale"].ndim == 0
             target = self.sums["scale"] if whole else self.sums["scale"][share.heads]
@@ -438,7 +291,7 @@ class _Gradients:
         if self.p.w is None:
             if self.sums.keys() & {"scale", "softcap"}:
                 self._add_numbers(share, work.unfold(q * self.dq).sum((0, 2, 3)))
-            self.dq = work.fold(work.unfold(self.dq) * _number(self.p.scale, self.dtype, share.heads))
+            self.dq = work.fold(work.unfold(self.dq) * number(self.p.scale, self.dtype, share.heads))
         if "q" in self.needs:
             self.whole["q"][share.batch, share.heads, tile.rows] = work.unfold(self.dq).to(self.p.q.dtype)
 
@@ -449,7 +302,7 @@ class _Gradients:
             # The weights' gradient, as far as the scale has not been multiplied in, knows the products too.
             self._add_numbers(share, (self.dw * work.w).sum((0, 2)))
             if "w" in self.sums:
-                per_head = self.dw.sum(0)[..., None] * _number(p.scale, self.dtype, share.heads)
+                per_head = self.dw.sum(0)[..., None] * number(p.scale, self.dtype, share.heads)
                 whole = p.w.ndim == 1
                 target = self.sums["w"] if whole else self.sums["w"][share.heads]
                 target.add_(per_head[..., 0].sum(0) if whole else per_head[..., 0])
@@ -488,7 +341,7 @@ def attention(p: Problem) -> tuple[Tensor, Tensor]:
 
 def _plain_rows(p: Problem, tile: Tile) -> tuple[Tensor, Tensor | None]:
     """out (B, Hq, rows, Dv) and lse (B, Hq, rows), None for a sigmoid, of one tile of rows."""
-    dtype, rows, keys = _work_dtype(p), tile.rows, tile.keys
+    dtype, rows, keys = work_dtype(p), tile.rows, tile.keys
     (b, h), kv_heads, size = p.shape[:2], p.k.shape[1], tile.stop - tile.start
     q = p.q[:, :, rows].to(dtype).reshape(b, kv_heads, p.group * size, p.q.shape[3])
     k, v = (x[:, :, keys].to(dtype) for x in (p.k, p.v))
@@ -496,17 +349,17 @@ def _plain_rows(p: Problem, tile: Tile) -> tuple[Tensor, Tensor | None]:
         s = (q @ k.mT).reshape(b, h, size, keys.stop - keys.start)
     else:
         s = Additive(p.w).materialize(p.q[:, :, rows], p.k[:, :, keys], dtype)
-    s = s * _number(p.scale, dtype)
+    s = s * number(p.scale, dtype)
     if p.key_terms is not None:
         s = s + p.row_terms[:, :, rows, None] + p.key_terms[:, :, None, keys]
     if p.softcap is not None:
-        cap = _number(p.softcap, dtype)
+        cap = number(p.softcap, dtype)
         s = cap * torch.tanh(s / cap)
     if p.bias is not None:
         s = s + part(p.bias, slice(b), slice(h), rows, keys).to(dtype)
     if p.slopes is not None:
-        s = s - p.slopes.to(dtype)[..., None, None] * _distance(p, rows, keys, dtype)
-    i, j = (_range(x, s.device) for x in (rows, keys))
+        s = s - p.slopes.to(dtype)[..., None, None] * distance_to_diagonal(p, rows, keys, dtype)
+    i, j = (indices(x, s.device) for x in (rows, keys))
     if masked_by_tensors(p) or tile.partial(keys):
         s = torch.where(p.visible(i, j), s, -torch.inf)
     if p.mask is not None:

@@ -8,6 +8,7 @@ Grid (slots x tiles of BLOCK_T tokens x B): a slot is a head of k, of v, or of q
 import triton
 import triton.language as tl
 
+from .decode import keys_of
 from .memory import head_pointer, load_rows, number, pointers, row_offsets, store_rows, whole_rows
 
 
@@ -46,13 +47,7 @@ def turned(view, head, start, live, positions, rotary, ROWS: tl.constexpr, D: tl
 @triton.jit
 def write(view, pages, sequences, b, h, keys, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """x [len(keys), BLOCK_D] as keys of sequence b in a cache."""
-    home = b
-    if sequences.index is not None:
-        home = tl.load(sequences.index + b)
-    entry = b * 0
-    if pages is not None:
-        home = b * 0
-        entry = b.to(tl.int64) * number(pages.stride)
+    home, entry = keys_of(sequences, pages, b)
     offsets = row_offsets(view, pages, entry, keys, live)
     ptrs = whole_rows(view, head_pointer(view, home, h), offsets, BLOCK_D)
     mask = live[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]

@@ -29,6 +29,19 @@ def length_of(sequences, b, N):
 
 
 @triton.jit
+def keys_of(sequences, pages, b):
+    """(home, entry): the row of the cache where sequence b lies; or, of pages, where its row of their table begins."""
+    home = b
+    if sequences.index is not None:
+        home = tl.load(sequences.index + b)
+    entry = b * 0
+    if pages is not None:
+        home = b * 0
+        entry = b.to(tl.int64) * number(pages.stride)
+    return home, entry
+
+
+@triton.jit
 def first_key(sequences, span, b, length, M):
     """The first key that any row of sequence b sees."""
     first = length * 0
@@ -111,13 +124,7 @@ def decode_kernel(
     hi = tl.minimum(hi, begin + (part + 1) * size)
     reach = before_tree(span, visit(lo, hi, length, BLOCK_N), shift, BLOCK_N)
 
-    home = b
-    if sequences.index is not None:
-        home = tl.load(sequences.index + b)
-    entry = head * 0
-    if pages is not None:
-        home = b * 0
-        entry = b.to(tl.int64) * number(pages.stride)
+    home, entry = keys_of(sequences, pages, b)
     zero = head * 0
     slope = 0.0
     if score.slopes is not None:

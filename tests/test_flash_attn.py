@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn import testing
 from fused_attn.compat import bert_padding
 from fused_attn.compat import flash_attn as door
+from tests.layers import within_budget
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -35,17 +35,6 @@ SIGNATURES: dict[str, list[str]] = {
         "return_softmax_lse=False",
     ],
 }  # fmt: skip
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float32)
-
-
-def within_budget(name: str, ours: Tensor, oracle: Tensor, plain: Tensor) -> None:
-    """The tolerance rule, with the answer's own size as the size of its terms."""
-    finite = torch.where(oracle.isfinite(), oracle.abs(), 0.0)
-    size = finite.amax().expand_as(oracle) if oracle.numel() else finite
-    testing.assert_within_budget(name, ours, oracle, plain, size, torch.float32)
 
 
 # --- the oracle
@@ -152,8 +141,8 @@ def check(prepare: Callable, lengths: list[tuple[int, int]], words: dict[str, An
     if slopes is not None and slopes.ndim == 2:
         words = {**words, "alibi_slopes": slopes[: len(lengths)]}
     tokens, keys = (sum(x[side] for x in lengths) for side in (0, 1))
-    leaves = [randn(tokens, HEADS, DIM), randn(keys, kv_heads, DIM), randn(keys, kv_heads, DIM)]
-    dout, dlse = randn(tokens, HEADS, DIM), randn(tokens, HEADS)
+    leaves = [torch.randn(tokens, HEADS, DIM), torch.randn(keys, kv_heads, DIM), torch.randn(keys, kv_heads, DIM)]
+    dout, dlse = torch.randn(tokens, HEADS, DIM), torch.randn(tokens, HEADS)
 
     def run(function: Callable, dtype: torch.dtype) -> list[Tensor]:
         own = [x.to(dtype).requires_grad_() for x in leaves]
@@ -230,7 +219,7 @@ def test_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_varlen_lengths_need_not_be_ints() -> None:
     """Transformers hands over what it read off a tensor as a tensor."""
-    q, starts = randn(7, 2, 8), starts_of([3, 4])
+    q, starts = torch.randn(7, 2, 8), starts_of([3, 4])
     expected = door.flash_attn_varlen_func(q, q, q, starts, starts, 4, 4, causal=True)
     longest = starts.diff().max()
     assert torch.equal(door.flash_attn_varlen_func(q, q, q, starts, starts, longest, longest, causal=True), expected)
@@ -252,7 +241,11 @@ def paged(x: Tensor, lengths: Sequence[int], page: int) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("words", ["plain", "causal", "window", "all"])
 def test_varlen_over_pages(backend: str, words: str) -> None:
     rows, cols = ([x[side] for x in RAGGED] for side in (0, 1))
-    q, k, v = randn(sum(rows), HEADS, DIM), randn(sum(cols), KV_HEADS, DIM), randn(sum(cols), KV_HEADS, DIM)
+    q, k, v = (
+        torch.randn(sum(rows), HEADS, DIM),
+        torch.randn(sum(cols), KV_HEADS, DIM),
+        torch.randn(sum(cols), KV_HEADS, DIM),
+    )
     torch.manual_seed(1)
     k_pages, table = paged(k, cols, 4)
     torch.manual_seed(1)
@@ -305,9 +298,9 @@ def test_kvcache(backend: str, words: str, cache: str) -> None:
     torch.manual_seed(0)
     b, m, room, before = 3, 3, 20, [9, 6, 12]
     rows, new = given.get("rows", list(range(b))), given.get("new", 0)
-    q, k, v = randn(b, m, HEADS, DIM), randn(b, new, KV_HEADS, DIM), randn(b, new, KV_HEADS, DIM)
-    caches = [randn(5, room, KV_HEADS, DIM) for _ in range(2)]
-    angles = randn(room + new, 3)
+    q, k, v = torch.randn(b, m, HEADS, DIM), torch.randn(b, new, KV_HEADS, DIM), torch.randn(b, new, KV_HEADS, DIM)
+    caches = [torch.randn(5, room, KV_HEADS, DIM) for _ in range(2)]
+    angles = torch.randn(room + new, 3)
     cos, sin = angles.cos(), angles.sin()
     options: dict[str, Any] = {"cache_seqlens": torch.tensor(before, dtype=torch.int32), **said}
     if "alibi_slopes" in said:
@@ -360,7 +353,7 @@ def test_kvcache(backend: str, words: str, cache: str) -> None:
 
 
 def test_kvcache_lengths_as_a_number_or_none() -> None:
-    q, k, v = randn(2, 1, HEADS, DIM), randn(2, 9, KV_HEADS, DIM), randn(2, 9, KV_HEADS, DIM)
+    q, k, v = torch.randn(2, 1, HEADS, DIM), torch.randn(2, 9, KV_HEADS, DIM), torch.randn(2, 9, KV_HEADS, DIM)
     full = door.flash_attn_with_kvcache(q, k, v)
     assert torch.equal(full, door.flash_attn_with_kvcache(q, k, v, cache_seqlens=9))
     six = door.flash_attn_with_kvcache(q, k, v, cache_seqlens=6)
@@ -423,7 +416,7 @@ def test_dropout() -> None:
 
 def test_dropout_of_packed_sequences() -> None:
     """The same as of a batch of them."""
-    x = randn(2, 9, 4, 8)
+    x = torch.randn(2, 9, 4, 8)
     starts = starts_of([9, 9])
 
     def batch(dtype: torch.dtype) -> Tensor:
@@ -439,7 +432,7 @@ def test_what_changes_no_value_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> 
     given: list[dict[str, Any]] = []
     for name in ("attention", "attention_varlen", "attention_decode"):
         monkeypatch.setattr(door, name, lambda *args, **words: given.append(words))
-    q, starts = randn(1, 5, 2, 8), starts_of([5])
+    q, starts = torch.randn(1, 5, 2, 8), starts_of([5])
     for asked in (False, True):
         door.flash_attn_func(q, q, q, deterministic=asked)
         door.flash_attn_varlen_func(q[0], q[0], q[0], starts, starts, 5, 4, deterministic=asked)
@@ -452,7 +445,7 @@ def test_what_changes_no_value_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_errors() -> None:
-    q = randn(1, 5, 2, 8)
+    q = torch.randn(1, 5, 2, 8)
     with pytest.raises(NotImplementedError, match=r"return_attn_probs.*dropout_p = 0\.5"):
         door.flash_attn_func(q, q, q, dropout_p=0.5, return_attn_probs=True)
     with pytest.raises(TypeError, match="window_size: expected a pair"):
@@ -462,13 +455,13 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"qkv: expected shape \(B, S, 3, H, D\).*\(1, 5, 2, 8\)"):
         door.flash_attn_qkvpacked_func(q)
     with pytest.raises(ValueError, match=r"kv: expected shape \(B, S, 2, H, D\)"):
-        door.flash_attn_kvpacked_func(q, randn(1, 5, 3, 2, 8))
+        door.flash_attn_kvpacked_func(q, torch.randn(1, 5, 3, 2, 8))
     with pytest.raises(ValueError, match="k: 2 key-value heads do not divide"):
-        door.flash_attn_func(randn(1, 5, 3, 8), q, q)
+        door.flash_attn_func(torch.randn(1, 5, 3, 8), q, q)
 
 
 def test_varlen_errors() -> None:
-    q, starts = randn(5, 2, 8), starts_of([2, 3])
+    q, starts = torch.randn(5, 2, 8), starts_of([2, 3])
     with pytest.raises(ValueError, match=r"qkv: expected shape \(T, 3, H, D\)"):
         door.flash_attn_varlen_qkvpacked_func(q, starts, 3)
     with pytest.raises(ValueError, match=r"kv: expected shape \(T, 2, H, D\)"):
@@ -491,13 +484,15 @@ def test_varlen_errors() -> None:
 
 
 def test_kvcache_errors() -> None:
-    q, k = randn(2, 1, 2, 8), randn(2, 9, 2, 8)
+    q, k = torch.randn(2, 1, 2, 8), torch.randn(2, 9, 2, 8)
     with pytest.raises(ValueError, match="cache_seqlens: with k"):
         door.flash_attn_with_kvcache(q, k, k, q, q)
     with pytest.raises(ValueError, match="rotary_sin: expected with rotary_cos"):
-        door.flash_attn_with_kvcache(q, k, k, q, q, rotary_cos=randn(9, 4), cache_seqlens=3)
+        door.flash_attn_with_kvcache(q, k, k, q, q, rotary_cos=torch.randn(9, 4), cache_seqlens=3)
     with pytest.raises(ValueError, match="rotary_cos: turns k"):
-        door.flash_attn_with_kvcache(q, k, k, rotary_cos=randn(9, 4), rotary_sin=randn(9, 4), cache_seqlens=3)
+        door.flash_attn_with_kvcache(
+            q, k, k, rotary_cos=torch.randn(9, 4), rotary_sin=torch.randn(9, 4), cache_seqlens=3
+        )
 
 
 @pytest.mark.parametrize("room", [door, bert_padding], ids=lambda room: room.__name__)
@@ -511,7 +506,7 @@ def test_examples(room: Any) -> None:
 def test_unpad_and_pad() -> None:
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
     unused = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
-    x = randn(3, 4, 2, 5).requires_grad_()
+    x = torch.randn(3, 4, 2, 5).requires_grad_()
     for kind in (torch.int64, torch.int32, torch.bool):
         packed, indices, starts, longest, used = bert_padding.unpad_input(x, mask.to(kind))
         assert torch.equal(packed, x[mask.bool()])
@@ -527,16 +522,16 @@ def test_unpad_and_pad() -> None:
     for places in (indices, indices.int()):
         back = bert_padding.pad_input(packed, places, 3, 4)
         assert torch.equal(back, x * mask[..., None, None])
-    dback = randn(3, 4, 2, 5)
+    dback = torch.randn(3, 4, 2, 5)
     (dx,) = torch.autograd.grad(back, x, dback)
     assert torch.equal(dx, dback * mask[..., None, None])
 
 
 def test_padding_of_nothing() -> None:
-    packed, indices, starts, longest, used = bert_padding.unpad_input(randn(0, 4, 2), torch.zeros(0, 4))
+    packed, indices, starts, longest, used = bert_padding.unpad_input(torch.randn(0, 4, 2), torch.zeros(0, 4))
     assert (packed.shape, indices.shape, starts.tolist(), longest, used.shape) == ((0, 2), (0,), [0], 0, (0,))
     assert bert_padding.pad_input(packed, indices, 0, 4).shape == (0, 4, 2)
     with pytest.raises(ValueError, match=r"attention_mask: expected shape \(2, 4\)"):
-        bert_padding.unpad_input(randn(2, 4, 2), torch.zeros(2, 3))
+        bert_padding.unpad_input(torch.randn(2, 4, 2), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"unused_mask: expected shape \(2, 4\)"):
-        bert_padding.unpad_input(randn(2, 4, 2), torch.zeros(2, 4), torch.zeros(2, 3))
+        bert_padding.unpad_input(torch.randn(2, 4, 2), torch.zeros(2, 4), torch.zeros(2, 3))

@@ -13,24 +13,14 @@ from torch import Tensor, nn
 
 import fused_attn
 import fused_attn.compat.sdpa as door
-from fused_attn import Mask, attention, scaled_dot_product_attention, testing
+from fused_attn import Mask, attention, scaled_dot_product_attention
+from tests.layers import within_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 TORCH = F.scaled_dot_product_attention
 HEADS, KV_HEADS, DIM = 4, 2, 8
 ROWS, KEYS = [5, 0, 1, 7, 2], [9, 3, 0, 7, 4]
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float32)
-
-
-def within_budget(name: str, ours: Tensor, oracle: Tensor, plain: Tensor) -> None:
-    """The tolerance rule, with the answer's own size as the size of its terms."""
-    size = torch.where(oracle.isfinite(), oracle.abs(), 0.0)
-    size = size.amax().expand_as(oracle) if oracle.numel() else size
-    testing.assert_within_budget(name, ours, oracle, plain, size, torch.float32)
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:
@@ -81,7 +71,7 @@ def test_attention(words: str, layout: str, backend: str) -> None:
 def test_on_triton() -> None:
     """After a dense call by the same words, which is remembered."""
     pytest.importorskip("triton")
-    dense = randn(1, 2, 5, 8)
+    dense = torch.randn(1, 2, 5, 8)
     for _ in range(4):
         attention(dense, dense, dense, causal=True, alignment="top_left", return_lse=True, backend="triton")
     check("causal", "bhsd", "triton")
@@ -89,8 +79,12 @@ def test_on_triton() -> None:
 
 def check(words: str, layout: str, backend: str) -> None:
     """out, lse and the gradients of packed values, with offsets of its own for the keys."""
-    packed = [randn(sum(ROWS), HEADS, DIM), randn(sum(KEYS), KV_HEADS, DIM), randn(sum(KEYS), KV_HEADS, DIM)]
-    dout, dlse = randn(sum(ROWS), HEADS, DIM), randn(sum(ROWS), HEADS)
+    packed = [
+        torch.randn(sum(ROWS), HEADS, DIM),
+        torch.randn(sum(KEYS), KV_HEADS, DIM),
+        torch.randn(sum(KEYS), KV_HEADS, DIM),
+    ]
+    dout, dlse = torch.randn(sum(ROWS), HEADS, DIM), torch.randn(sum(ROWS), HEADS)
     rows, keys = offsets_of(ROWS), offsets_of(KEYS)
 
     def ours(*leaves: Tensor) -> list[Tensor]:
@@ -122,7 +116,7 @@ def check(words: str, layout: str, backend: str) -> None:
 
 def test_out_goes_on_where_q_goes() -> None:
     """It shares q's offsets, so that torch adds them; and what is known of the lengths stays known."""
-    q = torch.nested.nested_tensor([randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+    q = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
     out, lse = attention(q, q, q, causal=True, return_lse=True)
     assert out.offsets() is q.offsets()
     assert lse.offsets() is q.offsets()
@@ -148,7 +142,7 @@ class Block(nn.Module):
 def test_a_model(causal: bool) -> None:
     """Projections, halves of one tensor as q, k and v, F.scaled_dot_product_attention, gradients of the weights."""
     torch.manual_seed(0)
-    model, batch = Block(), [randn(n, 16) for n in (5, 1, 8)]
+    model, batch = Block(), [torch.randn(n, 16) for n in (5, 1, 8)]
 
     def run(dtype: torch.dtype, nested: bool) -> list[Tensor]:
         model.to(dtype).zero_grad()
@@ -170,7 +164,11 @@ def test_a_model(causal: bool) -> None:
 
 def test_functional(monkeypatch: pytest.MonkeyPatch) -> None:
     """The SDPA door takes them without a word to torch: scale, groups, a window, other offsets for the keys."""
-    packed = [randn(sum(ROWS), HEADS, DIM), randn(sum(KEYS), KV_HEADS, DIM), randn(sum(KEYS), KV_HEADS, DIM)]
+    packed = [
+        torch.randn(sum(ROWS), HEADS, DIM),
+        torch.randn(sum(KEYS), KV_HEADS, DIM),
+        torch.randn(sum(KEYS), KV_HEADS, DIM),
+    ]
     rows, keys = offsets_of(ROWS), offsets_of(KEYS)
 
     def run(dtype: torch.dtype, **words: Any) -> Tensor:
@@ -191,7 +189,7 @@ def test_functional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dropout_is_that_of_the_padded_batch() -> None:
     lengths = [5, 2, 7]
-    packed, offsets = [randn(14, HEADS, DIM) for _ in range(3)], offsets_of(lengths)
+    packed, offsets = [torch.randn(14, HEADS, DIM) for _ in range(3)], offsets_of(lengths)
     out = attention(*(jagged(x, offsets) for x in packed), dropout_p=0.4, seed=5)
     dense = [torch.nested.to_padded_tensor(torch.nested.nested_tensor_from_jagged(x, offsets), 0.0) for x in packed]
     mask = Mask.lengths(torch.tensor(lengths))
@@ -208,7 +206,7 @@ def test_dropout_is_that_of_the_padded_batch() -> None:
 
 
 def test_autocast() -> None:
-    q = torch.nested.nested_tensor([randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+    q = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for out in (attention(q, q, q), scaled_dot_product_attention(q, q, q)):
             assert out.dtype == torch.bfloat16
@@ -216,7 +214,7 @@ def test_autocast() -> None:
 
 
 def test_compiled() -> None:
-    packed, offsets = [randn(7, 2, 8) for _ in range(3)], offsets_of([3, 0, 4])
+    packed, offsets = [torch.randn(7, 2, 8) for _ in range(3)], offsets_of([3, 0, 4])
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, causal=True, backend="tiled")
@@ -227,14 +225,14 @@ def test_compiled() -> None:
 
 
 def test_nothing_at_all() -> None:
-    empty = jagged(randn(0, 2, 8), offsets_of([0, 0]))
+    empty = jagged(torch.randn(0, 2, 8), offsets_of([0, 0]))
     out, lse = attention(empty, empty, empty, causal=True, return_lse=True)
     assert (out.shape, lse.shape) == (empty.shape, empty.shape[:3])
 
 
 def test_holes_are_refused_and_can_be_packed() -> None:
     """torch.nested.narrow leaves them."""
-    x = torch.nested.narrow(randn(3, 7, 2, 8), 1, torch.tensor([1, 0, 2]), torch.tensor([3, 7, 2]), torch.jagged)
+    x = torch.nested.narrow(torch.randn(3, 7, 2, 8), 1, torch.tensor([1, 0, 2]), torch.tensor([3, 7, 2]), torch.jagged)
     q = x.transpose(1, 2)
     with pytest.raises(NotImplementedError, match=r"q: a jagged tensor with holes .*contiguous\(\)"):
         attention(q, q, q)
@@ -247,8 +245,8 @@ def test_holes_are_refused_and_can_be_packed() -> None:
 
 def test_errors() -> None:
     offsets, others = offsets_of([3, 4]), offsets_of([4, 3])
-    q, k = jagged(randn(7, 2, 8), offsets), jagged(randn(7, 2, 8), others)
-    dense = randn(2, 2, 4, 8)
+    q, k = jagged(torch.randn(7, 2, 8), offsets), jagged(torch.randn(7, 2, 8), others)
+    dense = torch.randn(2, 2, 4, 8)
     with pytest.raises(NotImplementedError, match="mask: a tensor mask has no jagged form"):
         attention(q, q, q, mask=torch.ones(4, 4, dtype=torch.bool))
     with pytest.raises(NotImplementedError, match="mask: a tensor mask has no jagged form"):
@@ -266,7 +264,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="alignment"):
         attention(q, k, k, causal=True)
     with pytest.raises(ValueError, match="k: expected q's 2 sequences, got 1"):
-        attention(q, *[jagged(randn(7, 2, 8), offsets_of([7]))] * 2)
+        attention(q, *[jagged(torch.randn(7, 2, 8), offsets_of([7]))] * 2)
     with pytest.raises(ValueError, match=r"q: expected shape \(B, H, j, D\)"):
         attention(*[q.transpose(1, 2)] * 3)
     with pytest.raises(ValueError, match=r"q: expected shape \(B, j, H, D\) with layout 'bshd'"):
@@ -274,10 +272,10 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="layout: expected one of"):
         attention(q, q, q, layout="thd")
     with pytest.raises(ValueError, match="key: 1 heads beside query's 2 need enable_gqa"):
-        scaled_dot_product_attention(q, *[jagged(randn(7, 1, 8), offsets)] * 2)
+        scaled_dot_product_attention(q, *[jagged(torch.randn(7, 1, 8), offsets)] * 2)
     with pytest.raises(ValueError, match="key: expected query's head dim 8"):
-        scaled_dot_product_attention(q, *[jagged(randn(7, 2, 5), offsets)] * 2)
+        scaled_dot_product_attention(q, *[jagged(torch.randn(7, 2, 5), offsets)] * 2)
     with pytest.raises(TypeError, match=r"layout torch\.jagged"):
-        attention(*[torch.nested.nested_tensor([randn(2, 3, 8)], layout=torch.strided)] * 3)
+        attention(*[torch.nested.nested_tensor([torch.randn(2, 3, 8)], layout=torch.strided)] * 3)
     with pytest.raises(NotImplementedError, match="nested tensors"):
         fused_attn.attention_map(q, q)
