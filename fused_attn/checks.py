@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -13,6 +14,42 @@ from torch import Tensor
 
 def describe(x: Any) -> str:
     return f"{x.dtype} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r}"
+
+
+def _is_bool(x: Any) -> bool:
+    """bool, numpy.bool_, and 0-d arrays and tensors of either."""
+    if isinstance(x, Tensor):
+        return x.ndim == 0 and x.dtype == torch.bool
+    return isinstance(x, bool) or (getattr(x, "ndim", None) == 0 and str(getattr(x, "dtype", "")) == "bool")
+
+
+def as_int(name: str, x: Any) -> int:
+    """x as an int, from anything with `__index__`: Python's and numpy's integers, 0-d tensors. A SymInt stays one."""
+    if type(x) is int or isinstance(x, torch.SymInt):
+        return x  # type: ignore[return-value]
+    if hasattr(x, "__index__") and not _is_bool(x) and not getattr(x, "ndim", 0):
+        with contextlib.suppress(TypeError):
+            return operator.index(x)
+    raise TypeError(f"{name}: expected an int, got {describe(x)}")
+
+
+def as_float(name: str, x: Any) -> float:
+    """x as a float, from anything with `__float__` or `__index__`. SymFloat and SymInt stay what they are."""
+    if type(x) is float or isinstance(x, (torch.SymFloat, torch.SymInt)):
+        return x  # type: ignore[return-value]
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise TypeError(f"{name}: expected a number, which has no gradient, got {describe(x)} that requires grad")
+    if not isinstance(x, str) and not _is_bool(x) and not getattr(x, "ndim", 0):
+        with contextlib.suppress(TypeError, RuntimeError):  # torch raises the second for complex numbers
+            return float(x if hasattr(x, "__float__") else operator.index(x))
+    raise TypeError(f"{name}: expected a float, got {describe(x)}")
+
+
+def as_bool(name: str, x: Any) -> bool:
+    """x as a bool, from Python's, numpy's and 0-d tensors of bools. Other objects have a truth value that misleads."""
+    if not _is_bool(x):
+        raise TypeError(f"{name}: expected a bool, got {describe(x)}")
+    return bool(x)
 
 
 def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
