@@ -1,5 +1,5 @@
 # `make demo` and `make test` are the first two commands of README.md; the others serve whoever works on the code.
-.PHONY: demo test lint mutants static bench gpu
+.PHONY: demo test nightly lint mutants static bench gpu
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -15,6 +15,12 @@ demo: $(VENV)/demo.stamp
 # One thread a worker: the workers share the cores. One of the tests runs a subset under triton 3.6.0.
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
+
+# Hours: every test, every mutation, and whether the committed static table is that of these kernels.
+nightly: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal -m ""
+	$(RUN) tests/mutants.py
+	$(RUN) -m bench.static --check
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check

@@ -495,7 +495,8 @@ MUTANTS = (
 def run(tests: tuple[str, str], root: Path) -> tuple[int, str]:
     """pytest's exit status, and its last lines."""
     file, expression = tests
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", expression]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", f"tests/{file}",
+               "-k", expression]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, check=False)
     return done.returncode, "\n".join((done.stdout + done.stderr).splitlines()[-15:])
