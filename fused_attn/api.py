@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import calls, dispatch, nested, state
 from .bind import autocast, bind, check_qkv, no_autocast
+from .checks import as_bool
 from .spec import Mask, describe
 from .varlen import bind_packed
 
@@ -220,8 +221,9 @@ def scaled_dot_product_attention(
             window=window, alibi_slopes=alibi_slopes, sink=sink, backend=backend,
         )  # fmt: skip
     check_qkv(query, key, value, "sdpa")
-    if attn_mask is not None and is_causal:
+    if as_bool("is_causal", is_causal) and attn_mask is not None:
         raise ValueError("attn_mask: must be None when is_causal is True")
+    enable_gqa = as_bool("enable_gqa", enable_gqa)
     lead = _lead(query, key, value, enable_gqa)
     q, k, v = (_four_dims(x, lead, enable_gqa) for x in (query, key, value))
     if attn_mask is not None:

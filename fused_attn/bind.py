@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import as_bool, as_float, as_int
 from .scores import Bilinear, Distance, Score
 from .spec import (
     ALIGNMENTS,
@@ -26,13 +27,6 @@ from .spec import (
     describe,
     diagonal_offset,
 )
-
-
-def _number(name: str, x: Any) -> Any:
-    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: expected a float or a tensor, got {describe(x)}")
-    return float(x) if isinstance(x, (int, float)) else x
-
 
 NAMES = {"sdpa": ("query", "key", "value")}
 HEADS = {"bshd": 2}
@@ -118,7 +112,7 @@ def bind(
         mask = Mask.tensor(mask)
     elif not isinstance(mask, Mask):
         raise TypeError(f"mask: expected a bool tensor or a fused_attn.Mask, got {describe(mask)}")
-    if causal:
+    if as_bool("causal", causal):
         mask = mask & Mask.causal(alignment)
     if window is not None:
         mask = mask & Mask.window(*check_window(window), alignment)
@@ -132,13 +126,13 @@ def bind(
     if isinstance(scale, Tensor):
         check_parameter("scale", scale, q, (), (heads,))
     elif scale is not None:
-        scale = _number("scale", scale)
+        scale = as_float("scale", scale, "a float or a tensor")
     else:
         scale = q.shape[3] ** -0.5 if score is None else score.default_scale(q.shape[3])
     if isinstance(softcap, Tensor):
         check_parameter("softcap", softcap, q, ())
     elif softcap is not None:
-        softcap = _number("softcap", softcap)
+        softcap = as_float("softcap", softcap, "a float or a tensor")
         if not softcap > 0:
             raise ValueError(f"softcap: must be > 0, got {softcap}")
     if softcap is not None and isinstance(score, Distance):
@@ -152,11 +146,12 @@ def bind(
             raise TypeError(f"sink: expected a tensor, got {describe(sink)}")
         check_parameter("sink", sink, q, (heads,))
 
-    _check_normalizer(normalizer, sink is not None, bool(return_lse))
+    return_lse = as_bool("return_lse", return_lse)
+    _check_normalizer(normalizer, sink is not None, return_lse)
 
     return Problem(
         q, k, v, scale, softcap, bias, alibi_slopes, sink, mask=allowed, span=span, pattern=pattern,
-        offset=offset, dropout=_dropout(dropout_p, seed, q), return_lse=bool(return_lse),
+        offset=offset, dropout=_dropout(dropout_p, seed, q), return_lse=return_lse,
         deterministic=_deterministic(deterministic), normalizer=normalizer, score=score, ragged=ragged,
     )  # fmt: skip
 
@@ -181,15 +176,15 @@ def _check_normalizer(normalizer: Any, sink: bool, return_lse: bool) -> None:
 
 
 def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
-    p = _number("dropout_p", p)
+    p = as_float("dropout_p", p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p: must lie in [0, 1], got {p}")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim != 0:
             raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {describe(seed)}")
         seed = seed.to(q.device)
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed: expected None, an int or a 0-d int64 tensor, got {describe(seed)}")
+    elif seed is not None:
+        seed = as_int("seed", seed, "None, an int or a 0-d int64 tensor")
     if p == 0.0:
         return None
     if isinstance(seed, Tensor):
@@ -203,7 +198,8 @@ def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
 
 
 def _deterministic(asked: bool | None) -> bool:
-    return torch.are_deterministic_algorithms_enabled() or asked is None or bool(asked)
+    wanted = asked is None or as_bool("deterministic", asked, "None or a bool")
+    return wanted or torch.are_deterministic_algorithms_enabled()
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -11,45 +11,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LONGEST = 80  # characters of a value in an error message
+
 
 def describe(x: Any) -> str:
-    return f"{x.dtype} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r}"
-
-
-def _is_bool(x: Any) -> bool:
-    """bool, numpy.bool_, and 0-d arrays and tensors of either."""
+    """The type and value of an argument, for an error message; of a tensor or an array its dtype and shape."""
     if isinstance(x, Tensor):
-        return x.ndim == 0 and x.dtype == torch.bool
-    return isinstance(x, bool) or (getattr(x, "ndim", None) == 0 and str(getattr(x, "dtype", "")) == "bool")
+        return f"{x.dtype} tensor of shape {tuple(x.shape)}"
+    kind = type(x).__name__
+    if hasattr(x, "__array__") and getattr(x, "shape", None):
+        return f"{kind} of shape {tuple(x.shape)}"
+    value = repr(x)
+    return f"{kind} {value if len(value) <= LONGEST else value[: LONGEST - 3] + '...'}"
 
 
-def as_int(name: str, x: Any) -> int:
-    """x as an int, from anything with `__index__`: Python's and numpy's integers, 0-d tensors. A SymInt stays one."""
+def as_int(name: str, x: Any, allowed: str = "an int") -> int:
+    """A whole number: of Python, of numpy, a 0-d integer tensor, or anything with `__index__` that is no bool.
+
+    allowed: what the error says was expected.
+    """
     if type(x) is int or isinstance(x, torch.SymInt):
         return x  # type: ignore[return-value]
-    if hasattr(x, "__index__") and not _is_bool(x) and not getattr(x, "ndim", 0):
-        with contextlib.suppress(TypeError):
+    x = _traceable(x)
+    if isinstance(x, Tensor):
+        if x.ndim == 0 and x.dtype != torch.bool and not x.is_floating_point() and not x.is_complex():
+            return int(x)
+    elif not isinstance(x, bool) and hasattr(x, "__index__"):
+        with contextlib.suppress(TypeError):  # numpy's bools and arrays have the method, which refuses
             return operator.index(x)
-    raise TypeError(f"{name}: expected an int, got {describe(x)}")
+    raise TypeError(f"{name}: expected {allowed}, got {describe(x)}")
 
 
-def as_float(name: str, x: Any) -> float:
-    """x as a float, from anything with `__float__` or `__index__`. SymFloat and SymInt stay what they are."""
+def as_float(name: str, x: Any, allowed: str = "a float") -> float:
+    """A real number: of Python, of numpy, a 0-d tensor without a gradient, or anything with `__float__` or `__index__`.
+
+    Bools, strings and complex numbers are refused. allowed: what the error says was expected.
+    """
     if type(x) is float or isinstance(x, (torch.SymFloat, torch.SymInt)):
         return x  # type: ignore[return-value]
-    if isinstance(x, Tensor) and x.requires_grad:
-        raise TypeError(f"{name}: expected a number, which has no gradient, got {describe(x)} that requires grad")
-    if not isinstance(x, str) and not _is_bool(x) and not getattr(x, "ndim", 0):
-        with contextlib.suppress(TypeError, RuntimeError):  # torch raises the second for complex numbers
-            return float(x if hasattr(x, "__float__") else operator.index(x))
-    raise TypeError(f"{name}: expected a float, got {describe(x)}")
+    if type(x) is int:
+        return float(x)
+    x = _traceable(x)
+    if isinstance(x, Tensor):
+        if x.requires_grad:
+            raise TypeError(f"{name}: expected a number, which has no gradient, got {describe(x)} that requires grad")
+        if x.ndim == 0 and x.dtype != torch.bool and not x.is_complex():
+            return float(x)
+    elif (hasattr(x, "__float__") or hasattr(x, "__index__")) and not isinstance(x, bool) and _real(x):
+        return float(x)
+    raise TypeError(f"{name}: expected {allowed}, got {describe(x)}")
 
 
-def as_bool(name: str, x: Any) -> bool:
-    """x as a bool, from Python's, numpy's and 0-d tensors of bools. Other objects have a truth value that misleads."""
-    if not _is_bool(x):
-        raise TypeError(f"{name}: expected a bool, got {describe(x)}")
-    return bool(x)
+def as_bool(name: str, x: Any, allowed: str = "a bool") -> bool:
+    """True or False: of Python, of numpy, or a 0-d bool tensor. Words and numbers, 0 and 1 too, are refused."""
+    if type(x) is bool or isinstance(x, torch.SymBool):
+        return x  # type: ignore[return-value]
+    x = _traceable(x)
+    if isinstance(x, Tensor):
+        if x.ndim == 0 and x.dtype == torch.bool:
+            return bool(x)
+    elif getattr(getattr(x, "dtype", None), "kind", "") == "b" and x.shape == ():
+        return bool(x)
+    raise TypeError(f"{name}: expected {allowed}, got {describe(x)}")
+
+
+def _traceable(x: Any) -> Any:
+    """A number of numpy as a tensor while torch.compile traces it, when it is an array that has no dtype."""
+    return torch.as_tensor(x) if torch.compiler.is_compiling() and hasattr(x, "__array__") else x
+
+
+def _real(x: Any) -> bool:
+    """Not one of numpy's bools, complex numbers, times, strings, objects or arrays, of which it makes floats too."""
+    return getattr(getattr(x, "dtype", None), "kind", "f") not in "bcmMOSU" and not getattr(x, "shape", None)
 
 
 def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
@@ -84,13 +117,15 @@ def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...], what: str 
 
 def check_window(window: Any) -> tuple[int | None, int | None]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window: expected a pair (left, right), got {window!r}")
-    for side, x in zip(("left", "right"), window, strict=True):
-        if x is not None and (isinstance(x, bool) or not isinstance(x, int)):
-            raise TypeError(f"window: {side} must be None or an int, got {x!r}")
+        raise TypeError(f"window: expected a pair (left, right), got {describe(window)}")
+    left, right = (
+        None if x is None else as_int(f"window: {side}", x, "None or an int")
+        for side, x in zip(("left", "right"), window, strict=True)
+    )
+    for side, x in (("left", left), ("right", right)):
         if x is not None and x < 0:
             raise ValueError(f"window: {side} must be None or >= 0, got {x}")
-    return tuple(window)
+    return left, right
 
 
 _debugging: ContextVar[bool] = ContextVar("fused_attn_debugging", default=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+import fractions
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ INTEGERS = [
     np.int8(3),
     np.uint16(3),
     np.int64(3),
+    np.uint64(3),
     np.array(3),
     torch.tensor(3),
     torch.tensor(3, dtype=torch.uint8),
@@ -43,6 +46,8 @@ FLOATS = [
     np.array(3.0),
     torch.tensor(3.0),
     torch.tensor(3.0).half(),
+    fractions.Fraction(3),
+    decimal.Decimal(3),
     Real(),
 ]
 NEITHER = [
@@ -56,7 +61,11 @@ NEITHER = [
     np.array([3]),
     torch.tensor([3]),
     3j,
+    np.complex64(3),
     torch.tensor(3j),
+    b"3",
+    np.str_("3"),
+    np.timedelta64(3),
 ]
 
 
@@ -96,7 +105,18 @@ def test_flags(x: Any) -> None:
     assert as_bool("flag", ~x if not isinstance(x, bool) else False) is False
 
 
-@pytest.mark.parametrize("x", [None, "false", "never", 1, 0.0, [], torch.tensor(1), torch.tensor([True])], ids=kind)
+@pytest.mark.parametrize(
+    "x",
+    [None, "false", "never", 0, 1, 0.0, [], np.int64(1), np.array([True]), torch.tensor(1), torch.tensor([True])],
+    ids=kind,
+)
 def test_no_flags(x: Any) -> None:
     with pytest.raises(TypeError, match="flag: expected a bool, got"):
         as_bool("flag", x)
+
+
+@pytest.mark.parametrize("x", [np.zeros((100, 100)), list(range(1000)), "x" * 1000], ids=["array", "list", "str"])
+def test_messages_hold_no_whole_array(x: Any) -> None:
+    with pytest.raises(TypeError, match=r"^n: expected a float, got ") as error:
+        as_float("n", x)
+    assert len(str(error.value)) < 150
