@@ -202,10 +202,17 @@ def _deterministic(asked: bool | None) -> bool:
     return wanted or torch.are_deterministic_algorithms_enabled()
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. Those that have none, such as meta, raise when they are asked."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, q, k and v in its dtype, as torch's own ops take them."""
     device = next((x.device.type for x in tensors if isinstance(x, Tensor)), None)
-    if device is None or not torch.is_autocast_enabled(device):
+    if device is None or not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float16, torch.bfloat16, torch.float32)
@@ -214,6 +221,6 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
     """Autocast has done its work on the inputs; inside, it would change the types of the products."""
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device.type):
         return torch.autocast(q.device.type, enabled=False)
     return contextlib.nullcontext()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import decode_ops, dispatch
-from .bind import bind, no_autocast
+from .bind import autocasts, bind, no_autocast
 from .cached import Cache, Decode, Rotary
 from .checks import check_parameter, describe
 from .spec import DTYPES, Problem
@@ -131,7 +131,7 @@ def attention_decode(
 def _autocast(q: Any, cache: Any, *new: Any) -> tuple[Any, ...]:
     """Under autocast, what is no cache in the type of the cache, if that is autocast's: caches are not copied."""
     given = (q, *new)
-    if not isinstance(cache, Tensor) or not torch.is_autocast_enabled(cache.device.type):
+    if not isinstance(cache, Tensor) or not autocasts(cache.device.type):
         return given
     dtype = torch.get_autocast_dtype(cache.device.type)
     if cache.dtype != dtype:

@@ -109,8 +109,9 @@ def _copyable(x: Tensor) -> bool:
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether x lies on a grid of 16 bytes. Who traces or transforms has no addresses; the operator will ask again."""
-    if torch.compiler.is_compiling():
+    """Whether x lies on a grid of 16 bytes. True where there is no address to ask, as while tracing or in a subclass:
+    the operator asks again."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return True
     try:
         return x.data_ptr() % 16 == 0
