@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import storage
 from .checks import readable
 from .spec import Problem, Span, memory_order
 
@@ -126,15 +127,69 @@ class Cache:
                     f" sequence {b}, got {int(leftpad[b])}"
                 )
         if self.table is not None:
-            start = torch.arange(self.table.shape[1], device=self.table.device) * self.page
-            used = (start < ends) & (start + self.page > (0 if leftpad is None else leftpad[:, None]))
-            wrong = used & ((self.table < 0) | (self.table >= len(self.k)))
+            wrong = self._used(self.table, leftpad) & ((self.table < 0) | (self.table >= len(self.k)))
             if wrong.any():
                 b, i = wrong.nonzero()[0].tolist()
                 raise ValueError(
                     f"page_table: expected pages 0 <= id < {len(self.k)} for the keys of each sequence,"
                     f" got {int(self.table[b, i])} at ({b}, {i})"
                 )
+
+    def check_writes(self, leftpad: Tensor | None = None) -> None:
+        """That the new keys and values of a sequence overwrite nothing of another one, after `check`.
+
+        Addresses are always compared; what index tensors hold is looked at as in `check`.
+        """
+        if not self.added:
+            return
+        for name, x in (("k_cache", self.k), ("v_cache", self.v)):
+            if storage.overlaps_itself(x):
+                raise ValueError(
+                    f"{name}: expected memory of its own for every element, into which new keys are written, got shape"
+                    f" {tuple(x.shape)} with strides {x.stride()}; clone() an expanded tensor"
+                )
+        if storage.overlap(self.k, self.v):
+            raise ValueError("v_cache: expected memory of its own beside k_cache, into which new keys are written")
+        if not readable(self.k):
+            return
+        if self.index is not None and len(self.index.unique()) < len(self.index):
+            rows, counts = self.index.unique(return_counts=True)
+            row = int(rows[counts > 1][0])
+            which = (self.index == row).nonzero().flatten().tolist()
+            raise ValueError(
+                f"cache_batch_idx: sequences {', '.join(map(str, which))} append to row {row}; expected a row of its"
+                " own for each"
+            )
+        if self.table is not None and self.lengths is not None:
+            self._check_written_pages(self.table, self.lengths.long()[:, None], leftpad)
+
+    def _used(self, table: Tensor, leftpad: Tensor | None) -> Tensor:
+        """bool (B, pages): the entries of a table whose pages hold keys of their sequence."""
+        ends = self.capacity if self.lengths is None else self.lengths.long()[:, None] + self.added
+        start = self._page_starts(table)
+        return (start < ends) & (start + self.page > (0 if leftpad is None else leftpad[:, None]))
+
+    def _page_starts(self, table: Tensor) -> Tensor:
+        """(pages,): the first key of each."""
+        return torch.arange(table.shape[1], device=table.device) * self.page
+
+    def _check_written_pages(self, table: Tensor, lengths: Tensor, leftpad: Tensor | None) -> None:
+        """That no slot where a new key is written belongs to two entries of the table. lengths: (B, 1)."""
+        used = self._used(table, leftpad)
+        start = self._page_starts(table)
+        held = (lengths + self.added - start).clamp(0, self.page)[used]  # slots of the page, from 0
+        written = (lengths - start).clamp(0, self.page)[used]  # the first slot that is written; none: the page's size
+        pages, at = table[used].unique(return_inverse=True)
+        first = held.new_full((len(pages),), self.page).scatter_reduce(0, at, written, "amin")
+        hit = held > first[at]
+        owners = torch.zeros_like(first).scatter_add(0, at, hit.long())
+        if (owners > 1).any():
+            page = int((owners > 1).nonzero()[0])
+            which = used.nonzero()[:, 0][hit & (at == page)].tolist()
+            raise ValueError(
+                f"page_table: page {int(pages[page])} holds keys of sequences {', '.join(map(str, which))} where one of"
+                " them appends; expected pages of its own there for each, as PagedKVCache.extend gives them"
+            )
 
 
 def _check_within(name: str, x: Tensor, least: int, most: int, why: str) -> None:

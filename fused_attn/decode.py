@@ -10,7 +10,7 @@ from torch import Tensor
 from . import decode_ops, dispatch
 from .bind import autocasts, bind, no_autocast
 from .cached import Cache, Decode, Rotary
-from .checks import check_parameter, describe
+from .checks import as_bool, as_int, check_parameter, describe
 from .spec import DTYPES, Problem
 
 
@@ -62,8 +62,7 @@ def attention_decode(
             "RoFormer", 2021. Only with k_new.
         tree_mask: bool (B, M, M) or (1, M, M): which of a sequence's last M keys each row may see, for speculative
             decoding; the keys before them it sees as without.
-        cache_batch_idx: int32 (B,): which row of the caches each sequence has; two that append must not share one. Not
-            with page_table.
+        cache_batch_idx: int32 (B,): which row of the caches each sequence has. Not with page_table.
         cache_leftpad: int32 (B,): the first key of each sequence; those before it are never read.
         scale: multiplies the score, D ** -0.5 when None; a float, or a tensor () or (Hq,).
         causal: row i sees no key behind its own position. window: (left, right) keys around it, None being unbounded.
@@ -75,6 +74,9 @@ def attention_decode(
             answer do not depend on what else is in the batch, nor on its place there. Not with num_splits.
         return_lse: also return lse.
         backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
+
+    Sequences that append share no slot: with k_new, cache_batch_idx names no row twice, no page in which one sequence
+    writes holds that slot for another, and k_cache and v_cache are neither expanded nor overlap.
 
     Returns:
         out (B, M, Hq, Dv) in q's dtype, its memory order following q's; or (out, lse) with lse (B, Hq, M) float32
@@ -94,6 +96,7 @@ def attention_decode(
     >>> out.shape, torch.equal(cache[0, 1, 7], k[1, 0])
     (torch.Size([2, 1, 16, 64]), True)
     """
+    batch_invariant, return_lse = as_bool("batch_invariant", batch_invariant), as_bool("return_lse", return_lse)
     q, k_new, v_new = _autocast(q, k_cache, k_new, v_new)
     _check_caches(q, k_cache, v_cache, page_table is not None, cache_batch_idx is not None)
     _check_no_gradient(
@@ -113,16 +116,16 @@ def attention_decode(
         turn = None if rotary is None else _rotary(rotary, q, k_new is not None)
         if k_new is not None or v_new is not None:
             _check_new(k_new, v_new, cache, q.shape[0])
-        _check_splits(num_splits, batch_invariant)
+        num_splits = None if num_splits is None else _splits(num_splits, batch_invariant)
         name, words = dispatch.choose(words, backend, task="decoding")
         left, right = words.span.left, words.span.right
         if k_new is not None and v_new is not None:
             moves = left is not None or right is not None
-            q = decode_ops.append(cache, k_new, v_new, q, turn, moves, name)
+            q = decode_ops.append(cache, cache_leftpad, k_new, v_new, q, turn, moves, name)
             cache = Cache(k_cache, v_cache, cache_seqlens, page_table, cache_batch_idx, added=k_new.shape[1])
         asked = Decode(
             q, cache, words.scale, words.softcap, words.slopes, words.sink, None if left is None else -left, right,
-            cache_leftpad, tree_mask, num_splits, bool(batch_invariant),
+            cache_leftpad, tree_mask, num_splits, batch_invariant,
         )  # fmt: skip
         out, lse = decode_ops.decode(asked, name)
     return (out, lse) if return_lse else out
@@ -139,7 +142,7 @@ def _autocast(q: Any, cache: Any, *new: Any) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
 
-def _check_kind(name: str, x: Any, like: Tensor | None = None, shape: str = "4 dimensions") -> None:
+def _check_kind(name: str, x: Any, like: Tensor | None = None, shape: str = "4 dimensions", hint: str = "") -> None:
     """A 4-d floating tensor, of the dtype and device of q, which is `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
@@ -150,16 +153,18 @@ def _check_kind(name: str, x: Any, like: Tensor | None = None, shape: str = "4 d
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected q's device {like.device}, got {x.device}")
     if x.ndim != 4:
-        raise ValueError(f"{name}: expected {shape}, got shape {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected {shape}, got shape {tuple(x.shape)}{hint}")
     if x.shape[-1] == 0:
         raise ValueError(f"{name}: the head dim must be at least 1, got shape {tuple(x.shape)}")
 
 
 def _check_caches(q: Any, k: Any, v: Any, paged: bool, indexed: bool) -> None:
-    lies = "(P, page, Hkv, D)" if paged else "(B, N, Hkv, D)"
+    lies = "pages (P, page size, Hkv, D)" if paged else "(B, N, Hkv, D)"
+    layered = isinstance(k, Tensor) and k.ndim == 5
+    layers = "; of a PagedKVCache, k[layer] and v[layer] are taken, with page_table" if layered else ""
     _check_kind("q", q, shape="(B, M, Hq, D)")
-    _check_kind("k_cache", k, q, lies)
-    _check_kind("v_cache", v, q, lies)
+    _check_kind("k_cache", k, q, lies, layers)
+    _check_kind("v_cache", v, q, lies, layers)
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k_cache: expected q's head dim {q.shape[3]}, got shape {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
@@ -170,7 +175,13 @@ def _check_caches(q: Any, k: Any, v: Any, paged: bool, indexed: bool) -> None:
         raise ValueError(f"k_cache: expected q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"k_cache: {kv_heads} key-value heads do not divide the {heads} query heads")
+        where = "(B, M, Hq, D), k_cache " + lies
+        flipped = q.shape[1] and k.shape[1] and q.shape[1] % k.shape[1] == 0
+        hint = "; these look heads-first: transpose(1, 2) them" if flipped else ""
+        raise ValueError(
+            f"k_cache: {kv_heads} key-value heads do not divide the {heads} query heads; expected q {where}, got"
+            f" {tuple(q.shape)} and {tuple(k.shape)}{hint}"
+        )
 
 
 def _check_indices(name: str, x: Any, q: Tensor, *shape: int | None) -> None:
@@ -246,20 +257,16 @@ def _rotary(given: Any, q: Tensor, appends: bool) -> Rotary:
             raise ValueError(
                 f"rotary: expected {name} of shape (S, R / 2) with R <= {q.shape[3]}, like cos, got {tuple(x.shape)}"
             )
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"rotary: expected a bool for interleaved, got {describe(interleaved)}")
-    return Rotary(cos, sin, interleaved)
+    return Rotary(cos, sin, as_bool("rotary's interleaved", interleaved))
 
 
-def _check_splits(splits: Any, batch_invariant: bool) -> None:
-    if splits is None:
-        return
-    if isinstance(splits, bool) or not isinstance(splits, int):
-        raise TypeError(f"num_splits: expected None or an int, got {describe(splits)}")
+def _splits(given: Any, batch_invariant: bool) -> int:
+    splits = as_int("num_splits", given)
     if splits < 1:
         raise ValueError(f"num_splits: must be at least 1, got {splits}")
     if batch_invariant:
         raise ValueError(f"num_splits: not with batch_invariant, which cuts at fixed places; got {splits}")
+    return splits
 
 
 def _check_no_gradient(**tensors: Any) -> None:

@@ -23,8 +23,8 @@ SEQUENTIAL = {"tiled": tiled.forward, "reference": reference.attention}  # one s
 _library = torch.library.Library("fused_attn", "FRAGMENT")
 _library.define(
     "append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? page_table, Tensor? index, "
-    "Tensor k_new, Tensor v_new, Tensor q, Tensor? cos, Tensor? sin, bool interleaved, bool advance, str backend) "
-    "-> Tensor"
+    "Tensor? leftpad, Tensor k_new, Tensor v_new, Tensor q, Tensor? cos, Tensor? sin, bool interleaved, bool advance, "
+    "str backend) -> Tensor"
 )
 _library.define(
     "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? lengths, Tensor? page_table, Tensor? index, "
@@ -42,23 +42,40 @@ def launcher() -> Any:
 # ------------------------------------------------------------------------------------------------------------ append
 
 
-def append(cache: Cache, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None, advance: bool, backend: str) -> Tensor:
-    """Write k and v, rotated, behind the sequences of a cache, and return q, rotated."""
+def append(
+    cache: Cache, leftpad: Tensor | None, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None, advance: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """Write k and v, rotated, after the keys of each sequence, and return q, rotated."""
     cos, sin, interleaved = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
     turned = torch.ops.fused_attn.append(
-        cache.k, cache.v, cache.lengths, cache.table, cache.index, k, v, q, cos, sin, interleaved, advance, backend
+        cache.k,
+        cache.v,
+        cache.lengths,
+        cache.table,
+        cache.index,
+        leftpad,
+        k,
+        v,
+        q,
+        cos,
+        sin,
+        interleaved,
+        advance,
+        backend,
     )
     return q if rotary is None else turned
 
 
 def _append(
     k_cache: Tensor, v_cache: Tensor, lengths: Tensor, table: Tensor | None, index: Tensor | None,
-    k: Tensor, v: Tensor, q: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, advance: bool,
-    backend: str,
+    leftpad: Tensor | None, k: Tensor, v: Tensor, q: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+    advance: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     cache = Cache(k_cache, v_cache, lengths, table, index, added=k.shape[1])
     rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved)
-    cache.check()
+    cache.check(leftpad)
+    cache.check_writes(leftpad)
     if rotary is not None:
         rotary.check(cache, max(k.shape[1], q.shape[1] if advance else 1))
     if backend == "triton":
@@ -71,7 +88,7 @@ def _append(
 
 
 def _append_fake(*args: Any) -> Tensor:
-    q, cos = args[7:9]
+    q, cos = args[8:10]
     return q.new_empty(0 if cos is None else q.shape)
 
 

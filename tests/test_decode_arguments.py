@@ -1,0 +1,156 @@
+"""Arguments of attention_decode: numbers and flags of any kind, and what a wrong one is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fused_attn
+from fused_attn import BackendError, PagedKVCache, attention_decode
+
+
+def tensors(b: int = 2, m: int = 1, n: int = 32, hq: int = 4, hkv: int = 2, d: int = 16) -> tuple[Tensor, ...]:
+    return torch.randn(b, m, hq, d), torch.randn(b, n, hkv, d), torch.randn(b, n, hkv, d)
+
+
+def ints(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "q_rank": ({"q": torch.zeros(2, 4, 16)}, ValueError, r"q: expected \(B, M, Hq, D\), got shape \(2, 4, 16\)"),
+    "q_type": ({"q": [1]}, TypeError, "q: expected a tensor, got list"),
+    "k_dtype": ({"k_cache": torch.zeros(2, 32, 2, 16).half()}, TypeError, "k_cache: expected q's torch.float32"),
+    "k_dim": ({"k_cache": torch.zeros(2, 32, 2, 8)}, ValueError, "k_cache: expected q's head dim 16"),
+    "k_batch": ({"k_cache": torch.zeros(3, 32, 2, 16), "v_cache": torch.zeros(3, 32, 2, 16)}, ValueError,
+                "k_cache: expected q's batch size 2"),
+    "v_shape": ({"v_cache": torch.zeros(2, 31, 2, 16)}, ValueError, "v_cache: expected .* of k_cache"),
+    "heads": ({"q": torch.zeros(2, 1, 3, 16)}, ValueError, "2 key-value heads do not divide the 3 query heads"),
+    "lengths_dtype": ({"cache_seqlens": torch.zeros(2)}, TypeError, "cache_seqlens: expected an int32 tensor"),
+    "lengths_shape": ({"cache_seqlens": ints(1, 2, 3)}, ValueError, r"cache_seqlens: expected shape \(2,\)"),
+    "lengths_negative": ({"cache_seqlens": ints(3, -1)}, ValueError, r"cache_seqlens: .* got -1 at \(1,\)"),
+    "lengths_beyond": ({"cache_seqlens": ints(33, 1)}, ValueError, r"cache_seqlens: .*room for 32, got 33 at \(0,\)"),
+    "no_room": ({"cache_seqlens": ints(3, 32), "k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)},
+                ValueError, "cache_seqlens: expected 0 <= cache_seqlens <= 31 with 1 new keys and room for 32, got 32"),
+    "new_alone": ({"cache_seqlens": ints(1, 1), "k_new": torch.zeros(2, 1, 2, 16)}, ValueError,
+                  "v_new: expected a tensor beside k_new"),
+    "new_without_lengths": ({"k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)}, ValueError,
+                            "cache_seqlens: expected int32"),
+    "new_shape": ({"cache_seqlens": ints(1, 1), "k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 2, 2, 16)},
+                  ValueError, r"v_new: expected shape \(B, T, Hkv, D\) = \(2, 1, 2, 16\)"),
+    "rotary_alone": ({"rotary": (torch.zeros(9, 4), torch.zeros(9, 4), False)}, ValueError, "rotary: only with k_new"),
+    "rotary_pair": ({"rotary": (1, 2)}, TypeError, "rotary: expected"),
+    "tree_shape": ({"tree_mask": torch.ones(2, 2, 2, dtype=torch.bool)}, ValueError, "tree_mask: expected shape"),
+    "tree_dtype": ({"tree_mask": torch.ones(2, 1, 1)}, TypeError, "tree_mask: expected a bool tensor"),
+    "index_beyond": ({"cache_batch_idx": ints(0, 2)}, ValueError, r"cache_batch_idx: expected .* got 2 at \(1,\)"),
+    "index_and_table": ({"cache_batch_idx": ints(0, 1), "page_table": ints([0], [1])}, ValueError, "not with"),
+    "leftpad": ({"cache_seqlens": ints(3, 3), "cache_leftpad": ints(0, 4)}, ValueError, "cache_leftpad: .* got 4"),
+    "page_beyond": ({"page_table": ints([0], [2])}, ValueError, r"page_table: .*0 <= id < 2.*got 2 at \(1, 0\)"),
+    "page_negative": ({"page_table": ints([0, -1], [1, 0])}, ValueError, r"page_table: .*got -1 at \(0, 1\)"),
+    "lengths_long": ({"cache_seqlens": torch.zeros(2, dtype=torch.int64)}, TypeError,
+                     "cache_seqlens: expected an int32 tensor, got torch.int64"),
+    "lengths_short": ({"cache_seqlens": torch.zeros(2, dtype=torch.uint8)}, TypeError,
+                      "cache_seqlens: expected an int32 tensor, got torch.uint8"),
+    "lengths_elsewhere": ({"cache_seqlens": ints(1, 1).to("meta")}, ValueError,
+                          "cache_seqlens: expected q's device cpu, got meta"),
+    "leftpad_elsewhere": ({"cache_leftpad": ints(1, 1).to("meta")}, ValueError,
+                          "cache_leftpad: expected q's device cpu, got meta"),
+    "splits_float": ({"num_splits": 2.0}, TypeError, "num_splits: expected an int, got float 2.0"),
+    "splits_bool": ({"num_splits": np.True_}, TypeError, "num_splits: expected an int, got"),
+    "invariant": ({"batch_invariant": "no"}, TypeError, "batch_invariant: expected a bool, got str 'no'"),
+    "lse": ({"return_lse": 1}, TypeError, "return_lse: expected a bool, got int 1"),
+    "heads_first": ({"q": torch.zeros(2, 4, 1, 16), "k_cache": torch.zeros(2, 2, 32, 16),
+                     "v_cache": torch.zeros(2, 2, 32, 16)}, ValueError,
+                    r"k_cache: 32 key-value heads do not divide the 1 query heads; expected q \(B, M, Hq, D\), k_cache"
+                    r" \(B, N, Hkv, D\), got \(2, 4, 1, 16\) and \(2, 2, 32, 16\); these look heads-first: transpose"),
+    "pages_rank": ({"k_cache": torch.zeros(4, 2, 16), "page_table": ints([0], [1])}, ValueError,
+                   r"k_cache: expected pages \(P, page size, Hkv, D\), got shape \(4, 2, 16\)$"),
+    "splits": ({"num_splits": 0}, ValueError, "num_splits: must be at least 1, got 0"),
+    "splits_invariant": ({"num_splits": 2, "batch_invariant": True}, ValueError, "num_splits: not with"),
+    "sigmoid": ({"normalizer": "sigmoid"}, ValueError, "normalizer: expected"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap: must be > 0"),
+    "window": ({"window": (-1, 0)}, ValueError, "window: left must be None or >= 0"),
+    "backend": ({"backend": "sdpa"}, BackendError, "sdpa.*decodes from no cache"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name: str) -> None:
+    given, kind, message = WRONG[name]
+    q, k, v = (torch.zeros(2, n, h, 16) for n, h in ((1, 4), (32, 2), (32, 2)))
+    arguments = {"q": q, "k_cache": k, "v_cache": v, "backend": "tiled"} | given
+    with pytest.raises(kind, match=message):
+        attention_decode(**arguments)
+
+
+@pytest.mark.parametrize("table", (None, ints([0], [1])))
+def test_a_paged_cache_is_one_of_layers(table: Tensor | None) -> None:
+    cache, q = PagedKVCache(2, 32, 2, 16), tensors()[0]
+    with pytest.raises(
+        ValueError, match=r"k_cache: .* \(1, 2, 32, 2, 16\); of a PagedKVCache, k\[layer\] and v\[layer\]"
+    ):
+        attention_decode(q, cache.k, cache.v, page_table=table)
+
+
+@pytest.mark.parametrize(
+    "two", (np.int8(2), np.uint64(2), torch.tensor(2), torch.tensor(2, dtype=torch.int16)), ids=repr
+)
+def test_numbers_and_flags_of_any_kind(two: Any) -> None:
+    q, k, v = tensors()
+    new, angles = torch.randn(2, 1, 2, 16), torch.randn(40, 4)
+    words = {"cache_seqlens": ints(3, 9), "k_new": new, "v_new": new}
+
+    def run(splits: Any, yes: Any) -> tuple[Tensor, ...]:
+        return attention_decode(
+            q, k.clone(), v.clone(), **words, num_splits=splits, rotary=(angles, angles, yes), return_lse=yes,
+        )  # fmt: skip
+
+    for yes in (np.True_, torch.tensor(True)):
+        assert all(torch.equal(x, y) for x, y in zip(run(two, yes), run(2, True), strict=True))
+
+
+def test_a_table_may_hold_anything_behind_the_keys() -> None:
+    q, k, v = tensors()
+    table = ints([0, 99], [1, -7])
+    attention_decode(q, k, v, page_table=table, cache_seqlens=ints(32, 3))
+    with pytest.raises(ValueError, match="page_table"):
+        attention_decode(q, k, v, page_table=table, cache_seqlens=ints(33, 3))
+
+
+def test_rotary_knows_its_last_position() -> None:
+    q, k, v = tensors(m=3)
+    new, angles = torch.zeros(2, 1, 2, 16), torch.zeros(10, 4)
+    words = {"cache_seqlens": ints(9, 2), "k_new": new, "v_new": new, "rotary": (angles, angles, False)}
+    attention_decode(q, k, v, **words)
+    with pytest.raises(ValueError, match="rotary: expected cos and sin of at least 12 positions, got 10"):
+        attention_decode(q, k, v, **words, causal=True)
+
+
+@pytest.mark.parametrize("name", ("q", "k_cache", "sink"))
+def test_gradients_are_refused(name: str) -> None:
+    q, k, v = tensors()
+    given = {"q": q, "k_cache": k, "v_cache": v, "sink": torch.zeros(4)}
+    given[name] = given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name}: decoding has no backward"):
+        attention_decode(**given)
+    with torch.no_grad():
+        attention_decode(**given)
+
+
+def test_autocast_casts_what_is_no_cache() -> None:
+    q, k, v = tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention_decode(q, k.bfloat16(), v.bfloat16()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match="k_cache"):
+            attention_decode(q, k.half(), v.half())
+
+
+def test_nobody_decodes_under_a_transform() -> None:
+    q, k, v = tensors()
+    with pytest.raises(NotImplementedError, match=r"torch.func transforms is not built for decoding"):
+        torch.func.vmap(lambda q: attention_decode(q[None], k[:1], v[:1]))(q)
+    assert fused_attn.attention_decode is attention_decode
