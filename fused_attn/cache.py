@@ -10,17 +10,18 @@ Who holds what is plain Python on the host; keys and values stay on the device.
 
 from __future__ import annotations
 
-import itertools
+import copy
 from collections import Counter
 from collections.abc import KeysView, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from .cached import Cache
-from .spec import DTYPES, describe
+from .checks import as_int, describe
+from .spec import DTYPES
 
 
 class CacheFullError(RuntimeError):
@@ -38,8 +39,9 @@ class CacheFullError(RuntimeError):
 class _Held:
     """A sequence: ceil(length / page_size) pages, in order."""
 
-    pages: list[int] = field(default_factory=list)
-    length: int = 0
+    name: int
+    pages: list[int]
+    length: int
 
 
 class PagedKVCache:
@@ -63,7 +65,8 @@ class PagedKVCache:
         CacheFullError (a RuntimeError): says how many pages are wanted and how many are free. ValueError, TypeError: a
         wrong argument, by name. None of them changes anything.
 
-    One thread at a time: sequences of one cache depend on each other.
+    One thread at a time: sequences of one cache depend on each other. copy and deepcopy give a cache with data of its
+    own; pickle keeps data and sequences.
 
     Two continuations of one prompt, 8 query heads, one layer:
 
@@ -97,23 +100,35 @@ class PagedKVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        value_dim = head_dim if value_dim is None else value_dim
+        layers = _count("num_layers", num_layers, 1)
+        pages = _count("num_pages", num_pages, 1)
+        self.page_size = _count("page_size", page_size, 1)
+        heads = _count("num_kv_heads", num_kv_heads, 1)
+        key_dim = _count("head_dim", head_dim, 1)
+        value_dim = key_dim if value_dim is None else _count("value_dim", value_dim, 1)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        sizes = {"num_layers": num_layers, "num_pages": num_pages, "page_size": page_size,
-                 "num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}  # fmt: skip
-        for name, size in sizes.items():
-            _check_count(name, size, 1)
         if dtype not in DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-        self.page_size = page_size
-        places = (num_layers, num_pages, page_size, num_kv_heads)
+        places = (layers, pages, self.page_size, heads)
         with torch.inference_mode(False):  # else a cache made in inference mode could not be written outside it
-            self.k = torch.empty(*places, head_dim, dtype=dtype, device=device)
+            self.k = torch.empty(*places, key_dim, dtype=dtype, device=device)
             self.v = torch.empty(*places, value_dim, dtype=dtype, device=device)
         self._held: dict[int, _Held] = {}
-        self._names = itertools.count()
-        self._holders = [0] * num_pages  # how many sequences hold each page
-        self._free = list(reversed(range(num_pages)))
+        self._next = 0  # the name of the next sequence
+        self._holders = [0] * pages  # how many sequences hold each page
+        self._free = list(reversed(range(pages)))
+
+    def __repr__(self) -> str:
+        layers, pages, page, heads, dim = self.k.shape
+        return (
+            f"PagedKVCache(num_pages={pages}, page_size={page}, num_kv_heads={heads}, head_dim={dim},"
+            f" value_dim={self.v.shape[-1]}, num_layers={layers}, dtype={self.k.dtype}, device={str(self.k.device)!r}):"
+            f" {len(self._held)} sequences, {self.pages_free} pages free"
+        )
+
+    def __copy__(self) -> PagedKVCache:
+        """Two caches that shared their data would write into each other's pages."""
+        return copy.deepcopy(self)
 
     @property
     def sequences(self) -> KeysView[int]:
@@ -131,29 +146,35 @@ class PagedKVCache:
 
     def allocate(self) -> int:
         """A new sequence, without tokens or pages."""
-        return self._add(_Held())
+        return self._add([], 0)
 
-    def fork(self, sequence: int) -> int:
-        """A new sequence with all tokens of another, in the same pages. Nothing is copied until one of them grows."""
-        found = self._find(sequence)
-        for page in found.pages:
-            self._holders[page] += 1
-        return self._add(_Held(found.pages.copy(), found.length))
+    @overload
+    def fork(self, sequence: int) -> int: ...
+    @overload
+    def fork(self, sequence: Sequence[int]) -> list[int]: ...
+    def fork(self, sequence: int | Sequence[int]) -> int | list[int]:
+        """A new sequence with all tokens of another, in the same pages. Nothing is copied until one of them grows.
+
+        Of a list or tuple of sequences, a list of new ones.
+        """
+        if isinstance(sequence, (list, tuple)):
+            return [self._fork(x) for x in self._find_all(sequence)]
+        return self._fork(self._find(sequence))
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all but the first `length` tokens of a sequence, such as those that speculation got wrong."""
         found = self._find(sequence)
-        _check_count("length", length, 0)
+        length = _count("length", length, 0)
         if length > found.length:
             raise ValueError(f"length: expected at most the sequence's {found.length}, got {length}")
-        found.length = length
-        while len(found.pages) > self._pages_of(length):
-            self._release(found.pages.pop())
+        self._truncate(found, length)
 
-    def free(self, sequence: int) -> None:
-        """End a sequence; pages that nobody else holds are free again."""
-        self.truncate(sequence, 0)
-        del self._held[sequence]
+    def free(self, sequence: int | Sequence[int]) -> None:
+        """End a sequence, or each of a list or tuple; pages that no other sequence holds are free again."""
+        one = not isinstance(sequence, (list, tuple))
+        for found in [self._find(sequence)] if one else self._find_all(sequence):
+            self._truncate(found, 0)
+            del self._held[found.name]
 
     def batch(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(page_table (B, pages), cache_seqlens (B,)), int32, as `attention_decode` takes them for these sequences.
@@ -171,7 +192,7 @@ class PagedKVCache:
         what `attention_decode` takes with `k_new` and `v_new` (B, tokens, num_kv_heads, ...), once for each layer.
         """
         found = self._find_all(sequences)
-        _check_count("tokens", tokens, 0)
+        tokens = _count("tokens", tokens, 0)
         shared = self._to_copy(found) if tokens else []
         wanted = len(shared) + sum(self._pages_of(x.length + tokens) - len(x.pages) for x in found)
         if wanted > len(self._free):
@@ -201,21 +222,34 @@ class PagedKVCache:
 
     # --- who holds what
 
-    def _add(self, held: _Held) -> int:
-        name = next(self._names)
-        self._held[name] = held
+    def _add(self, pages: list[int], length: int) -> int:
+        name = self._next
+        self._next += 1
+        self._held[name] = _Held(name, pages, length)
         return name
 
-    def _find(self, sequence: int) -> _Held:
-        if not isinstance(sequence, int) or sequence not in self._held:
-            raise ValueError(f"sequence: expected one of the cache's {len(self._held)}, got {describe(sequence)}")
-        return self._held[sequence]
+    def _fork(self, found: _Held) -> int:
+        for page in found.pages:
+            self._holders[page] += 1
+        return self._add(found.pages.copy(), found.length)
 
-    def _find_all(self, sequences: Sequence[int]) -> list[_Held]:
+    def _truncate(self, found: _Held, length: int) -> None:
+        found.length = length
+        while len(found.pages) > self._pages_of(length):
+            self._release(found.pages.pop())
+
+    def _find(self, sequence: Any) -> _Held:
+        allowed = f"one of the cache's {len(self._held)} sequences, an int that allocate() or fork() returned"
+        found = self._held.get(as_int("sequence", sequence, allowed))
+        if found is None:
+            raise ValueError(f"sequence: expected {allowed}, got {describe(sequence)}")
+        return found
+
+    def _find_all(self, sequences: Any) -> list[_Held]:
         if not isinstance(sequences, (list, tuple)):
             raise TypeError(f"sequences: expected a list or tuple of sequences, got {describe(sequences)}")
         found = [self._find(x) for x in sequences]
-        if len(set(sequences)) < len(sequences):
+        if len({x.name for x in found}) < len(found):
             raise ValueError(f"sequences: expected each only once, got {sequences}")
         return found
 
@@ -277,8 +311,8 @@ class PagedKVCache:
             raise ValueError(f"{name}: a cache has no backward; expected a tensor that requires no grad; detach() it")
 
 
-def _check_count(name: str, x: Any, least: int) -> None:
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{name}: expected an int, got {describe(x)}")
+def _count(name: str, given: Any, least: int) -> int:
+    x = as_int(name, given)
     if x < least:
         raise ValueError(f"{name}: must be >= {least}, got {x}")
+    return x

@@ -49,21 +49,9 @@ def append(
     """Write k and v, rotated, after the keys of each sequence, and return q, rotated."""
     cos, sin, interleaved = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
     turned = torch.ops.fused_attn.append(
-        cache.k,
-        cache.v,
-        cache.lengths,
-        cache.table,
-        cache.index,
-        leftpad,
-        k,
-        v,
-        q,
-        cos,
-        sin,
-        interleaved,
-        advance,
+        cache.k, cache.v, cache.lengths, cache.table, cache.index, leftpad, k, v, q, cos, sin, interleaved, advance,
         backend,
-    )
+    )  # fmt: skip
     return q if rotary is None else turned
 
 

@@ -363,18 +363,24 @@ def test_full() -> None:
 
 K, V = torch.zeros(LAYERS, 1, 2, HEADS, D), torch.zeros(LAYERS, 1, 2, HEADS, DV)
 
+NO_SEQUENCE = "sequence: expected one of the cache's 1 sequences, an int that allocate() or fork() returned"
+
 # what is done to a cache whose one sequence is 0, of 6 tokens; the error, and what it says
 WRONG: list[tuple[Callable[[PagedKVCache], Any], type[Exception], str]] = [
-    (lambda c: c.free(1), ValueError, "sequence: expected one of the cache's 1, got int 1"),
-    (lambda c: c.fork(-1), ValueError, "sequence: expected one of the cache's 1, got int -1"),
-    (lambda c: c.length("a"), ValueError, "sequence: expected one of the cache's 1, got str 'a'"),
-    (lambda c: c.truncate([0], 0), ValueError, "sequence: expected one of the cache's 1, got list [0]"),
+    (lambda c: c.free(1), ValueError, f"{NO_SEQUENCE}, got int 1"),
+    (lambda c: c.free([0, 1]), ValueError, f"{NO_SEQUENCE}, got int 1"),
+    (lambda c: c.free([0, 0]), ValueError, "sequences: expected each only once, got [0, 0]"),
+    (lambda c: c.fork(-1), ValueError, f"{NO_SEQUENCE}, got int -1"),
+    (lambda c: c.fork([0, 7]), ValueError, f"{NO_SEQUENCE}, got int 7"),
+    (lambda c: c.length("a"), TypeError, f"{NO_SEQUENCE}, got str 'a'"),
+    (lambda c: c.length(False), TypeError, f"{NO_SEQUENCE}, got bool False"),
+    (lambda c: c.truncate([0], 0), TypeError, f"{NO_SEQUENCE}, got list [0]"),
     (lambda c: c.truncate(0, 7), ValueError, "length: expected at most the sequence's 6, got 7"),
     (lambda c: c.truncate(0, -1), ValueError, "length: must be >= 0, got -1"),
     (lambda c: c.truncate(0, 1.0), TypeError, "length: expected an int, got float 1.0"),
     (lambda c: c.batch(0), TypeError, "sequences: expected a list or tuple of sequences, got int 0"),
     (lambda c: c.batch([0, 0]), ValueError, "sequences: expected each only once, got [0, 0]"),
-    (lambda c: c.extend([0, 3], 1), ValueError, "sequence: expected one of the cache's 1, got int 3"),
+    (lambda c: c.extend([0, 3], 1), ValueError, f"{NO_SEQUENCE}, got int 3"),
     (lambda c: c.extend([0], -1), ValueError, "tokens: must be >= 0, got -1"),
     (lambda c: c.extend([0], True), TypeError, "tokens: expected an int, got bool True"),
     (lambda c: c.append([0, 0], K, V), ValueError, "sequences: expected each only once"),

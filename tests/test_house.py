@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "varlen": {"bind", "checks", "dispatch", "spec"},
     "nested": {"bind", "checks", "spec", "varlen"},
     "api": {"varlen", "checks", "calls", "dispatch", "nested", "state", "bind", "spec"},
-    "cache": {"cached", "spec"},
+    "cache": {"cached", "checks", "spec"},
     "cached": {"checks", "spec", "storage"},
     "decode_ops": {"cached", "reference", "state", "tiled"},
     "decode": {"bind", "cached", "checks", "decode_ops", "dispatch", "spec"},
