@@ -155,10 +155,10 @@ class PagedKVCache:
     def fork(self, sequence: int | Sequence[int]) -> int | list[int]:
         """A new sequence with all tokens of another, in the same pages. Nothing is copied until one of them grows.
 
-        Of a list or tuple of sequences, a list of new ones.
+        Of a list or tuple of sequences, each as often as it stands there, a list of new ones.
         """
         if isinstance(sequence, (list, tuple)):
-            return [self._fork(x) for x in self._find_all(sequence)]
+            return [self._fork(x) for x in [self._find(x) for x in sequence]]
         return self._fork(self._find(sequence))
 
     def truncate(self, sequence: int, length: int) -> None:

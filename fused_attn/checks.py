@@ -156,8 +156,8 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" or _debugging.get()
 
 
-def check_starts(name: str, x: Any, total: int, device: torch.device) -> Tensor:
-    """int32 (B + 1,): from 0 to total, never descending."""
+def check_starts(name: str, x: Any, total: int | None, device: torch.device) -> Tensor:
+    """int32 (B + 1,): from 0 to total, never descending; total None: to any end."""
     if not isinstance(x, Tensor) or x.dtype != torch.int32:
         raise TypeError(f"{name}: expected an int32 tensor, got {describe(x)}")
     if x.ndim != 1 or not len(x):
@@ -166,7 +166,8 @@ def check_starts(name: str, x: Any, total: int, device: torch.device) -> Tensor:
         raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
     if readable(x):
         first, last, falls = int(x[0]), int(x[-1]), bool((x.diff() < 0).any())
-        if first != 0 or last != total or falls:
+        if first != 0 or total not in (None, last) or falls:
+            end = "any number of rows" if total is None else f"the {total} packed rows"
             what = "one that descends" if falls else f"{first} to {last}"
-            raise ValueError(f"{name}: expected starts that ascend from 0 to the {total} packed rows, got {what}")
+            raise ValueError(f"{name}: expected starts that ascend from 0 to {end}, got {what}")
     return x

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import dispatch
 from .bind import autocast, bind, check_qkv, no_autocast
-from .checks import check_starts, readable
-from .spec import ALIGNMENTS, Mask, Problem, Ragged, describe
+from .checks import as_int, check_starts, readable
+from .spec import ALIGNMENTS, Mask, Problem, Ragged
 
 
 def attention_varlen(
@@ -117,8 +117,9 @@ def _ragged(
     for name, starts, x, most in (("q", starts_q, q, max_q), ("k", starts_k, k, max_k)):
         total = x.shape[2]
         check_starts(f"cu_seqlens_{name}", starts, total, q.device)
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
-            raise TypeError(f"max_seqlen_{name}: expected None or an int >= 0, got {describe(most)}")
+        most = None if most is None else as_int(f"max_seqlen_{name}", most, "None or an int >= 0")
+        if most is not None and most < 0:
+            raise ValueError(f"max_seqlen_{name}: expected None or an int >= 0, got {most}")
         if readable(starts):
             found = int(starts.diff().max()) if len(starts) > 1 else 0
             if most is not None and found > most:

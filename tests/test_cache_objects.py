@@ -52,11 +52,11 @@ def test_copies_have_data_of_their_own(copied: Callable[[PagedKVCache], PagedKVC
 
 def test_lists_of_sequences() -> None:
     cache = filled()
-    assert cache.fork([1, 0]) == [2, 3] and cache.fork(()) == []
-    assert [cache.length(x) for x in (2, 3)] == [5, 3]
+    assert cache.fork([1, 0, 1]) == [2, 3, 4] and cache.fork(()) == []
+    assert [cache.length(x) for x in (2, 3, 4)] == [5, 3, 5]
     assert torch.equal(cache.batch([2, 3])[0], cache.batch([1, 0])[0])
     free = cache.pages_free
-    cache.free((2, 3))
+    cache.free((2, 3, 4))
     assert list(cache.sequences) == [0, 1] and cache.pages_free == free
     cache.free([0, 1])
     assert not cache.sequences and cache.pages_free == 6

@@ -6,6 +6,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -350,6 +351,11 @@ BAD: dict[str, tuple[dict[str, Any], type, str]] = {
     "heads": ({"k": torch.zeros(103, 3, 16), "v": torch.zeros(103, 3, 16)}, ValueError, "k: 3 key-value heads"),
     "dtype": ({"k": torch.zeros(103, 1, 16).half()}, TypeError, "k: expected q's torch.float32"),
     "longest": ({"max_seqlen_q": 39}, ValueError, "max_seqlen_q: a sequence is 40 long, got 39"),
+    "longest, negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q: expected None or an int >= 0, got -1"),
+    "longest, of numpy": ({"max_seqlen_q": np.uint8(39)}, ValueError, "max_seqlen_q: a sequence is 40 long, got 39"),
+    "longest, of torch": ({"max_seqlen_k": torch.tensor(69)}, ValueError, "max_seqlen_k: .* 70 long, got 69"),
+    "longest, a flag": ({"max_seqlen_k": True}, TypeError, "max_seqlen_k: expected None or an int"),
+    "short starts": ({"cu_seqlens_k": CUTS.short()}, TypeError, "cu_seqlens_k: .* int32 tensor, got torch.int16"),
     "longest, a float": ({"max_seqlen_k": 90.0}, TypeError, "max_seqlen_k: expected None or an int"),
     "alignment": ({"causal": True}, ValueError, "alignment: a causal mask or window needs"),
     "two alignments": (
@@ -370,6 +376,15 @@ def test_bad_input(name: str) -> None:
         pytest.importorskip("triton")
     with pytest.raises(error, match=message):
         attention_varlen(**changed(**words))
+
+
+@pytest.mark.parametrize("kind", (np.int8, np.uint64, torch.tensor), ids=lambda kind: kind.__name__)
+def test_the_longest_may_be_a_number_of_any_kind(kind: Any) -> None:
+    """It says the shape of a mask."""
+    words = {"mask": torch.rand(6, 1, 50, 90) < 0.5}
+    expected = attention_varlen(**changed(max_seqlen_q=50, max_seqlen_k=90, **words))
+    given = changed(max_seqlen_q=kind(50), max_seqlen_k=kind(90), **words)
+    assert torch.equal(attention_varlen(**given), expected)
 
 
 def test_explained() -> None:
