@@ -46,7 +46,17 @@ def why_not(p: Problem) -> list[str]:
         reasons.append("with a last dim that is not contiguous it stores the whole score matrix")
     if device == "cuda" and requires_grad and p.deterministic and not torch.are_deterministic_algorithms_enabled():
         reasons.append("its backward on CUDA may differ from run to run, and deterministic is True")
+    if _disabled(device):
+        reasons.append("torch.nn.attention.sdpa_kernel has disabled its kernels that need no memory for the scores")
     return reasons
+
+
+def _disabled(device: str) -> bool:
+    """Whether the caller left torch's op nothing but its math path, or nothing at all. Compilers cannot ask."""
+    enabled = torch.backends.cuda
+    if torch.compiler.is_compiling() or enabled.flash_sdp_enabled():
+        return False
+    return device == "cpu" or not (enabled.mem_efficient_sdp_enabled() or enabled.cudnn_sdp_enabled())
 
 
 def _why_not_each(p: Problem) -> list[str]:

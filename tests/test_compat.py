@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
 import fused_attn
@@ -259,3 +260,40 @@ def test_scopes_of_many_threads(arrivals: list) -> None:
         thread.join()
     assert not wrong
     assert len(arrivals) == 400
+
+
+# --- torch.nn.attention.sdpa_kernel
+
+
+def one_head_at_a_time(q: Tensor) -> Tensor:
+    packed, starts = q[0].transpose(0, 1), torch.tensor([0, 4, q.shape[2]], dtype=torch.int32)
+    return fused_attn.attention_varlen(packed, packed, packed, starts, starts, causal=True)
+
+
+KERNELS = {
+    "attention": lambda q: fused_attn.attention(q, q, q),
+    "with a mask": lambda q: fused_attn.attention(q, q, q, mask=torch.ones(7, 7, dtype=torch.bool).tril()),
+    "sdpa": lambda q: fused_attn.scaled_dot_product_attention(q, q, q, is_causal=True),
+    "varlen": one_head_at_a_time,
+    "inside scope": door.scope()(lambda q: F.scaled_dot_product_attention(q, q, q)),
+    "Jagged": lambda q: fused_attn.attention(*[torch.nested.nested_tensor_from_jagged(
+        q[0].transpose(0, 1).contiguous(), torch.tensor([0, 3, 7])).transpose(1, 2)] * 3).values(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("kernel", ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"))
+def test_torchs_choice_of_kernels(kernel: str, call: Callable) -> None:
+    """It may leave torch's function no kernel at all; ours is then computed by another backend."""
+    q = randn(1, 2, 7, 4)
+    oracle, plain = call(q.double()), call(q)
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
+        got = call(q)
+        within_budget("out", got, oracle, plain)
+        found = fused_attn.explain(q, q, q)
+        assert found.backend == ("sdpa" if kernel == "FLASH_ATTENTION" else "tiled")
+        if found.backend != "sdpa":
+            assert torch.equal(fused_attn.attention(q, q, q), fused_attn.attention(q, q, q, backend="tiled"))
+            with pytest.raises(fused_attn.BackendError, match="sdpa_kernel"):
+                fused_attn.attention(q, q, q, backend="sdpa")
+    assert fused_attn.explain(q, q, q).backend == "sdpa"
