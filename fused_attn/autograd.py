@@ -20,15 +20,11 @@ from .spec import DIFFERENTIABLE, Problem, TransformError
 def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) by the operator, with a derivative where one is wanted."""
     args = ops.flatten(p, backend)
-    if (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any(_wants(x) for x in args[: len(DIFFERENTIABLE)])
-    ):
-        return _apply(*args)
-    if torch.compiler.is_compiling():
-        # Compilers differentiate the operator itself, by the formula registered below.
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        # Compilers and torch.jit.trace record the operator, which has the formula registered below.
         return torch.ops.fused_attn.forward(*args)
+    if torch.is_grad_enabled() and any(_wants(x) for x in args[: len(DIFFERENTIABLE)]):
+        return _apply(*args)
     return _forward(*args)
 
 

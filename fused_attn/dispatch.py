@@ -70,7 +70,7 @@ def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: s
 
 
 def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def explain(p: Problem, backend: str | None = None) -> Explanation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -297,3 +298,35 @@ def test_torchs_choice_of_kernels(kernel: str, call: Callable) -> None:
             with pytest.raises(fused_attn.BackendError, match="sdpa_kernel"):
                 fused_attn.attention(q, q, q, backend="sdpa")
     assert fused_attn.explain(q, q, q).backend == "sdpa"
+
+
+# --- torch.jit
+
+
+def scripted(q: Tensor, mask: Tensor) -> Tensor:
+    causal = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True, enable_gqa=True)
+    return F.scaled_dot_product_attention(causal, q, q, mask, 0.0, scale=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_script(arrivals: list) -> None:
+    """torch.jit.script compiles torch's function, and what it compiles can be saved."""
+    q, mask = randn(1, 2, 5, 8), randn(5, 5)
+    expected, buffer = scripted(q, mask), io.BytesIO()
+    with door.scope():
+        compiled = torch.jit.script(scripted)
+        assert torch.equal(compiled(q, mask), expected)
+        torch.jit.save(compiled, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.jit.load(buffer)(q, mask), expected)
+    assert torch.equal(torch.jit.script(scripted)(q, mask), expected) and not arrivals
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_script_of_layers(arrivals: list) -> None:
+    x = randn(2, 5, 8)
+    for layer, args in ((nn.MultiheadAttention(8, 2), (x, x, x)), (nn.TransformerEncoderLayer(8, 2, 16).eval(), (x,))):
+        with door.scope():
+            inside = torch.jit.script(layer)
+        got, expected = inside(*args), torch.jit.script(layer)(*args)
+        assert torch.equal(*(y[0] if isinstance(y, tuple) else y for y in (got, expected))) and not arrivals

@@ -310,7 +310,8 @@ def arguments(**changed: Any) -> dict[str, Any]:
 
 REFUSED = [
     ("query", randn(E), ValueError, r"query: expected .* got shape \(8,\)"),
-    ("query", randn(M, E), ValueError, r"key: expected .* as many as query, got shape \(3, 10, 8\)"),
+    ("query", randn(M, E), ValueError, r"query: .* got shape \(7, 8\); a length axis is query\[:, None\]"),
+    ("key", randn(N, E), ValueError, r"key: expected \(B, length, 8\), dimensions as query's, got shape \(10, 8\)"),
     ("query", randn(B, M, E + 1), ValueError, r"query: .*length, 8.*\(3, 7, 9\)"),
     ("query", [1.0], TypeError, r"query: expected a tensor, got list"),
     ("key", randn(B + 1, N, E), ValueError, r"key: expected query's batch size 3, got shape \(4, 10, 8\)"),

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.layers import (
     H,
     N,
     agree,
+    batch,
     causal,
     few_and_many_keys,  # noqa: F401
     judge,
@@ -212,3 +214,84 @@ def test_nested_that_are_refused() -> None:
         pair()[0](x, x, x)
     with pytest.raises(NotImplementedError, match="add_zero_attn"):
         pair(batch_first=True, add_zero_attn=True)[0](x, x, x)
+
+
+# --- torch.jit
+
+
+def test_trace() -> None:
+    """With gradients enabled too, torch.jit.trace agrees with itself and records a layer that can be trained."""
+    ours, theirs = pair(batch_first=True)
+    x = randn(B, N, E)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes become constants, and torch says so of each
+        traced = torch.jit.trace(ours, (x, x, x))
+    leaves = {"argument 2": x.requires_grad_()} | dict(ours.named_parameters())
+    call = theirs, (x, x, x), {}
+    judge(outputs_and_gradients(traced(x, x, x), leaves), (run(call, torch.float32), run(call, torch.float64)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    (lambda: MultiheadAttention(E, H), lambda: fused_attn.modules.AdditiveAttention(4, 4, 4)),
+    ids=("MHA", "add"),
+)
+def test_script_is_refused(make: Any) -> None:
+    layer = make()
+    for module in (layer, nn.Sequential(layer)):
+        with pytest.raises(
+            NotImplementedError, match=rf"torch.jit.script cannot .*{type(layer).__name__}; torch.compile"
+        ):
+            torch.jit.script(module)
+
+
+# --- what torch's tests expect of a wrong argument
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"key": randn(4, 4)}, AssertionError),
+        ({"value": randn(4, 4)}, AssertionError),
+        ({"query": randn(4, 4)}, AssertionError),
+        ({"query": randn(4)}, AssertionError),
+        ({"query": randn(4, 4, 6)}, AssertionError),
+        ({"key": randn(5, 4, 4)}, AssertionError),
+        ({"key_padding_mask": randn(4) > 0}, AssertionError),
+        ({"key_padding_mask": randn(4, 4).long()}, AssertionError),
+        ({"attn_mask": randn(4) > 0}, AssertionError),
+        ({"attn_mask": randn(4, 4).long()}, AssertionError),
+        ({"attn_mask": randn(3, 4) > 0}, RuntimeError),
+        ({"attn_mask": randn(5, 4, 4) > 0}, RuntimeError),
+        ({"is_causal": True}, RuntimeError),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else x.__name__,
+)
+def test_exceptions_are_torchs_too(wrong: dict[str, Any], error: type[Exception]) -> None:
+    """Ours are ValueError or TypeError, and what torch raises for the same."""
+    given = {"query": randn(4, 4, 4), "key": randn(4, 4, 4), "value": randn(4, 4, 4)} | wrong
+    for layer in (nn.MultiheadAttention(4, 4), MultiheadAttention(4, 4)):
+        with pytest.raises(error) as refusal:
+            layer(**given)
+    assert isinstance(refusal.value, (ValueError, TypeError))
+
+
+def test_indivisible_heads() -> None:
+    for make in (nn.MultiheadAttention, MultiheadAttention):
+        with pytest.raises(AssertionError):
+            make(8, 3)
+
+
+@pytest.mark.parametrize("options", ({}, {"kdim": 6, "vdim": 5}), ids=("one width", "three widths"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float64))
+def test_bias_of_another_dtype(dtype: torch.dtype, options: dict) -> None:
+    ours, theirs = pair(batch_first=True, **options)
+    for layer in (ours, theirs):
+        layer.in_proj_bias = nn.Parameter(layer.in_proj_bias.to(dtype))
+    args = batch(batch_first=True, **options)
+    plain = theirs(*args)[0].detach()
+    with torch.no_grad():
+        theirs.in_proj_bias.data = ours.in_proj_bias.double()
+        oracle = theirs.double()(*(x.double() for x in args))[0]
+    within_budget("out", ours(*args)[0].detach(), oracle, plain)

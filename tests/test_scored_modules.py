@@ -211,9 +211,10 @@ def test_additive_memory_is_linear() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"query": randn(B, M, 6)}, ValueError, r"query: expected \(length, 5\).*\(3, 7, 6\)"),
-        ({"key": randn(B, N, 5)}, ValueError, r"key: expected \(length, 6\).*\(3, 10, 5\)"),
-        ({"key": randn(N, 6)}, ValueError, r"key: .*as many as query, got shape \(10, 6\)"),
+        ({"query": randn(B, M, 6)}, ValueError, r"query: expected \(B, length, 5\), got shape \(3, 7, 6\)"),
+        ({"query": randn(B, 5)}, ValueError, r"query: .*got shape \(3, 5\); a length axis is query\[:, None\]"),
+        ({"key": randn(B, N, 5)}, ValueError, r"key: expected \(B, length, 6\).*\(3, 10, 5\)"),
+        ({"key": randn(N, 6)}, ValueError, r"key: .*dimensions as query's, got shape \(10, 6\)"),
         ({"key": None}, TypeError, "key: expected a tensor, got NoneType"),
         ({"value": randn(B, M, 6)}, ValueError, r"value: expected key's batch and length \(3, 10\), got"),
         ({"value": randn(B, N, 5)}, ValueError, "value: its width must be divisible by num_heads = 2, got 5"),

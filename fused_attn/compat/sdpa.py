@@ -3,13 +3,14 @@
     fused_attn.compat.sdpa.enable()            # from now on
     with fused_attn.compat.sdpa.scope(): ...   # for a while
 
-nn.MultiheadAttention and the Transformer layers are among those callers; while this is on, their fused inference path,
-which looks nothing up, is off. MultiheadAttention with need_weights=True never calls the function and stays torch's.
+nn.MultiheadAttention and the Transformer layers are among those callers; their fused inference path, which never calls
+the function, is off meanwhile. Three things stay torch's: MultiheadAttention with need_weights=True, which does not
+call the function either; what torch.jit.script compiles; and code that has its own reference to the function, by
+`from torch.nn.functional import scaled_dot_product_attention`, or was compiled before.
 
-The switch is one for the process: it changes an attribute of torch for every thread. Code that took the function by
-`from torch.nn.functional import scaled_dot_product_attention`, or was compiled while the switch was off, keeps what it
-took. A call that we refuse goes to torch's function, with one warning for each reason; where FUSED_ATTN_BACKEND names a
-backend, the refusal is raised instead.
+The switch is one for the process: it changes an attribute of torch for every thread. A call that we refuse goes to
+torch's function, with one warning for each reason; where FUSED_ATTN_BACKEND names a backend, the refusal is raised
+instead. torch.nn.attention.sdpa_kernel chooses among torch's kernels; it does not change what ours returns.
 """
 
 from __future__ import annotations
@@ -101,7 +102,23 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's signature and meaning; ours where we can, torch's where we refuse."""
+    """torch's signature and meaning; ours where we can, torch's where we refuse and under torch.jit.script."""
+    if torch.jit.is_scripting():
+        return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    else:  # the compiler reads no branch that it cannot take
+        return _ours_or_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _ours_or_torchs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
     try:
         return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     except (ValueError, TypeError, NotImplementedError) as refusal:

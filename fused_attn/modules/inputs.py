@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import describe
+
+
+class InputError(ValueError, AssertionError, RuntimeError):
+    """A wrong size: a ValueError as everywhere here, and what torch.nn.MultiheadAttention raises for the same."""
+
+
+class InputTypeError(TypeError, AssertionError, RuntimeError):
+    """A wrong type: a TypeError as everywhere here, and what torch.nn.MultiheadAttention raises for the same."""
+
+
+def not_scriptable(layer: nn.Module) -> NoReturn:
+    """The layers' `__prepare_scriptable__`, which torch.jit.script calls first."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile fused_attn.modules.{type(layer).__name__}; torch.compile and torch.export "
+        "can, and torch.jit.trace records it"
+    )
 
 
 def check_inputs(
@@ -24,17 +40,29 @@ def check_inputs(
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
         if x.ndim not in (2, 3) or x.ndim != query.ndim or width not in (None, x.shape[-1]):
-            last = "any" if width is None else width
-            allowed = f"(length, {last}), or 3 dimensions with a batch, as many as query"
-            raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}")
+            raise InputError(_wrong_shape(name, x, query, width, batch_first))
         b, length = (1, x.shape[0]) if x.ndim == 2 else x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
         sizes.append((b, length))
     (b, m), (batch, n), values = sizes
     if batch != b:
-        raise ValueError(f"key: expected query's batch size {b}, got shape {tuple(key.shape)}")
+        raise InputError(f"key: expected query's batch size {b}, got shape {tuple(key.shape)}")
     if values != (batch, n):
-        raise ValueError(f"value: expected key's batch and length {(batch, n)}, got shape {tuple(value.shape)}")
+        raise InputError(f"value: expected key's batch and length {(batch, n)}, got shape {tuple(value.shape)}")
     return b, m, n
+
+
+def _wrong_shape(name: str, x: Tensor, query: Tensor, width: int | None, batch_first: bool) -> str:
+    """What to say of a tensor of another width, or of other dimensions than query's."""
+    if name == "key" and (query.ndim, x.ndim) == (2, 3):
+        advice = "query[:, None]" if batch_first else "query[None]"
+        return f"query: expected 3 dimensions as key has, got shape {tuple(query.shape)}; a length axis is {advice}"
+    last = "any" if width is None else width
+    alone, batched = f"(length, {last})", f"(B, length, {last})" if batch_first else f"(length, B, {last})"
+    if query.ndim in (2, 3):
+        allowed = (alone if query.ndim == 2 else batched) + ("" if name == "query" else ", dimensions as query's")
+    else:
+        allowed = f"{alone} or {batched}"
+    return f"{name}: expected {allowed}, got shape {tuple(x.shape)}"
 
 
 def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -> None:
@@ -42,9 +70,9 @@ def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -
     if mask is None:
         return
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise TypeError(f"{name}: expected a bool or float tensor, got {describe(mask)}")
+        raise InputTypeError(f"{name}: expected a bool or float tensor, got {describe(mask)}")
     if tuple(mask.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
+        raise InputError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
     if mask.device != beside.device:
         raise ValueError(f"{name}: expected query's device {beside.device}, got {mask.device}")
 
@@ -60,7 +88,7 @@ def mask_and_bias(q: Tensor, masks: dict[str, Tensor], added: int = 0) -> tuple[
     floats = {name: x for name, x in masks.items() if x.dtype != torch.bool}
     for name, x in floats.items():
         if x.dtype not in (torch.float32, q.dtype):
-            raise TypeError(f"{name}: expected bool, float32 or query's {q.dtype}, got {x.dtype}")
+            raise InputTypeError(f"{name}: expected bool, float32 or query's {q.dtype}, got {x.dtype}")
     allowed = ~functools.reduce(torch.logical_or, ignored) if ignored else None
     bias = functools.reduce(torch.add, floats.values()) if floats else None
     if added and allowed is not None:

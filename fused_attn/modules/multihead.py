@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..api import attention
 from ..masks import Mask
-from .inputs import check_inputs, check_mask, mask_and_bias
+from .inputs import InputError, check_inputs, check_mask, mask_and_bias, not_scriptable
 from .weights import attention_weights
 
 
@@ -41,7 +41,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     - Nested tensors (of layout torch.strided, without masks) may need a gradient, and may be keys of other queries.
     - torch.nn.TransformerEncoderLayer calls this module in evaluation too, where it would not call its own: a forward
       pre-hook, which does nothing, turns that layer's fast path off, and TransformerEncoder hands over nested tensors.
-    - A wrong argument raises ValueError or TypeError.
+    - A wrong argument raises ValueError or TypeError, which are also the AssertionError or RuntimeError of torch's.
+    - torch.jit.script refuses it; torch.jit.trace, torch.compile and torch.export take it.
 
     >>> import torch, fused_attn
     >>> layer = fused_attn.modules.MultiheadAttention(64, 8, batch_first=True)
@@ -72,13 +73,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             if size <= 0:
                 raise ValueError(f"{name}: must be at least 1, got {size}")
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim: must be divisible by num_heads = {num_heads}, got {embed_dim}")
+            raise InputError(f"embed_dim: must be divisible by num_heads = {num_heads}, got {embed_dim}")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout: must lie in [0, 1], got {dropout}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self.register_forward_pre_hook(_here)
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(
         self,
@@ -113,7 +116,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises: ValueError, TypeError: a wrong argument, by name.
         """
         if is_causal and attn_mask is None:
-            raise ValueError("attn_mask: must be given with the hint is_causal, got None")
+            raise InputError("attn_mask: must be given with the hint is_causal, got None")
         nested = [isinstance(x, Tensor) and x.is_nested for x in (query, key, value)]
         if any(nested):
             if not all(nested) or key_padding_mask is not None or attn_mask is not None:
@@ -189,12 +192,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k and v, each embed_dim wide; in one product where they share their input."""
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        bias: Tensor | None = self.in_proj_bias
+        if bias is not None:  # may have another dtype, as torch's may
+            bias = bias.to((self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight).dtype)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
         weights: tuple[Tensor, ...]
         if not self._qkv_same_embed_dim:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         elif query is key and key is value:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
         else:
             weights = self.in_proj_weight.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))

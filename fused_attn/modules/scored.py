@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..api import attention
 from ..scores import Additive, Bilinear, Cosine, Score
-from .inputs import check_inputs, check_mask, mask_and_bias
+from .inputs import check_inputs, check_mask, mask_and_bias, not_scriptable
 from .weights import attention_weights
 
 
@@ -20,6 +20,8 @@ class ScoredAttention(nn.Module):
     num_heads: int
     query_dim: int
     key_dim: int
+
+    __prepare_scriptable__ = not_scriptable
 
     def score(self) -> Score:
         """The score with this layer's parameters, as `fused_attn.attention` takes it."""
