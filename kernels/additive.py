@@ -58,14 +58,14 @@ def additive_prepare_kernel(
     first = room(at, at.row) + start
     own = at.home.to(tl.int64) * FEATURES * pitch(blocks) + first
     offsets = d.to(tl.int64) * pitch(blocks) + tl.arange(0, PEAKS)[:, None]
-    inside = at.tile >= 0
+    width = FEATURES
     if ragged is not None:
-        inside = start < at.M
-    tl.store(features + own + offsets, found, mask=(d < FEATURES) & inside)
+        width = tl.where(start < at.M, FEATURES, 0)  # no feature of a tile past the end of its sequence
+    tl.store(features + own + offsets, found, mask=d < width)
     if PAIRS:
-        tl.store(exponentials + own + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=(d < FEATURES) & inside)
+        tl.store(exponentials + own + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=d < width)
         block = at.home.to(tl.int64) * number(blocks) + first // PEAKS
-        tl.store(peaks + block, tl.max(tl.max(tl.abs(found), 1), 0), mask=inside)
+        tl.store(peaks + block, tl.max(tl.max(tl.abs(found), 1), 0), mask=width > 0)
 
 
 class Keys(NamedTuple):

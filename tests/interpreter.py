@@ -4,6 +4,9 @@ What is wrong in triton 3.6 and 3.7 (triton issue 11584 and the like): bfloat16 
 arithmetic and reductions work on the patterns; float32 to bfloat16 truncates; numpy >= 2.4 refuses one-element arrays
 as loop bounds (3.6); triton.language is patched anew for every call of a device function, which is half the time; and
 numpy warns where hardware is silent (log 0, inf - inf). Drop each repair when its test passes without it.
+
+One thing is stricter than those two: a mask that is no bool is refused, as the interpreter of triton 3.9 refuses it. A
+scalar condition becomes an int32 tensor in the interpreter where it is broadcast.
 """
 
 from __future__ import annotations
@@ -105,6 +108,25 @@ def _silence_numpy() -> None:
     interpreter.GridExecutor.__call__ = call
 
 
+def _refuse_wide_masks() -> None:
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def checked(mask: Any) -> None:
+        if mask.data.dtype != np.bool_:
+            raise TypeError(f"mask: expected a bool, got {mask.data.dtype} of shape {mask.data.shape}")
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        checked(mask)
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        checked(mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+
+
 def install() -> None:
     """Once a process, before the first launch."""
     if getattr(interpreter, "_repaired", False):
@@ -115,3 +137,4 @@ def install() -> None:
     _patch_language_once_a_launch()
     _silence_numpy()
     _skip_overflow_checks()
+    _refuse_wide_masks()
