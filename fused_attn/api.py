@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import calls, dispatch, nested, state
 from .bind import autocast, bind, check_qkv, no_autocast
-from .checks import as_bool
+from .checks import as_bool, one_of
 from .spec import Mask, describe
 from .varlen import bind_packed
 
@@ -291,7 +291,7 @@ def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     if mask.device != query.device:
         raise ValueError(f"attn_mask: expected query's device {query.device}, got {mask.device}")
     fits = mask.ndim <= len(shape) and all(
-        have in (1, want) for have, want in zip(mask.shape[::-1], shape[::-1], strict=False)
+        one_of(have, (1, want)) for have, want in zip(mask.shape[::-1], shape[::-1], strict=False)
     )
     if not fits:
         raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {shape}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -85,9 +85,14 @@ def _real(x: Any) -> bool:
     return getattr(getattr(x, "dtype", None), "kind", "f") not in "bcmMOSU" and not getattr(x, "shape", None)
 
 
+def one_of(x: Any, choices: Iterable[Any]) -> bool:
+    """`x in choices` for sizes and shapes; while tracing, `in` takes a symbolic size for a different one."""
+    return any(x == choice for choice in choices)
+
+
 def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
     """A tensor parameter of an allowed shape, dtype and device."""
-    if shapes and tuple(x.shape) not in shapes:
+    if shapes and not one_of(tuple(x.shape), shapes):
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
     if x.dtype not in (torch.float32, q.dtype):
         raise TypeError(f"{name}: expected float32 or q's {q.dtype}, got {x.dtype}")
@@ -104,13 +109,13 @@ def check_integers(name: str, x: Any, *ranks: int) -> None:
 
 
 def check_batch(name: str, x: Tensor, b: int) -> None:
-    if x.shape[0] not in (1, b):
+    if not one_of(x.shape[0], (1, b)):
         raise ValueError(f"{name}: expected one length for each of the {b} batches, got shape {tuple(x.shape)}")
 
 
 def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...], what: str = "(B, Hq, M, N)") -> Tensor:
     """x as a 4-d view, still broadcast, or an error that names both shapes."""
-    if x.ndim > 4 or any(have not in (1, want) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)):
+    if x.ndim > 4 or any(not one_of(have, (1, want)) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name}: shape {tuple(x.shape)} does not broadcast to {what} = {shape}")
     return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_batch, check_broadcastable, check_integers, check_window, describe
+from .checks import check_batch, check_broadcastable, check_integers, check_window, describe, one_of
 from .patterns import Pattern, as_ids
 from .ragged import Ragged
 
@@ -148,9 +148,6 @@ class Span:
         return _tighter(start, first, torch.maximum), _tighter(stop, last, torch.minimum)
 
 
-UNBOUNDED = Span()
-
-
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Who may attend to whom: an interval of keys per row, wherever it can be said so, and a bool tensor for the rest.
@@ -277,7 +274,7 @@ class Mask:
         def part(shape: Shape, ragged: Ragged | None) -> Span | Pattern:
             b, _, m, n = shape
             for name, value, length in (("q_ids", q_ids, m), ("kv_ids", keys, n)):
-                if value.shape[-1] != length or (value.ndim == 2 and value.shape[0] not in (1, b)):
+                if value.shape[-1] != length or (value.ndim == 2 and not one_of(value.shape[0], (1, b))):
                     raise ValueError(f"{name}: expected shape ({length},) or ({b}, {length}), got {tuple(value.shape)}")
             q, k = (x if x.ndim == 2 else x[None] for x in (q_ids, keys))
             if not sorted:

@@ -91,9 +91,10 @@ def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
     alignment = "bottom_right" if bottom_right else "top_left"
     problem = Problem(
         q, k, v, scale_value if scale is None else scale, cap_value if cap is None else cap,
-        bias, slopes, sink, w, row_terms, key_terms, mask, Span(left, right, lo, hi, sinks),
+        bias, slopes, sink, w, row_terms, key_terms, mask,
         None if q_ids is None and blocks is None else Pattern(q_ids, kv_ids, blocks, height, width), offset,
         None if rng is None else Dropout(dropout_p, rng), normalizer != "sigmoid", deterministic, normalizer,
+        span=Span(left, right, lo, hi, sinks),
         ragged=None if q_starts is None else Ragged(q_starts, k_starts, max_q, max_k, alignment),
     )  # fmt: skip
     return problem, backend

@@ -11,7 +11,7 @@ and query head h reads key-value head h // (Hq // Hkv). The score of (i, j) is, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 # Words of the vocabulary that have rooms of their own.
 from .checks import check_broadcastable, check_parameter, check_window, debug, describe  # noqa: F401
-from .masks import ALIGNMENTS, UNBOUNDED, Mask, Span, diagonal_offset  # noqa: F401
+from .masks import ALIGNMENTS, Mask, Span, diagonal_offset  # noqa: F401
 from .patterns import Pattern
 from .ragged import Ragged, Sequence
 
@@ -122,7 +122,8 @@ class Problem:
     row_terms: Tensor | None = None
     key_terms: Tensor | None = None
     mask: Tensor | None = None
-    span: Span = UNBOUNDED
+    # No default: before torch 2.13 dynamo cannot wrap an object that is a default.
+    span: Span = field(kw_only=True)
     pattern: Pattern | None = None
     offset: int = 0
     dropout: Dropout | None = None

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
-from fused_attn import attention, ops, testing
+from fused_attn import Mask, attention, ops, scores, testing
 from fused_attn.cases import CASES, Case
 from fused_attn.recipes import MEMORIES
 from fused_attn.spec import DIFFERENTIABLE
@@ -312,6 +312,38 @@ def test_compile_fullgraph(backend: str | None, dynamic: bool) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         first = first or compiles.frame_count
     assert compiles.frame_count == first
+
+
+# Of two heads of 16, beside lengths of 9.
+STATIC = {
+    "sink": lambda x: {"sink": x[:, 0, 0]},
+    "slopes": lambda x: {"alibi_slopes": x[:, 0, 0].abs()},
+    "scale": lambda x: {"scale": x[:, 0, 0]},
+    "bias": lambda x: {"bias": x[:, :9, :9]},
+    "mask": lambda x: {"mask": x[:, :9, :9] > 0},
+    "blocks": lambda x: {"mask": Mask.blocks(x[:, :3, :3] > -9.0, 4)},
+    "lengths": lambda x: {"mask": Mask.lengths((x[:, 0, 0] * 0 + 5).int())},
+    "segments": lambda x: {"mask": Mask.segments(x[:, 0, :9].sign().int(), sorted=False)},
+    "additive": lambda x: {"score": scores.Additive(x[:, 0])},
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_compile_dynamic_with_parameters(name: str) -> None:
+    """A module's parameters have static shapes, also where the sizes of its inputs are symbols."""
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameter = torch.nn.Parameter(torch.randn(2, 16, 16))
+
+        def forward(self, q: Tensor) -> Tensor:
+            return attention(q, q, q, **STATIC[name](self.parameter), backend="tiled")
+
+    torch._dynamo.reset()
+    module, q = Module(), torch.randn(2, 2, 9, 16)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), module(q), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])

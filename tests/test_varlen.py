@@ -260,7 +260,7 @@ def problem(lengths: Any, span: Any = None, alignment: str = "bottom_right") -> 
     q, k, v, *cuts = packed(lengths, 1, 1, 4, grad=False)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     ragged = Ragged(*cuts, q.shape[2], k.shape[2], alignment)
-    return Problem(q, k, v, 1.0, span=span or fused_attn.spec.UNBOUNDED, ragged=ragged)
+    return Problem(q, k, v, 1.0, span=span or fused_attn.spec.Span(), ragged=ragged)
 
 
 def unpacked(keys: Tensor) -> list[list[int]]:

@@ -85,7 +85,7 @@ def _span(d: Decode) -> types.Span:
 def _problem(d: Decode) -> Problem:
     """What the queries ask of all the cache, as far as configurations and scores are concerned."""
     k, v = (x.transpose(1, 2) for x in (d.cache.k, d.cache.v))
-    return Problem(d.q.transpose(1, 2), k, v, d.scale, d.softcap, slopes=d.slopes, sink=d.sink)
+    return Problem(d.q.transpose(1, 2), k, v, d.scale, d.softcap, slopes=d.slopes, sink=d.sink, span=Span())
 
 
 def tile_rows(c: Config, rows: int) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import describe
+from ..checks import describe, one_of
 
 
 class InputError(ValueError, AssertionError, RuntimeError):
@@ -71,7 +71,7 @@ def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -
         return
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise InputTypeError(f"{name}: expected a bool or float tensor, got {describe(mask)}")
-    if tuple(mask.shape) not in shapes:
+    if not one_of(tuple(mask.shape), shapes):
         raise InputError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
     if mask.device != beside.device:
         raise ValueError(f"{name}: expected query's device {beside.device}, got {mask.device}")
