@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def attention_decode(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    cache_seqlens: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
     page_table: Tensor | None = None,
     k_new: Tensor | None = None,
     v_new: Tensor | None = None,
@@ -50,8 +51,8 @@ def attention_decode(
         k_cache: (C, N, Hkv, D), in q's dtype; C = B without cache_batch_idx. Hkv divides Hq, and query head h reads
             key-value head h // (Hq // Hkv). With page_table: pages, (P, page, Hkv, D), of any size from 1 key on.
         v_cache: (C, N, Hkv, Dv) or (P, page, Hkv, Dv).
-        cache_seqlens: int32 (B,), how many keys each sequence has, those of k_new not counted. None: as many as there
-            is room for. What lies behind them is never read.
+        cache_seqlens: int32 (B,), or an int for all: how many keys each sequence has, those of k_new not counted. None:
+            as many as there is room for. What lies behind them is never read.
         page_table: int32 (B, pages): key j of sequence b is row j % page of page page_table[b, j // page]. Entries
             behind a sequence's keys are never read.
         k_new, v_new: (B, T, Hkv, D) and (B, T, Hkv, Dv), written into the caches in place, as keys cache_seqlens[b] + t
@@ -103,7 +104,8 @@ def attention_decode(
         q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, scale=scale, alibi_slopes=alibi_slopes,
         softcap=softcap, sink=sink,
     )  # fmt: skip
-    cache = _cache(q, k_cache, v_cache, cache_seqlens, page_table, cache_batch_idx)
+    added = k_new.shape[1] if isinstance(k_new, Tensor) and k_new.ndim == 4 else 0
+    cache = _cache(q, k_cache, v_cache, cache_seqlens, page_table, cache_batch_idx, added)
     with torch.no_grad(), no_autocast(q):
         words = _words(
             q, k_cache, v_cache, scale=scale, causal=causal, window=window, alibi_slopes=alibi_slopes, softcap=softcap,
@@ -122,7 +124,7 @@ def attention_decode(
         if k_new is not None and v_new is not None:
             moves = left is not None or right is not None
             q = decode_ops.append(cache, cache_leftpad, k_new, v_new, q, turn, moves, name)
-            cache = Cache(k_cache, v_cache, cache_seqlens, page_table, cache_batch_idx, added=k_new.shape[1])
+            cache = replace(cache, added=added)
         asked = Decode(
             q, cache, words.scale, words.softcap, words.slopes, words.sink, None if left is None else -left, right,
             cache_leftpad, tree_mask, num_splits, batch_invariant,
@@ -195,18 +197,31 @@ def _check_indices(name: str, x: Any, q: Tensor, *shape: int | None) -> None:
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
 
 
-def _cache(q: Tensor, k: Tensor, v: Tensor, lengths: Any, table: Any, index: Any) -> Cache:
-    """The cache before anything is written."""
+def _cache(q: Tensor, k: Tensor, v: Tensor, lengths: Any, table: Any, index: Any, added: int) -> Cache:
+    """The cache before so many keys are added."""
     b = q.shape[0]
-    if lengths is not None:
-        _check_indices("cache_seqlens", lengths, q, b)
     if table is not None:
         _check_indices("page_table", table, q, b, None)
     if index is not None:
         _check_indices("cache_batch_idx", index, q, b)
         if table is not None:
             raise ValueError("cache_batch_idx: not with page_table, which has a row for each sequence; got both")
-    return Cache(k, v, lengths, table, index)
+    cache = Cache(k, v, None, table, index)
+    return cache if lengths is None else replace(cache, lengths=_lengths(lengths, q, cache.capacity, added))
+
+
+def _lengths(given: Any, q: Tensor, room: int, added: int) -> Tensor:
+    """int32 (B,), also of one number for all."""
+    if isinstance(given, Tensor) and given.ndim:
+        _check_indices("cache_seqlens", given, q, q.shape[0])
+        return given
+    length = as_int("cache_seqlens", given, "an int32 tensor or an int")
+    if not 0 <= length <= room - added:
+        raise ValueError(
+            f"cache_seqlens: expected 0 <= cache_seqlens <= {room - added} with {added} new keys and room for {room},"
+            f" got {length}"
+        )
+    return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
 
 
 def _words(q: Tensor, k: Tensor, v: Tensor, **words: Any) -> Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from . import dispatch, ops, reference
 from .api import heads_first
 from .bind import bind, no_autocast
 from .spec import Mask, Problem, Statistics, describe
+from .underived import underived
 from .varlen import bind_packed
 
 
@@ -182,25 +183,8 @@ def _look(
         name, form = dispatch.choose(p, backend, task="seeing")
         found = find(name, form)
         found = tuple(x.float() if x is not None and x.is_floating_point() else x for x in found)
-    sources = [x for x in p.tensors().values() if x.requires_grad]
-    return _Unseen.apply(what, len(found), *found, *sources) if sources and torch.is_grad_enabled() else found
-
-
-class _Unseen(torch.autograd.Function):
-    """What was found, as functions of what they came from whose derivative nobody has."""
-
-    @staticmethod
-    def forward(ctx: Any, what: str, count: int, *found_and_sources: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.what = what
-        found = found_and_sources[:count]
-        ctx.mark_non_differentiable(*(x for x in found if x is not None and not x.is_floating_point()))
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise NotImplementedError(
-            f"{ctx.what}: its results have no derivative; detach() them, or call it on q.detach()"
-        )
+    message = f"{what}: its results have no derivative; detach() them, or call it on q.detach()"
+    return underived(message, found, *p.tensors().values())
 
 
 def _check_top_k(top_k: Any, k: Any, layout: str) -> None:

@@ -113,6 +113,20 @@ def test_numbers_and_flags_of_any_kind(two: Any) -> None:
         assert all(torch.equal(x, y) for x, y in zip(run(two, yes), run(2, True), strict=True))
 
 
+@pytest.mark.parametrize("page", (None, 8))
+@pytest.mark.parametrize("six", (6, np.uint8(6), torch.tensor(6)), ids=repr)
+def test_one_length_for_all(six: Any, page: int | None) -> None:
+    q, k, v = tensors()
+    words = {}
+    if page is not None:
+        k, v = (x.reshape(-1, page, 2, 16) for x in (k, v))
+        words["page_table"] = torch.arange(8, dtype=torch.int32).view(2, 4)
+    expected = attention_decode(q, k, v, cache_seqlens=ints(6, 6), **words)
+    assert torch.equal(attention_decode(q, k, v, cache_seqlens=six, **words), expected)
+    with pytest.raises(ValueError, match=r"cache_seqlens: expected 0 <= cache_seqlens <= 32 .* room for 32, got 33"):
+        attention_decode(q, k, v, cache_seqlens=33, **words)
+
+
 def test_a_table_may_hold_anything_behind_the_keys() -> None:
     q, k, v = tensors()
     table = ints([0, 99], [1, -7])

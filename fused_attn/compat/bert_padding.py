@@ -6,9 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import describe
+from ..checks import as_int, check_integers, describe, readable
 
-__all__ = ["index_first_axis", "index_put_first_axis", "pad_input", "unpad_input"]
+__all__ = [
+    "index_first_axis",
+    "index_first_axis_residual",
+    "index_put_first_axis",
+    "pad_input",
+    "unpad_input",
+    "unpad_input_for_concatenated_sequences",
+]
 
 
 def unpad_input(
@@ -43,6 +50,40 @@ def unpad_input(
     )
 
 
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """hidden_states (B, S, ...), rows of several short sequences, and their lengths -> (packed (T, ...), indices (T,)
+    int64, cu_seqlens (sequences + 1,) int32, max_seqlen), of the sequences one by one.
+
+    attention_mask_in_length: integers (B, S); the positive ones of a row are the lengths of its sequences, which follow
+    each other from its first token. The rest of the row is padding. Waits for a GPU.
+
+    >>> import torch
+    >>> from fused_attn.compat.bert_padding import unpad_input_for_concatenated_sequences
+    >>> lengths = torch.tensor([[2, 3, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
+    >>> packed, indices, starts, longest = unpad_input_for_concatenated_sequences(torch.randn(2, 6, 8), lengths)
+    >>> packed.shape, indices.tolist(), starts.tolist(), longest
+    (torch.Size([9, 8]), [0, 1, 2, 3, 4, 6, 7, 8, 9], [0, 2, 5, 9], 4)
+    """
+    name, given = "attention_mask_in_length", attention_mask_in_length
+    check_integers(name, given, 2)
+    if given.shape != hidden_states.shape[:2]:
+        raise ValueError(f"{name}: expected shape {tuple(hidden_states.shape[:2])}, got {describe(given)}")
+    room, totals = given.shape[1], given.sum(-1)
+    if readable(given) and bool(((given < 0).any(-1) | (totals > room)).any()):
+        raise ValueError(f"{name}: expected lengths >= 0, of at most {room} tokens in a row, got {given.tolist()}")
+    used = torch.arange(room, device=given.device) < totals[:, None]
+    lengths = given.flatten()[given.flatten().nonzero().flatten()]
+    indices = used.flatten().nonzero().flatten()
+    return (
+        index_first_axis(hidden_states.flatten(0, 1), indices),
+        indices,
+        F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+        int(lengths.max()) if len(lengths) else 0,
+    )
+
+
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """packed (T, ...) and the places (T,) that `unpad_input` found -> (batch, seqlen, ...), zeros where no token is.
 
@@ -51,6 +92,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     >>> pad_input(torch.ones(2, 1), torch.tensor([0, 3]), 2, 2).flatten().tolist()
     [1.0, 0.0, 0.0, 1.0]
     """
+    batch, seqlen = as_int("batch", batch), as_int("seqlen", seqlen)
     return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
 
 
@@ -65,6 +107,18 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     return input.index_select(0, indices)
 
 
+def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """input (N, ...) and places (T,) -> (T, ...), and input itself for a residual connection; both differentiable.
+
+    >>> import torch
+    >>> from fused_attn.compat.bert_padding import index_first_axis_residual
+    >>> selected, residual = index_first_axis_residual(torch.tensor([[1], [2], [3]]), torch.tensor([0, 2]))
+    >>> selected.tolist(), residual.tolist()
+    ([[1], [3]], [[1], [2], [3]])
+    """
+    return index_first_axis(input, indices), input.view_as(input)
+
+
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """values (T, ...) and their places (T,), all different -> (first_axis_dim, ...), zeros elsewhere.
 
@@ -73,4 +127,6 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     >>> index_put_first_axis(torch.tensor([[1], [3]]), torch.tensor([0, 2]), 3).tolist()
     [[1], [0], [3]]
     """
-    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices.long(), values)
+    return values.new_zeros(as_int("first_axis_dim", first_axis_dim), *values.shape[1:]).index_copy(
+        0, indices.long(), values
+    )

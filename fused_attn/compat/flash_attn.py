@@ -12,25 +12,36 @@ with dropout. Different from there:
 
 - A row that may see nothing gives zeros, as there, and a log-sum-exp of -inf, where flash-attn writes +inf.
 - The log-sum-exp is that of the scores as documented; under causal, flash-attn leaves slope * (i + d) out of it.
-- S_dmask, the weights and their dropout pattern, is never formed: without dropout, None stands in its place, and
-  return_attn_probs with dropout_p > 0 raises NotImplementedError.
+- S_dmask is (B, Hq, Sq, Sk), or (B, Hq, max_seqlen_q, max_seqlen_k), not rounded up to tiles, in q's dtype: the softmax
+  weights themselves, negative where dropped (-0.0 where the weight is 0: torch.signbit reads all of the pattern), 0
+  beyond a sequence. It is formed beside the call, in memory for every pair, and has no derivative. Without dropout,
+  None stands in its place.
 - Dropout drops the same share of the weights, but not the same weights.
+- Over pages and caches a q that requires grad is taken, as there; backward through the result raises.
 - deterministic=False allows an unordered backward, and may run an ordered one all the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..api import attention
-from ..checks import check_starts, readable
+from ..checks import as_bool, as_int
 from ..decode import attention_decode
-from ..ragged import places
 from ..spec import describe
+from ..underived import underived
 from ..varlen import attention_varlen
+from . import flash_arguments as arguments
+from .flash_pages import over_pages
+from .flash_passes import backward as _flash_attn_backward  # noqa: F401  other libraries import the four
+from .flash_passes import forward as _flash_attn_forward  # noqa: F401
+from .flash_passes import varlen_backward as _flash_attn_varlen_backward  # noqa: F401
+from .flash_passes import varlen_forward as _flash_attn_varlen_forward  # noqa: F401
+from .flash_probabilities import dense_weights, packed_weights
 
 __all__ = [
     "flash_attn_func",
@@ -42,7 +53,11 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-Answer = Tensor | tuple[Tensor, Tensor, None]
+__version__ = "2.8.3+fused.attn"  # the release whose functions these are; the part after + says that it is not that one
+
+Answer = Tensor | tuple[Tensor, Tensor, Tensor | None]
+Window = Sequence[int] | Tensor
+NO_DERIVATIVE = "{}: its result has no derivative; call {} on the keys and values themselves"
 
 
 def flash_attn_func(
@@ -52,17 +67,18 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Answer:
-    """q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D) -> out (B, Sq, Hq, D), or (out, lse (B, Hq, Sq), None).
+    """q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D) -> out (B, Sq, Hq, D), or (out, lse (B, Hq, Sq), S_dmask or None).
 
-    softmax_scale: None is D ** -0.5. window_size: (left, right), -1 is unbounded. softcap: c > 0 makes a score
-    c * tanh(s / c); 0 and less is none. alibi_slopes: (Hq,) or (B, Hq). return_attn_probs: also return the log-sum-exp,
-    and None for the weights. Raises what `fused_attn.attention` raises.
+    softmax_scale: None is D ** -0.5. window_size: (left, right), -1 is unbounded; a tensor or array of two, too.
+    softcap: c > 0 makes a score c * tanh(s / c); 0 and less is none. alibi_slopes: (Hq,) or (B, Hq). return_attn_probs:
+    also return the log-sum-exp, and with dropout S_dmask (B, Hq, Sq, Sk), see above. Raises what `fused_attn.attention`
+    raises.
 
     >>> import torch
     >>> from fused_attn.compat.flash_attn import flash_attn_func
@@ -70,12 +86,16 @@ def flash_attn_func(
     >>> flash_attn_func(q, k, v, causal=True, window_size=(4, 0)).shape
     torch.Size([2, 7, 8, 64])
     """
+    seed, wanted = arguments.seed(dropout_p, q), as_bool("return_attn_probs", return_attn_probs)
+    words = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
     result: Any = attention(
-        q, k, v, layout="bshd", alignment="bottom_right", dropout_p=dropout_p, deterministic=deterministic,
-        return_lse=_lse_asked(return_attn_probs, dropout_p),
-        **_scores(softmax_scale, causal, window_size, softcap, alibi_slopes),
+        q, k, v, layout="bshd", alignment="bottom_right", dropout_p=dropout_p, seed=seed, deterministic=deterministic,
+        return_lse=wanted, **words,
     )  # fmt: skip
-    return (*result, None) if return_attn_probs else result
+    if not wanted:
+        return result
+    dropout = arguments.dropout(dropout_p, seed)
+    return (*result, None if dropout is None else dense_weights(q, k, dropout, words))
 
 
 def flash_attn_kvpacked_func(
@@ -84,7 +104,7 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -97,7 +117,7 @@ def flash_attn_kvpacked_func(
     >>> flash_attn_kvpacked_func(torch.randn(2, 7, 8, 64), torch.randn(2, 9, 2, 2, 64)).shape
     torch.Size([2, 7, 8, 64])
     """
-    k, v = _unpacked("kv", kv, "B, S", 2)
+    k, v = arguments.unpacked("kv", kv, "B, S", 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -108,7 +128,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -121,7 +141,7 @@ def flash_attn_qkvpacked_func(
     >>> flash_attn_qkvpacked_func(torch.randn(2, 7, 3, 8, 64), causal=True).shape
     torch.Size([2, 7, 8, 64])
     """
-    q, k, v = _unpacked("qkv", qkv, "B, S", 3)
+    q, k, v = arguments.unpacked("qkv", qkv, "B, S", 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -138,19 +158,20 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Answer:
-    """q (Tq, Hq, D), k and v (Tk, Hkv, D): packed sequences -> out (Tq, Hq, D), or (out, lse (Hq, Tq), None).
+    """q (Tq, Hq, D), k and v (Tk, Hkv, D), packed -> out (Tq, Hq, D), or (out, lse (Hq, Tq), S_dmask or None).
 
     cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), where the sequences start, ascending from 0 to Tq and Tk; placement is
     bottom-right in each sequence by its own lengths. max_seqlen_q, max_seqlen_k: no sequence is longer.
-    block_table: int32 (B, pages); k and v are then pages (P, page, Hkv, D) of a cache, and cu_seqlens_k says the
-    lengths alone. Pages are read as `fused_attn.attention_decode` reads them: without dropout and gradients.
+    block_table: int32 (B, pages); k and v are then pages (P, page, Hkv, D) of a cache, and cu_seqlens_k gives only the
+    lengths. Without dropout and without a derivative: backward raises.
+    S_dmask: (B, Hq, max_seqlen_q, max_seqlen_k); forming it reads where the sequences begin.
     The others mean what they mean in `flash_attn_func`.
 
     >>> import torch
@@ -159,21 +180,29 @@ def flash_attn_varlen_func(
     >>> flash_attn_varlen_func(x, x, x, starts, starts, 5, 5, causal=True).shape
     torch.Size([7, 8, 64])
     """
-    result: Any
-    scores = _scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    wanted = _lse_asked(return_attn_probs, dropout_p)
-    if block_table is None:
-        result = attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=_longest(max_seqlen_q),
-            max_seqlen_k=_longest(max_seqlen_k), alignment="bottom_right", dropout_p=dropout_p,
-            deterministic=deterministic, return_lse=wanted, **scores,
-        )  # fmt: skip
-    elif dropout_p > 0:
-        raise NotImplementedError(f"dropout_p: 0 with block_table, whose pages are for inference, got {dropout_p}")
-    else:
-        result = _over_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), block_table, scores)
-        result = result if wanted else result[0]
-    return (result[0], result[1].T, None) if wanted else result
+    seed, wanted = arguments.seed(dropout_p, q), as_bool("return_attn_probs", return_attn_probs)
+    words = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    if block_table is not None:
+        arguments.no_dropout(dropout_p)
+        with torch.no_grad():
+            found = over_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, words)
+        message = NO_DERIVATIVE.format("flash_attn_varlen_func with block_table", "it without block_table")
+        out, lse = underived(message, found, q, k, v, alibi_slopes)
+        return (out, lse.T, None) if wanted else out
+    longest_q = arguments.longest("max_seqlen_q", max_seqlen_q)
+    longest_k = arguments.longest("max_seqlen_k", max_seqlen_k)
+    result: Any = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, alignment="bottom_right",
+        dropout_p=dropout_p, seed=seed, deterministic=deterministic, return_lse=wanted, **words,
+    )  # fmt: skip
+    if not wanted:
+        return result
+    out, lse = result
+    dropout = arguments.dropout(dropout_p, seed)
+    if dropout is None:
+        return out, lse.T, None
+    longest = as_int("max_seqlen_q", max_seqlen_q), as_int("max_seqlen_k", max_seqlen_k)
+    return out, lse.T, packed_weights(q, k, cu_seqlens_q, cu_seqlens_k, longest, dropout, words)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -186,7 +215,7 @@ def flash_attn_varlen_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -200,7 +229,7 @@ def flash_attn_varlen_kvpacked_func(
     >>> flash_attn_varlen_kvpacked_func(torch.randn(7, 8, 64), torch.randn(7, 2, 2, 64), starts, starts, 5, 5).shape
     torch.Size([7, 8, 64])
     """
-    k, v = _unpacked("kv", kv, "T", 2)
+    k, v = arguments.unpacked("kv", kv, "T", 2)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -214,7 +243,7 @@ def flash_attn_varlen_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -227,7 +256,7 @@ def flash_attn_varlen_qkvpacked_func(
     >>> flash_attn_varlen_qkvpacked_func(torch.randn(7, 3, 8, 64), torch.tensor([0, 5, 7], dtype=torch.int32), 5).shape
     torch.Size([7, 8, 64])
     """
-    q, k, v = _unpacked("qkv", qkv, "T", 3)
+    q, k, v = arguments.unpacked("qkv", qkv, "T", 3)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -248,7 +277,7 @@ def flash_attn_with_kvcache(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
@@ -257,7 +286,7 @@ def flash_attn_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q (B, Sq, Hq, D) over caches (B, Sk, Hkv, D), or pages (P, page, Hkv, D) -> out, or (out, lse (B, Hq, Sq)).
 
-    Forward only; `fused_attn.attention_decode` does the work. Any page size is taken.
+    Forward only; `fused_attn.attention_decode` does the work, and backward raises. Any page size is taken.
 
     k, v: (B, Snew, Hkv, D), written into the caches in place, behind the cache_seqlens keys that are there. Needed
         with them: cache_seqlens. rotary_cos, rotary_sin: (S, R / 2); turn k at positions cache_seqlens + t, and q at
@@ -284,86 +313,13 @@ def flash_attn_with_kvcache(
             raise ValueError("rotary_cos: turns k and the q that comes with it, got it without k")
     elif rotary_cos is not None or rotary_sin is not None:
         raise ValueError(f"rotary_sin: expected with rotary_cos and not without, got {describe(rotary_sin)}")
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=k_cache.device)
-    return attention_decode(
-        q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=block_table, k_new=k, v_new=v,
-        rotary=rotary, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, num_splits=num_splits or None,
-        return_lse=return_softmax_lse, **_scores(softmax_scale, causal, window_size, softcap, alibi_slopes),
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- translation
-
-
-def _scores(
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-) -> dict[str, Any]:
-    """What becomes of a score, in our words."""
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"window_size: expected a pair (left, right), got {describe(window_size)}")
-    if not all(isinstance(x, int) for x in window_size):
-        raise TypeError(f"window_size: expected ints, -1 for unbounded, got {window_size!r}")
-    left, right = (x if x >= 0 else None for x in window_size)
-    return {
-        "scale": softmax_scale,
-        "causal": causal,
-        "window": None if left is None and right is None else (left, right),
-        "alibi_slopes": alibi_slopes,
-        "softcap": softcap if softcap > 0 else None,
-    }
-
-
-def _lse_asked(return_attn_probs: bool, dropout_p: float) -> bool:
-    if return_attn_probs and dropout_p > 0:
-        raise NotImplementedError(
-            f"return_attn_probs: the weights and their dropout pattern are never formed, got it with dropout_p ="
-            f" {dropout_p}; without dropout the log-sum-exp is returned"
-        )
-    return return_attn_probs
-
-
-def _unpacked(name: str, packed: Tensor, lead: str, parts: int) -> tuple[Tensor, ...]:
-    """Views of the tensors that are packed in the dim before the heads."""
-    ndim = lead.count(",") + 4
-    if not isinstance(packed, Tensor) or packed.ndim != ndim or packed.shape[-3] != parts:
-        raise ValueError(f"{name}: expected shape ({lead}, {parts}, H, D), got {describe(packed)}")
-    return packed.unbind(-3)
-
-
-def _longest(most: int | Tensor) -> int | None:
-    """A tensor is not read: that would wait for the device, and nothing here needs it."""
-    return None if isinstance(most, Tensor) else most
-
-
-def _over_pages(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    block_table: Tensor,
-    scores: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """(out (Tq, Hq, D), lse (Tq, Hq)): queries of a sequence stand at the end of max_seqlen_q rows, so that one
-    bottom right is that of all sequences."""
-    check_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], q.device)
-    if not isinstance(cu_seqlens_k, Tensor) or cu_seqlens_k.shape != cu_seqlens_q.shape:
-        raise ValueError(
-            f"cu_seqlens_k: expected cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {describe(cu_seqlens_k)}"
-        )
-    lengths = cu_seqlens_q.diff()
-    if readable(lengths) and bool((lengths > max_seqlen_q).any()):
-        raise ValueError(f"max_seqlen_q: a sequence is {int(lengths.max())} long, got {max_seqlen_q}")
-    sequence, row = places(cu_seqlens_q, q.shape[0])
-    row = row + (max_seqlen_q - lengths)[sequence]
-    rows = q.new_zeros(len(lengths), max_seqlen_q, *q.shape[1:]).index_put((sequence, row), q)
-    out, lse = attention_decode(
-        rows, k, v, cache_seqlens=cu_seqlens_k.diff(), page_table=block_table, return_lse=True, **scores
-    )
-    return out[sequence, row], lse.transpose(1, 2)[sequence, row]
+    with torch.no_grad():
+        found: Any = attention_decode(
+            q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=block_table, k_new=k, v_new=v, rotary=rotary,
+            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
+            num_splits=as_int("num_splits", num_splits) or None, return_lse=True,
+            **arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes),
+        )  # fmt: skip
+    message = NO_DERIVATIVE.format("flash_attn_with_kvcache", "flash_attn_func")
+    out, lse = underived(message, found, q, k_cache, v_cache, k, v, alibi_slopes)
+    return (out, lse) if as_bool("return_softmax_lse", return_softmax_lse) else out

@@ -1,0 +1,45 @@
+"""Packed queries over pages of a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import as_int, describe
+from ..decode import attention_decode
+from ..ragged import places
+from . import flash_arguments as arguments
+
+
+def over_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    block_table: Tensor,
+    words: dict[str, Any],
+    leftpad: Tensor | None = None,
+    used: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out (Tq, Hq, D), lse (Tq, Hq)), without gradients.
+
+    Queries of a sequence stand at the end of max_seqlen_q rows, so that one bottom right is that of all sequences.
+    """
+    rows = arguments.lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q, q.device)
+    keys = arguments.lengths("k", cu_seqlens_k, None, max_seqlen_k, q.device)
+    if len(keys) != len(rows):
+        shapes = tuple(cu_seqlens_q.shape), describe(cu_seqlens_k)
+        raise ValueError(f"cu_seqlens_k: expected cu_seqlens_q's shape {shapes[0]}, got {shapes[1]}")
+    longest = as_int("max_seqlen_q", max_seqlen_q)
+    sequence, row = places(cu_seqlens_q, q.shape[0])
+    row = row + (longest - rows)[sequence]
+    padded = q.new_zeros(len(rows), longest, *q.shape[1:]).index_put((sequence, row), q)
+    out, lse = attention_decode(
+        padded, k, v, cache_seqlens=keys if used is None else used, cache_leftpad=leftpad, page_table=block_table,
+        return_lse=True, **words,
+    )  # fmt: skip
+    return out[sequence, row], lse.transpose(1, 2)[sequence, row]
