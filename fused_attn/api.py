@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import calls, dispatch, nested, state
+from . import calls, dispatch, keywords, nested, state
 from .bind import autocast, bind, check_qkv, no_autocast
 from .checks import as_bool, one_of
 from .spec import Mask, describe
@@ -17,6 +18,7 @@ from .varlen import bind_packed
 LAYOUTS = ("bhsd", "bshd")
 
 
+@keywords.closed
 def attention(
     q: Tensor,
     k: Tensor,
@@ -39,6 +41,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in one pass over the keys: softmax(score(q, k)) averages v.
 
@@ -94,6 +97,8 @@ def attention(
     >>> fused_attn.attention(q, k, v, causal=True, softcap=30.0).shape
     torch.Size([2, 8, 128, 64])
     """
+    if unknown:
+        keywords.check(attention, unknown)
     lse: Any
     call = calls.find(
         (q, k, v, mask, bias, alibi_slopes, sink),
@@ -139,6 +144,7 @@ def explain(
     'tiled'
     """
     packed = [options.pop(x, None) for x in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
+    keywords.check(attention, options, "explain")
     if any(x is not None for x in packed):
         return dispatch.explain(bind_packed(q, k, v, *packed, **options), backend)
     heads = heads_first(q, k, v, layout, options.get("score", "dot"))
@@ -148,7 +154,7 @@ def explain(
 def heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
     if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+        raise ValueError(f"layout: expected one of {LAYOUTS}, got {describe(layout)}")
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, layout, score)
     return (q, k, v) if layout == "bhsd" else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -167,7 +173,7 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd"
     >>> torch.testing.assert_close(out, fused_attn.attention(q, k, v))
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+        raise ValueError(f"layout: expected one of {LAYOUTS}, got {describe(layout)}")
     if not outs or len(outs) != len(lses):
         raise ValueError(f"lses: expected one for each of the {len(outs)} outs (at least one), got {len(lses)}")
     swap = layout == "bshd"
@@ -179,6 +185,7 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd"
     return (out.transpose(1, 2) if swap else out), lse
 
 
+@keywords.closed
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -194,12 +201,14 @@ def scaled_dot_product_attention(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, with the modifiers that it lacks.
 
-    query (..., M, D), key (..., N, D), value (..., N, Dv) with leading dims that broadcast; with enable_gqa the third
-    last dim counts heads and key's must divide query's. attn_mask: bool (True = may attend) or float (added),
-    broadcastable to (..., M, N). is_causal and window are aligned top-left, as torch's. A row that may see nothing
+    query (..., M, D), key (..., N, D), value (..., N, Dv) with leading dims that broadcast; any dim may be 0. With
+    enable_gqa the third last dim counts heads, and key's and value's must divide query's. attn_mask: bool (True = may
+    attend) or float (added), broadcastable to (..., M, N). is_causal, which excludes a mask, and window are aligned
+    top-left, as torch's. torch.nn.attention.sdpa_kernel changes no answer. A row that may see nothing
     gives zeros. softcap, window, alibi_slopes, sink and backend mean what they mean in `attention`. Jagged nested
     tensors (B, H, j, D) are taken too, without an attn_mask.
 
@@ -210,6 +219,8 @@ def scaled_dot_product_attention(
     >>> fused_attn.scaled_dot_product_attention(x, x, x, is_causal=True).shape
     torch.Size([2, 8, 128, 64])
     """
+    if unknown:
+        keywords.check(scaled_dot_product_attention, unknown)
     allows = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
     mask, bias = (attn_mask, None) if allows else (None, attn_mask)
     given = (query, key, value, mask, bias, alibi_slopes, sink)
@@ -226,7 +237,16 @@ def scaled_dot_product_attention(
     if as_bool("is_causal", is_causal) and attn_mask is not None:
         raise ValueError("attn_mask: must be None when is_causal is True")
     enable_gqa = as_bool("enable_gqa", enable_gqa)
+    if not query.shape[-1] or not value.shape[-1]:
+        q, k, v = (x if x.shape[-1] else F.pad(x, (0, 1)) for x in (query, key, value))
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap=softcap, window=window,
+            alibi_slopes=alibi_slopes, sink=sink, backend=backend,
+        )  # fmt: skip
+        return out[..., : value.shape[-1]]
     lead = _lead(query, key, value, enable_gqa)
+    if enable_gqa and key.shape[-3] != value.shape[-3]:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     q, k, v = (_four_dims(x, lead, enable_gqa) for x in (query, key, value))
     if attn_mask is not None:
         attn_mask = _four_dim_mask(attn_mask, query, (*lead, query.shape[-2], key.shape[-2]))
@@ -256,11 +276,10 @@ def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[
         raise ValueError(f"query, key, value: leading dims do not broadcast: {shapes}") from None
     if not enable_gqa:
         return tuple(lead)
-    heads, kv_heads = query.shape[-3], key.shape[-3]
-    if value.shape[-3] != kv_heads:
-        raise ValueError(f"value: expected key's {kv_heads} heads, got shape {tuple(value.shape)}")
-    if heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"key: {kv_heads} key-value heads do not divide the {heads} query heads")
+    heads = query.shape[-3]
+    for name, x in (("key", key), ("value", value)):
+        if heads and (x.shape[-3] == 0 or heads % x.shape[-3]):
+            raise ValueError(f"{name}: {x.shape[-3]} key-value heads do not divide the {heads} query heads")
     return (*lead, heads)
 
 

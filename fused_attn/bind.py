@@ -28,6 +28,7 @@ from .spec import (
     diagonal_offset,
 )
 
+SCORES = "Additive(w), Bilinear(w), Cosine(t) or Distance(h)"
 NAMES = {"sdpa": ("query", "key", "value")}
 HEADS = {"bshd": 2}
 
@@ -48,8 +49,8 @@ def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") 
             raise ValueError(f"{name}: expected {names[0]}'s device {q.device}, got {x.device}")
         if x.ndim != 4 if layout != "sdpa" else x.ndim < 2:
             allowed = "4 dimensions" if layout != "sdpa" else "at least 2 dimensions"
-            raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}")
-        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}{_rank_advice(name, x, layout)}")
+        if x.shape[-1] == 0 and layout != "sdpa":
             raise ValueError(f"{name}: the head dim must be at least 1, got shape {tuple(x.shape)}")
     if k.shape[-1] != q.shape[-1] and not isinstance(score, Bilinear):
         raise ValueError(f"{names[1]}: expected {names[0]}'s head dim {q.shape[-1]}, got shape {tuple(k.shape)}")
@@ -65,7 +66,25 @@ def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") 
     at = HEADS.get(layout, 1)
     heads, kv_heads = q.shape[at], k.shape[at]
     if heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"k: {kv_heads} key-value heads do not divide the {heads} query heads")
+        advice = _layout_advice(q, k, layout)
+        raise ValueError(f"k: {kv_heads} key-value heads do not divide the {heads} query heads{advice}")
+
+
+def _rank_advice(name: str, x: Tensor, layout: str) -> str:
+    """How to make 4 dimensions of a q, k or v of another rank."""
+    if layout == "sdpa" or x.ndim < 2:
+        return ""
+    make = {2: "[None, None]", 3: "[None]"}.get(x.ndim, ".flatten(0, -4)")
+    return f"; pass {name}{make}, or call scaled_dot_product_attention, which takes any leading dimensions"
+
+
+def _layout_advice(q: Tensor, k: Tensor, layout: str) -> str:
+    """Names the other layout where the heads would divide in it."""
+    other = {"bhsd": "bshd", "bshd": "bhsd"}.get(layout)
+    at = 1 if other == "bhsd" else 2
+    if other is None or not k.shape[at] or q.shape[at] % k.shape[at]:
+        return ""
+    return f'; if dim {at} counts heads, pass layout="{other}"'
 
 
 def bind(
@@ -98,7 +117,7 @@ def bind(
     shape = (*q.shape[:3], k.shape[2]) if ragged is None else (ragged.batch, heads, ragged.max_q, ragged.max_k)
 
     if alignment is not None and alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {alignment!r}")
+        raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {describe(alignment)}")
     offset = 0
     if alibi_slopes is not None:
         if not isinstance(alibi_slopes, Tensor):
@@ -162,13 +181,13 @@ def _score(score: Any, q: Tensor, k: Tensor) -> Score | None:
         score.check(q, k)
         return score
     if not isinstance(score, str) or score != "dot":
-        raise ValueError(f'score: expected "dot" or one of fused_attn.scores, got {describe(score)}')
+        raise ValueError(f'score: expected "dot" or one of fused_attn.scores, {SCORES}, got {describe(score)}')
     return None
 
 
 def _check_normalizer(normalizer: Any, sink: bool, return_lse: bool) -> None:
     if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer: expected one of {NORMALIZERS}, got {normalizer!r}")
+        raise ValueError(f"normalizer: expected one of {NORMALIZERS}, got {describe(normalizer)}")
     if sink and normalizer != "softmax":
         raise ValueError(f'sink: normalizer "{normalizer}" takes none, got both')
     if return_lse and normalizer == "sigmoid":

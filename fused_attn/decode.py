@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import decode_ops, dispatch
+from . import decode_ops, dispatch, keywords
 from .bind import autocasts, bind, no_autocast
 from .cached import Cache, Decode, Rotary
 from .checks import as_bool, as_int, check_parameter, describe
 from .spec import DTYPES, Problem
 
 
+@keywords.closed
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -39,6 +40,7 @@ def attention_decode(
     batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v over the keys and values of a cache, after writing new ones into it; forward only.
 
@@ -97,6 +99,8 @@ def attention_decode(
     >>> out.shape, torch.equal(cache[0, 1, 7], k[1, 0])
     (torch.Size([2, 1, 16, 64]), True)
     """
+    if unknown:
+        keywords.check(attention_decode, unknown)
     batch_invariant, return_lse = as_bool("batch_invariant", batch_invariant), as_bool("return_lse", return_lse)
     q, k_new, v_new = _autocast(q, k_cache, k_new, v_new)
     _check_caches(q, k_cache, v_cache, page_table is not None, cache_batch_idx is not None)

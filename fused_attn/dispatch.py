@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import autograd, native, ops, reference, tiled
-from .spec import BackendError, Problem, TransformError
+from .spec import BackendError, Problem, TransformError, describe
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
 # What a backend may be asked for beside out, which these have, and what the others say.
@@ -86,7 +86,7 @@ def taken(name: str, p: Problem, lowered: Problem) -> Problem:
 def _explain(p: Problem, lowered: Problem, backend: str | None, task: str = "") -> Explanation:
     asked = backend or os.environ.get("FUSED_ATTN_BACKEND") or None
     if asked is not None and asked not in BACKENDS:
-        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {asked!r}")
+        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {describe(asked)}")
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if asked is None else (asked,):

@@ -36,10 +36,12 @@ def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ra
         return 0
     if alignment is None:
         if m != n:
-            raise ValueError(f'alignment: {what} with M = {m} and N = {n} needs "top_left" or "bottom_right", got None')
+            needs = f'{what} with M = {m} and N = {n} needs "top_left" or "bottom_right", got None'
+            grouped = f'; if {m} and {n} count heads, pass layout="bshd"' if m > n > 0 == m % n else ""
+            raise ValueError(f"alignment: {needs}{grouped}")
         return 0
     if alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment: expected one of {ALIGNMENTS}, got {alignment!r}")
+        raise ValueError(f"alignment: expected one of {ALIGNMENTS}, got {describe(alignment)}")
     return 0 if alignment == "top_left" else n - m
 
 
@@ -325,7 +327,9 @@ class Mask:
     def tensor(allowed: Tensor) -> Mask:
         """A bool tensor broadcastable to (B, Hq, M, N), True where a row may attend."""
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-            raise TypeError(f"mask: expected a bool tensor, got {describe(allowed)}")
+            added = isinstance(allowed, Tensor) and allowed.is_floating_point()
+            advice = "; what is added to the scores is bias=" if added else ""
+            raise TypeError(f"mask: expected a bool tensor, got {describe(allowed)}{advice}")
         return Mask(remainder=(allowed,))
 
     def __and__(self, other: Mask | Tensor) -> Mask:

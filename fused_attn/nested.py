@@ -41,7 +41,7 @@ def attention(
     where q shares them too. A tensor mask and a bias are refused: they have no jagged form.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {tuple(LAYOUTS)}, got {layout!r}")
+        raise ValueError(f"layout: expected one of {tuple(LAYOUTS)}, got {describe(layout)}")
     for name, x in zip(names, (q, k, v), strict=True):
         _check(name, x, layout)
     rows, keys, values = (x.shape[LAYOUTS[layout]] for x in (q, k, v))  # equal where offsets are shared

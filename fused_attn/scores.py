@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import as_float
 from .spec import Problem, check_parameter, describe, ordered_like
 from .tiles import reached
 
@@ -23,6 +24,15 @@ SHORTEST = 1e-6  # norms below it count as it
 
 class Score:
     """What the scores have in common; the one field of each is its parameter."""
+
+    def __post_init__(self) -> None:
+        name = fields(self)[0].name  # type: ignore[arg-type]
+        x = getattr(self, name)
+        if isinstance(x, Tensor) or (type(x) is float and () in self._shapes(1, 1, 1)):
+            return
+        if () not in self._shapes(1, 1, 1):
+            raise TypeError(f"score.{name}: expected a tensor, got {describe(x)}")
+        object.__setattr__(self, name, as_float(f"score.{name}", x, "a float or a tensor"))
 
     @property
     def parameter(self) -> float | Tensor:
@@ -38,11 +48,8 @@ class Score:
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raises what is wrong with the parameter beside heads-first q and k."""
         name, heads = f"score.{fields(self)[0].name}", q.shape[1]  # type: ignore[arg-type]
-        shapes, x = self._shapes(heads, q.shape[3], k.shape[3]), self.parameter
-        if isinstance(x, Tensor):
-            check_parameter(name, x, q, *shapes)
-        elif () not in shapes or isinstance(x, bool) or not isinstance(x, (int, float)):
-            raise TypeError(f"{name}: expected a {'float or a ' if () in shapes else ''}tensor, got {describe(x)}")
+        if isinstance(self.parameter, Tensor):
+            check_parameter(name, self.parameter, q, *self._shapes(heads, q.shape[3], k.shape[3]))
 
     def materialize(self, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, Hq, M, N) by definition, in dtype; q (B, Hq, M, D), k (B, Hq or a divisor of it, N, D)."""
@@ -159,8 +166,8 @@ class Distance(Score):
     def _shapes(self, heads: int, d: int, dk: int) -> tuple[tuple[int, ...], ...]:
         return (), (heads,)
 
-    def check(self, q: Tensor, k: Tensor) -> None:
-        super().check(q, k)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.h, Tensor) and not (math.isfinite(self.h) and self.h):
             raise ValueError(f"score.h: must be finite and not 0, got {self.h}")
 

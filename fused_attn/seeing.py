@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference
+from . import dispatch, keywords, ops, reference
 from .api import heads_first
 from .bind import bind, no_autocast
 from .spec import Mask, Problem, Statistics, describe
@@ -16,6 +16,7 @@ from .underived import underived
 from .varlen import bind_packed
 
 
+@keywords.closed
 def attention_stats(
     q: Tensor,
     k: Tensor,
@@ -41,6 +42,7 @@ def attention_stats(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Statistics:
     """Statistics of the attention weights, in memory linear in length: no (M, N) matrix is ever there.
 
@@ -80,6 +82,8 @@ def attention_stats(
     >>> stats.entropy.shape, stats.top_k_indices[0, 0, 0].tolist()
     (torch.Size([2, 8, 128]), [0, -1, -1])
     """
+    if unknown:
+        keywords.check(attention_stats, unknown)
     packed = None
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         packed = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -106,6 +110,7 @@ def attention_stats(
     return Statistics(*found)
 
 
+@keywords.closed
 def attention_map(
     q: Tensor,
     k: Tensor,
@@ -125,6 +130,7 @@ def attention_map(
     normalizer: str = "softmax",
     layout: str = "bhsd",
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """The attention weights of chosen rows and heads; memory grows with what is chosen, times N.
 
@@ -150,6 +156,8 @@ def attention_map(
     >>> weights.shape, weights[0, 0, 0, :3].tolist()
     (torch.Size([2, 1, 2, 128]), [1.0, 0.0, 0.0])
     """
+    if unknown:
+        keywords.check(attention_map, unknown)
 
     def find(name: str, p: Problem) -> tuple[Tensor]:
         chosen = _choice("rows", rows, p.shape[2]), _choice("heads", heads, p.shape[1])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, keywords
 from .bind import autocast, bind, check_qkv, no_autocast
-from .checks import as_int, check_starts, readable
+from .checks import as_int, check_starts, describe, readable
 from .spec import ALIGNMENTS, Mask, Problem, Ragged
 
 
+@keywords.closed
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -37,6 +38,7 @@ def attention_varlen(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of B sequences that stand one behind another: sequence b's queries see sequence b's keys alone.
 
@@ -71,6 +73,8 @@ def attention_varlen(
     >>> first = fused_attn.attention(*(x[None, :5] for x in (q, k, v)), causal=True, layout="bshd")
     >>> torch.testing.assert_close(out[:5], first[0])
     """
+    if unknown:
+        keywords.check(attention_varlen, unknown)
     p = bind_packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, score=score, scale=scale, mask=mask,
         causal=causal, window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
@@ -103,7 +107,7 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor, score: Any) -> tuple[Tensor, T
             raise ValueError(f"{name}: expected packed (T, H, D), got shape {tuple(x.shape)}")
     q, k, v = autocast(q, k, v)
     q, k, v = (x.transpose(0, 1)[None] if isinstance(x, Tensor) and not x.is_nested else x for x in (q, k, v))
-    check_qkv(q, k, v, "bhsd", score)
+    check_qkv(q, k, v, "packed", score)
     return q, k, v
 
 
@@ -112,7 +116,7 @@ def _ragged(
 ) -> Ragged:
     """The starts checked, as far as that is free, and the longest sequences: given, read, or all that there is."""
     if alignment is not None and alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {alignment!r}")
+        raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {describe(alignment)}")
     longest: list[int] = []
     for name, starts, x, most in (("q", starts_q, q, max_q), ("k", starts_k, k, max_k)):
         total = x.shape[2]

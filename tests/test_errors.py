@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -34,8 +35,10 @@ ATTENTION = [
     ("q", [1.0], TypeError, "expected a tensor, got list"),
     ("k", None, TypeError, "expected a tensor, got NoneType"),
     ("v", "v", TypeError, "expected a tensor, got str"),
-    ("q", zeros(HQ, M, D), ValueError, "expected 4 dimensions, got shape (4, 5, 8)"),
-    ("k", zeros(1, B, HKV, N, D), ValueError, "expected 4 dimensions, got shape (1, 2, 2, 7, 8)"),
+    ("q", zeros(HQ, M, D), ValueError, "expected 4 dimensions, got shape (4, 5, 8); pass q[None], or call scaled_dot_"),
+    ("k", zeros(N, D), ValueError, "expected 4 dimensions, got shape (7, 8); pass k[None, None], or call scaled_dot_"),
+    ("k", zeros(1, B, HKV, N, D), ValueError, "got shape (1, 2, 2, 7, 8); pass k.flatten(0, -4), or call scaled_dot_"),
+    ("v", zeros(D), ValueError, "expected 4 dimensions, got shape (8,)"),
     ("q", zeros(B, HQ, M, D, dtype=torch.int64), TypeError, "torch.int64"),
     ("q", zeros(B, HQ, M, D, dtype=torch.complex64), TypeError, "torch.complex64"),
     ("k", zeros(B, HKV, N, D, dtype=torch.float16), TypeError, "expected q's torch.float32, got torch.float16"),
@@ -65,7 +68,13 @@ ATTENTION = [
     ("sink", zeros(HKV), ValueError, "expected shape (4,), got (2,)"),
     ("sink", 0.0, TypeError, "expected a tensor, got float 0.0"),
     ("sink", zeros(HQ, dtype=torch.float16), TypeError, "got torch.float16"),
-    ("mask", zeros(M, N), TypeError, "expected a bool tensor, got torch.float32 tensor of shape (5, 7)"),
+    ("mask", zeros(M, N), TypeError, "got torch.float32 tensor of shape (5, 7); what is added to the scores is bias="),
+    (
+        "mask",
+        zeros(M, N, dtype=torch.int64),
+        TypeError,
+        "expected a bool tensor, got torch.int64 tensor of shape (5, 7)",
+    ),
     ("mask", "causal", TypeError, "expected a bool tensor or a fused_attn.Mask, got str 'causal'"),
     ("mask", zeros(M, 1, 1, 1, N, dtype=torch.bool), ValueError, "does not broadcast"),
     ("mask", zeros(3, N, dtype=torch.bool), ValueError, "shape (3, 7) does not broadcast to (B, Hq, M, N)"),
@@ -79,12 +88,12 @@ ATTENTION = [
     ("seed", 1.0, TypeError, "expected None, an int or a 0-d int64 tensor, got float 1.0"),
     ("seed", zeros(2, dtype=torch.int64), TypeError, "0-d int64 tensor"),
     ("seed", torch.tensor(1.0), TypeError, "0-d int64 tensor"),
-    ("score", "additive", ValueError, "expected \"dot\" or one of fused_attn.scores, got str 'additive'"),
-    ("score", scores.Additive, ValueError, "one of fused_attn.scores, got type"),
-    ("normalizer", "entmax", ValueError, "expected one of ('softmax', 'softmax1', 'sigmoid'), got 'entmax'"),
-    ("layout", "sbhd", ValueError, "expected one of ('bhsd', 'bshd'), got 'sbhd'"),
+    ("score", "additive", ValueError, "fused_attn.scores, Additive(w), Bilinear(w), Cosine(t) or Distance(h), got str"),
+    ("score", scores.Additive, ValueError, "one of fused_attn.scores, Additive(w), Bilinear(w), Cosine(t) or Distance"),
+    ("normalizer", "entmax", ValueError, "expected one of ('softmax', 'softmax1', 'sigmoid'), got str 'entmax'"),
+    ("layout", "sbhd", ValueError, "expected one of ('bhsd', 'bshd'), got str 'sbhd'"),
     ("backend", "cuda", ValueError, "expected None or one of ('hopper', 'triton', 'sdpa', 'tiled', 'reference')"),
-    ("alignment", "top", ValueError, "('top_left', 'bottom_right'), got 'top'"),
+    ("alignment", "top", ValueError, "('top_left', 'bottom_right'), got str 'top'"),
 ]
 
 
@@ -132,17 +141,12 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      r"q: the head dim must be at least 1, got shape \(2, 4, 5, 0\)"),
     ("additive weights of another head dim", {"score": scores.Additive(zeros(D + 1))}, ValueError,
      r"score.w: expected shape \(8,\) or \(4, 8\), got \(9,\)"),
-    ("additive weights that are a number", {"score": scores.Additive(1.0)}, TypeError,
-     "score.w: expected a tensor, got float 1.0"),
     ("a matrix of another head dim", {"score": scores.Bilinear(zeros(D, D + 1))}, ValueError,
      r"score.w: expected shape \(8, 8\) or \(4, 8, 8\), got \(8, 9\)"),
     ("a temperature for each key-value head", {"score": scores.Cosine(zeros(HKV))}, ValueError,
      r"score.t: expected shape \(\) or \(4,\), got \(2,\)"),
     ("a temperature of another type", {"score": scores.Cosine(zeros(HQ, dtype=torch.float16))}, TypeError,
      "score.t: expected float32 or q's torch.float32, got torch.float16"),
-    ("a bandwidth in words", {"score": scores.Distance("wide")}, TypeError,
-     "score.h: expected a float or a tensor, got str 'wide'"),
-    ("no bandwidth", {"score": scores.Distance(0.0)}, ValueError, "score.h: must be finite and not 0, got 0.0"),
     ("a bandwidth elsewhere", {"score": scores.Distance(zeros(HQ, device="meta"))}, ValueError,
      "score.h: expected q's device cpu, got meta"),
     ("a distance with a softcap", {"score": scores.Distance(1.0), "softcap": 2.0}, ValueError,
@@ -281,7 +285,7 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
         attention(x, x, x, sink=zeros(2))
     assert attention(x, x, x, sink=zeros(2), backend="tiled").shape == x.shape
     monkeypatch.setenv("FUSED_ATTN_BACKEND", "fastest")
-    with pytest.raises(ValueError, match=r"backend: expected None or one of .*got 'fastest'"):
+    with pytest.raises(ValueError, match=r"backend: expected None or one of .*got str 'fastest'"):
         attention(x, x, x)
 
 
@@ -298,9 +302,137 @@ def test_what_is_not_built_says_so(name: str) -> None:
         LATER[name]()
 
 
-def test_an_unknown_keyword_is_not_ignored() -> None:
-    with pytest.raises(TypeError, match="temperature"):
-        call(temperature=2.0)
+SCORES: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: scores.Additive(32), TypeError, "score.w: expected a tensor, got int 32"),
+    (lambda: scores.Bilinear([[1.0]]), TypeError, r"score.w: expected a tensor, got list \[\[1.0\]\]"),
+    (lambda: scores.Cosine(True), TypeError, "score.t: expected a float or a tensor, got bool True"),
+    (lambda: scores.Distance("wide"), TypeError, "score.h: expected a float or a tensor, got str 'wide'"),
+    (lambda: scores.Distance(0), ValueError, "score.h: must be finite and not 0, got 0.0"),
+    (lambda: scores.Distance(float("inf")), ValueError, "score.h: must be finite and not 0, got inf"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "words"), SCORES, ids=range(len(SCORES)))
+def test_scores(make: Callable[[], Any], error: type[Exception], words: str) -> None:
+    """What is wrong with a score alone is said where it is made."""
+    with pytest.raises(error, match=words):
+        make()
+
+
+# ----------------------------------------------------------------------------------- hints at what may have been meant
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_axes_of_the_other_layout(causal: bool) -> None:
+    """(B, S, H, D) taken for (B, H, S, D), and the other way round."""
+    options: dict[str, Any] = {"causal": causal, "alignment": "top_left"}
+    q, k = zeros(B, 9, 4, D), zeros(B, 6, 2, D)
+    with pytest.raises(
+        ValueError, match=r'6 key-value heads .* 9 query heads; if dim 2 counts heads, pass layout="bshd"'
+    ):
+        attention(q, k, k, **options)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    with pytest.raises(
+        ValueError, match=r'6 key-value heads .* 9 query heads; if dim 1 counts heads, pass layout="bhsd"'
+    ):
+        attention(q, k, k, layout="bshd", **options)
+
+
+def test_layout_is_suggested_where_it_would_fit() -> None:
+    q, k = zeros(B, 9, 6, 4, D)[:, :, :, 0], zeros(B, 6, 4, D)  # 6 and 4 divide neither way
+    with pytest.raises(ValueError, match=r"do not divide the 9 query heads$"):
+        attention(q, k, k)
+    packed = zeros(8, 3, D), zeros(4, 2, D)  # the lengths would divide, and there is no other layout
+    starts = [torch.tensor([0, x], dtype=torch.int32) for x in (8, 4)]
+    with pytest.raises(ValueError, match=r"do not divide the 3 query heads$"):
+        fused_attn.attention_varlen(packed[0], packed[1], packed[1], *starts)
+
+
+def test_alignment_of_the_other_layout() -> None:
+    q, k = zeros(B, 9, 8, D), zeros(B, 9, 2, D)
+    with pytest.raises(ValueError, match=r'M = 8 and N = 2 .*got None; if 8 and 2 count heads, pass layout="bshd"'):
+        attention(q, k, k, causal=True)
+    with pytest.raises(ValueError, match=r"M = 8 and N = 3 .*got None$"):
+        attention(zeros(B, 9, 8, D), zeros(B, 9, 3, D), zeros(B, 9, 3, D), causal=True)
+
+
+FOREIGN = [
+    ("is_causal", "here it is causal="),
+    ("attn_mask", r"here it is mask= where it is bool \(True = may attend\), bias= where it is added"),
+    ("key_padding_mask", r"here it is mask=Mask.lengths\(lengths\)"),
+    ("window_size", r"here it is window=\(left, right\), where None is unbounded"),
+    ("softmax_scale", "here it is scale="),
+    ("logits_soft_cap", "here it is softcap="),
+    ("attn_bias", "here it is bias="),
+    ("s_aux", "here it is sink="),
+    ("enable_gqa", "grouped heads need no keyword"),
+    ("return_weights", "attention_map.* returns the weights"),
+    ("return_attn_probs", "attention_map.* returns the weights"),
+    ("normaliser", "did you mean normalizer="),
+    ("temperature", ""),
+]
+X = zeros(1, 2, 4, 8)
+STARTS = torch.tensor([0, 4], dtype=torch.int32)
+CALLS: dict[str, Callable[..., Any]] = {
+    "attention": lambda **given: attention(X, X, X, **given),
+    "attention_varlen": lambda **given: fused_attn.attention_varlen(X[0], X[0], X[0], STARTS, STARTS, **given),
+    "attention_stats": lambda **given: fused_attn.attention_stats(X, X, **given),
+    "attention_map": lambda **given: fused_attn.attention_map(X, X, **given),
+    "explain": lambda **given: fused_attn.explain(X, X, X, **given),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_keywords_of_other_libraries(name: str) -> None:
+    for keyword, hint in FOREIGN:
+        words = rf"^{name}\(\) got an unexpected keyword argument '{keyword}'" + (f"; .*{hint}" if hint else "$")
+        with pytest.raises(TypeError, match=words):
+            CALLS[name](**{keyword: None})
+
+
+@pytest.mark.parametrize(
+    ("call", "keyword", "hint"),
+    [
+        (lambda **x: attention(X, X, X, **x), "dropout", "here it is dropout_p="),
+        (lambda **x: attention(X, X, X, **x), "score_mod", "here it is softcap=.*functions are not built yet"),
+        (lambda **x: attention(X, X, X, **x), "cu_seqlens_q", "attention_varlen takes packed sequences"),
+        (lambda **x: attention(X, X, X, **x), "attn_implementation", "here it is backend="),
+        (lambda **x: fused_attn.attention_stats(X, X, **x), "dropout", ""),
+        (lambda **x: scaled_dot_product_attention(X, X, X, **x), "softmax_scale", "here it is scale="),
+        (lambda **x: scaled_dot_product_attention(X, X, X, **x), "causal", "did you mean is_causal="),
+        (lambda **x: fused_attn.attention_decode(X, X, X, **x), "block_table", "here it is page_table="),
+        (lambda **x: fused_attn.attention_decode(X, X, X, **x), "k", "here it is k_new="),
+        (lambda **x: fused_attn.attention_decode(X, X, X, **x), "rotary_cos", r"here it is rotary=\(cos, sin, inter"),
+        (lambda **x: fused_attn.warmup([(1, 1, 1, 1, 1, 1)], device="cpu", **x), "is_causal", "here it is causal="),
+    ],
+)
+def test_keyword(call: Callable, keyword: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'" + (f"; .*{hint}" if hint else "$")):
+        call(**{keyword: None})
+
+
+@pytest.mark.parametrize(
+    "name", ("attention", "scaled_dot_product_attention", "attention_varlen", "attention_decode", "attention_stats",
+             "attention_map")
+)  # fmt: skip
+def test_signatures_show_what_is_taken(name: str) -> None:
+    """The parameter that catches unknown keywords is no part of the signature."""
+    kinds = {x.kind for x in inspect.signature(getattr(fused_attn, name)).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds and inspect.Parameter.KEYWORD_ONLY in kinds
+
+
+# ------------------------------------------------------------------------------------------- large values are not shown
+
+LARGE = torch.arange(10_000.0).view(100, 100)
+
+
+@pytest.mark.parametrize("value", (LARGE.numpy(), LARGE.tolist(), "x" * 9_999), ids=("array", "list", "string"))
+@pytest.mark.parametrize("name", ("q", "scale", "mask", "window", "alignment", "bias", "alibi_slopes", "softcap",
+                                  "sink", "dropout_p", "seed", "normalizer", "layout", "score", "causal"))  # fmt: skip
+def test_errors_are_short(name: str, value: Any) -> None:
+    with pytest.raises((ValueError, TypeError)) as refusal:
+        call(**{name: value} | ({"dropout_p": 0.5} if name == "seed" else {}))
+    assert len(str(refusal.value)) < 300
 
 
 def test_merge_states() -> None:
