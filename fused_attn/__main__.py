@@ -135,8 +135,8 @@ def main() -> int:
             row = parity(name, dtype, device)
             report["parity"].append(row)
             say(
-                f"  {name:10} {row['dtype']:9} {row['passed']:3} passed, {row['refused']:2} refused by why_not, "
-                f"{len(row['failures'])} failed; at most {row['share']:.0%} of a budget used",
+                f"  {name:10} {row['dtype']:9} {row['passed']:3} passed, {row['refused']:2} not supported here, "
+                f"{len(row['failures'])} failed; largest error {row['share']:.0%} of the tolerance",
                 *(f"    {failure}" for failure in row["failures"]),
             )
 

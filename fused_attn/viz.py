@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .checks import as_int, describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,9 +41,9 @@ _said: set[str] = set()  # of these packages, and "" for characters that none of
 
 
 def heatmap(
-    weights: Tensor,
-    queries: Sequence[str],
-    keys: Sequence[str],
+    weights: Any,
+    queries: Sequence[str] | None = None,
+    keys: Sequence[str] | None = None,
     *,
     title: str = "",
     axes: Axes | None = None,
@@ -50,8 +52,10 @@ def heatmap(
     """Draw weights (M, N): a row for each query, a column for each key, brighter where the query reads more.
 
     Args:
-        weights: (M, N) of any floating dtype and device, such as `attention_map(q, k, heads=[h])[b, 0]`. NaN is blank.
-        queries, keys: M and N tokens. What cannot be seen, such as a newline, is written as Python writes it.
+        weights: (M, N), a tensor of any floating dtype and device or an array of numpy, such as
+            `attention_map(q, k, heads=[h])[b, 0]`. NaN is blank.
+        queries, keys: M and N tokens, or a string of as many characters; None numbers them from 0. What cannot be seen,
+            such as a newline, is written as Python writes it.
         title: above the picture.
         axes: matplotlib's axes to draw on, whose figure is yours to save; None makes a figure, at `.figure` of the
             axes returned, without pyplot.
@@ -59,12 +63,11 @@ def heatmap(
 
     Raises ValueError or TypeError for sizes and types that do not agree, ImportError without matplotlib.
     """
-    weights = _checked(weights, queries, keys)
-    n, m = len(keys), len(queries)
+    weights, rows, columns = _checked(weights, queries, keys)
+    m, n = weights.shape
     _one_of(axes, path)
-    longest = max((len(x) for x in keys), default=0)
-    axes = axes or _new_axes(2.4 + 0.26 * n, 1.4 + 0.26 * m + 0.05 * min(longest, 20))
-    families, (rows, columns), title = _written([queries, keys], title)
+    axes = axes or _new_axes(2.4 + 0.26 * n, 1.4 + 0.26 * m + 0.05 * min(max(map(len, columns)), 20))
+    families, (rows, columns), title = _written([rows, columns], title)
     picture = axes.imshow(weights.tolist(), cmap="magma", vmin=0, aspect="auto")
     turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(n), columns, **_text(families), **(turned if max(map(len, columns)) > 2 else {}))
@@ -76,9 +79,9 @@ def heatmap(
 
 
 def top_k(
-    weights: Tensor,
-    queries: Sequence[str],
-    keys: Sequence[str],
+    weights: Any,
+    queries: Sequence[str] | None = None,
+    keys: Sequence[str] | None = None,
     k: int = 3,
     *,
     indices: Tensor | None = None,
@@ -89,9 +92,9 @@ def top_k(
     """The k heaviest keys of each query with their weights, heaviest first; drawn where axes or path is given.
 
     Args:
-        weights: (M, N) of any floating dtype and device; or, with indices, (M, K) with K >= k, each row descending,
-            as `attention_stats(q, k, top_k=K)` gives for one batch and head.
-        queries, keys: M and N tokens.
+        weights: (M, N), as `heatmap` takes them; or, with indices, (M, K) with K >= k, each row descending, as
+            `attention_stats(q, k, top_k=K)` gives for one batch and head.
+        queries, keys: M and N tokens, as `heatmap` takes them.
         k: how many keys, 1 <= k <= N. Equal weights put the lower index first.
         indices: None, or integers (M, K): which key each weight is of, -1 for none.
         title, axes, path: as `heatmap` takes them.
@@ -99,14 +102,14 @@ def top_k(
     Returns M lists of (key, weight), shorter than k where indices have -1.
     Raises ValueError or TypeError for sizes and types that do not agree, ImportError when drawing without matplotlib.
     """
-    weights, indices = _heaviest(weights, indices, queries, keys, k)
+    weights, indices, rows, columns = _heaviest(weights, indices, queries, keys, as_int("k", k))
     _one_of(axes, path)
     if axes is not None or path is not None:
-        axes = axes or _new_axes(2.0 + 1.3 * k, 1.0 + 0.3 * len(queries))
-        _draw_table(axes, weights, indices, queries, keys, title)
+        axes = axes or _new_axes(2.0 + 1.3 * weights.shape[1], 1.0 + 0.3 * len(rows))
+        _draw_table(axes, weights, indices, rows, columns, title)
         _saved(axes, path)
-    rows = zip(weights.tolist(), indices.tolist(), strict=True)
-    return [[(keys[j], weight) for weight, j in zip(*row, strict=True) if j >= 0] for row in rows]
+    found = zip(weights.tolist(), indices.tolist(), strict=True)
+    return [[(columns[j], weight) for weight, j in zip(*row, strict=True) if j >= 0] for row in found]
 
 
 def _draw_table(
@@ -134,41 +137,70 @@ def _draw_table(
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def _checked(weights: Tensor, queries: Sequence[str], keys: Sequence[str], columns: int | None = None) -> Tensor:
-    """weights in float64 on the CPU, once they are known to be (M, columns), columns being N unless given."""
-    for name, labels in (("queries", queries), ("keys", keys)):
-        if isinstance(labels, str) or not all(isinstance(x, str) for x in labels):
-            raise TypeError(f"{name}: expected a sequence of strings, got {labels!r}")
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        raise TypeError(f"weights: expected a floating tensor, got {getattr(weights, 'dtype', type(weights))}")
-    expected = (len(queries), len(keys) if columns is None else columns)
-    if tuple(weights.shape) != expected or 0 in expected:
-        what = "(queries, keys)" if columns is None else "that of indices"
-        raise ValueError(f"weights: expected the shape {expected}, {what}, none 0; got {tuple(weights.shape)}")
-    return weights.detach().to("cpu", torch.float64)
+def _floats(weights: Any) -> Tensor:
+    """Weights of rows and columns, in float64 on the CPU."""
+    x = torch.tensor(weights) if hasattr(weights, "__array__") and not isinstance(weights, Tensor) else weights
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"weights: expected a floating tensor or array, got {describe(x)}")
+    if x.ndim != 2:
+        raise ValueError(f"weights: expected the shape (queries, keys), got {tuple(x.shape)}")
+    return x.detach().to("cpu", torch.float64)
 
 
-def _heaviest(
-    weights: Tensor, indices: Tensor | None, queries: Sequence[str], keys: Sequence[str], k: int
-) -> tuple[Tensor, Tensor]:
-    """weights and indices (M, k), heaviest first."""
-    if not 1 <= k <= len(keys):
-        raise ValueError(f"k: expected 1 to {len(keys)}, the number of keys, got {k}")
+def _labels(name: str, labels: Any, count: int) -> list[str]:
+    if labels is None:
+        return [str(i) for i in range(count)]
+    if isinstance(labels, Tensor) or not isinstance(labels, Iterable):
+        raise TypeError(f"{name}: expected strings, got {describe(labels)}")
+    found = list(labels)
+    if not all(isinstance(x, str) for x in found):
+        raise TypeError(f"{name}: expected strings, got {describe(labels)}")
+    return found
+
+
+def _checked(weights: Any, queries: Any, keys: Any) -> tuple[Tensor, list[str], list[str]]:
+    """weights (M, N) in float64 on the CPU, and the labels of rows and columns."""
+    weights = _floats(weights)
+    rows, columns = (_labels(*x) for x in zip(("queries", "keys"), (queries, keys), weights.shape, strict=True))
+    if tuple(weights.shape) != (len(rows), len(columns)) or 0 in weights.shape:
+        expected = f"{(len(rows), len(columns))}, (queries, keys), none 0"
+        raise ValueError(f"weights: expected the shape {expected}; got {tuple(weights.shape)}")
+    return weights, rows, columns
+
+
+def _heaviest(weights: Any, indices: Any, queries: Any, keys: Any, k: int) -> tuple[Tensor, Tensor, list, list]:
+    """weights and indices (M, k), heaviest first, and the labels of rows and of all columns."""
     if indices is None:
-        weights, indices = _checked(weights, queries, keys).sort(dim=1, descending=True, stable=True)
-        return weights[:, :k], indices[:, :k]
-    if indices.is_floating_point() or indices.ndim != 2 or indices.shape[1] < k:
-        raise ValueError(f"indices: expected integers (M, {k} or more), got {indices.dtype} {tuple(indices.shape)}")
-    weights = _checked(weights, queries, keys, columns=indices.shape[1])
-    indices = indices.to("cpu", torch.int64)[:, :k]
-    if not ((indices >= -1) & (indices < len(keys))).all():
-        raise ValueError(f"indices: expected -1 to {len(keys) - 1}, got {indices.min()} to {indices.max()}")
-    return weights[:, :k], indices
+        weights, rows, columns = _checked(weights, queries, keys)
+        _check_k(k, len(columns))
+        weights, indices = weights.sort(dim=1, descending=True, stable=True)
+        return weights[:, :k], indices[:, :k], rows, columns
+    weights = _floats(weights)
+    indices = torch.tensor(indices) if hasattr(indices, "__array__") and not isinstance(indices, Tensor) else indices
+    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.ndim != 2 or indices.shape[1] < k:
+        raise ValueError(f"indices: expected integers (M, {k} or more), got {describe(indices)}")
+    if weights.shape != indices.shape or not weights.numel():
+        expected = f"{tuple(indices.shape)}, that of indices, none 0"
+        raise ValueError(f"weights: expected the shape {expected}; got {tuple(weights.shape)}")
+    indices = indices.to("cpu", torch.int64)
+    rows, columns = _labels("queries", queries, len(weights)), _labels("keys", keys, int(indices.max()) + 1)
+    if len(rows) != len(weights):
+        raise ValueError(f"queries: expected {len(weights)}, one for each row of weights, got {len(rows)}")
+    _check_k(k, len(columns))
+    indices = indices[:, :k]
+    if not ((indices >= -1) & (indices < len(columns))).all():
+        raise ValueError(f"indices: expected -1 to {len(columns) - 1}, got {indices.min()} to {indices.max()}")
+    return weights[:, :k], indices, rows, columns
+
+
+def _check_k(k: int, keys: int) -> None:
+    if not 1 <= k <= keys:
+        raise ValueError(f"k: expected 1 to {keys}, the number of keys, got {k}")
 
 
 def _one_of(axes: Axes | None, path: object) -> None:
     if axes is not None and path is not None:
-        raise ValueError(f"path: with axes of your own, save their figure yourself; got {path!r}")
+        raise ValueError(f"path: with axes of your own, save their figure yourself; got {describe(path)}")
 
 
 # -------------------------------------------------------------------------------------------------- figures and labels

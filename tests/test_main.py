@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,8 @@ def test_a_wrong_gradient_fails_the_command(monkeypatch: pytest.MonkeyPatch, cap
     assert "A BACKEND IS WRONG" in printed
     assert "dk" in printed
     assert "dv:" not in printed
+    words = r"sdpa +float32 +1 passed, +1 not supported here, 0 failed; largest error \d+% of the tolerance"
+    assert re.search(words, printed)
 
 
 @pytest.mark.usefixtures("short")

@@ -255,14 +255,31 @@ def test_top_k_shows_nan() -> None:
     labels(axes)
 
 
+def test_arrays_characters_and_numbers() -> None:
+    """Arrays of numpy are weights, a string is its characters, and labels that are not given are numbers."""
+    expected = viz.top_k(WEIGHTS, ["a", "b"], ["c", "d", "e", "f"], 2)
+    array = WEIGHTS.numpy()
+    array.flags.writeable = False
+    assert viz.top_k(array, "ab", "cdef", 2) == expected
+    numbered = viz.top_k(WEIGHTS, k=2)
+    assert [["cdef"[int(key)] for key, _ in row] for row in numbered] == [[key for key, _ in row] for row in expected]
+    values, indices = WEIGHTS.topk(2)
+    assert viz.top_k(values.numpy(), k=2, indices=indices.numpy()) == numbered
+    axes = viz.heatmap(array)
+    assert [x.get_text() for x in axes.get_xticklabels()] == ["0", "1", "2", "3"]
+
+
 WRONG: dict[str, tuple[type[Exception], str, Any]] = {
     "shape": (ValueError, r"weights: expected the shape \(2, 3\).*got \(2, 4\)", (WEIGHTS, QUERIES, list("abc"))),
     "four dimensions": (ValueError, r"got \(1, 1, 2, 4\)", (WEIGHTS[None, None], QUERIES, KEYS)),
     "empty": (ValueError, "none 0", (torch.zeros(2, 0), QUERIES, [])),
-    "integers": (TypeError, "weights: expected a floating tensor, got torch.int64", (WEIGHTS.long(), QUERIES, KEYS)),
-    "a list": (TypeError, "weights: expected a floating tensor, got <class 'list'>", ([[1.0]], QUERIES, KEYS)),
-    "one string": (TypeError, "keys: expected a sequence of strings, got 'abcd'", (WEIGHTS, QUERIES, "abcd")),
-    "numbers": (TypeError, r"queries: expected a sequence of strings, got \[1, 2\]", (WEIGHTS, [1, 2], KEYS)),
+    "integers": (TypeError, "weights: expected a floating tensor or array, got torch.int64", (WEIGHTS.long(),)),
+    "array of integers": (TypeError, "floating tensor or array, got torch.int64", (WEIGHTS.long().numpy(),)),
+    "a list": (TypeError, r"weights: expected a floating tensor or array, got list \[\[1.0\]\]", ([[1.0]],)),
+    "characters": (ValueError, r"weights: expected the shape \(2, 3\).*got \(2, 4\)", (WEIGHTS, QUERIES, "abc")),
+    "numbers": (TypeError, r"queries: expected strings, got list \[1, 2\]", (WEIGHTS, [1, 2], KEYS)),
+    "a tensor": (TypeError, "keys: expected strings, got torch.float32 tensor of", (WEIGHTS, QUERIES, WEIGHTS)),
+    "another order": (TypeError, "weights: .*got torch.int64 tensor of shape", (WEIGHTS.long(), WEIGHTS, QUERIES)),
 }
 
 
@@ -277,13 +294,16 @@ def test_wrong_arguments(what: str) -> None:
 
 
 def test_wrong_arguments_of_top_k() -> None:
+    with pytest.raises(TypeError, match=r"k: expected an int, got list \['a'\]"):
+        viz.top_k(WEIGHTS, QUERIES, KEYS, ["a"])  # type: ignore[arg-type]
     for k in (0, 5):
         with pytest.raises(ValueError, match=f"k: expected 1 to 4, the number of keys, got {k}"):
             viz.top_k(WEIGHTS, QUERIES, KEYS, k)
     index = torch.zeros(2, 4, dtype=torch.int32)
     for bad, words in (
         (WEIGHTS, "expected integers .*float32"),
-        (index[:, :1], r"expected integers \(M, 2 or more\), got torch.int32 \(2, 1\)"),
+        (index[:, :1], r"expected integers \(M, 2 or more\), got torch.int32 tensor of shape \(2, 1\)"),
+        ([[0, 1]], r"expected integers \(M, 2 or more\), got list"),
         (index + 4, "expected -1 to 3, got 4 to 4"),
         (index - 2, "expected -1 to 3, got -2 to -2"),
     ):
