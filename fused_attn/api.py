@@ -80,7 +80,8 @@ def attention(
         return_lse: also return lse (B, Hq, M), float32 (float64 for float64), differentiable. Not with "sigmoid".
         deterministic: None and True give the same bits run to run; False allows a faster unordered backward.
         backend: "hopper", "triton", "sdpa", "tiled" or "reference"; None takes the first that can run the call. An
-            explicit choice never falls back. The environment variable FUSED_ATTN_BACKEND counts as explicit. Inside
+            explicit choice never falls back. The environment variable FUSED_ATTN_BACKEND counts as explicit; it is read
+            at each call, and what torch.compile made is traced again when it has changed. Inside
             torch.nn.attention.sdpa_kernel, which chooses among torch's own kernels, "sdpa" is left out where those that
             need no memory for the scores are disabled; nothing else depends on it.
 

@@ -9,7 +9,6 @@ watching, or a tensor is more than plain memory, nothing is looked up and the lo
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import autograd, ops
+from . import autograd, environment, ops
 from .spec import DIFFERENTIABLE, Problem
 
 TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink")  # that a call may hold; scale and softcap as numbers
@@ -132,7 +131,7 @@ def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | 
     """
     if torch.compiler.is_compiling():
         return None
-    asked = backend or os.environ.get("FUSED_ATTN_BACKEND") or None
+    asked = backend or environment.backend
     if asked not in RECORDED or not (asked or (isinstance(tensors[0], Tensor) and tensors[0].is_cuda)):
         return None
     kinds = tuple(map(type, words))

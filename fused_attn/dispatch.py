@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from . import autograd, native, ops, reference, tiled
+from . import autograd, environment, native, ops, reference, tiled
 from .spec import BackendError, Problem, TransformError, describe
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
@@ -84,7 +83,7 @@ def taken(name: str, p: Problem, lowered: Problem) -> Problem:
 
 
 def _explain(p: Problem, lowered: Problem, backend: str | None, task: str = "") -> Explanation:
-    asked = backend or os.environ.get("FUSED_ATTN_BACKEND") or None
+    asked = backend or environment.backend
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {describe(asked)}")
     transform = transformed(p)

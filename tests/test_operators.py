@@ -346,6 +346,35 @@ def test_compile_dynamic_with_parameters(name: str) -> None:
     torch.testing.assert_close(compiled(q), module(q), rtol=1e-6, atol=1e-6)
 
 
+def test_compile_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled function takes the backend that FUSED_ATTN_BACKEND names now, and keeps one graph for each."""
+    monkeypatch.delenv("FUSED_ATTN_BACKEND", raising=False)
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: attention(x, x, x, softcap=2.0), fullgraph=True, backend=keep)
+    x = torch.randn(1, 2, 5, 8)
+    for name, count in ((None, 1), ("reference", 2), ("", 2), ("reference", 2), ("tiled", 3), (None, 3)):
+        if name is None:
+            monkeypatch.delenv("FUSED_ATTN_BACKEND", raising=False)
+        else:
+            monkeypatch.setenv("FUSED_ATTN_BACKEND", name)
+        for turn in range(3):
+            monkeypatch.setenv("UNRELATED", str(turn))
+            compiled(x)
+        monkeypatch.delenv("UNRELATED")
+        assert len(graphs) == count, name
+    ours = ["fused_attn.forward" in graph.code for graph in graphs]
+    assert ours == [True, False, True]
+    monkeypatch.setenv("FUSED_ATTN_BACKEND", "fastest")
+    with pytest.raises(Exception, match="fastest"):
+        compiled(x)
+
+
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
 def test_traced_by_fx(mode: str) -> None:
     """Tensors that have no memory find a backend, and the graph holds our operator."""

@@ -16,7 +16,6 @@ instead. torch.nn.attention.sdpa_kernel chooses among torch's kernels; it does n
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from .. import environment
 from ..api import scaled_dot_product_attention as fused
 
 _lock = threading.Lock()
@@ -122,7 +122,7 @@ def _ours_or_torchs(
     try:
         return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     except (ValueError, TypeError, NotImplementedError) as refusal:
-        if os.environ.get("FUSED_ATTN_BACKEND"):
+        if environment.backend:
             raise
         _warn_once(str(refusal))
     if isinstance(attn_mask, CausalBias):
