@@ -111,8 +111,8 @@ class _Empty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, (lse, *rows) = torch.empty_like(q), (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3))
+        ctx.save_for_backward(q, k, v, out, *rows)
         ctx.set_materialize_grads(False)
         return out, lse
 

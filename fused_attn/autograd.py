@@ -1,6 +1,7 @@
 """Derivatives of the operators: one Function for eager mode, and the same formula registered for compilers.
 
-What is saved for backward: the inputs, out and lse, through `save_for_backward` alone, so that hooks can move them.
+What is saved for backward: the inputs, out, and the row maximum and the log of the sum apart, through
+`save_for_backward` alone, so that hooks can move them.
 A backend that can also be written in plain autograd (it has `attention`) can be differentiated again; the others say
 that they cannot.
 """
@@ -22,13 +23,13 @@ def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
     args = ops.flatten(p, backend)
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         # Compilers and torch.jit.trace record the operator, which has the formula registered below.
-        return torch.ops.fused_attn.forward(*args)
+        return torch.ops.fused_attn.forward(*args)[:2]
     if torch.is_grad_enabled() and any(_wants(x) for x in args[: len(DIFFERENTIABLE)]):
-        return _apply(*args)
-    return _forward(*args)
+        return _apply(*args)[:2]
+    return _forward(*args)[:2]
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator where nobody asks for its derivative, past the layer that would look for one."""
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fused_attn.forward(*args)
@@ -38,14 +39,16 @@ def _wants(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[: ops.TENSORS], *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, _, *normaliser = output
+    ctx.mark_non_differentiable(*normaliser)
+    ctx.save_for_backward(*inputs[: ops.TENSORS], out, *normaliser)
     ctx.settings = inputs[ops.TENSORS :]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *tensors, out, peak, log_sum = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
     absent = (None,) * (len(tensors) + len(ctx.settings) - len(DIFFERENTIABLE))
     if dout is None and dlse is None:
@@ -54,9 +57,9 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         dout = _zeros(out)
     args = (*tensors, *ctx.settings)
     if torch.is_grad_enabled():
-        grads = differentiable(args, out, lse, dout, dlse, needs)
+        grads = differentiable(args, (out, peak, log_sum), dout, dlse, needs)
     else:
-        grads = torch.ops.fused_attn.backward(*args, out, lse, dout, dlse, needs)
+        grads = torch.ops.fused_attn.backward(*args, out, peak, log_sum, dout, dlse, needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + absent
 
 
@@ -66,13 +69,16 @@ def _zeros(out: Tensor) -> Tensor:
 
 
 def differentiable(
-    args: tuple[Any, ...], out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool]
+    args: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients as functions that can be differentiated again, or that say so when somebody tries."""
+    """The gradients as functions that can be differentiated again, or that say so when somebody tries.
+
+    saved: out, peak and log_sum.
+    """
     p, backend = ops.rebuild(args)
     plain = getattr(ops.launcher(backend), "attention", None)
     if plain is None:
-        return _Once.apply(backend, *args, out, lse, dout, dlse, needs)
+        return _Once.apply(backend, *args, *saved, dout, dlse, needs)
     results = plain(p)
     kept = [(y, g) for y, g in zip(results, (dout, dlse), strict=True) if g is not None]
     wanted = [x for x, need in zip(args[: len(DIFFERENTIABLE)], needs, strict=True) if need]
@@ -85,19 +91,19 @@ def differentiable(
 
 
 class Attention(torch.autograd.Function):
-    """Flat arguments of `ops.flatten` -> (out, lse)."""
+    """Flat arguments of `ops.flatten` -> what the operator returns."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _forward(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _setup_context(ctx, inputs, output)
         ctx.context = copy_context()
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         # On a GPU autograd has a thread of its own, which a scoped configuration would not reach.
         return ctx.context.copy().run(_backward, ctx, dout, dlse)
 
@@ -127,11 +133,11 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        results = call.forward(tensors)
-        ctx.save_for_backward(*tensors, *results)
+        out, lse, *normaliser = call.forward(tensors)
+        ctx.save_for_backward(*tensors, out, *normaliser)
         ctx.call, ctx.context = call, copy_context()
         ctx.set_materialize_grads(False)
-        return results
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -140,7 +146,7 @@ class _Again(torch.autograd.Function):
             return (None,) * (1 + len(needs))
         saved = ctx.saved_tensors
         if dout is None:
-            dout = _zeros(saved[-2])
+            dout = _zeros(saved[-3])
         backward = ctx.call.again if torch.is_grad_enabled() else ctx.call.backward
         return None, *ctx.context.copy().run(backward, (*saved, dout, dlse), needs)
 

@@ -197,10 +197,10 @@ class Call:
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor]:
         """(out, lse)"""
         given = tensors[: self.count]
-        return autograd.again(self, *given) if self.differentiable else self.forward(given)
+        return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]
 
-    def forward(self, given: Given) -> tuple[Tensor, Tensor]:
-        """(out, lse) without a derivative."""
+    def forward(self, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(out, lse, peak, log_sum) without a derivative."""
         found = None if self._forward is None else self._forward(given)
         if found is not None:
             return found
@@ -210,11 +210,11 @@ class Call:
             found, self._forward = ops.launcher(self.backend).record(self._work_forward, given)
         return found
 
-    def _work_forward(self, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _work_forward(self, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return ops.launcher(self.backend).forward(ops.rebuild(self._flat(given))[0])
 
     def backward(self, given: Given, needs: tuple[bool, ...]) -> Given:
-        """The gradients that needs asks for. given: the tensors, out, lse, dout and dlse."""
+        """The gradients that needs asks for. given: the tensors, out, peak, log_sum, dout, dlse."""
         alone = given[-1] is None  # most often the lse has no cotangent
         if self._last is not None and alone:
             same, alike, again = self._last
@@ -251,11 +251,10 @@ class Call:
     def again(self, given: Given, needs: tuple[bool, ...]) -> Given:
         """As `backward`, by operations that can be differentiated in their turn, or that say that they cannot."""
         names = [name for name, need in zip(TENSORS, needs, strict=False) if need]
-        out, lse, dout, dlse = given[self.count :]
+        *saved, dout, dlse = given[self.count :]
         wanted = [name in names for name in DIFFERENTIABLE]
-        return self._shown(
-            autograd.differentiable(self._flat(given[: self.count]), out, lse, dout, dlse, wanted), needs
-        )
+        flat = self._flat(given[: self.count])
+        return self._shown(autograd.differentiable(flat, tuple(saved), dout, dlse, wanted), needs)
 
     def _shown(self, grads: Given, needs: tuple[bool, ...]) -> Given:
         """Gradients in the order of DIFFERENTIABLE as those of the call's tensors."""

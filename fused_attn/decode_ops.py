@@ -113,7 +113,7 @@ def _decode(*args: Any) -> tuple[Tensor, Tensor]:
         return launcher().decode(d)
     out, lse = state.empty(d.empty_out(), d.empty_lse())
     for b, p in enumerate(d.problems() if not d.empty else ()):
-        found, found_lse = SEQUENTIAL[backend](p)
+        found, found_lse, *_ = SEQUENTIAL[backend](p)
         out[b] = found[0].transpose(0, 1)
         lse[b] = found_lse[0]
     return out, lse

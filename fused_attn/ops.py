@@ -1,8 +1,11 @@
 """torch.library: the operators that every linear-memory backend serves.
 
 `forward` and `backward`, and `statistics` and `weights` where a backend can show them, carry a Problem as flat
-arguments; `flatten` and `rebuild` are the only two places that know their order. The launcher is looked up by name when
-the operator runs, so that importing this file needs torch alone, and so that a compiler sees an opaque operator
+arguments; `flatten` and `rebuild` are the only two places that know their order. Beside out and lse, forward returns
+what backward needs of each row's denominator, apart, because one rounded sum would lose the second where the first is
+large: `peak`, the largest score, in the units in which the backend compares scores; and `log_sum`, the natural log of
+the sum of exp(score - peak), the sink included. A row that sees nothing has peak 0. The launcher is looked up by name
+when the operator runs, so that importing this file needs torch alone, and so that a compiler sees an opaque operator
 whatever stands behind it.
 """
 
@@ -37,9 +40,9 @@ PROBLEM = (
 TENSORS = 20  # how many of the problem's arguments are tensors; they come first
 
 _library = torch.library.Library("fused_attn", "DEF")
-_library.define(f"forward({PROBLEM}) -> (Tensor out, Tensor lse)")
+_library.define(f"forward({PROBLEM}) -> (Tensor out, Tensor lse, Tensor peak, Tensor log_sum)")
 _library.define(
-    f"backward({PROBLEM}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] needs) -> "
+    f"backward({PROBLEM}, Tensor out, Tensor peak, Tensor log_sum, Tensor dout, Tensor? dlse, bool[] needs) -> "
     f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
 )
 _library.define(
@@ -105,28 +108,28 @@ def _serving(p: Problem, backend: str) -> ModuleType:
     return launcher("tiled" if p.empty else backend)
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, backend = rebuild(args)
     return _serving(p, backend).forward(p)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    *problem, out, lse, dout, dlse, needs = args
+    *problem, out, peak, log_sum, dout, dlse, needs = args
     p, backend = rebuild(tuple(problem))
     wanted = frozenset(name for name, need in zip(DIFFERENTIABLE, needs, strict=True) if need)
     # backward() may be called under autocast, which would change the types of the products inside.
     with torch.autocast(p.q.device.type, enabled=False):
-        found = _serving(p, backend).backward(p, out, lse, dout, dlse, wanted)
+        found = _serving(p, backend).backward(p, out, peak, log_sum, dout, dlse, wanted)
     return tuple(found[name] if name in wanted else p.q.new_empty(0) for name in DIFFERENTIABLE)
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, _ = rebuild(args)
-    return p.empty_out(), p.empty_lse()
+    return p.empty_out(), p.empty_lse(), p.empty_lse(), p.empty_lse()
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    *problem, _, _, _, _, needs = args
+    *problem, _, _, _, _, _, needs = args
     p, _ = rebuild(tuple(problem))
     tensors = p.tensors()
     return tuple(
@@ -193,5 +196,5 @@ def _forward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
 @register_flop_formula(torch.ops.fused_attn.backward, get_raw=True)
 def _backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
     """Five products a score."""
-    p, _ = rebuild(args[:-5])
+    p, _ = rebuild(args[:-6])
     return 2 * _scores(p) * (3 * p.q.shape[3] + 2 * p.v.shape[3])

@@ -9,7 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = {"q", "out", "dout", "lse", "dlse", "row_terms", "entropy", "max_logit", "top_k_indices", "top_k_weights"}
+ROWS = {
+    "q", "out", "dout", "lse", "dlse", "peak", "log_sum", "row_terms",
+    "entropy", "max_logit", "top_k_indices", "top_k_weights",
+}  # fmt: skip
 KEYS = {"k", "v", "key_terms", "key_mass"}
 PLANES = {"bias", "mask"}
 

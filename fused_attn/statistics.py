@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .spec import Problem, Statistics
 from .tiles import Share, Tile, one_tile, seen, shares, windows
-from .work import Work, exp_minus, finite_peak
+from .work import Work, exp_minus, finite_peak, softmax_weights
 
 FAR = 1000.0  # exp(-FAR) is 0 in float64 too, and FAR times 0 is 0
 ROWS, APART = 128, 16  # of chosen rows: at most so many at once, and what lies between two of them
@@ -140,7 +140,7 @@ class _Rows:
         if self.work.p.sigmoid:
             return s.sigmoid_()
         forbidden = s == -torch.inf if self.log.isnan().any() else None
-        weights = exp_minus(s.sub_(self.shift), self.log.masked_fill(self.log == -torch.inf, 0))
+        weights = softmax_weights(s, self.shift, self.log.masked_fill(self.log == -torch.inf, 0))
         return weights if forbidden is None else weights.masked_fill_(forbidden, 0)
 
 

@@ -203,12 +203,12 @@ def run_module(inputs: Inputs, module: ModuleType) -> dict[str, Tensor]:
     """The same by a linear-memory backend's own forward and backward, beneath autograd."""
     with torch.enable_grad():
         p = inputs.problem().lower()
-    out, lse = module.forward(p)
+    out, lse, *normaliser = module.forward(p)
     got = {"out": out} if p.sigmoid else {"out": out, "lse": lse}
     operands = {name: x for name, x in p.tensors().items() if x.requires_grad}
     if operands:
         dout = torch.zeros_like(out) if inputs.dout is None else inputs.dout
-        grads = module.backward(p, out, lse, dout, inputs.dlse, frozenset(operands))
+        grads = module.backward(p, out, *normaliser, dout, inputs.dlse, frozenset(operands))
         # The way back through what lowering did, which for most operands is nothing.
         cotangents = [grads[name] for name in operands]
         back = torch.autograd.grad(list(operands.values()), list(inputs.leaves.values()), cotangents)

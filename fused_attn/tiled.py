@@ -2,8 +2,8 @@
 
 forward     for each tile of rows, over the tiles of keys that its span reaches, with a running maximum m:
                 S = scores,  P = exp(S - m),  l = exp(m_old - m) l + sum P,  O = exp(m_old - m) O + P V
-            and at the end O / l and lse = m + log l; a sink starts m at its logit and l at 1.
-backward    P = exp(S - lse) again, delta = sum(dO * O) - dlse, dS = P * (dO V^T - delta), and then
+            and at the end O / l, m and log l, whose sum is lse; a sink starts m at its logit and l at 1.
+backward    P = exp(S - m - log l) again, delta = sum(dO * O) - dlse, dS = P * (dO V^T - delta), and then
                 dV += P^T dO,  dQ += dS K scale,  dK += dS^T Q scale
 sigmoid     P = sigmoid(S) and dS = P * (1 - P) * (dO V^T): no maximum, no lse and no delta
 attention   the same tiles of rows under plain autograd, for the transforms that need to see every operation.
@@ -24,7 +24,7 @@ from .ragged import KEYS, ROWS
 from .scores import Additive
 from .spec import Problem
 from .tiles import Share, Tile, masked_by_tensors, part, row_tiles, seen, shares
-from .work import Work, distance_to_diagonal, exp_minus, finite_peak, indices, number, work_dtype
+from .work import Work, distance_to_diagonal, exp_minus, finite_peak, indices, number, softmax_weights, work_dtype
 
 
 def why_not(p: Problem) -> list[str]:
@@ -35,37 +35,39 @@ def why_not(p: Problem) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a problem; no autograd."""
+def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, peak, log_sum) of a problem; no autograd."""
     if p.ragged is not None:
         return _forward_each(p)
-    out, lse = state.empty(p.empty_out(), p.empty_lse())
+    out, log_sum = state.empty(p.empty_out(), p.empty_lse())
+    peak = torch.zeros_like(log_sum)
     if p.sink is not None:
-        lse.copy_(p.sink[:, None])
+        log_sum.copy_(p.sink[:, None])
     visible = seen(p)
     for share in shares(p):
         work = Work(p, share, visible)
         for tile in share.tiles:
             place = (share.batch, share.heads, tile.rows)
-            tile_out, tile_lse = (_sigmoid_tile if p.sigmoid else _row_tile)(work, tile)
-            out[place] = work.unfold(tile_out).to(out.dtype)
-            if tile_lse is not None:
-                lse[place] = work.unfold(tile_lse)[..., 0]
-    return out, lse
+            if p.sigmoid:
+                out[place] = work.unfold(_sigmoid_tile(work, tile))
+                continue
+            tile_out, *normaliser = _row_tile(work, tile)
+            out[place] = work.unfold(tile_out)
+            peak[place], log_sum[place] = (work.unfold(x)[..., 0] for x in normaliser)
+    return out, peak + log_sum, peak, log_sum
 
 
-def _forward_each(p: Problem) -> tuple[Tensor, Tensor]:
+def _forward_each(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sequences one after another."""
-    out, lse = p.empty_out(), p.empty_lse()
+    whole = p.empty_out(), p.empty_lse(), p.empty_lse(), p.empty_lse()
+    names = ("out",) if p.sigmoid else ("out", "lse", "peak", "log_sum")
     for one, alone in p.sequences():
-        own_out, own_lse = forward(alone)
-        one.part("out", out).copy_(own_out)
-        if not p.sigmoid:
-            one.part("lse", lse).copy_(own_lse)
-    return out, lse
+        for name, x, own in zip(names, whole, forward(alone), strict=False):
+            one.part(name, x).copy_(own)
+    return whole
 
 
-def _sigmoid_tile(work: Work, tile: Tile) -> tuple[Tensor, None]:
+def _sigmoid_tile(work: Work, tile: Tile) -> Tensor:
     """out (B * Hkv, group * rows, Dv) of one tile of rows: each weight is of its score alone."""
     p, q = work.p, work.fold(work.q[:, :, tile.rows])
     o = q.new_zeros(*q.shape[:2], work.v.shape[2])
@@ -74,11 +76,12 @@ def _sigmoid_tile(work: Work, tile: Tile) -> tuple[Tensor, None]:
         if p.dropout is not None:
             weights.mul_(work.kept(tile, keys))
         o.baddbmm_(work.fold(weights), work.v[:, keys])
-    return o if p.dropout is None else o.mul_(p.dropout.rescale), None
+    return o if p.dropout is None else o.mul_(p.dropout.rescale)
 
 
-def _row_tile(work: Work, tile: Tile) -> tuple[Tensor, Tensor]:
-    """out (B * Hkv, group * rows, Dv) and lse (B * Hkv, group * rows, 1) of one tile of rows: the online softmax."""
+def _row_tile(work: Work, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B * Hkv, group * rows, Dv), peak and log_sum (B * Hkv, group * rows, 1) of one tile of rows: the online
+    softmax."""
     p, q = work.p, work.fold(work.q[:, :, tile.rows])
     o = q.new_zeros(*q.shape[:2], work.v.shape[2])
     m = q.new_full((*q.shape[:2], 1), -torch.inf)
@@ -100,45 +103,47 @@ def _row_tile(work: Work, tile: Tile) -> tuple[Tensor, Tensor]:
         m = new
     if p.dropout is not None:
         o.mul_(p.dropout.rescale)
-    # A row that has seen nothing has total 0: out 0 and lse -inf. NaN is no zero.
-    return o.div_(total.masked_fill(total == 0, 1)), finite_peak(m) + torch.log(total)
+    # A row that has seen nothing has total 0: out 0, peak 0 and log_sum -inf. NaN is no zero.
+    return o.div_(total.masked_fill(total == 0, 1)), finite_peak(m), torch.log(total)
 
 
 # ---------------------------------------------------------------------------------------------------------- backward
 
 
 def backward(
-    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+    p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients named in needs, each in its own tensor's shape and dtype."""
     if p.ragged is not None:
-        return _backward_each(p, out, lse, dout, dlse, needs)
+        return _backward_each(p, out, peak, log_sum, dout, dlse, needs)
     dtype, visible = work_dtype(p), seen(p)
     if visible is not None:
         dout = torch.where(visible[0], dout, 0)
-    if p.sigmoid:
-        lse = delta = None
-    else:
+    rows: tuple[Tensor, ...] = ()
+    if not p.sigmoid:
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
         if dlse is not None:
             delta = delta - dlse.to(dtype)[..., None]
         # A row that sees nothing: exp(s - inf) = 0, and whatever stands in its cotangents goes nowhere.
-        blind = (lse == -torch.inf)[..., None]
-        lse, delta = lse.to(dtype)[..., None].masked_fill(blind, torch.inf), delta.masked_fill(blind, 0)
+        peak, log_sum = peak[..., None], log_sum[..., None]
+        blind = log_sum == -torch.inf
+        rows = peak, log_sum.masked_fill(blind, torch.inf), delta.masked_fill(blind, 0)
     grads = _Gradients(p, needs, dtype)
     if "sink" in needs:
-        grads.sums["sink"] = -(torch.exp(p.sink.to(dtype)[:, None, None] - lse) * delta).sum((0, 2, 3))
+        peak, log_sum, delta = rows
+        share = torch.exp(p.sink.to(dtype)[:, None, None] - peak - log_sum)
+        grads.sums["sink"] = -(share * delta).sum((0, 2, 3))
     for share in shares(p) if needs != {"sink"} else ():
         work = Work(p, share, visible)
         grads.open(work)
         for tile in share.tiles:
-            _backward_tile(work, tile, dout, lse, delta, grads)
+            _backward_tile(work, tile, dout, rows, grads)
         grads.close(work)
     return grads.finish()
 
 
 def _backward_each(
-    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+    p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """What each sequence gives, added in their order; parameters in the working dtype."""
     own = {name: x for name, x in p.tensors().items() if name in needs}
@@ -147,17 +152,18 @@ def _backward_each(
     }
     for one, alone in p.sequences():
         own_out, own_dout = one.part("out", out), one.part("dout", dout)
-        own_lse, own_dlse = lse if p.sigmoid else one.part("lse", lse), None if dlse is None else one.part("dlse", dlse)
-        for name, x in backward(alone, own_out, own_lse, own_dout, own_dlse, needs).items():
+        own_dlse = None if dlse is None else one.part("dlse", dlse)
+        normaliser = (peak, log_sum) if p.sigmoid else (one.part("peak", peak), one.part("log_sum", log_sum))
+        for name, x in backward(alone, own_out, *normaliser, own_dout, own_dlse, needs).items():
             one.part(name, found[name]).add_(x)
     return {name: x.to(own[name].dtype) for name, x in found.items()}
 
 
-def _backward_tile(work: Work, tile: Tile, dout: Tensor, lse: Tensor, delta: Tensor, grads: _Gradients) -> None:
-    """Add what one tile of rows gives to every gradient."""
+def _backward_tile(work: Work, tile: Tile, dout: Tensor, rows: tuple[Tensor, ...], grads: _Gradients) -> None:
+    """Add what one tile of rows gives to every gradient. rows: peak, log_sum and delta, but of a sigmoid."""
     p = work.p
     q, do = work.fold(work.q[:, :, tile.rows]), work.of_rows(dout, tile)
-    lse, delta = (None if x is None else work.of_rows(x, tile) for x in (lse, delta))
+    peak, log_sum, delta = (work.of_rows(x, tile) for x in rows) if rows else (None, None, None)
     grads.open_rows(work, q)
     for keys in tile.key_tiles():
         weights4 = work.scores(q, tile, keys)
@@ -165,7 +171,7 @@ def _backward_tile(work: Work, tile: Tile, dout: Tensor, lse: Tensor, delta: Ten
         if p.sigmoid:
             weights.sigmoid_()
         else:
-            exp_minus(weights, lse)
+            softmax_weights(weights, peak, log_sum)
         kept = None if p.dropout is None else work.kept(tile, keys).mul_(p.dropout.rescale)
         ds4 = None
         if grads.of_scores:

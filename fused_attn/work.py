@@ -11,6 +11,8 @@ from . import additive
 from .spec import HALF, Problem, philox
 from .tiles import EVERYTHING, Share, Tile, part
 
+LOG2E = 1 / math.log(2)
+
 
 def work_dtype(p: Problem) -> torch.dtype:
     return torch.float32 if p.q.dtype in HALF else p.q.dtype
@@ -38,9 +40,14 @@ def finite_peak(m: Tensor) -> Tensor:
     return m.masked_fill(m == -torch.inf, 0)
 
 
-def exp_minus(s: Tensor, shift: Tensor) -> Tensor:
-    """exp(s - shift), in place. On a CPU exp2 is three times as fast as exp, and thirty times where that underflows."""
-    return s.sub_(shift).mul_(1 / math.log(2)).exp2_()
+def exp_minus(s: Tensor, peak: Tensor) -> Tensor:
+    """exp(s - peak), in place. On a CPU exp2 is three times as fast as exp, and thirty times where that underflows."""
+    return s.sub_(peak).mul_(LOG2E).exp2_()
+
+
+def softmax_weights(s: Tensor, peak: Tensor, log_sum: Tensor) -> Tensor:
+    """exp(s - peak - log_sum), in place, in as many passes: their sum would round log_sum away where peak is large."""
+    return torch.add(log_sum * -LOG2E, s.sub_(peak), alpha=LOG2E, out=s).exp2_()
 
 
 def _forbid(s: Tensor, allowed: Tensor) -> None:

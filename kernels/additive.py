@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .backward import dropped, score_gradient, statistics, weights
+from .backward import dropped, row_numbers, score_gradient, weights
 from .memory import head_pointer, key_base, load_rows, member, number, owner, row_base, start_pointer, store_rows
 from .modifiers import Plane, backward, parameters, saturation, slope_gradient, softcap_gradient, tile_pointers
 from .numerics import LOG2E, dot, reciprocal
@@ -80,8 +80,7 @@ class Keys(NamedTuple):
     dout: View
     do_head: Any
     bias_head: Any
-    shift: Any
-    delta: Any
+    known: Any
     plane: Plane
     reach: Reach
     gradients: AdditiveGradients
@@ -151,11 +150,12 @@ def absorb(c, state, m):
     at = m + tl.arange(0, c.plane.BLOCK_M)
     rows = live(c.reach, m, c.plane.BLOCK_M, True)
     do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
-    shift, delta = statistics(c.shift, c.delta, c.plane.at, at, at < c.plane.at.M)
+    peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, at < c.plane.at.M)
     s = additive(c.plane, m, c.n, True)
     dp = products(c.v, do, c.PRECISION)
     t = saturation(c.plane, s)
-    p = weights(c.plane, s, t, shift[None, :], visible(c.reach, c.plane, m, c.n, True, True), m, c.n, True)
+    see = visible(c.reach, c.plane, m, c.n, True, True)
+    p = weights(c.plane, s, t, peak[None, :], log2_sum[None, :], see, m, c.n, True)
     kept = dropped(c.plane, m, c.n, True)
     if c.gradients.dv is not None:
         if kept is None:
@@ -247,11 +247,12 @@ def keep_columns(pointer, at, keys, seen, sums):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def additive_backward_kernel(
-    v, dout, shift, delta, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    v, dout, known, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads. Keys nobody sees get zeros.
+    """known: RowNumbers, None for a sigmoid; span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads.
+    Keys nobody sees get zeros.
 
     A program takes tickets as long as there are tiles, so that what it stages needs memory once for all of them.
     """
@@ -282,7 +283,7 @@ def additive_backward_kernel(
             dv, columns, scale, caps, slopes = meet_rows(
                 Keys(
                     v_tile, n, tl.program_id(0), row_slots, key_slots,
-                    dout, start_pointer(dout, at, of_rows.h, at.row), bias_head, shift, delta,
+                    dout, start_pointer(dout, at, of_rows.h, at.row), bias_head, known,
                     Plane(score, parameters(score, mask, at.b, of_rows.h), mask, dropout, of_rows, BLOCK_M, BLOCK_N),
                     Reach(
                         span, lo, hi, listed(span, reach, of_rows),

@@ -1,12 +1,13 @@
-"""Backward: dq, dk, dv and every parameter's gradient, from out and lse, with the weights computed again.
+"""Backward: dq, dk, dv and every parameter's gradient, from out and what is known of each row's denominator, with the
+weights computed again.
 
-    p = exp(x - lse)    dp = keep * (dout v^T)    dx = p * (dp - delta)    delta = sum(dout * out) - dlse
-    p = sigmoid(x)                                dx = p * (1 - p) * dp    where the normalizer is a sigmoid
+    p = exp(x - peak - log_sum)    dp = keep * (dout v^T)    dx = p * (dp - delta)    delta = sum(dout * out) - dlse
+    p = sigmoid(x)                                           dx = p * (1 - p) * dp    where the normalizer is a sigmoid
 
 Four kernels, none with an atomic: delta; dk, dv (a program owns keys, and adds up its group's query heads in order);
 dq with what sums over a row; and dbias, for a bias that is broadcast over batch or heads (a program owns a tile of it).
-Grids are flat: tiles x heads. lse, delta and the row sums are (B, Hq, M) float32; lse is a natural log, and shift is
-lse with +inf for rows that see nothing, written beside delta for the kernels that follow.
+Grids are flat: tiles x heads. What is known of rows (types.RowNumbers) and the row sums are (B, Hq, M) float32. peak
+and log_sum stay apart, because their sum, lse, is rounded to a multiple of what peak's last bit stands for.
 """
 
 from typing import Any, NamedTuple
@@ -46,31 +47,32 @@ from .types import KeyGradients, RowGradients, View
 
 
 @triton.jit
-def statistics(shift, delta, at, rows, seeing):
-    """(shift, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row sees.
-
-    Zeros for a sigmoid, which asks for neither: shift and delta are None.
-    """
-    if shift is None:
-        return rows * 0.0, rows * 0.0
+def row_numbers(known, at, rows, seeing):
+    """(peak, log2_sum, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row
+    sees. Zeros for a sigmoid, which asks for none of them: known is None."""
+    if known is None:
+        return rows * 0.0, rows * 0.0, rows * 0.0
     else:
-        shift, delta = shift + (row_base(at) + rows), delta + (row_base(at) + rows)
+        own = row_base(at) + rows
         if seeing is None:
-            return tl.load(shift), tl.load(delta)
+            return tl.load(known.peak + own), tl.load(known.log2_sum + own), tl.load(known.delta + own)
         else:
-            return tl.load(shift, mask=seeing, other=float("inf")), tl.load(delta, mask=seeing, other=0.0)
+            log2_sum = tl.load(known.log2_sum + own, mask=seeing, other=float("inf"))
+            delta = tl.load(known.delta + own, mask=seeing, other=0.0)
+            return tl.load(known.peak + own, mask=seeing, other=0.0), log2_sum, delta
 
 
 @triton.jit
-def weights(plane, s, t, shift, see, m, n, TRANSPOSED: tl.constexpr):
-    """p of products s; shift is shaped to broadcast."""
-    # The difference first: a factor with log2(e) in it would multiply its rounding by the whole score.
+def weights(plane, s, t, peak, log2_sum, see, m, n, TRANSPOSED: tl.constexpr):
+    """p of products s; peak and log2_sum are shaped to broadcast."""
+    # peak first, which at the maximum leaves an exact zero: a rounded sum of the two would lose log2_sum where peak is
+    # large, and a factor that came first would multiply its rounding by the whole score.
     if plane.score.sigmoid:
         p = sigmoid(value(plane, s, t, m, n, TRANSPOSED))
     elif plane.score.folds:
-        p = tl.exp2((s * plane.own.scale - shift) * LOG2E)
+        p = tl.exp2((s - peak) * (plane.own.scale * LOG2E) - log2_sum)
     else:
-        p = tl.exp2((value(plane, s, t, m, n, TRANSPOSED) - shift) * LOG2E)
+        p = tl.exp2((value(plane, s, t, m, n, TRANSPOSED) - peak) * LOG2E - log2_sum)
     if see is not None:
         p = tl.where(see, p, 0.0)
     return p
@@ -98,12 +100,12 @@ def dropped(plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "HEADS", "BATCHED_HEADS"])
 def delta_kernel(
-    out, dout, lse, dlse, shift, delta, M, HEADS, BATCHED_HEADS,
+    out, dout, log_sum, dlse, log2_sum, delta, M, HEADS, BATCHED_HEADS,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta and shift, both (B, Hq, M); dlse is a pointer to the same shape, or None.
+    """delta and log2_sum, both (B, Hq, M), as log_sum is; dlse is a pointer to the same shape, or None.
 
-    A row that sees nothing gets +inf for its lse, and with it weights of 0, without a mask.
+    A row that sees nothing gets a log2_sum of +inf, and with it weights of 0, without a mask.
     """
     tile, head = schedule(tl.program_id(0), tl.cdiv(M, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
     b = head // HEADS
@@ -117,8 +119,8 @@ def delta_kernel(
     if dlse is not None:
         total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)
     tl.store(delta + at, total, mask=rows < M)
-    found = tl.load(lse + at, mask=rows < M, other=0.0)
-    tl.store(shift + at, tl.where(found == float("-inf"), float("inf"), found), mask=rows < M)
+    found = tl.load(log_sum + at, mask=rows < M, other=0.0)
+    tl.store(log2_sum + at, tl.where(found == float("-inf"), float("inf"), found * LOG2E), mask=rows < M)
 
 
 class Keys(NamedTuple):
@@ -131,8 +133,7 @@ class Keys(NamedTuple):
     q_head: Any
     dout: View
     do_head: Any
-    shift: Any
-    delta: Any
+    known: Any
     plane: Plane
     reach: Reach
     gradients: KeyGradients
@@ -145,26 +146,27 @@ class Keys(NamedTuple):
 
 @triton.jit
 def issue_rows(c, m, MASKED: tl.constexpr):
-    """k q^T and v dout^T, [BLOCK_N, BLOCK_M], the tiles they came from, and the rows' statistics."""
+    """k q^T and v dout^T, [BLOCK_N, BLOCK_M], the tiles they came from, and the rows' numbers."""
     rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)
     q = load_rows(c.q, c.q_head, m, rows, c.plane.BLOCK_M, c.D, c.BLOCK_D)
     do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
-    # Read before the products: what is read after a wait for one waits with it, and the exponentials need shift.
+    # Read before the products: what is read after a wait for one waits with it, and the exponentials need these.
     at = m + tl.arange(0, c.plane.BLOCK_M)
     if MASKED:
-        shift, delta = statistics(c.shift, c.delta, c.plane.at, at, at < c.plane.at.M)
+        peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, at < c.plane.at.M)
     else:
-        shift, delta = statistics(c.shift, c.delta, c.plane.at, at, None)
-    return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do, shift, delta
+        peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, None)
+    return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do, peak, log2_sum, delta
 
 
 @triton.jit
 def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
     """Add what the rows of the tile at m send to the keys."""
     dk, dv, columns = state
-    s, dp, q, do, shift, delta = issued
+    s, dp, q, do, peak, log2_sum, delta = issued
     t = saturation(c.plane, s)
-    p = weights(c.plane, s, t, shift[None, :], visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)
+    see = visible(c.reach, c.plane, m, c.n, MASKED, True)
+    p = weights(c.plane, s, t, peak[None, :], log2_sum[None, :], see, m, c.n, True)
     kept = dropped(c.plane, m, c.n, True)
     if c.gradients.dv is not None:
         if kept is None:
@@ -186,11 +188,12 @@ def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def dkdv_kernel(
-    q, k, v, dout, shift, delta, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, dout, known, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads. Keys nobody sees get zeros.
+    """known: RowNumbers, None for a sigmoid; span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads.
+    Keys nobody sees get zeros.
 
     Under a causal mask the first keys take longest.
     """
@@ -212,7 +215,7 @@ def dkdv_kernel(
             issue_rows, absorb_rows,
             Keys(
                 k_tile, v_tile, n, q, start_pointer(q, at, of_rows.h, at.row),
-                dout, start_pointer(dout, at, of_rows.h, at.row), shift, delta,
+                dout, start_pointer(dout, at, of_rows.h, at.row), known,
                 Plane(score, own, mask, dropout, of_rows, BLOCK_M, BLOCK_N),
                 Reach(span, lo, hi, tiles, pattern(span, at.b, of_rows.h, keys, at.N, 0 - at.shift)),
                 gradients, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
@@ -241,7 +244,8 @@ class Rows(NamedTuple):
     q: Any
     do: Any
     m: Any
-    shift: Any
+    peak: Any
+    log2_sum: Any
     delta: Any
     k: View
     k_head: Any
@@ -273,7 +277,8 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
     dq, caps, slopes, sums = state
     s, dp, k = issued
     t = saturation(c.plane, s)
-    p = weights(c.plane, s, t, c.shift[:, None], visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    see = visible(c.reach, c.plane, c.m, n, MASKED, False)
+    p = weights(c.plane, s, t, c.peak[:, None], c.log2_sum[:, None], see, c.m, n, False)
     dx = score_gradient(c.plane, p, dp, c.delta[:, None], dropped(c.plane, c.m, n, False))
     if c.gradients.bias is not None:
         i, j = positions(c.plane, c.m, n, False)
@@ -292,7 +297,7 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def dq_kernel(
-    q, k, v, dout, shift, delta, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, dout, known, score, span, mask, dropout, ragged, gradients, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -305,7 +310,7 @@ def dq_kernel(
     own = parameters(score, mask, at.b, at.h)
     q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)
     do_tile = load_rows(dout, start_pointer(dout, at, at.h, at.row), m, rows < at.M, BLOCK_M, DV, BLOCK_DV)
-    lse_tile, delta_tile = statistics(shift, delta, at, rows, lo < hi)
+    peak, log2_sum, delta = row_numbers(known, at, rows, lo < hi)
     bias_head = None
     if gradients.bias is not None:
         bias_head = head_pointer(gradients.bias, at.b, at.h)
@@ -313,7 +318,7 @@ def dq_kernel(
     dq, caps, slopes, sums = sweep(
         issue_keys, absorb_keys,
         Rows(
-            q_tile, do_tile, m, lse_tile, delta_tile,
+            q_tile, do_tile, m, peak, log2_sum, delta,
             k, start_pointer(k, at, at.h // GROUP, at.key), v, start_pointer(v, at, at.h // GROUP, at.key),
             Plane(score, own, mask, dropout, at, BLOCK_M, BLOCK_N),
             Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
@@ -337,7 +342,7 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "ROWS", "KEYS", "BATCH", "HEADS", "BIAS_BATCH", "BIAS_HEADS"])
 def dbias_kernel(
-    q, k, v, dout, shift, delta, score, span, mask, dropout, ragged, dbias, M, N, ROWS, KEYS, BATCH, HEADS,
+    q, k, v, dout, known, score, span, mask, dropout, ragged, dbias, M, N, ROWS, KEYS, BATCH, HEADS,
     BIAS_BATCH, BIAS_HEADS,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -363,9 +368,8 @@ def dbias_kernel(
         if ragged is not None:
             visits = tl.minimum(reach.total, 1)  # far behind a sequence's end there is no memory to read
         for _ in tl.range(0, visits):
-            lse_tile, delta_tile = statistics(shift, delta, at, rows, lo < hi)
             total += tile_gradient(
-                q, k, v, dout, lse_tile, delta_tile,
+                q, k, v, dout, row_numbers(known, at, rows, lo < hi),
                 Plane(score, parameters(score, mask, b, at.h), mask, dropout, at, BLOCK_M, BLOCK_N),
                 Reach(span, lo, hi, reach, pattern(span, b, at.h, rows, at.M, at.shift)), m, n,
                 GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
@@ -378,11 +382,11 @@ def dbias_kernel(
 
 @triton.jit
 def tile_gradient(
-    q, k, v, dout, shift, delta, plane, reach, m, n,
+    q, k, v, dout, known, plane, reach, m, n,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile of one head, [BLOCK_M, BLOCK_N]."""
+    """dx of one tile of one head, [BLOCK_M, BLOCK_N]; known: its rows' numbers."""
     rows = m + tl.arange(0, plane.BLOCK_M) < plane.at.M
     h = plane.at.h
     keys = live(reach, n, plane.BLOCK_N, True)
@@ -396,5 +400,6 @@ def tile_gradient(
         s = products(q_tile, k_tile, PRECISION)
     dp = products(do_tile, v_tile, PRECISION)
     see = visible(reach, plane, m, n, True, False)
-    p = weights(plane, s, saturation(plane, s), shift[:, None], see, m, n, False)
+    peak, log2_sum, delta = known
+    p = weights(plane, s, saturation(plane, s), peak[:, None], log2_sum[:, None], see, m, n, False)
     return score_gradient(plane, p, dp, delta[:, None], dropped(plane, m, n, False))

@@ -1,4 +1,4 @@
-"""One answer of the parts that decode.py leaves: a softmax over parts, whose scores are their lse and values their out.
+"""One answer of the parts that decode.py leaves: their sums, each times exp(its peak - the largest peak), added up.
 
 Grid (B * Hkv x packed rows). Parts are taken PARTS_AT_ONCE at a time, in order, so that the bits of a row depend on its
 own parts and on nothing else; the sink joins once, at the end. What has not been written is not read.
@@ -35,10 +35,12 @@ def combine_kernel(
         index = part + tl.arange(0, PARTS_AT_ONCE)
         written = index < count
         own = base + index.to(tl.int64) * (M * GROUP)
-        x = tl.load(parts.lse + own, mask=written, other=float("-inf"))
+        x = tl.load(parts.peak + own, mask=written, other=float("-inf"))
+        sums = tl.load(parts.sum + own, mask=written, other=0.0)
         mask = written[:, None] & (columns < DV)[None, :]
-        values = tl.load(parts.out + own[:, None] * DV + columns[None, :], mask=mask, other=0.0)
-        p, alpha, m_i, l_i = update(m_i, l_i, x[None, :], None, LOG2E)
+        values = tl.load(parts.acc + own[:, None] * DV + columns[None, :], mask=mask, other=0.0)
+        p, alpha, m_i, _ = update(m_i, l_i, x[None, :], None, LOG2E)
+        l_i = l_i * alpha + tl.sum(p * sums[None, :], 1)
         acc = acc * alpha[:, None] + tl.sum(tl.trans(p) * values, 0)[None, :]
 
     rows = row + tl.arange(0, 1)
@@ -46,7 +48,7 @@ def combine_kernel(
     logit = None
     if sink is not None:
         logit = tl.load(sink + heads).to(tl.float32)
-    out_tile, lse_tile = finish(m_i, l_i, acc, 1.0, logit, rows >= 0)
+    out_tile, lse_tile, _, _ = finish(m_i, l_i, acc, 1.0, logit, rows >= 0)
     tl.store(lse + (b.to(tl.int64) * (KV_HEADS * GROUP) + heads) * M + rows // GROUP, lse_tile)
     ptrs = packed_rows(out, b, h * GROUP, rows, GROUP, BLOCK_DV)
     tl.store(ptrs, out_tile.to(out.ptr.dtype.element_ty), mask=(columns < DV)[None, :])

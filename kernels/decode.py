@@ -2,8 +2,8 @@
 
 The sweep is the forward's. The query heads of a key-value head are packed into rows, so a tile of keys is read once for
 all of them: row r is query r // GROUP of head r % GROUP of the group. The keys of a sequence are cut into parts that
-run side by side; each leaves (out, lse) of its own keys, float32, without the sink, for combine.py. Parts of which a
-sequence is too short are not run and not read: `cut` tells both kernels which these are.
+run side by side; each leaves the state of its own keys (see types.Parts), without the sink, for combine.py. Parts of
+which a sequence is too short are not run and not read: `cut` tells both kernels which these are.
 
 Grid (B * Hkv x parts x tiles of BLOCK_M packed rows). lse is a natural logarithm.
 """
@@ -15,7 +15,7 @@ from .forward import Rows, absorb, issue
 from .memory import Place, head_pointer, load_whole, number, packed_rows, read_scalar
 from .modifiers import Parameters, Plane
 from .numerics import LOG2E
-from .softmax import finish, init
+from .softmax import finish, init, partial
 from .spans import Pattern, Reach, Visit, interval, sweep, visit
 
 
@@ -158,15 +158,14 @@ def decode_kernel(
         logit = None
         if sink is not None:
             logit = tl.load(sink + heads).to(tl.float32)
-        out_tile, lse_tile = finish(m_i, l_i, acc, scale, logit, lo < hi)
+        out_tile, lse_tile, _, _ = finish(m_i, l_i, acc, scale, logit, lo < hi)
         own = (b.to(tl.int64) * (KV_HEADS * GROUP) + heads) * M + query
         ptrs = packed_rows(out, b, h * GROUP, rows, GROUP, BLOCK_DV)
         tl.store(lse + own, lse_tile, mask=live)
         tl.store(ptrs, out_tile.to(out.ptr.dtype.element_ty), mask=live[:, None] & columns)
     else:
-        out_tile, lse_tile = finish(m_i, l_i, acc, scale, None, lo < hi)
+        acc, peak, total = partial(m_i, l_i, acc, scale, lo < hi)
         own = (head.to(tl.int64) * PARTS + part) * (M * GROUP) + rows
-        tl.store(parts.lse + own, lse_tile, mask=live)
-        tl.store(
-            parts.out + own[:, None] * DV + tl.arange(0, BLOCK_DV)[None, :], out_tile, mask=live[:, None] & columns
-        )
+        tl.store(parts.peak + own, peak, mask=live)
+        tl.store(parts.sum + own, total, mask=live)
+        tl.store(parts.acc + own[:, None] * DV + tl.arange(0, BLOCK_DV)[None, :], acc, mask=live[:, None] & columns)

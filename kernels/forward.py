@@ -1,7 +1,7 @@
 """Forward: out = softmax(scores) v and lse, one pass over the keys with the scores in registers; or sigmoid(scores) v.
 
-Grid (tiles of BLOCK_M rows x B * Hq). What is saved for the backward is lse, (B, Hq, M) float32, the natural log of
-the whole denominator; inside, scores are in base 2, so that exp2 is all that an exponential costs.
+Grid (tiles of BLOCK_M rows x B * Hq). What is saved for the backward is the maximum of each row and the log of its sum
+of weights, apart: see types.Normaliser. Inside, scores are in base 2, so that exp2 is all that an exponential costs.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from .memory import load_rows, load_tile, owner, row_base, start_pointer, store_
 from .modifiers import Plane, keep, parameters, saturation, value
 from .numerics import LOG2E, dot, sigmoid
 from .scores import additive, products
-from .softmax import finish, init, update
+from .softmax import finish, init, store_normaliser, update
 from .spans import Reach, interval, listed, live, pattern, sweep, visible, visit
 from .types import View
 
@@ -78,11 +78,11 @@ def absorb(c, state, s, n, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def forward_kernel(
-    q, k, v, out, lse, score, span, mask, sink, dropout, ragged, k_box, v_box, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, out, normaliser, score, span, mask, sink, dropout, ragged, k_box, v_box, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out, mask: View; lse, sink: pointers (B, Hq, M), not used by a sigmoid, and (Hq,); k_box, v_box: tensor
+    """q, k, v, out, mask: View; normaliser: a Normaliser, None for a sigmoid; sink: pointer (Hq,); k_box, v_box: tensor
     descriptors, or None. Under a causal mask the last rows take longest."""
     at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
     m = at.tile * BLOCK_M
@@ -114,8 +114,8 @@ def forward_kernel(
     if score.sigmoid:
         out_tile = acc
     else:
-        out_tile, lse_tile = finish(m_i, l_i, acc, scale, logit, lo < hi)
-        tl.store(lse + row_base(at) + rows, lse_tile, mask=rows < at.M)
+        out_tile, lse, peak, log_sum = finish(m_i, l_i, acc, scale, logit, lo < hi)
+        store_normaliser(normaliser, row_base(at) + rows, lse, peak, log_sum, rows < at.M)
     if dropout is not None:
         out_tile *= dropout.rescale
     store_rows(out, start_pointer(out, at, at.h, at.row), m, rows < at.M, out_tile, BLOCK_M, DV, BLOCK_DV)

@@ -3,7 +3,8 @@
 A program owns two tiles of keys and sweeps over the rows that see them, for each query head of its group. One producer
 warp copies rows into shared memory; two consumers, groups of four warps with one tile of keys each, compute
 
-    s = k q^T     dp = v dout^T - delta     p = exp2(s - shift)     ds = p * dp     dv += p dout     dk += ds q
+    s = k q^T    dp = v dout^T - delta    p = exp2((s - peak) * factor - log2_sum)    ds = p * dp
+    dv += p dout    dk += ds q
 
 transposed, so that p and ds enter the next products from registers. dq needs the ds of both, so they leave it in shared
 memory, and each computes its half of ds k, which TMA adds to a float32 accumulator in global memory: in whatever order,
@@ -34,13 +35,14 @@ from .types import Span
 
 @triton.jit(do_not_specialize=["M", "FIRST", "LAST", "LEAD", "ROWS", "HEADS", "BATCHED_HEADS"])
 def hopper_prepare_kernel(
-    out, dout, lse, dlse, shift, delta, total, M, FIRST, LAST, LEAD, ROWS, HEADS, BATCHED_HEADS,
+    out, dout, peak, log_sum, dlse, known, total, M, FIRST, LAST, LEAD, ROWS, HEADS, BATCHED_HEADS,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """shift, lse in base 2, and delta, both (B * Hq, ROWS) with row 0 at LEAD; zeros in the accumulator of dq.
+    """known: RowNumbers of (B * Hq, ROWS) with row 0 at LEAD, to be written; zeros in the accumulator of dq.
 
-    dlse is a pointer to what lse has, or None. Whatever is no row from FIRST to LAST gets +inf and 0, and with them
-    weights and gradients of 0, so that the sweeps need no mask for the ends of their tiles.
+    peak, log_sum, dlse: pointers to (B, Hq, M), as the forward left the first two; the last may be None. Whatever is no
+    row from FIRST to LAST gets a log2_sum of +inf and 0, and with them weights and gradients of 0, so that the
+    sweeps need no mask for the ends of their tiles.
     """
     tile, head = schedule(tl.program_id(0), tl.cdiv(ROWS, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
     b = head // HEADS
@@ -54,10 +56,13 @@ def hopper_prepare_kernel(
     at = head.to(tl.int64) * M + rows
     if dlse is not None:
         found -= tl.load(dlse + at, mask=seeing, other=0.0).to(tl.float32)
-    known = tl.load(lse + at, mask=seeing, other=float("-inf"))
+    log = tl.load(log_sum + at, mask=seeing, other=float("-inf"))
+    log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
     to = head.to(tl.int64) * ROWS + LEAD + rows
-    tl.store(shift + to, tl.where(known == float("-inf"), float("inf"), known * LOG2E), mask=rows < ROWS - LEAD)
-    tl.store(delta + to, found, mask=rows < ROWS - LEAD)
+    inside = rows < ROWS - LEAD
+    tl.store(known.peak + to, tl.load(peak + at, mask=seeing, other=0.0), mask=inside)
+    tl.store(known.log2_sum + to, log2_sum, mask=inside)
+    tl.store(known.delta + to, found, mask=inside)
     zeros = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     store_rows(total, head_pointer(total, b, h), start, (rows >= 0) & (rows < M), zeros, BLOCK_M, D, BLOCK_D)
 
@@ -77,8 +82,8 @@ def hopper_finish_kernel(
 
 
 class Problem(NamedTuple):
-    """What every partition knows. span: of keys over rows. HEADS, BATCHED_HEADS: of keys. ROWS, LEAD: where shift and
-    delta lie. ticket: the program's. Constants from GROUP on; KEYS: of one of a program's TILES of keys."""
+    """What every partition knows. span: of keys over rows. HEADS, BATCHED_HEADS: of keys. ROWS, LEAD: where the
+    numbers of rows lie. ticket: the program's. Constants from GROUP on; KEYS: of one of a program's TILES of keys."""
 
     span: Span
     M: Any
@@ -115,14 +120,15 @@ class Task(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: k, v and sums of dq by consumer; q, dout, shift and delta by stage; ds twice for each
+    """Shared memory: k, v and sums of dq by consumer; q, dout and what is known of rows, by stage; ds twice for each
     consumer; the numbers of a tile's rows; and the barriers that say when each is full or empty."""
 
     k: Any
     v: Any
     dq: Any
     q: Any
-    shift: Any
+    peak: Any
+    log2_sum: Any
     do: Any
     delta: Any
     ds: Any
@@ -171,7 +177,7 @@ def assignment(p):
 
 
 @gluon.jit
-def produce(p, shared, q, k, v, dout, shift, delta):
+def produce(p, shared, q, k, v, dout, peak, log2_sum, delta):
     """Copy what the consumers will ask for, as soon as there is room."""
     t = assignment(p)
     for g in gl.static_range(p.TILES):
@@ -188,7 +194,8 @@ def produce(p, shared, q, k, v, dout, shift, delta):
                 for g in gl.static_range(p.TILES):
                     fetch(v, [t.b, t.h, t.n + g * p.KEYS, 0], shared.v_full.index(g), shared.v.index(g))
             fetch(dout, [t.b, h, m, 0], shared.full.index(stage), shared.do.index(stage))
-            fetch(shift, [at], shared.full.index(stage), shared.shift.index(stage))
+            fetch(peak, [at], shared.full.index(stage), shared.peak.index(stage))
+            fetch(log2_sum, [at], shared.full.index(stage), shared.log2_sum.index(stage))
             fetch(delta, [at], shared.full.index(stage), shared.delta.index(stage))
             count += 1
 
@@ -244,7 +251,9 @@ def weigh(p, t, shared, g: gl.constexpr, count, m, s, less):
     if p.BLOCK_M > p.KEYS:  # noqa: SIM102
         if partial:
             s = gl.where(visible(p, shared.order.load(COLUMN)[None, :], n, m), s, float("-inf"))
-    w = gl.exp2(s * p.factor - shared.shift.index(stage).load(COLUMN)[None, :])
+    # peak first, as in backward.py.
+    w = s - shared.peak.index(stage).load(COLUMN)[None, :]
+    w = gl.exp2(w * p.factor - shared.log2_sum.index(stage).load(COLUMN)[None, :])
     if p.BLOCK_M <= p.KEYS:  # noqa: SIM102
         if partial:
             w = gl.where(visible(p, shared.order.load(COLUMN)[None, :], n, m), w, 0.0)
@@ -382,14 +391,14 @@ def turn_of(p, t, m):
 
 
 @gluon.jit
-def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
+def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale):
     """Start the partitions. Constants inside of tuples live on as arguments only, so this is a function."""
     fence_async_shared()
     gl.warp_specialize(
         [
             (consume, (p, shared, dk, dv, scale, 0)),
             (consume, (p, shared, dk, dv, scale, 1)),
-            (produce, (p, shared, q, k, v, dout, shift, delta)),
+            (produce, (p, shared, q, k, v, dout, peak, log2_sum, delta)),
             (add, (p, shared, sums, turns)),
         ],
         [4, 1, 1],
@@ -399,14 +408,14 @@ def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
 
 @gluon.jit(do_not_specialize=["scale", "factor", "M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "ROWS", "LEAD"])
 def hopper_backward_kernel(
-    q, k, v, dout, shift, delta, sums, dk, dv, turns, span, scale, factor,
+    q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, span, scale, factor,
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of boxes: q, dout (B, Hq, M, D) of BLOCK_M rows; k, v, dk, dv (B, Hkv, N, D) of one consumer's keys;
-    shift, delta (B * Hq * ROWS) of BLOCK_M, with a head's row 0 at LEAD; sums (B * Hq, M, D) of one consumer's half of
-    a tile. turns: int32 zeros, one for the ticket and one for each tile of rows, or None. HEADS, BATCHED_HEADS count
-    heads of keys.
+    peak, log2_sum, delta (B * Hq * ROWS) of BLOCK_M, with a head's row 0 at LEAD; sums (B * Hq, M, D) of one consumer's
+    half of a tile. turns: int32 zeros, one for the ticket and one for each tile of rows, or None. HEADS, BATCHED_HEADS
+    count heads of keys.
     """
     BLOCK_M: gl.constexpr = q.block_type.shape[2]
     D: gl.constexpr = q.block_type.shape[3]
@@ -430,14 +439,15 @@ def hopper_backward_kernel(
             gl.allocate_shared_memory(T, [2, 1, 1, KEYS, D], v.layout),
             gl.allocate_shared_memory(gl.float32, [2, 1, ADDED, WIDTH], sums.layout),
             gl.allocate_shared_memory(T, [STAGES, 1, 1, BLOCK_M, D], q.layout),
-            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], shift.layout),
+            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], peak.layout),
+            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], log2_sum.layout),
             gl.allocate_shared_memory(T, [STAGES, 1, 1, BLOCK_M, D], dout.layout),
             gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta.layout),
             gl.allocate_shared_memory(T, [4, KEYS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2)),
             order,
             barriers(1, 2), barriers(2, 1),
-            barriers(STAGES, 4), barriers(STAGES, 2),
+            barriers(STAGES, 5), barriers(STAGES, 2),
             barriers(2, 2), barriers(2, 1), barriers(2, 1),
         ),
-        q, k, v, dout, shift, delta, sums, dk, dv, turns, scale,
+        q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from .hopper import barriers, fetch, pin, tile_start, visit
 from .memory import number, place, pointers, row_base, schedule
 from .modifiers import Plane, apart, capped, parameters, saturation
 from .numerics import LOG2E
-from .softmax import LOWEST, finish, update
+from .softmax import LOWEST, finish, store_normaliser, update
 from .types import Span
 
 
@@ -256,7 +256,7 @@ def attend(p, shared, tile, seen, count):
 
 
 @gluon.jit
-def consume(group: gl.constexpr, p, shared, out, lse, score, sink):
+def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
     """Rows m + group * ROWS of every tile of this program."""
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16]))
     count = 0
@@ -288,8 +288,10 @@ def consume(group: gl.constexpr, p, shared, out, lse, score, sink):
         logit = None
         if sink is not None:
             logit = gl.load(sink + h).to(gl.float32)
-        found, lse_tile = finish(gl.convert_layout(m_i, ROW), gl.convert_layout(l_i, ROW), acc, scale, logit, some)
-        gl.store(lse + row_base(at) + rows, lse_tile, mask=rows < p.M)
+        found, lse, peak, log_sum = finish(
+            gl.convert_layout(m_i, ROW), gl.convert_layout(l_i, ROW), acc, scale, logit, some
+        )
+        store_normaliser(normaliser, row_base(at) + rows, lse, peak, log_sum, rows < p.M)
         if p.OWN_OUT:
             tma.store_wait(0)  # of the tile before
         slot = shared.out.index(group)
@@ -303,7 +305,7 @@ def consume(group: gl.constexpr, p, shared, out, lse, score, sink):
 
 
 @gluon.jit
-def specialize(p, q, k, v, out, lse, score, sink):
+def specialize(p, q, k, v, out, normaliser, score, sink):
     """Allocate, and start the partitions."""
     q_tiles = gl.allocate_shared_memory(q.dtype, [p.CONSUMERS, 1, 1, p.ROWS, p.D], q.layout)
     out_tiles = q_tiles
@@ -323,8 +325,8 @@ def specialize(p, q, k, v, out, lse, score, sink):
     if p.CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (0, p, shared, out, lse, score, sink)),
-                (consume, (1, p, shared, out, lse, score, sink)),
+                (consume, (0, p, shared, out, normaliser, score, sink)),
+                (consume, (1, p, shared, out, normaliser, score, sink)),
                 (produce, (p, q, k, v, shared)),
             ],
             [4, 1], [240, 24],
@@ -332,9 +334,9 @@ def specialize(p, q, k, v, out, lse, score, sink):
     else:
         gl.warp_specialize(
             [
-                (consume, (0, p, shared, out, lse, score, sink)),
-                (consume, (1, p, shared, out, lse, score, sink)),
-                (consume, (2, p, shared, out, lse, score, sink)),
+                (consume, (0, p, shared, out, normaliser, score, sink)),
+                (consume, (1, p, shared, out, normaliser, score, sink)),
+                (consume, (2, p, shared, out, normaliser, score, sink)),
                 (produce, (p, q, k, v, shared)),
             ],
             [4, 4, 1], [160, 160, 32],
@@ -343,12 +345,12 @@ def specialize(p, q, k, v, out, lse, score, sink):
 
 @gluon.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def hopper_forward_kernel(
-    q, k, v, out, lse, score, span, sink, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, out, normaliser, score, span, sink, M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING: gl.constexpr, OWN_OUT: gl.constexpr,
     UNPACKED: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out: descriptors of (B, H, S, D), with boxes of one consumer's rows, or of BLOCK_N keys. lse, sink:
-    pointers (B, Hq, M) and (Hq,). OWN_OUT: out has shared memory of its own; else it takes the place of q. UNPACKED:
+    """q, k, v, out: descriptors of (B, H, S, D), with boxes of one consumer's rows, or of BLOCK_N keys. normaliser: a
+    Normaliser; sink: pointer (Hq,). OWN_OUT: out has shared memory of its own; else it takes the place of q. UNPACKED:
     weights live from one step to the next in float32. In half precision they cost two instructions each, which the
     assembler spends on taking pairs apart and putting them together; float32 costs registers."""
     specialize(
@@ -356,5 +358,5 @@ def hopper_forward_kernel(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, GROUP, CONSUMERS, q.block_type.shape[2],
             k.block_type.shape[2], q.block_type.shape[3], STAGES, PING, OWN_OUT, UNPACKED,
         ),
-        q, k, v, out, lse, score, sink,
+        q, k, v, out, normaliser, score, sink,
     )  # fmt: skip

@@ -22,14 +22,15 @@ from .hopper_backward import Problem, add, advance, assignment, produce, visible
 
 
 class Shared(NamedTuple):
-    """Shared memory: k and v; one box of dq; q, dout, shift and delta by stage; ds twice; the numbers of a tile's rows;
-    and the barriers that say when each is full or empty."""
+    """Shared memory: k and v; one box of dq; q, dout and what is known of rows, by stage; ds twice; the indices of a
+    tile's rows; and the barriers that say when each is full or empty."""
 
     k: Any
     v: Any
     dq: Any
     q: Any
-    shift: Any
+    peak: Any
+    log2_sum: Any
     do: Any
     delta: Any
     ds: Any
@@ -58,7 +59,8 @@ def scores(p, shared, count):
 def weigh(p, t, shared, s, count, m, partial):
     """The weights of scores s with the count-th rows, at m."""
     COLUMN: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    w = gl.exp2(s * p.factor - shared.shift.index(count % p.STAGES).load(COLUMN)[None, :])
+    w = s - shared.peak.index(count % p.STAGES).load(COLUMN)[None, :]
+    w = gl.exp2(w * p.factor - shared.log2_sum.index(count % p.STAGES).load(COLUMN)[None, :])
     if partial:
         w = gl.where(visible(p, shared.order.load(COLUMN)[None, :], t.n, m), w, 0.0)
     return w
@@ -183,14 +185,14 @@ def begin_keys(p, shared, dk, scale):
 
 
 @gluon.jit
-def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
+def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale):
     """Start the partitions."""
     fence_async_shared()
     gl.warp_specialize(
         [
             (begin_values, (p, shared, dv)),
             (begin_keys, (p, shared, dk, scale)),
-            (produce, (p, shared, q, k, v, dout, shift, delta)),
+            (produce, (p, shared, q, k, v, dout, peak, log2_sum, delta)),
             (add, (p, shared, sums, turns)),
         ],
         [4, 1, 1],
@@ -200,7 +202,7 @@ def share(p, shared, q, k, v, dout, shift, delta, sums, dk, dv, turns, scale):
 
 @gluon.jit(do_not_specialize=["scale", "factor", "M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "ROWS", "LEAD"])
 def hopper_backward_kernel(
-    q, k, v, dout, shift, delta, sums, dk, dv, turns, span, scale, factor,
+    q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, span, scale, factor,
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
@@ -228,14 +230,15 @@ def hopper_backward_kernel(
             gl.allocate_shared_memory(T, [1, 1, 1, KEYS, D], v.layout),
             gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M, WIDTH], sums.layout),
             gl.allocate_shared_memory(T, [STAGES, 1, 1, BLOCK_M, D], q.layout),
-            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], shift.layout),
+            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], peak.layout),
+            gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], log2_sum.layout),
             gl.allocate_shared_memory(T, [STAGES, 1, 1, BLOCK_M, D], dout.layout),
             gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta.layout),
             gl.allocate_shared_memory(T, [2, KEYS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2)),
             order,
             barriers(1, 1), barriers(1, 1),
-            barriers(STAGES, 4), barriers(STAGES, 2),
+            barriers(STAGES, 5), barriers(STAGES, 2),
             barriers(2, 1), barriers(2, 1), barriers(1, 1), barriers(1, 1),
         ),
-        q, k, v, dout, shift, delta, sums, dk, dv, turns, scale,
+        q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale,
     )  # fmt: skip

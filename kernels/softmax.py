@@ -38,14 +38,27 @@ def update(m_i, l_i, x, allowed, factor):
 
 
 @triton.jit
+def partial(m_i, l_i, acc, scale, some):
+    """(acc, peak, sum) of some of the keys, to be joined with those of others: peak is a natural logit.
+
+    some: rows that may see anything; the others end as if they had seen nothing.
+    """
+    l_i = tl.where(some, l_i, 0.0)
+    return tl.where((l_i == 0.0)[:, None], 0.0, acc), tl.where(l_i == 0.0, float("-inf"), m_i * scale), l_i
+
+
+@triton.jit
 def finish(m_i, l_i, acc, scale, sink, some):
-    """(out, lse): the average and the natural log of the denominator, a sink's share included.
+    """(out, lse, peak, log_sum): the average, and what `types.Normaliser` keeps of a row.
 
     scale makes a natural logit of m_i; in base 2 the maximum would carry the rounding of log2(e) into lse.
     some: rows that may see anything; the others end as if they had seen nothing. sink: a float32 logit, or None.
     """
     l_i = tl.where(some, l_i, 0.0)
-    c = tl.where(l_i == 0.0, float("-inf"), m_i * scale)
+    blind = l_i == 0.0
+    peak = tl.where(blind, 0.0, m_i)
+    c = tl.where(blind, float("-inf"), m_i * scale)
+    rise = 0.0  # of the larger of peak and sink above peak
     if sink is not None:
         # The state (0, sink): it joins the denominator and brings no value.
         top = tl.maximum(c, sink)
@@ -53,6 +66,16 @@ def finish(m_i, l_i, acc, scale, sink, some):
         share = tl.exp2((c - safe) * LOG2E)
         l_i = l_i * share + tl.exp2((sink - safe) * LOG2E)
         acc = acc * share[:, None]
+        rise = safe - tl.where(blind, 0.0, c)
         c = safe
+    log = tl.log2(l_i) * LN2
     out = tl.where((l_i == 0.0)[:, None] | (some == 0)[:, None], 0.0, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])
-    return out, c + tl.log2(l_i) * LN2
+    return out, c + log, peak, rise + log
+
+
+@triton.jit
+def store_normaliser(normaliser, at, lse, peak, log_sum, mask):
+    """What `finish` found of rows, at offsets `at`."""
+    tl.store(normaliser.lse + at, lse, mask=mask)
+    tl.store(normaliser.peak + at, peak, mask=mask)
+    tl.store(normaliser.log_sum + at, log_sum, mask=mask)

@@ -165,10 +165,12 @@ class Sequences(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Pointers to the answers of parts of the keys, out (batch * Hkv, part, row, column) and lse (.., row), float32."""
+    """Pointers to the states of parts of the keys, float32: acc (batch * Hkv, part, row, column), values summed with
+    weights exp(score - peak); and, (.., row), peak, the part's largest score, a natural logit, and the weights' sum."""
 
-    out: Any
-    lse: Any
+    acc: Any
+    peak: Any
+    sum: Any
 
 
 class Rotary(NamedTuple):
@@ -187,6 +189,26 @@ class Dropout(NamedTuple):
     rng: Any
     threshold: Any
     rescale: Any
+
+
+class Normaliser(NamedTuple):
+    """Where the forward leaves what it knows of each row's denominator, pointers to (B, Hq, M) float32: lse, its
+    natural log; and what lse is the sum of, apart, for the backward: peak, the largest score, in the units in which the
+    loop compares scores (products where the scale is folded into the exponential), and log_sum, the natural log of the
+    sum of exp(score - peak), the sink included. A row that sees nothing has peak 0."""
+
+    lse: Any
+    peak: Any
+    log_sum: Any
+
+
+class RowNumbers(NamedTuple):
+    """What the backward knows of each row, pointers to (B, Hq, M) float32. peak: as the forward left it; log2_sum:
+    log_sum in base 2, +inf for a row that sees nothing; delta: what is subtracted from the gradient of a weight."""
+
+    peak: Any
+    log2_sum: Any
+    delta: Any
 
 
 class KeyGradients(NamedTuple):

@@ -74,7 +74,7 @@ def _served() -> list[tuple[str, torch.dtype]]:
 
 
 SERVED = _served()
-Prepared = tuple[testing.Inputs, testing.Expected, torch.Tensor, torch.Tensor]
+Prepared = tuple[testing.Inputs, testing.Expected, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
 
 @functools.lru_cache(32)
@@ -83,7 +83,8 @@ def _prepared(case: Case, dtype: torch.dtype) -> Prepared:
     inputs = testing.make_inputs(case, dtype)
     expected = testing.expect(inputs)
     with torch.no_grad(), emulated(), override(hopper_forward=FORWARD[1]):
-        return inputs, expected, *hopper.forward(inputs.problem().lower())
+        out, _, *normaliser = hopper.forward(inputs.problem().lower())
+    return inputs, expected, out, tuple(normaliser)
 
 
 def gradients(
@@ -98,12 +99,12 @@ def _gradients(
     case: Case, dtype: torch.dtype, config: Config, seed: int, codes: Mapping | None, room: str
 ) -> dict[str, torch.Tensor]:
     """room: the file whose kernel computes them."""
-    inputs, _, out, lse = _prepared(case, dtype)
+    inputs, _, out, normaliser = _prepared(case, dtype)
     problem = replace(inputs.problem().lower(), deterministic=config.ordered)
     dout = torch.zeros_like(out) if inputs.dout is None else inputs.dout
     running = emulated(seed, ordered=config.ordered, codes=codes, deadline=200_000)
     with torch.no_grad(), override(hopper_backward=config), running as emulation:
-        found = hopper.backward(problem, out, lse, dout, inputs.dlse, frozenset(inputs.leaves))
+        found = hopper.backward(problem, out, *normaliser, dout, inputs.dlse, frozenset(inputs.leaves))
     inputs.check_untouched()
     rooms = [machine.kernel.partition(".")[0] for machine in emulation.machines]
     assert rooms == ["hopper_backward", room, "hopper_backward"]
@@ -138,8 +139,8 @@ def test_keys_that_do_not_exist(form: Form, monkeypatch: pytest.MonkeyPatch) -> 
     q, k, v, dout = (x.bfloat16() for x in (q, k, v, dout))
     problem = replace(bind(q, k, v), deterministic=form.config.ordered)
     with torch.no_grad(), override(hopper_forward=FORWARD[0], hopper_backward=form.config), emulated():
-        out, lse = hopper.forward(problem)
-        found = hopper.backward(problem, out, lse, dout, None, frozenset("qkv"))
+        out, lse, *normaliser = hopper.forward(problem)
+        found = hopper.backward(problem, out, *normaliser, dout, None, frozenset("qkv"))
     assert lse.max() < -200
     assert all(x.isfinite().all() for x in found.values())
 

@@ -73,10 +73,10 @@ def arguments(case: Case, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...
         x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
         for x in ops.flatten(inputs.problem().lower(), backend)
     )
-    out, lse = (x.detach() for x in torch.ops.fused_attn.forward(*flat))
+    out, _, *normaliser = (x.detach() for x in torch.ops.fused_attn.forward(*flat))
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in flat)
     needs = [x is not None for x in flat[: len(DIFFERENTIABLE)]]
-    return flat, (*plain, out, lse, inputs.dout, inputs.dlse, needs)
+    return flat, (*plain, out, *normaliser, inputs.dout, inputs.dlse, needs)
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
@@ -106,8 +106,8 @@ def test_line_32_fake_is_as_real(backend: str, memory: str, dtype: torch.dtype) 
     with mode:
         fake = torch.ops.fused_attn.forward(*fake_flat)
         fake_dout = mode.from_tensor(inputs.dout)
-        fake_grads = torch.ops.fused_attn.backward(*fake_flat, *fake, fake_dout, None, needs)
-    grads = torch.ops.fused_attn.backward(*flat, *real, inputs.dout, None, needs)
+        fake_grads = torch.ops.fused_attn.backward(*fake_flat, fake[0], *fake[2:], fake_dout, None, needs)
+    grads = torch.ops.fused_attn.backward(*flat, real[0], *real[2:], inputs.dout, None, needs)
     for x, y in zip((*real, *grads), (*fake, *fake_grads), strict=True):
         assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
     order = fused_attn.spec.memory_order
@@ -142,8 +142,8 @@ for name, fields, steps in json.loads(sys.argv[1]):
     for sizes in steps:
         p = testing.make_inputs(Case(name, **(fields | sizes)), torch.float16).problem()
         before = len(compiled)
-        out, lse = portable.forward(p)
-        portable.backward(p, out, lse, torch.empty_like(out), None, frozenset(p.tensors()))
+        out, _, *normaliser = portable.forward(p)
+        portable.backward(p, out, *normaliser, torch.empty_like(out), None, frozenset(p.tensors()))
         if name in ("plain", "lengths"):
             portable.statistics(p, True, True, True, 1)
             portable.weights(p, [0, p.shape[2] - 1], [0])

@@ -90,12 +90,12 @@ class Sums(NamedTuple):
 
 
 def backward(
-    p: Problem, c: Config, dout: Any, shift: Tensor | None, delta: Tensor | None, planes: tuple[Any, Any, Any],
+    p: Problem, c: Config, dout: Any, known: Any, planes: tuple[Any, Any, Any],
     dv: Tensor | None, dbias: Any, needs: frozenset[str], wave: int, precision: str,
     multiprocessors: int,
 ) -> Sums:  # fmt: skip
-    """One launch. planes: score, mask and dropout; needs: of q, k, w, scale, softcap, slopes, and the sums of dx,
-    "columns" and "rows"."""
+    """One launch. known: RowNumbers, or None; planes: score, mask and dropout; needs: of q, k, w, scale, softcap,
+    slopes, and the sums of dx, "columns" and "rows"."""
     (b, hq, m, d), (hkv, n) = p.q.shape, p.k.shape[1:3]
     features, tiles = even(d), owners.tiles(p, c.BLOCK_N, True)
     programs = min(tiles * b * hkv, multiprocessors * RESIDENT)
@@ -116,8 +116,7 @@ def backward(
         programs,
         views.view(p.v),
         dout,
-        shift,
-        delta,
+        known,
         planes[0],
         visits.keys(p, c, kinds=True),
         *planes[1:],

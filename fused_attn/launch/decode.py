@@ -114,7 +114,7 @@ def decode(d: Decode) -> tuple[Tensor, Tensor]:
     partial = None
     if count > 1 or d.batch_invariant:
         shape = (b * hkv, count, rows)
-        partial = types.Parts(*(d.q.new_empty(x, dtype=torch.float32) for x in ((*shape, dv), shape)))
+        partial = types.Parts(*(d.q.new_empty(x, dtype=torch.float32) for x in ((*shape, dv), shape, shape)))
     sink = None if d.sink is None else d.sink.contiguous()
     span, sequences, written = _span(d), _sequences(d.cache, d.leftpad), _heads_first(out)
     numbers = (m, n, hkv, count, least)

@@ -28,7 +28,7 @@ def _device_code() -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from ..kernels import hopper_backward, hopper_forward, hopper_wide
+    from ..kernels import hopper_backward, hopper_forward, hopper_wide, types
     from . import views
 
     return SimpleNamespace(
@@ -41,6 +41,7 @@ def _device_code() -> Any:
         layout=gl.NVMMASharedLayout.get_default_for,
         flat=gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1),
         dtypes={torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32},
+        types=types,
         views=views,
     )
 
@@ -153,8 +154,8 @@ def _descriptor(x: Tensor, rows: int) -> Any:
 record = portable.record  # nothing here looks at values
 
 
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse), under no_grad."""
+def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, peak, log_sum), under no_grad: see `ops`."""
     code = _device_code()
     b, hq, m, _ = p.shape
     # Keys that no row sees may hold anything, so they are outside what the kernel is shown.
@@ -164,7 +165,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         k, v = (x[:, :, first:last] for x in (k, v))
     span = _moved(p.span, -first)
     out = p.empty_out()
-    lse = p.q.new_empty((b, hq, m), dtype=torch.float32)
+    found = p.empty_lse(), p.empty_lse(), p.empty_lse()
     c = _config("hopper_forward", p)
     d = _tile_dim(p.q.shape[3])
     tiles = -(-m // (c.BLOCK_M * c.consumers)) * b * hq
@@ -176,7 +177,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             _descriptor(k, c.BLOCK_N),
             _descriptor(v, c.BLOCK_N),
             _descriptor(out, c.BLOCK_M),
-            lse,
+            code.types.Normaliser(*found),
             code.views.score(p, None),
             code.views.span(span),
             None if p.sink is None else p.sink.contiguous(),
@@ -189,7 +190,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             UNPACKED=c.consumers == 2 and c.BLOCK_N + d // 2 <= (96 if _rich(p) else 160),
             num_warps=c.num_warps,
         )
-    return out, lse
+    return out, *found
 
 
 ROOM = SHARED[ARCHITECTURE] - 1024  # for tiles; the rest is for barriers
@@ -201,12 +202,12 @@ def _bytes(rows: int, d: int) -> int:
 
 
 def backward(
-    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+    p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients that needs names, under no_grad: in one pass over the keys, or else by the portable kernels."""
     with torch.cuda.device_of(p.q):
         form = _OnePass if _one_pass(p, needs) else portable._Backward
-        return form(p, out, lse.contiguous(), dout, dlse, needs).run()
+        return form(p, out, peak, log_sum, dout, dlse, needs).run()
 
 
 def _one_pass(p: Problem, needs: frozenset[str]) -> bool:
@@ -229,7 +230,7 @@ def _seeing(p: Problem) -> tuple[int, int]:
 
 
 WIDE = 256  # head dim from which on no consumer's registers hold both dk and dv
-FINE = 32  # rows of a program that prepares or finishes; shift and delta lie on a grid of so many numbers
+FINE = 32  # rows of a program that prepares or finishes; the numbers of rows lie on a grid of so many
 
 
 class _OnePass(portable._Backward):
@@ -249,16 +250,16 @@ class _OnePass(portable._Backward):
         turns = 1 + b * hq * (length // c.BLOCK_M) if c.ordered else 0
         memory = p.q.new_empty(b * hq * m * d + turns, dtype=torch.float32)
         sums = memory[: b * hq * m * d].view(b, hq, m, d)
-        shift, delta = (memory.new_empty((b * hq, length)) for _ in range(2))
+        known = code.types.RowNumbers(*(memory.new_empty((b * hq, length)) for _ in range(3)))
         dout = self.dout if _copyable(self.dout) else self.dout.contiguous()
         seam.launch(
             code.prepare,
             length // FINE * b * hq,
             *(views.view(x) for x in (self.out, dout)),
-            self.lse,
+            self.peak,
+            self.log_sum,
             self.dlse,
-            shift,
-            delta,
+            known,
             views.view(sums),
             *(m, rows.start, rows.stop, lead, length, hq, b * hq),
             D=d,
@@ -280,7 +281,7 @@ class _OnePass(portable._Backward):
             _descriptor(p.q[:, :, rows], c.BLOCK_M),
             *(_descriptor(x[:, :, keys], c.BLOCK_N) for x in (p.k, p.v)),
             _descriptor(dout[:, :, rows], c.BLOCK_M),
-            *(code.Descriptor(x.view(-1), [x.numel()], [1], [c.BLOCK_M], code.flat) for x in (shift, delta)),
+            *(code.Descriptor(x.view(-1), [x.numel()], [1], [c.BLOCK_M], code.flat) for x in known),
             code.Descriptor(
                 visited, list(visited.shape), [m * d, d, 1], box, code.layout(box, code.dtypes[visited.dtype])
             ),
@@ -313,6 +314,6 @@ class _OnePass(portable._Backward):
                 self.grads["k"][:, :, unseen] = 0
                 self.grads["v"][:, :, unseen] = 0
         if "sink" in self.needs:
-            self.delta = delta.view(b, hq, length)[:, :, lead : lead + m]
-            self._keep("sink", -(self._sink_weights() * self.delta).sum((0, 2)))
+            delta = known.delta.view(b, hq, length)[:, :, lead : lead + m]
+            self._keep("sink", -(self._sink_weights() * delta).sum((0, 2)))
         return self.grads

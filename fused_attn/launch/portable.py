@@ -177,20 +177,20 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
     return weights(p, rows, heads)
 
 
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse), under no_grad."""
+def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, peak, log_sum), under no_grad: see `ops`."""
     code = _device_code()
     views, owners = code.views, code.owners
     b, hq = p.shape[:2]
     out = p.empty_out()
-    lse = p.empty_lse()
+    found = p.empty_lse(), p.empty_lse(), p.empty_lse()
     c, boxes = _forward_config(p)
     with torch.cuda.device_of(p.q):
         seam.launch(
             code.forward,
             owners.programs(p, c.BLOCK_M, hq),
             *(views.view(x) for x in (p.q, p.k, p.v, out)),
-            None if p.sigmoid else lse,
+            None if p.sigmoid else code.types.Normaliser(*found),
             _score(p),
             code.visits.rows(p, c),
             views.plane_view(p.mask, p.shape),
@@ -203,24 +203,26 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
             **_constants(c, p),
             OVERLAP=c.overlap,
         )
-    return out, lse
+    return out, *found
 
 
 def backward(
-    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+    p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients that needs names, under no_grad. Deterministic: no atomics, and every sum in a fixed order."""
     with torch.cuda.device_of(p.q):
-        return _Backward(p, out, lse.contiguous(), dout, dlse, needs).run()
+        return _Backward(p, out, peak, log_sum, dout, dlse, needs).run()
 
 
 class _Backward:
     """One backward pass: which kernels run, and what each writes, follows from needs."""
 
     def __init__(
-        self, p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
-    ) -> None:
-        self.p, self.out, self.lse, self.dout, self.needs = p, out, lse, dout, needs
+        self, p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None,
+        needs: frozenset[str],
+    ) -> None:  # fmt: skip
+        self.p, self.out, self.dout, self.needs = p, out, dout, needs
+        self.peak, self.log_sum = peak.contiguous(), log_sum.contiguous()
         self.dlse = None if dlse is None else dlse.contiguous()
         self.code = _device_code()
         self.views, self.owners = self.code.views, self.code.owners
@@ -234,7 +236,7 @@ class _Backward:
 
     def run(self) -> dict[str, Tensor]:
         p, needs = self.p, self.needs
-        self.shift, self.delta = (None, None) if p.sigmoid else self._statistics()
+        self.known = None if p.sigmoid else self._row_numbers()
         form = self._bias_form() if "bias" in needs else None
         columns = form == "columns" or "key_terms" in needs
         rows = form == "rows" or "row_terms" in needs
@@ -257,7 +259,7 @@ class _Backward:
             if name in needs:
                 self._keep(name, sums)
         if "sink" in needs:
-            self._keep("sink", -(self._sink_weights() * self.delta).sum((0, 2)))
+            self._keep("sink", -(self._sink_weights() * self.known.delta).sum((0, 2)))
         return self.grads
 
     def _keep(self, name: str, value: Tensor) -> None:
@@ -282,20 +284,20 @@ class _Backward:
             return "columns"  # one value a key: sums in the key-major kernel
         return "dense" if (have[0], have[1]) == (b, hq) else "shared"
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """shift and delta: what every other kernel knows of a row."""
+    def _row_numbers(self) -> Any:
+        """What every other kernel knows of a row."""
         p = self.p
         b, hq, m, _ = p.q.shape  # a row knows of no other, wherever its sequence begins
-        shift, delta = torch.empty_like(self.lse), torch.empty_like(self.lse)
+        log2_sum, delta = torch.empty_like(self.log_sum), torch.empty_like(self.log_sum)
         c = _config("delta", p)
         seam.launch(
             self.code.delta,
             -(-m // c.BLOCK_M) * b * hq,
             self.views.view(self.out),
             self._operands[3],
-            self.lse,
+            self.log_sum,
             self.dlse,
-            shift,
+            log2_sum,
             delta,
             *(m, hq, b * hq),
             DV=p.v.shape[3],
@@ -303,7 +305,7 @@ class _Backward:
             BLOCK_M=c.BLOCK_M,
             num_warps=c.num_warps,
         )
-        return shift, delta
+        return self.code.types.RowNumbers(self.peak, log2_sum, delta)
 
     @functools.cached_property
     def _operands(self) -> tuple[Any, ...]:
@@ -318,7 +320,7 @@ class _Backward:
     def _inputs(self, span: Any, turns: Any) -> tuple[Any, ...]:
         """What the kernels that compute weights again begin with."""
         score, mask, dropout = self._planes
-        return *self._operands, self.shift, self.delta, score, span, mask, dropout, turns
+        return *self._operands, self.known, score, span, mask, dropout, turns
 
     def _wanted(self, name: str) -> Any:
         return self.views.view(self.grads[name]) if name in self.needs else None
@@ -385,7 +387,7 @@ class _Backward:
         wanted = self.needs & {"q", "k", "w", "scale", "softcap", "slopes"}
         wanted |= {name for name, there in (("columns", columns), ("rows", rows)) if there}
         sums = self.code.additive.backward(
-            p, _config("additive_backward", p), self._operands[3], self.shift, self.delta, self._planes,
+            p, _config("additive_backward", p), self._operands[3], self.known, self._planes,
             self.grads.get("v"), self._dense_bias() if dense else None, wanted, _wave(p, p.k.shape[1]), _precision(p),
             multiprocessors(p.q.device),
         )  # fmt: skip
@@ -412,15 +414,16 @@ class _Backward:
 
     def _sink_weights(self) -> Tensor:
         """(B, Hq, M): the share of the sink in each row's denominator."""
-        share = torch.exp(self.p.sink.float()[:, None] - self.lse)
-        return torch.where(self.lse == -torch.inf, 0.0, share)
+        peak = self.peak * self.p.scale if self._planes[0].folds.value else self.peak
+        share = torch.exp(self.p.sink.float()[:, None] - peak - self.log_sum)
+        return torch.where(self.log_sum == -torch.inf, 0.0, share)
 
     def _row_gradient(self) -> Tensor:
         """(B, Hq, M): the sum of dx over a row, dlse + delta * P_sink, because weights and sink add up to one."""
-        total = torch.zeros_like(self.lse) if self.dlse is None else self.dlse.float()
+        total = torch.zeros_like(self.log_sum) if self.dlse is None else self.dlse.float()
         if self.p.sink is not None:
-            return total + self.delta * self._sink_weights()
-        return torch.where(self.lse == -torch.inf, 0.0, total)
+            return total + self.known.delta * self._sink_weights()
+        return torch.where(self.log_sum == -torch.inf, 0.0, total)
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:

@@ -1,7 +1,7 @@
 """Gluon kernels for sm_90 on the CPU: their numbers, and their protocol.
 
     with emulated(seed=3):
-        out, lse = fused_attn.launch.hopper.forward(problem)
+        out, lse, peak, log_sum = fused_attn.launch.hopper.forward(problem)
 
 takes the place of the launch. The source of a kernel runs as it stands, in namespaces in which the device language
 means what `language.py` says. Partitions and programs interleave at random, and what is asynchronous happens late, all
