@@ -150,7 +150,7 @@ class Case:
             "causal": lambda: {"causal": True},
             "window": lambda: {"window": (128, 128)},
             "lengths": lambda: {"mask": Mask.lengths(lengths)},
-            "segments": lambda: {"mask": Mask.segments(ids)},
+            "segments": lambda: {"mask": Mask.segments(ids, sorted=True)},
             "ids": lambda: {"mask": Mask.segments(ids, sorted=False)},
             "blocks": lambda: {"mask": Mask.blocks(torch.eye(4, dtype=torch.bool), 128), "causal": True},
             "window_sinks": lambda: {"mask": Mask.window(128, 0, sinks=4)},

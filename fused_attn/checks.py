@@ -113,6 +113,16 @@ def check_batch(name: str, x: Tensor, b: int) -> None:
         raise ValueError(f"{name}: expected one length for each of the {b} batches, got shape {tuple(x.shape)}")
 
 
+def check_lengths(name: str, x: Tensor, longest: int, what: str) -> Tensor:
+    """Lengths of any integer dtype as int64; what they hold is checked where `readable` says so."""
+    found = x.long()
+    if readable(x) and x.numel():
+        least, most = map(int, found.aminmax())
+        if least < 0 or most > longest:
+            raise ValueError(f"{name}: expected lengths from 0 to {what} = {longest}, got {least} to {most}")
+    return found
+
+
 def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...], what: str = "(B, Hq, M, N)") -> Tensor:
     """x as a 4-d view, still broadcast, or an error that names both shapes."""
     if x.ndim > 4 or any(not one_of(have, (1, want)) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)):
@@ -138,7 +148,7 @@ _debugging: ContextVar[bool] = ContextVar("fused_attn_debugging", default=False)
 
 @contextlib.contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
-    """Inside, what index tensors on a device hold is checked too: sequence starts, lengths and page tables.
+    """Inside, what index tensors on a device hold is checked too: sequence starts, lengths, ids and page tables.
 
     On the CPU it always is. On a device a check waits for what has been launched, so it is only done when asked for;
     without it, what such tensors say is believed. Ends with the `with` block, and is seen by its thread alone.
@@ -157,6 +167,8 @@ def debug(enabled: bool = True) -> Iterator[None]:
 def readable(x: Tensor) -> bool:
     """Whether the contents of an index tensor are to be checked: for free on the CPU, under `debug` elsewhere."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or x.device.type == "meta":
+        return False
+    if torch._C._functorch.is_batchedtensor(x):
         return False
     return x.device.type == "cpu" or _debugging.get()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-NARROW = {torch.uint8, torch.int8, torch.int16, torch.int32}  # ids that int32 holds as they are
+NARROW = {torch.uint8, torch.uint16, torch.int8, torch.int16, torch.int32}  # ids that int32 holds as they are
 BUCKETS = 64  # of ids: two tiles share one wherever they share an id
 
 

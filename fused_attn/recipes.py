@@ -168,14 +168,14 @@ MASKS: dict[str, Callable[[Case, Draw, Any], Mask | Tensor]] = {
         _lengths(c, c.sizes()["n"]).to(dev), _lengths(c, c.m).flip(0).to(dev)
     ),
     "prefix": lambda c, draw, dev: Mask.prefix(_lengths(c, c.sizes()["n"] // 2).to(dev), c.alignment),
-    "segments": lambda c, draw, dev: Mask.segments(_ids(c, c.m, 0.2, 0.3, 0.7).to(dev)),
+    "segments": lambda c, draw, dev: Mask.segments(_ids(c, c.m, 0.2, 0.3, 0.7).to(dev), sorted=True),
     # Query segments 0 and 2 have no keys, and keys of segment 4 have no query.
     "segments_cross": lambda c, draw, dev: Mask.segments(
-        _ids(c, c.m, 0.2, 0.5, 0.8).to(dev), (_ids(c, c.sizes()["n"], 0.6, 0.6, 0.9) + 1).to(dev)
+        _ids(c, c.m, 0.2, 0.5, 0.8).to(dev), (_ids(c, c.sizes()["n"], 0.6, 0.6, 0.9) + 1).to(dev), sorted=True
     ),
     # Keys of segment 1, which no query has, lie between those that a tile of rows does see.
     "segments_gap": lambda c, draw, dev: Mask.segments(
-        (2 * _ids(c, c.m, 0.5)).to(dev), _ids(c, c.sizes()["n"], 0.3, 0.6).to(dev)
+        (2 * _ids(c, c.m, 0.5)).to(dev), _ids(c, c.sizes()["n"], 0.3, 0.6).to(dev), sorted=True
     ),
     "runs": lambda c, draw, dev: Mask.segments(_runs(c, c.m, (0.15, 3), (0.2, 1), (0.85, 2), (0.9, 3), (1, 1)).to(dev)),
     # Query segment 9 has no keys, and keys of segment 0 have no query.

@@ -19,9 +19,10 @@ from torch import Tensor
 
 # Words of the vocabulary that have rooms of their own.
 from .checks import check_broadcastable, check_parameter, check_window, debug, describe  # noqa: F401
-from .masks import ALIGNMENTS, Mask, Span, diagonal_offset  # noqa: F401
+from .masks import Mask  # noqa: F401
 from .patterns import Pattern
 from .ragged import Ragged, Sequence
+from .spans import ALIGNMENTS, Span, diagonal_offset  # noqa: F401
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)

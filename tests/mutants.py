@@ -141,7 +141,7 @@ MUTANTS = (
     Mutant((13,), "the diagonal itself is hidden", "kernels/spans.py",
            "shift + number(span.right) + 1)", "shift + number(span.right))",
            _checklist("line_13_ and triton")),
-    Mutant((13,), "the alignments are exchanged", "fused_attn/masks.py",
+    Mutant((13,), "the alignments are exchanged", "fused_attn/spans.py",
            'return 0 if alignment == "top_left" else n - m', 'return n - m if alignment == "top_left" else 0',
            _checklist("line_13_where")),
     # masks that are no interval
@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant((), "half of a pattern counts as all of it, tiled", "fused_attn/tiles.py",
            "self.pattern[keys.start // STRETCH] == ALL", "self.pattern[keys.start // STRETCH] != NONE",
            ("test_battery.py", "runs and tiled")),
-    Mutant((), "of two windows the wider one is forgotten", "fused_attn/masks.py",
+    Mutant((), "of two windows the wider one is forgotten", "fused_attn/spans.py",
            "return None if said else", "return None if said or True else", ("test_patterns.py", "intersection")),
     Mutant((), "tiles that are not visited keep what was in memory", "fused_attn/launch/portable.py",
            "whole = self.p.unbounded and", "whole = self.p.span.unbounded and",

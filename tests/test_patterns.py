@@ -77,19 +77,6 @@ def test_sorted_segments_stay_intervals() -> None:
     assert problem(Mask.segments(ids, ids.flip(0)), (1, 1, 5, 5)).tabled
 
 
-def test_who_promises_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU to look is to wait. Without a promise one look is enough for ids of queries that are those of keys."""
-    looks: list[Tensor] = []
-    look = masks._decrease
-    monkeypatch.setattr(masks, "_decrease", lambda ids: looks.append(ids) or look(ids))
-    ids = torch.tensor([0, 0, 1])
-    for promised in (True, False):
-        Mask.segments(ids, sorted=promised)
-    assert not looks
-    Mask.segments(ids)
-    assert len(looks) == 1
-
-
 @pytest.mark.parametrize("block", (2, (3, 4), (7, 9), (100, 1)))
 def test_blocks(block: int | tuple[int, int]) -> None:
     height, width = (block, block) if isinstance(block, int) else block

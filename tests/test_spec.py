@@ -48,14 +48,14 @@ def test_window(shape: tuple, side: str, window: tuple) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("side", SIDES)
 def test_prefix(shape: tuple, side: str) -> None:
-    lengths, offset = torch.tensor([3, 0]), offset_of(side, *shape[2:])
+    lengths, offset = torch.tensor([3, 0]).clamp(max=shape[3]), offset_of(side, *shape[2:])
     expected = by_loop(shape, lambda z, i, j: j < lengths[z] or j <= i + offset)
     assert torch.equal(Mask.prefix(lengths, side).materialize(shape), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lengths(shape: tuple) -> None:
-    kv, q = torch.tensor([4, 0]), torch.tensor([2, 30])
+    kv, q = (torch.tensor(x).clamp(max=n) for x, n in (([4, 0], shape[3]), ([2, 30], shape[2])))
     assert torch.equal(Mask.lengths(kv).materialize(shape), by_loop(shape, lambda z, i, j: j < kv[z]))
     expected = by_loop(shape, lambda z, i, j: j < kv[z] and i < q[z])
     assert torch.equal(Mask.lengths(kv, q).materialize(shape), expected)

@@ -1,0 +1,145 @@
+"""Intervals of keys per row, and where the diagonal lies that places them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import describe
+from .ragged import Ragged
+
+ALIGNMENTS = ("top_left", "bottom_right")
+
+Shape = tuple[int, int, int, int]  # (B, Hq, M, N)
+
+
+def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ragged | None = None) -> int:
+    """The offset of the diagonal j = i + offset: 0 for "top_left", N - M for "bottom_right".
+
+    Of ragged sequences, which have one alignment for all that is said of them, it is 0, and counts from each one's own.
+    """
+    if ragged is not None:
+        own = ragged.alignment
+        if own is None and not ragged.square:
+            raise ValueError(f'alignment: {what} needs "top_left" or "bottom_right", got None')
+        if not ragged.square and alignment not in (None, own):
+            raise ValueError(f"alignment: sequences have one for all, {own!r}, and {what} asks for {alignment!r}")
+        return 0
+    if alignment is None:
+        if m != n:
+            needs = f'{what} with M = {m} and N = {n} needs "top_left" or "bottom_right", got None'
+            grouped = f'; if {m} and {n} count heads, pass layout="bshd"' if m > n > 0 == m % n else ""
+            raise ValueError(f"alignment: {needs}{grouped}")
+        return 0
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment: expected one of {ALIGNMENTS}, got {describe(alignment)}")
+    return 0 if alignment == "top_left" else n - m
+
+
+def _tighter(a: Any, b: Any, pick: Callable) -> Any:
+    """Intersection of two bounds of which None is no bound."""
+    if a is None or b is None:
+        return b if a is None else a
+    return pick(a, b)
+
+
+@dataclass(frozen=True)
+class Span:
+    """An interval of keys per row, and the first keys beside it: row i may see j where
+
+        (i + left <= j  or  j < sinks)   and   j <= i + right   and   lo[b, i] <= j < hi[b, i].
+
+    None is no bound. lo and hi are int32 (B or 1, M), and neither decreases with i; that is what lets a tile of keys
+    find its rows. A row whose bounds cross sees nothing.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    lo: Tensor | None = None
+    hi: Tensor | None = None
+    sinks: int = 0
+
+    def __and__(self, other: Span) -> Span:
+        """The intersection, or what `excess` leaves to be taken from it."""
+        narrow, wide = self._windows(other)
+        sinks = narrow.sinks if wide.left is None or narrow.left != wide.left else min(narrow.sinks, wide.sinks)
+        return Span(
+            narrow.left,
+            _tighter(self.right, other.right, min),
+            _tighter(self.lo, other.lo, torch.maximum),
+            _tighter(self.hi, other.hi, torch.minimum),
+            sinks,
+        )
+
+    def excess(self, other: Span) -> Span | None:
+        """What must hold beside `self & other`: the wider window, where the narrower one has more sinks."""
+        narrow, wide = self._windows(other)
+        said = wide.left is None or narrow.left == wide.left or narrow.sinks <= wide.sinks
+        return None if said else Span(left=wide.left, sinks=wide.sinks)
+
+    def _windows(self, other: Span) -> tuple[Span, Span]:
+        """Both, the one that looks less far to the left first."""
+        if self.left is None or (other.left is not None and other.left > self.left):
+            return other, self
+        return self, other
+
+    @property
+    def unbounded(self) -> bool:
+        return self.left is None and self.right is None and self.lo is None and self.hi is None
+
+    def bounds(self, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """lo, hi (B or 1, len(rows)) int64: row i sees nothing outside lo <= j < hi, and without sinks all inside."""
+        lo, hi = torch.zeros_like(rows)[None], torch.full_like(rows, n)[None]
+        if self.right is not None:
+            hi = torch.minimum(hi, rows + self.right + 1)
+        if self.lo is not None:
+            lo = torch.maximum(lo, self.lo[:, rows])
+        if self.hi is not None:
+            hi = torch.minimum(hi, self.hi[:, rows])
+        if self.left is not None:
+            near = torch.maximum(lo, rows + self.left)
+            lo = torch.where(lo < self.sinks, lo, near) if self.sinks else near
+        return lo, hi
+
+    def materialize(self, rows: Tensor, cols: Tensor, n: int) -> Tensor:
+        """bool (B or 1, 1, rows, cols), True where row may see column."""
+        lo, hi = self.bounds(rows, n)
+        grid = (cols >= lo[..., None]) & (cols < hi[..., None])
+        if self.sinks and self.left is not None:
+            grid = grid & ((cols < self.sinks) | (cols >= (rows + self.left)[..., None]))
+        return grid[:, None]
+
+    def shifted(self, by: Any) -> Span:
+        """With its diagonal so much further right: a number, or int64 (B, 1) for one of each batch, which nothing but
+        `bounds`, `materialize` and `seers` takes."""
+        left, right = (None if x is None else x + by for x in (self.left, self.right))
+        return replace(self, left=left, right=right)
+
+    def columns(self, n: int) -> tuple[Tensor | None, Tensor | None]:
+        """The transpose of lo and hi: int32 (B or 1, N), key j is seen by rows start <= i < stop as far as they say."""
+        keys = None
+        start = stop = None
+        if self.hi is not None:
+            keys = torch.arange(n, device=self.hi.device, dtype=torch.int32).expand(self.hi.shape[0], n).contiguous()
+            start = torch.searchsorted(self.hi.contiguous(), keys, right=True, out_int32=True)
+        if self.lo is not None:
+            keys = torch.arange(n, device=self.lo.device, dtype=torch.int32).expand(self.lo.shape[0], n).contiguous()
+            stop = torch.searchsorted(self.lo.contiguous(), keys, right=True, out_int32=True)
+        return start, stop
+
+    def seers(self, m: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The transpose of this span: start, stop (B or 1, N) int64, key j is seen by the rows start <= i < stop.
+
+        keys is every key in order. A sink's rows are an interval too.
+        """
+        start, stop = torch.zeros_like(keys)[None], torch.full_like(keys, m)[None]
+        if self.right is not None:
+            start = torch.maximum(start, keys - self.right)
+        if self.left is not None:
+            stop = torch.minimum(stop, torch.where(keys < self.sinks, m, keys - self.left + 1))
+        first, last = self.columns(len(keys))
+        return _tighter(start, first, torch.maximum), _tighter(stop, last, torch.minimum)

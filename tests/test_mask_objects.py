@@ -1,0 +1,240 @@
+"""Masks as objects: they pickle, copy, compare, print and move, and read their tensors when a call is made."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_attn
+from fused_attn import Mask, attention
+
+SHAPE = (2, 2, 6, 6)
+IDS = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def lengths(*x: int) -> Tensor:
+    return torch.tensor(x)
+
+
+MASKS: dict[str, tuple[Any, str]] = {
+    "empty": (lambda: Mask(), "Mask()"),
+    "causal": (lambda: Mask.causal(), "Mask.causal()"),
+    "aligned": (lambda: Mask.causal("top_left"), "Mask.causal('top_left')"),
+    "window": (lambda: Mask.window(2, 1), "Mask.window(2, 1)"),
+    "sinks": (lambda: Mask.window(1, 0, sinks=2), "Mask.window(1, 0, sinks=2)"),
+    "prefix": (lambda: Mask.prefix(lengths(3, 4)), "Mask.prefix(<torch.int64 tensor of shape (2,)>)"),
+    "lengths": (lambda: Mask.lengths(lengths(3, 4)), "Mask.lengths(<torch.int64 tensor of shape (2,)>)"),
+    "lengths_q": (
+        lambda: Mask.lengths(lengths(3, 4), lengths(6, 1)),
+        "Mask.lengths(<torch.int64 tensor of shape (2,)>, q=<torch.int64 tensor of shape (2,)>)",
+    ),
+    "segments": (lambda: Mask.segments(IDS.clone()), "Mask.segments(<torch.int64 tensor of shape (6,)>)"),
+    "promised": (
+        lambda: Mask.segments(IDS.clone(), IDS.clone(), sorted=True),
+        "Mask.segments(<torch.int64 tensor of shape (6,)>, kv_ids=<torch.int64 tensor of shape (6,)>, sorted=True)",
+    ),
+    "blocks": (
+        lambda: Mask.blocks(torch.eye(3) > 0, 2),
+        "Mask.blocks(<torch.bool tensor of shape (3, 3)>, (2, 2))",
+    ),
+    "tensor": (lambda: Mask.tensor(torch.eye(6) > 0), "Mask.tensor(<torch.bool tensor of shape (6, 6)>)"),
+    "two": (lambda: Mask.causal() & Mask.window(3, 0), "Mask.causal() & Mask.window(3, 0)"),
+}
+
+
+def saved(x: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "save": saved,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("name", MASKS)
+def test_a_copy_is_equal(name: str, copied: str) -> None:
+    mask = MASKS[name][0]()
+    again = COPIES[copied](mask)
+    assert again == mask and repr(again) == repr(mask)
+    assert torch.equal(again.materialize(SHAPE), mask.materialize(SHAPE))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_repr(name: str) -> None:
+    make, shown = MASKS[name]
+    assert repr(make()) == shown
+    assert make() == make()
+
+
+def test_all_of_them_differ() -> None:
+    made = [make() for make, _ in MASKS.values()]
+    for i, mask in enumerate(made):
+        assert [mask == other for other in made] == [i == j for j in range(len(made))]
+    assert Mask.causal() != "Mask.causal()"
+
+
+def test_equality_is_of_conditions() -> None:
+    assert Mask.causal() & Mask.window(3, 0) == Mask.window(3, 0) & Mask.causal()
+    assert Mask.causal() == Mask.window(None, 0) and Mask.window(None, None) == Mask()
+    assert Mask.causal() & Mask.causal() == Mask.causal() != Mask.causal("top_left")
+    assert Mask.lengths(lengths(3, 4)) != Mask.lengths(lengths(3, 5))
+    assert Mask.lengths(lengths(3, 4)) != Mask.lengths(lengths(3, 4).int())
+    assert Mask.lengths(lengths(3, 4)) != Mask.lengths(lengths(3, 4, 5))
+    assert Mask.segments(IDS) == Mask.segments(IDS, IDS) != Mask.segments(IDS, sorted=True)
+
+
+def test_there_is_no_hash() -> None:
+    for x in (Mask.causal(), Mask.causal().parts[0]):
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(x)
+
+
+def test_a_deep_copy_shares_nothing() -> None:
+    kept = lengths(3, 4)
+    mask = Mask.lengths(kept)
+    again = copy.deepcopy(mask)
+    kept.fill_(1)
+    assert again == Mask.lengths(lengths(3, 4)) and mask == Mask.lengths(lengths(1, 1))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_to(name: str) -> None:
+    mask = MASKS[name][0]()
+    moved = mask.to("meta")
+    tensors = [x for part in moved.parts for x in vars(part).values() if isinstance(x, Tensor)]
+    assert all(x.device.type == "meta" for x in tensors)
+    assert (moved == mask) == (not tensors)
+    assert mask.to("cpu") == mask
+    if tensors:
+        q = torch.zeros(2, 2, 6, 4, device="meta")
+        assert attention(q, q, q, mask=moved).device.type == "meta"
+
+
+# ---------------------------------------- tensors are read late
+
+FIRST, SECOND = torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[2, 0, 2, 0, 1, 1]])
+REFILLED = {
+    "segments": (lambda x: Mask.segments(x), FIRST, SECOND),
+    "segments_back": (lambda x: Mask.segments(x), SECOND, FIRST),
+    "segments_q": (lambda x: Mask.segments(x, FIRST), FIRST, SECOND),
+    "segments_kv": (lambda x: Mask.segments(FIRST, x), FIRST, SECOND),
+    "lengths": (lambda x: Mask.lengths(x), lengths(6, 2), lengths(1, 5)),
+    "prefix": (lambda x: Mask.prefix(x), lengths(6, 2), lengths(1, 5)),
+    "blocks": (lambda x: Mask.blocks(x, 2), torch.ones(3, 3) > 0, torch.eye(3) > 0),
+    "tensor": (lambda x: Mask.tensor(x), torch.ones(6, 6) > 0, torch.eye(6) > 0),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "tiled", "reference"])
+@pytest.mark.parametrize("name", REFILLED)
+def test_a_buffer_filled_anew(name: str, backend: str | None) -> None:
+    make, before, after = REFILLED[name]
+    q, k, v = (torch.randn(2, 2, 6, 4) for _ in range(3))
+    kept = before.clone()
+    mask = make(kept)
+    for content in (before, after):
+        kept.copy_(content)
+        right = attention(q, k, v, mask=make(content.clone()).materialize(SHAPE), backend=backend)
+        torch.testing.assert_close(attention(q, k, v, mask=mask, backend=backend), right)
+
+
+@pytest.mark.parametrize("ids", [(SECOND, None), (FIRST, SECOND), (SECOND, FIRST)], ids=["both", "keys", "queries"])
+def test_a_false_promise(ids: tuple[Tensor, Tensor | None]) -> None:
+    mask = Mask.segments(*ids, sorted=True)
+    name = "q_ids" if ids[0] is SECOND else "kv_ids"
+    with pytest.raises(ValueError, match=f"{name}: sorted=True promises ids that never decrease"):
+        mask.materialize(SHAPE)
+
+
+def test_ids_on_a_device_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, the default is right for all ids; a promise is believed, and checked under `debug`."""
+    monkeypatch.setattr("fused_attn.conditions.readable", lambda x: fused_attn.checks._debugging.get())
+    assert Mask.segments(FIRST).resolve(SHAPE)[1] is not None
+    assert Mask.segments(FIRST, sorted=True).resolve(SHAPE)[1] is None
+    assert Mask.segments(SECOND, sorted=True).resolve(SHAPE)[1] is None
+    with fused_attn.debug(), pytest.raises(ValueError, match="q_ids: sorted=True"):
+        Mask.segments(SECOND, sorted=True).resolve(SHAPE)
+
+
+# ---------------------------------------- integers of any width
+
+WIDTHS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+LONG = (1, 1, 300, 300)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS, ids=str)
+def test_widths(dtype: torch.dtype) -> None:
+    """N and M fit no 8 bits."""
+    kv, q, ids = lengths(100), lengths(120), torch.arange(300) // 100
+    makes = {
+        "lengths": lambda d: Mask.lengths(kv.to(d), q.to(d)),
+        "prefix": lambda d: Mask.prefix(kv.to(d)),
+        "segments": lambda d: Mask.segments(ids.to(d)),
+        "backwards": lambda d: Mask.segments(ids.flip(0).to(d)),
+        "promised": lambda d: Mask.segments(ids.to(d), sorted=True),
+    }
+    for make in makes.values():
+        assert torch.equal(make(dtype).materialize(LONG), make(torch.int64).materialize(LONG))
+
+
+@pytest.mark.parametrize("order", [None, True, False])
+def test_ids_beyond_int64(order: bool | None) -> None:
+    ids = torch.tensor([0, 1, -(2**63), -(2**63), -1, -1]).view(torch.uint64)
+    expected = ids.view(torch.int64)[:, None] == ids.view(torch.int64)
+    assert torch.equal(Mask.segments(ids, sorted=order).materialize((1, 1, 6, 6))[0, 0], expected)
+    with pytest.raises(TypeError, match=r"kv_ids: expected q_ids' torch.uint64"):
+        Mask.segments(ids, ids.view(torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("make", [Mask.lengths, Mask.prefix, Mask.segments])
+def test_what_is_no_integer(make: Any, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"(kv|lengths|q_ids): expected an integer tensor, got torch\."):
+        make(torch.ones(6).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint64], ids=str)
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_lengths_that_lie(wrong: int, dtype: torch.dtype) -> None:
+    given = torch.tensor([3, wrong]).to(dtype)
+    makes = (("kv", lambda: Mask.lengths(given)), ("q", lambda: Mask.lengths(lengths(3, 3), given)),
+             ("lengths", lambda: Mask.prefix(given)))  # fmt: skip
+    for name, make in makes:
+        with pytest.raises(ValueError, match=f"{name}: expected lengths from 0 to [MN] = 6, got "):
+            make().materialize(SHAPE)
+
+
+# ---------------------------------------- under a compiler
+
+
+@pytest.mark.parametrize("order", [None, True, False])
+def test_made_inside_a_compiled_function(order: bool | None) -> None:
+    x, ids = torch.randn(1, 2, 6, 8), IDS
+
+    def f(q: Tensor, ids: Tensor) -> Tensor:
+        return attention(q, q, q, causal=True, mask=Mask.segments(ids, sorted=order))
+
+    torch.testing.assert_close(torch.compile(f, backend="aot_eager", fullgraph=True)(x, ids), f(x, ids))
+
+
+@pytest.mark.parametrize("name", ["two", "lengths", "segments", "blocks"])
+def test_an_argument_of_a_compiled_function(name: str) -> None:
+    x, mask = torch.randn(2, 2, 6, 8), MASKS[name][0]()
+
+    def f(q: Tensor, mask: Mask) -> Tensor:
+        return attention(q, q, q, mask=mask & Mask.window(4, None))
+
+    torch.testing.assert_close(torch.compile(f, backend="aot_eager", fullgraph=True)(x, mask), f(x, mask))
