@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from torch.overrides import TorchFunctionMode
 
 import fused_attn
 import fused_attn.compat.sdpa as door
@@ -330,3 +331,52 @@ def test_script_of_layers(arrivals: list) -> None:
             inside = torch.jit.script(layer)
         got, expected = inside(*args), torch.jit.script(layer)(*args)
         assert torch.equal(*(y[0] if isinstance(y, tuple) else y for y in (got, expected))) and not arrivals
+
+
+# --- overrides of torch's functions
+
+
+class Overriding(Tensor):
+    """A subclass that has attention of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return "its own"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Plain(Tensor):
+    """A subclass that overrides nothing."""
+
+
+class Noting(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_subclasses_and_modes(arrivals: list) -> None:
+    q = randn(1, 2, 4, 8)
+    with door.scope():
+        assert F.scaled_dot_product_attention(q, q.as_subclass(Overriding), q) == "its own" and not arrivals
+        assert type(F.scaled_dot_product_attention(q.as_subclass(Plain), q, q)) is Plain
+        with Noting() as noting:
+            F.scaled_dot_product_attention(q, q, q, scale=0.5)
+        assert noting.seen == [F.scaled_dot_product_attention]
+        with torch.device("meta"):
+            assert F.scaled_dot_product_attention(q, q, q).device == q.device
+    assert len(arrivals) == 3
+
+
+def test_symbolic_trace(arrivals: list) -> None:
+    """torch.fx records the call, without a warning."""
+    q = randn(1, 2, 4, 8)
+    with door.scope():
+        traced = torch.fx.symbolic_trace(causal_by_flag)
+        assert not arrivals
+        assert torch.equal(traced(q, q, q), fused_attn.scaled_dot_product_attention(q, q, q, is_causal=True))

@@ -25,6 +25,7 @@ import torch.backends.mha
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import environment
 from ..api import scaled_dot_product_attention as fused
@@ -119,6 +120,12 @@ def _ours_or_torchs(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
+    if has_torch_function_variadic(query, key, value):
+        # A mode, or a subclass that overrides the function, is asked first, as by torch's own functions.
+        return handle_torch_function(
+            scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
     try:
         return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     except (ValueError, TypeError, NotImplementedError) as refusal:

@@ -120,7 +120,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         nested = [isinstance(x, Tensor) and x.is_nested for x in (query, key, value)]
         if any(nested):
             if not all(nested) or key_padding_mask is not None or attn_mask is not None:
-                raise ValueError("query, key, value: all or none must be nested, and those that are take no mask")
+                raise InputError("query, key, value: all or none must be nested, and those that are take no mask")
             return self._nested(query, key, value, need_weights, average_attn_weights)
         b, m, n = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.batch_first)
         check_mask("key_padding_mask", key_padding_mask, query, (n,) if query.ndim == 2 else (b, n))
@@ -175,10 +175,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             if x.layout != torch.strided:
                 raise NotImplementedError(f"{name}: nested tensors of layout {x.layout} are not built yet")
             if x.ndim != 3 or not self.batch_first:
-                raise ValueError(f"{name}: a nested tensor needs 3 dimensions and batch_first, got {x.ndim} dimensions")
+                raise InputError(f"{name}: a nested tensor needs 3 dimensions and batch_first, got {x.ndim} dimensions")
             lengths[name] = [row.shape[0] for row in x.unbind()]
         if lengths["value"] != lengths["key"] or len(lengths["key"]) != len(lengths["query"]):
-            raise ValueError(f"key, value: lengths must agree, and their number with query's, got {lengths}")
+            raise InputError(f"key, value: lengths must agree, and their number with query's, got {lengths}")
         if self.bias_k is not None or self.add_zero_attn:
             raise NotImplementedError("query: nested tensors with add_bias_kv or add_zero_attn are not built yet")
 
