@@ -73,6 +73,11 @@ class Cache:
         """Keys that a sequence has room for."""
         return self.page * (1 if self.table is None else self.table.shape[1])
 
+    def room(self) -> str:
+        """How many keys there is room for, for an error message."""
+        where = "" if self.table is None else f" in the {self.table.shape[1]} pages of a row of page_table"
+        return f"with {self.added} new keys and room for {self.capacity}{where}"
+
     def ends(self, batch: int) -> list[int]:
         """How many keys each sequence has; read on the host."""
         if self.lengths is None:
@@ -112,8 +117,7 @@ class Cache:
         if not readable(self.k):
             return
         if self.lengths is not None:
-            _check_within("cache_seqlens", self.lengths, 0, self.capacity - self.added,
-                          f"with {self.added} new keys and room for {self.capacity}")  # fmt: skip
+            _check_within("cache_seqlens", self.lengths, 0, self.capacity - self.added, self.room())
         if self.index is not None:
             _check_within("cache_batch_idx", self.index, 0, len(self.k) - 1, f"in a cache of {len(self.k)} rows")
         ends = self.capacity if self.lengths is None else self.lengths[:, None].long() + self.added

@@ -210,21 +210,19 @@ def _cache(q: Tensor, k: Tensor, v: Tensor, lengths: Any, table: Any, index: Any
         _check_indices("cache_batch_idx", index, q, b)
         if table is not None:
             raise ValueError("cache_batch_idx: not with page_table, which has a row for each sequence; got both")
-    cache = Cache(k, v, None, table, index)
-    return cache if lengths is None else replace(cache, lengths=_lengths(lengths, q, cache.capacity, added))
+    cache = Cache(k, v, None, table, index, added)
+    return replace(cache, added=0, lengths=None if lengths is None else _lengths(lengths, q, cache))
 
 
-def _lengths(given: Any, q: Tensor, room: int, added: int) -> Tensor:
+def _lengths(given: Any, q: Tensor, cache: Cache) -> Tensor:
     """int32 (B,), also of one number for all."""
     if isinstance(given, Tensor) and given.ndim:
         _check_indices("cache_seqlens", given, q, q.shape[0])
         return given
     length = as_int("cache_seqlens", given, "an int32 tensor or an int")
-    if not 0 <= length <= room - added:
-        raise ValueError(
-            f"cache_seqlens: expected 0 <= cache_seqlens <= {room - added} with {added} new keys and room for {room},"
-            f" got {length}"
-        )
+    most = cache.capacity - cache.added
+    if not 0 <= length <= most:
+        raise ValueError(f"cache_seqlens: expected 0 <= cache_seqlens <= {most} {cache.room()}, got {length}")
     return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
 
 

@@ -124,7 +124,7 @@ def test_through_flash_attn() -> None:
     q = torch.randn(B, 1, HEADS, D)
     with pytest.raises(ValueError, match="cache_batch_idx: sequences 0, 1 append to row 1"):
         flash_attn_with_kvcache(q, k, v, q, q, cache_seqlens=3, cache_batch_idx=ints(1, 1, 0))
-    with pytest.raises(ValueError, match="page_table: page 1 holds keys of sequences 0, 2"):
+    with pytest.raises(ValueError, match="block_table: page 1 holds keys of sequences 0, 2"):
         flash_attn_with_kvcache(q, k, v, q, q, cache_seqlens=3, block_table=ints([1], [2], [1]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import inspect
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+from fused_attn import BackendError
 from fused_attn.compat import bert_padding
 from fused_attn.compat import flash_attn as flash
 from tests.flash import paged, starts_of
@@ -143,6 +145,21 @@ def test_pages_have_no_derivative() -> None:
         out.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
+def test_caches_compiled_have_no_derivative() -> None:
+    torch._dynamo.reset()
+    q, (k, v) = torch.randn(2, 1, 2, 8, requires_grad=True), torch.randn(2, 2, 9, 2, 8)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(q: torch.Tensor) -> torch.Tensor:
+        return flash.flash_attn_with_kvcache(q.sin(), k, v, cache_seqlens=5, window_size=(3, 0))
+
+    out = step(q)
+    torch.testing.assert_close(out, flash.flash_attn_with_kvcache(q.sin(), k, v, cache_seqlens=5, window_size=(3, 0)))
+    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache: its result has no derivative"):
+        out.sum().backward()
+
+
 def test_version() -> None:
     """Libraries compare it with the release that they need; its local part says that this is not that package."""
     assert Version("2.8.0") <= Version(flash.__version__) < Version("2.9") and Version(flash.__version__).local
@@ -230,3 +247,43 @@ def test_kvcache_errors() -> None:
 @pytest.mark.parametrize("room", [flash, bert_padding], ids=lambda room: room.__name__)
 def test_examples(room: Any) -> None:
     assert doctest.testmod(room, raise_on_error=True).attempted >= len(room.__all__)
+
+
+def test_errors_are_flash_attns() -> None:
+    """RuntimeErrors, by the names that arguments have there."""
+    q, pages = torch.randn(1, 1, 2, 8), torch.randn(2, 4, 4, 2, 8).unbind()
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    starts = starts_of([1])
+    run = functools.partial(flash.flash_attn_with_kvcache, q, *pages, block_table=table)
+    assert run(cache_seqlens=torch.tensor([4], dtype=torch.int32)).shape == q.shape
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (lambda: run(cache_seqlens=torch.tensor([5], dtype=torch.int32)), ValueError, "cache_seqlens: .* block_table"),
+        (
+            lambda: run(q, q, cache_seqlens=torch.tensor([4], dtype=torch.int32)),
+            ValueError,
+            "1 new keys .* block_table",
+        ),
+        (lambda: run(cache_seqlens=5), ValueError, "cache_seqlens: .* in the 1 pages of a row of block_table, got 5"),
+        (lambda: run(q[0], q[0], cache_seqlens=1), ValueError, r"^k: expected 4 dimensions"),
+        (lambda: run(q, None, cache_seqlens=1), ValueError, r"^v: expected a tensor beside k, got None"),
+        (lambda: flash.flash_attn_func(q, q, q.half()), TypeError, "^v: expected q's torch.float32"),
+        (lambda: flash.flash_attn_kvpacked_func(q, q, softmax_scale="1"), ValueError, "^kv: expected shape"),
+        (lambda: flash.flash_attn_func(q, q, q, softmax_scale="1"), TypeError, "^softmax_scale: expected a float"),
+        (lambda: flash.flash_attn_varlen_func(q, q, q, starts, starts, 1, 1), ValueError, "^q: expected packed"),
+        (
+            lambda: flash._flash_attn_forward(q, q, q, 2.0, None, False, -1, -1, 0, None, False),
+            ValueError,
+            "^dropout_p",
+        ),
+    ]
+    for call, kind, message in wrong:
+        with pytest.raises(RuntimeError, match=message) as raised:
+            call()
+        assert isinstance(raised.value, kind)
+
+
+def test_errors_of_backends_stay_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_ATTN_BACKEND", "sdpa")
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(BackendError, match="sdpa"):
+        flash.flash_attn_func(q, q, q, softcap=1.0)

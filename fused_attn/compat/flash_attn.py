@@ -18,6 +18,7 @@ with dropout. Different from there:
   None stands in its place.
 - Dropout drops the same share of the weights, but not the same weights.
 - Over pages and caches a q that requires grad is taken, as there; backward through the result raises.
+- A wrong argument raises ValueError or TypeError, which are RuntimeErrors too.
 - deterministic=False allows an unordered backward, and may run an ordered one all the same.
 """
 
@@ -36,6 +37,7 @@ from ..spec import describe
 from ..underived import underived
 from ..varlen import attention_varlen
 from . import flash_arguments as arguments
+from .flash_errors import as_flash_attn
 from .flash_pages import over_pages
 from .flash_passes import backward as _flash_attn_backward  # noqa: F401  other libraries import the four
 from .flash_passes import forward as _flash_attn_forward  # noqa: F401
@@ -60,6 +62,7 @@ Window = Sequence[int] | Tensor
 NO_DERIVATIVE = "{}: its result has no derivative; call {} on the keys and values themselves"
 
 
+@as_flash_attn
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -98,6 +101,7 @@ def flash_attn_func(
     return (*result, None if dropout is None else dense_weights(q, k, dropout, words))
 
 
+@as_flash_attn
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -123,6 +127,7 @@ def flash_attn_kvpacked_func(
     )
 
 
+@as_flash_attn
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -147,6 +152,7 @@ def flash_attn_qkvpacked_func(
     )
 
 
+@as_flash_attn
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -205,6 +211,7 @@ def flash_attn_varlen_func(
     return out, lse.T, packed_weights(q, k, cu_seqlens_q, cu_seqlens_k, longest, dropout, words)
 
 
+@as_flash_attn
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -236,6 +243,7 @@ def flash_attn_varlen_kvpacked_func(
     )  # fmt: skip
 
 
+@as_flash_attn
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -263,6 +271,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@as_flash_attn
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,

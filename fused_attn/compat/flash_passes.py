@@ -24,6 +24,7 @@ from ..ragged import places
 from ..underived import underived
 from ..varlen import attention_varlen
 from . import flash_arguments as arguments
+from .flash_errors import as_flash_attn
 from .flash_pages import over_pages
 from .flash_probabilities import dense_weights, packed_weights
 
@@ -31,6 +32,7 @@ ROUND = 128  # flash-attn's row sums have room for a multiple of so many rows
 NO_DERIVATIVE = "{}: its results have no derivative; call {}, or the backward of this pass"
 
 
+@as_flash_attn
 def forward(
     q: Tensor,
     k: Tensor,
@@ -61,6 +63,7 @@ def forward(
     return (*underived(message, (out, lse, weights), q, k, v, alibi_slopes), _state(seed, q))
 
 
+@as_flash_attn
 def varlen_forward(
     q: Tensor,
     k: Tensor,
@@ -121,6 +124,7 @@ def varlen_forward(
     return (*underived(message, (out, lse.T, weights), *sources), _state(seed, q))
 
 
+@as_flash_attn
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -160,6 +164,7 @@ def backward(
     return F.pad(delta, (0, -q.shape[1] % ROUND))
 
 
+@as_flash_attn
 def varlen_backward(
     dout: Tensor,
     q: Tensor,
