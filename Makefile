@@ -9,8 +9,9 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 PINNED := $(INSTALL) --constraint constraints.txt
 
+# DEVICE=cpu, cuda, mps or xpu; without it the demo takes the best one that torch finds.
 demo: $(VENV)/demo.stamp
-	$(RUN) examples/minilm.py
+	$(RUN) examples/minilm.py $(if $(DEVICE),--device $(DEVICE))
 
 # One thread a worker: the workers share the cores. One of the tests runs a subset under triton 3.6.0.
 test: $(VENV)/test.stamp
@@ -50,6 +51,7 @@ gpu:
 
 # torch by its exact pin and before everything else: an open range may bring several GB of CUDA packages.
 $(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'constraints.txt needs Python 3.11 or newer, and $(PYTHON) is ' + sys.version.split()[0] + ': make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	$(PINNED) torch setuptools
 	touch $@

@@ -3,10 +3,11 @@
 MiniLM (six layers of twelve heads, taken from an installed package; nothing is downloaded) learns to tell eight areas
 of law apart from the sentences of law.csv, which were written for this example. Every fourth sentence of an area is
 held out. All six layers are trained and a linear layer on the mean of a sentence's tokens, twice from the same weights
-on the same padded batches: with torch's SDPA, and with fused_attn on the tiled PyTorch backend by name. Both run
-without dropout, since its masks are not torch's.
+on the same padded batches: with torch's SDPA, and with fused_attn on a backend by name (the Triton kernels on a CUDA
+device, elsewhere the tiled PyTorch backend). Both run in float32, as the promise needs, and without dropout, since its
+masks are not torch's.
 
-out/classify_words.png shows what the words of some held-out sentences weighed. A weight is an integrated gradient
+classify_words.png shows what the words of some held-out sentences weighed. A weight is an integrated gradient
 (Sundararajan, Taly and Yan, 2017): the gradient of the predicted area's log odds by a word's embedding, times the way
 that this embedding has come from [MASK]'s, averaged while all words come that way together. So the weights of a
 sentence add up to what its words changed about the log odds.
@@ -22,7 +23,6 @@ import argparse
 import csv
 import re
 import statistics
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -30,19 +30,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
-import minilm
-import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap
-from promises import Promise, same_losses, verdicts
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
+import runner
 
-import fused_attn.compat.transformers
+with runner.imports():
+    import devices
+    import matplotlib.pyplot as plt
+    import minilm
+    import torch
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+    from promises import Promise, same_losses, verdicts
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    import fused_attn.compat.transformers
 
 plt.switch_backend("Agg")
 
@@ -83,7 +87,7 @@ class Classifier(nn.Module):
 
     def tokens(self, texts: list[str]) -> Tokens:
         """Of equal length by padding, which attention_mask tells from what is real."""
-        return dict(self.tokenizer(texts, padding=True, return_tensors="pt"))
+        return dict(self.tokenizer(texts, padding=True, return_tensors="pt").to(self.encoder.device))
 
     def forward(self, tokens: Tokens) -> Tensor:
         return self.head(minilm.pooled(self.encoder, tokens))
@@ -93,9 +97,9 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def judged(self, sentences: list[Sentence], batch: int = 32) -> Tensor:
-        """(len(sentences),): the likeliest area of each."""
+        """(len(sentences),), on the CPU: the likeliest area of each."""
         parts = [sentences[i : i + batch] for i in range(0, len(sentences), batch)]
-        return torch.cat([self(self.tokens([x.text for x in part])).argmax(1) for part in parts])
+        return torch.cat([self(self.tokens([x.text for x in part])).argmax(1) for part in parts]).cpu()
 
 
 def log_odds(logits: Tensor, area: Tensor) -> Tensor:
@@ -120,11 +124,18 @@ class Run:
     judged: Tensor | None = None
 
 
-def start(name: str, implementation: str, backend: str | None, areas: list[str], seed: int) -> Run:
+def start(
+    name: str,
+    implementation: str,
+    backend: str | None,
+    areas: list[str],
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Run:
     """A model before its training: MiniLM's weights, and a last layer's that depend on the seed alone."""
     torch.manual_seed(seed)
     tokenizer, encoder = minilm.load()
-    return Run(name, implementation, backend, Classifier(tokenizer, encoder, areas))
+    return Run(name, implementation, backend, Classifier(tokenizer, encoder, areas).to(device))
 
 
 def batches(train: list[Sentence], given: argparse.Namespace) -> list[list[Sentence]]:
@@ -150,11 +161,12 @@ def training(run: Run, steps: list[list[Sentence]]) -> Iterator[None]:
     for sentences in steps:
         begun = time.perf_counter()
         logits = model(model.tokens([x.text for x in sentences]))
-        loss = F.cross_entropy(logits, model.labels(sentences))
+        loss = F.cross_entropy(logits, model.labels(sentences).to(logits.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        devices.wait(logits.device)
         run.seconds += time.perf_counter() - begun
         run.losses.append(loss.item())
         yield
@@ -165,11 +177,12 @@ def trained(
 ) -> tuple[Run, Run]:
     """(ours, torch's), one after the other."""
     areas = list(dict.fromkeys(x.area for x in train))
-    ways = ("torch SDPA", "sdpa", None), ("fused_attn, tiled", fused_attn.compat.transformers.NAME, "tiled")
-    runs = [start(*way, areas, given.seed) for way in ways]
+    backend = devices.shown(given.device)
+    ways = ("torch SDPA", "sdpa", None), (f"fused_attn, {backend}", fused_attn.compat.transformers.NAME, backend)
+    runs = [start(*way, areas, given.seed, given.device) for way in ways]
     steps = batches(train, given)
     columns = TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with runner.counted(Progress(*columns, TimeElapsedColumn(), console=console)) as progress:
         task = progress.add_task("", total=len(runs) * len(steps))
         for run in runs:
             with minilm.attention_by(run.model.encoder, run.implementation, run.backend):
@@ -203,7 +216,7 @@ class Weighed:
 def integrated_gradients(model: Classifier, tokens: Tokens, area: Tensor) -> Tensor:
     """(B, N): what each token adds to the log odds of area (B,) on the way from [MASK] in its place to itself."""
     ids, mask = tokens["input_ids"], model.tokenizer.mask_token_id
-    special = torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids))
+    special = torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids, device=ids.device))
     embedding = model.encoder.get_input_embeddings()
     with torch.no_grad():
         masked, whole = embedding(torch.where(special, ids, mask)), embedding(ids)
@@ -227,7 +240,7 @@ def places(model: Classifier, text: str) -> list[tuple[str, list[int]]]:
 def weighed(model: Classifier, sentences: list[Sentence]) -> list[Weighed]:
     """What the words of each weigh for the area that the model gives it."""
     tokens = model.tokens([x.text for x in sentences])
-    area = model.judged(sentences)
+    area = model.judged(sentences).to(model.encoder.device)
     found = []
     for sentence, own, weights in zip(sentences, area, integrated_gradients(model, tokens, area), strict=True):
         words = places(model, sentence.text)
@@ -249,7 +262,7 @@ def to_show(held_out: list[Sentence], judged: Tensor, areas: list[str], misjudge
     return list(dict.fromkeys(first + wrong[:misjudged]))
 
 
-def draw(shown: list[Weighed]) -> Path:
+def draw(shown: list[Weighed], path: Path) -> None:
     """Each sentence on a line, a word the redder the more it spoke for the predicted area."""
     size, margin = 10, 26  # points, characters
     wide, high = 0.602 * size / 72, 0.36  # a character of the font, a line, in inches
@@ -272,11 +285,9 @@ def draw(shown: list[Weighed]) -> Path:
     scale = ScalarMappable(plt.Normalize(-1, 1), colours)
     label = "weight ÷ the sentence's largest"
     figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.3, aspect=40, label=label)
-    path = minilm.ROOT / "out" / "classify_words.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with runner.complete(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
-    return path
 
 
 # --- what came of it
@@ -291,8 +302,8 @@ def promises(ours: Run, theirs: Run, held_out: list[Sentence], shown: list[Weigh
     heaviest = statistics.mean(x.costs[x.heaviest()] for x in shown)
     return [
         *same_losses(ours.losses, theirs.losses),
-        (f"misjudged of the held-out sentences, {ours.name}", misjudged(ours, held_out), MISJUDGED_ALLOWED),
-        ("log odds lost to masking another word; allowed: the heaviest", others, heaviest),
+        (f"share of held-out sentences misjudged, {ours.name}", misjudged(ours, held_out), MISJUDGED_ALLOWED),
+        ("log odds lost by masking another word (at most: by masking the heaviest one)", others, heaviest),
     ]
 
 
@@ -326,32 +337,39 @@ def figures(runs: tuple[Run, Run], held_out: list[Sentence]) -> Table:
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default, meaning in (
-        ("areas", 8, "of law, the first of the file"),
-        ("epochs", 3, "in which every sentence is read once"),
-        ("batch", 16, "sentences a step"),
-        ("seed", 0, "of the last layer's weights and of the batches"),
+    parser = runner.parser(__doc__)
+    for name, kind, default, meaning in (
+        ("areas", runner.within(int, 2, 8), 8, "of law, the first of the file"),
+        ("epochs", runner.within(int, 1, 100), 3, "in which every sentence is read once"),
+        ("batch", runner.within(int, 1, 100), 16, "sentences a step"),
+        ("seed", runner.SEED, 0, "of the last layer's weights and of the batches"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default %(default)s)")
-    options = parser.parse_args(given)
-    for name, allowed in (("areas", range(2, 9)), ("epochs", range(1, 101)), ("batch", range(1, 101))):
-        value = getattr(options, name)
-        if value not in allowed:
-            parser.error(f"--{name} must be {allowed.start} to {allowed.stop - 1}, not {value}")
-    return options
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning} (default %(default)s)")
+    devices.add_option(parser)
+    return parser.parse_args(given)
+
+
+def note(ours: Run, theirs: Run, train: list[Sentence], batch: int) -> str:
+    """What `devices.note` says of the first batch's attention."""
+    call = minilm.attention_call(ours.model.encoder, ours.model.tokens([x.text for x in train[:batch]]))
+    trained = {name: call[name].clone().requires_grad_() for name in "qkv"}
+    return devices.note(str(ours.backend), ours.seconds, theirs.seconds, **call | trained)
 
 
 def main(given: list[str] | None = None) -> int:
     options = arguments(given)
+    runner.prepare(options.out)
     train, held_out = read(options.areas)
     console = Console(width=max(120, Console().width))
     ours, theirs = trained(train, held_out, options, console)
     with minilm.attention_by(ours.model.encoder, ours.implementation, ours.backend):
         shown = weighed(ours.model, to_show(held_out, ours.judged, ours.model.areas))
-    console.print(f"{len(train)} sentences to learn from, {len(held_out)} held out.", highlight=False)
+    console.print(
+        f"{len(train)} sentences to learn from, {len(held_out)} held out. Trained on {options.device}.", highlight=False
+    )
     console.print(confusion(ours, held_out))
     console.print(figures((ours, theirs), held_out))
+    console.print(note(ours, theirs, train, options.batch), highlight=False, soft_wrap=True)
     console.print("\nThe heaviest words of some held-out sentences, for the area predicted:\n")
     for x in shown:
         order = sorted(range(len(x.words)), key=x.weights.__getitem__, reverse=True)
@@ -360,11 +378,13 @@ def main(given: list[str] | None = None) -> int:
     console.print()
     table, broken = verdicts(promises(ours, theirs, held_out, shown))
     console.print(table)
-    console.print(f"The words that weighed most: {draw(shown).relative_to(minilm.ROOT)}")
+    path = options.out / "classify_words.png"
+    draw(shown, path)
+    console.print(f"The words that weighed most: {path}", highlight=False, soft_wrap=True)
     if broken:
         console.print(f"[red]{broken} of the promises are broken.[/]")
     return int(broken > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runner.run(main)

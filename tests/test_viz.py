@@ -322,3 +322,8 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         viz.heatmap(WEIGHTS, QUERIES, KEYS)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         viz.top_k(WEIGHTS, QUERIES, KEYS, path=tmp_path / "x.png")
+
+
+def test_writable(machine: Machine) -> None:
+    assert viz.writable("chat é\n5") and viz.writable("")
+    assert not viz.writable("三") and not viz.writable("5 三")

@@ -1,0 +1,113 @@
+"""How an example is started and stopped: its packages, the ranges of its options, where its pictures go, and Ctrl-C.
+
+Imports the standard library alone, so that it can name a package that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+INTERRUPTED = 130  # the exit status that shells expect after Ctrl-C
+
+
+def need(*packages: str) -> None:
+    """Exits with one line that names the first of these packages that is not installed, and the command for it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            extras = "triton,demo" if package == "triton" else "demo"
+            name = Path(sys.argv[0]).name
+            sys.exit(f"{name}: the package {package} is missing. Install it in {ROOT}: pip install -e '.[{extras}]'")
+
+
+@contextlib.contextmanager
+def imports(*later: str) -> Iterator[None]:
+    """Around an example's imports; `later` are packages that it needs without importing them itself."""
+    try:
+        need(*later)
+        yield
+    except ModuleNotFoundError as error:
+        need(str(error.name).partition(".")[0])
+        raise  # the package is there, and a part of it is missing
+    except KeyboardInterrupt:
+        _interrupted(KeyboardInterrupt())
+
+
+def within(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """A `type` for add_argument: numbers from low to high, both included. NaN and infinity are never accepted."""
+    allowed = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+
+    def parsed(text: str) -> int | float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and value != math.inf:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what} {allowed}, not {text!r}")
+
+    return parsed
+
+
+SEED = within(int, 0, 2**63 - 1)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With the option that all examples have, --out."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=Path("out"), help="directory for pictures (default ./%(default)s)")
+    return made
+
+
+def prepare(directory: Path) -> None:
+    """Makes the directory and writes to it once, so that a long run does not end at a place that is read-only."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        sys.exit(f"{Path(sys.argv[0]).name}: cannot write to {directory}: {reason}. Choose a directory with --out.")
+
+
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A file to write instead of path, which becomes path once it is complete; otherwise nothing is left of it."""
+    part = path.with_name(f".part-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def counted(progress: Any) -> Iterator[Any]:
+    """Inside a rich Progress: Ctrl-C says at which step it came."""
+    try:
+        with progress:
+            yield progress
+    except KeyboardInterrupt:
+        done, total = (int(sum(getattr(x, name) for x in progress.tasks)) for name in ("completed", "total"))
+        raise KeyboardInterrupt(f"Interrupted at step {done} of {total}") from None
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Exits with main's status, or after Ctrl-C with one line and status 130."""
+    try:
+        status = main()
+    except KeyboardInterrupt as stop:
+        _interrupted(stop)
+    sys.exit(status)
+
+
+def _interrupted(stop: KeyboardInterrupt) -> NoReturn:
+    print(str(stop) or "Interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)
