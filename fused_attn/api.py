@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import calls, dispatch, keywords, nested, state
 from .bind import autocast, bind, check_qkv, no_autocast
-from .checks import as_bool, one_of
+from .checks import as_bool, check_choice, one_of
 from .spec import Mask, describe
 from .varlen import bind_packed
 
@@ -154,8 +154,7 @@ def explain(
 
 def heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {LAYOUTS}, got {describe(layout)}")
+    check_choice("layout", layout, LAYOUTS)
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, layout, score)
     return (q, k, v) if layout == "bhsd" else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -173,8 +172,10 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd"
     >>> out, lse = fused_attn.merge_states([h[0] for h in halves], [h[1] for h in halves])
     >>> torch.testing.assert_close(out, fused_attn.attention(q, k, v))
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {LAYOUTS}, got {describe(layout)}")
+    check_choice("layout", layout, LAYOUTS)
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, (list, tuple)) or not all(isinstance(x, Tensor) for x in given):
+            raise TypeError(f"{name}: expected a list of tensors, got {describe(given)}")
     if not outs or len(outs) != len(lses):
         raise ValueError(f"lses: expected one for each of the {len(outs)} outs (at least one), got {len(lses)}")
     swap = layout == "bshd"
@@ -342,11 +343,14 @@ def warmup(
     >>> import torch, fused_attn
     >>> fused_attn.warmup([(1, 8, 2, 64, 64, 32)], dtypes=[torch.float32], device="cpu", causal=True)
     """
+    backward = as_bool("backward", backward)
     for shape in shapes:
-        if len(shape) not in (6, 7):
-            raise ValueError(f"shapes: expected (B, Hq, Hkv, M, N, D) or (..., D, Dv), got {tuple(shape)}")
+        if not isinstance(shape, (list, tuple)) or len(shape) not in (6, 7):
+            raise ValueError(f"shapes: expected (B, Hq, Hkv, M, N, D) or (..., D, Dv), got {describe(shape)}")
         b, heads, kv_heads, m, n, d, dv = (*shape, shape[5])[:7]
         for dtype in dtypes:
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"dtypes: expected torch's dtypes, got {describe(dtype)}")
             q, k, v = (
                 torch.randn(size, dtype=dtype, device=device, requires_grad=backward)
                 for size in ((b, heads, m, d), (b, kv_heads, n, d), (b, kv_heads, n, dv))

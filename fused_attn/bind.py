@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_bool, as_float, as_int
+from .checks import as_bool, as_float, as_int, check_choice
 from .scores import Bilinear, Distance, Score
 from .spec import (
     ALIGNMENTS,
@@ -116,8 +116,8 @@ def bind(
     heads = q.shape[1]
     shape = (*q.shape[:3], k.shape[2]) if ragged is None else (ragged.batch, heads, ragged.max_q, ragged.max_k)
 
-    if alignment is not None and alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {describe(alignment)}")
+    if alignment is not None:
+        check_choice("alignment", alignment, ALIGNMENTS, "None or one of")
     offset = 0
     if alibi_slopes is not None:
         if not isinstance(alibi_slopes, Tensor):
@@ -186,8 +186,7 @@ def _score(score: Any, q: Tensor, k: Tensor) -> Score | None:
 
 
 def _check_normalizer(normalizer: Any, sink: bool, return_lse: bool) -> None:
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer: expected one of {NORMALIZERS}, got {describe(normalizer)}")
+    check_choice("normalizer", normalizer, NORMALIZERS)
     if sink and normalizer != "softmax":
         raise ValueError(f'sink: normalizer "{normalizer}" takes none, got both')
     if return_lse and normalizer == "sigmoid":

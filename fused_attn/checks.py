@@ -90,6 +90,11 @@ def one_of(x: Any, choices: Iterable[Any]) -> bool:
     return any(x == choice for choice in choices)
 
 
+def check_choice(name: str, x: Any, allowed: tuple[str, ...], what: str = "one of") -> None:
+    if not isinstance(x, str) or x not in allowed:
+        raise ValueError(f"{name}: expected {what} {allowed}, got {describe(x)}")
+
+
 def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
     """A tensor parameter of an allowed shape, dtype and device."""
     if shapes and not one_of(tuple(x.shape), shapes):

@@ -9,7 +9,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import autograd, environment, native, ops, reference, tiled
-from .spec import BackendError, Problem, TransformError, describe
+from .checks import check_choice
+from .spec import BackendError, Problem, TransformError
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
 # What a backend may be asked for beside out, which these have, and what the others say.
@@ -84,8 +85,8 @@ def taken(name: str, p: Problem, lowered: Problem) -> Problem:
 
 def _explain(p: Problem, lowered: Problem, backend: str | None, task: str = "") -> Explanation:
     asked = backend or environment.backend
-    if asked is not None and asked not in BACKENDS:
-        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {describe(asked)}")
+    if asked is not None:
+        check_choice("backend", asked, BACKENDS, "None or one of")
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if asked is None else (asked,):

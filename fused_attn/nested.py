@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .bind import check_qkv
-from .checks import describe
+from .checks import check_choice, describe
 from .spec import Mask
 from .varlen import attention_varlen
 
@@ -40,8 +40,7 @@ def attention(
     k and v share their offsets, which may be others than q's; `alignment` is that of each sequence, and may be None
     where q shares them too. A tensor mask and a bias are refused: they have no jagged form.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {tuple(LAYOUTS)}, got {describe(layout)}")
+    check_choice("layout", layout, tuple(LAYOUTS))
     for name, x in zip(names, (q, k, v), strict=True):
         _check(name, x, layout)
     rows, keys, values = (x.shape[LAYOUTS[layout]] for x in (q, k, v))  # equal where offsets are shared

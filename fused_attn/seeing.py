@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from . import dispatch, keywords, ops, reference
 from .api import heads_first
 from .bind import bind, no_autocast
-from .spec import Mask, Problem, Statistics, describe
+from .checks import as_bool, as_int, describe
+from .spec import Mask, Problem, Statistics
 from .underived import underived
 from .varlen import bind_packed
 
@@ -89,10 +90,11 @@ def attention_stats(
         packed = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError("max_seqlen_q, max_seqlen_k: speak of packed sequences, and cu_seqlens_q is None")
-    _check_top_k(top_k, k, layout if packed is None else "packed")
+    top_k = _checked_top_k(top_k, k, layout if packed is None else "packed")
+    entropy = as_bool("entropy", entropy)
     if entropy and normalizer == "sigmoid":
         raise ValueError('entropy: normalizer "sigmoid" has none, for its weights are no distribution')
-    asked = (bool(key_mass), bool(entropy), bool(max_logit), top_k)
+    asked = (as_bool("key_mass", key_mass), entropy, as_bool("max_logit", max_logit), top_k)
 
     def find(name: str, p: Problem) -> tuple[Tensor | None, ...]:
         if name == "reference":
@@ -195,16 +197,15 @@ def _look(
     return underived(message, found, *p.tensors().values())
 
 
-def _check_top_k(top_k: Any, k: Any, layout: str) -> None:
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k: expected an int, got {describe(top_k)}")
+def _checked_top_k(top_k: Any, k: Any, layout: str) -> int:
+    top_k = as_int("top_k", top_k)
     if top_k < 0:
         raise ValueError(f"top_k: must be >= 0, got {top_k}")
-    at = {"bhsd": (4, 2), "bshd": (4, 1), "packed": (3, 0)}
-    rank, dim = at.get(layout, at["bhsd"])
+    rank, dim = (3, 0) if layout == "packed" else (4, 1) if layout == "bshd" else (4, 2)
     n = k.shape[dim] if isinstance(k, Tensor) and k.ndim == rank else top_k
     if top_k > n:
         raise ValueError(f"top_k: expected at most the {n} keys that there are, got {top_k}")
+    return top_k
 
 
 def _choice(name: str, chosen: Any, count: int) -> list[int]:
@@ -215,8 +216,9 @@ def _choice(name: str, chosen: Any, count: int) -> list[int]:
         if chosen.ndim != 1 or chosen.dtype == torch.bool or chosen.is_floating_point() or chosen.is_complex():
             raise TypeError(f"{name}: expected a 1-d integer tensor, got {describe(chosen)}")
         chosen = chosen.tolist()
-    if not isinstance(chosen, Sequence) or any(isinstance(x, bool) or not isinstance(x, int) for x in chosen):
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise TypeError(f"{name}: expected a sequence of ints or a tensor, got {describe(chosen)}")
+    chosen = [as_int(name, x) for x in chosen]
     for x in chosen:
         if not -count <= x < count:
             raise ValueError(f"{name}: expected indices from {-count} to {count - 1}, got {x}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import describe
+from .checks import check_choice
 from .ragged import Ragged
 
 ALIGNMENTS = ("top_left", "bottom_right")
@@ -35,8 +35,7 @@ def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ra
             grouped = f'; if {m} and {n} count heads, pass layout="bshd"' if m > n > 0 == m % n else ""
             raise ValueError(f"alignment: {needs}{grouped}")
         return 0
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment: expected one of {ALIGNMENTS}, got {describe(alignment)}")
+    check_choice("alignment", alignment, ALIGNMENTS)
     return 0 if alignment == "top_left" else n - m
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import dispatch, keywords
 from .bind import autocast, bind, check_qkv, no_autocast
-from .checks import as_int, check_starts, describe, readable
+from .checks import as_int, check_choice, check_starts, readable
 from .spec import ALIGNMENTS, Mask, Problem, Ragged
 
 
@@ -115,8 +115,8 @@ def _ragged(
     q: Tensor, k: Tensor, starts_q: Any, starts_k: Any, max_q: int | None, max_k: int | None, alignment: str | None
 ) -> Ragged:
     """The starts checked, as far as that is free, and the longest sequences: given, read, or all that there is."""
-    if alignment is not None and alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment: expected None or one of {ALIGNMENTS}, got {describe(alignment)}")
+    if alignment is not None:
+        check_choice("alignment", alignment, ALIGNMENTS, "None or one of")
     longest: list[int] = []
     for name, starts, x, most in (("q", starts_q, q, max_q), ("k", starts_k, k, max_k)):
         total = x.shape[2]

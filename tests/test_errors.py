@@ -421,6 +421,12 @@ def test_signatures_show_what_is_taken(name: str) -> None:
     assert inspect.Parameter.VAR_KEYWORD not in kinds and inspect.Parameter.KEYWORD_ONLY in kinds
 
 
+@pytest.mark.parametrize("name", ("key_mass", "entropy", "max_logit"))
+def test_flags_of_statistics(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected a bool, got str 'yes'"):
+        fused_attn.attention_stats(X, X, **{name: "yes"})
+
+
 # ------------------------------------------------------------------------------------------- large values are not shown
 
 LARGE = torch.arange(10_000.0).view(100, 100)
@@ -443,8 +449,16 @@ def test_merge_states() -> None:
         fused_attn.merge_states([out, zeros(1, 2, 3, 5)], [lse, lse])
     with pytest.raises(ValueError, match="layout: expected one of"):
         fused_attn.merge_states([out], [lse], layout="sbhd")
+    with pytest.raises(TypeError, match=r"outs: expected a list of tensors, got torch.float32 tensor of shape"):
+        fused_attn.merge_states(out, [lse])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"lses: expected a list of tensors, got list \[None\]"):
+        fused_attn.merge_states([out], [None])  # type: ignore[list-item]
 
 
 def test_warmup() -> None:
-    with pytest.raises(ValueError, match=r"shapes: .*got \(1, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"shapes: .*got tuple \(1, 2, 3\)"):
         fused_attn.warmup([(1, 2, 3)], device="cpu")
+    with pytest.raises(TypeError, match="dtypes: expected torch's dtypes, got str 'float32'"):
+        fused_attn.warmup([(1, 1, 1, 1, 1, 1)], device="cpu", dtypes=["float32"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="backward: expected a bool, got str 'no'"):
+        fused_attn.warmup([(1, 1, 1, 1, 1, 1)], device="cpu", backward="no")  # type: ignore[arg-type]

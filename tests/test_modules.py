@@ -341,6 +341,7 @@ def test_a_wrong_argument(name: str, value: Any, error: type[Exception], words: 
         ({"num_heads": -1}, "num_heads: must be at least 1, got -1"),
         ({"num_heads": 3}, "embed_dim: must be divisible by num_heads = 3, got 8"),
         ({"dropout": 1.5}, r"dropout: must lie in \[0, 1\], got 1.5"),
+        ({"kdim": 0}, "kdim: must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_layer(options: dict, words: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import describe, one_of
+from ..checks import as_int, describe, one_of
 
 
 class InputError(ValueError, AssertionError, RuntimeError):
@@ -26,6 +26,15 @@ def not_scriptable(layer: nn.Module) -> NoReturn:
         f"torch.jit.script cannot compile fused_attn.modules.{type(layer).__name__}; torch.compile and torch.export "
         "can, and torch.jit.trace records it"
     )
+
+
+def checked_sizes(**sizes: Any) -> list[int]:
+    """The sizes of a layer, each an int of at least 1."""
+    found = [as_int(name, size) for name, size in sizes.items()]
+    for name, size in zip(sizes, found, strict=True):
+        if size < 1:
+            raise InputError(f"{name}: must be at least 1, got {size}")
+    return found
 
 
 def check_inputs(

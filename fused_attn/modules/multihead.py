@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..api import attention
+from ..checks import as_float
 from ..masks import Mask
-from .inputs import InputError, check_inputs, check_mask, mask_and_bias, not_scriptable
+from .inputs import InputError, check_inputs, check_mask, checked_sizes, mask_and_bias, not_scriptable
 from .weights import attention_weights
 
 
@@ -69,9 +70,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-            if size <= 0:
-                raise ValueError(f"{name}: must be at least 1, got {size}")
+        embed_dim, num_heads = checked_sizes(embed_dim=embed_dim, num_heads=num_heads)
+        checked_sizes(**{name: x for name, x in (("kdim", kdim), ("vdim", vdim)) if x is not None})
+        dropout = as_float("dropout", dropout)
         if embed_dim % num_heads:
             raise InputError(f"embed_dim: must be divisible by num_heads = {num_heads}, got {embed_dim}")
         if not 0.0 <= dropout <= 1.0:
@@ -135,7 +136,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         k, v, added = self._add_keys(k, v)
 
-        causal = is_causal and key_padding_mask is None and not need_weights and not added
+        causal = bool(is_causal) and key_padding_mask is None and not need_weights and not added
         masks = {}
         if attn_mask is not None and not causal:
             folded = attn_mask.ndim == 3

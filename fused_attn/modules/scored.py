@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..api import attention
+from ..checks import as_bool, as_float
 from ..scores import Additive, Bilinear, Cosine, Score
-from .inputs import check_inputs, check_mask, mask_and_bias, not_scriptable
+from .inputs import check_inputs, check_mask, checked_sizes, mask_and_bias, not_scriptable
 from .weights import attention_weights
 
 
@@ -57,6 +58,7 @@ class ScoredAttention(nn.Module):
 
         Raises: ValueError, TypeError: a wrong argument, by name.
         """
+        need_weights = as_bool("need_weights", need_weights)
         value = key if value is None else value
         if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
             raise NotImplementedError("query, key, value: nested tensors are not built yet")
@@ -84,14 +86,6 @@ class ScoredAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an int, got {type(size).__name__} {size!r}")
-        if size < 1:
-            raise ValueError(f"{name}: must be at least 1, got {size}")
-
-
 class ProjectedAttention(ScoredAttention):
     """Query and key are projected into one space, hidden_dim wide, which the heads share out among them."""
 
@@ -99,7 +93,9 @@ class ProjectedAttention(ScoredAttention):
         self, query_dim: int, key_dim: int, hidden_dim: int, num_heads: int, biases: tuple[bool, bool], **factory: Any
     ) -> None:
         super().__init__()
-        _check_sizes(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim, num_heads=num_heads)
+        query_dim, key_dim, hidden_dim, num_heads = checked_sizes(
+            query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim, num_heads=num_heads
+        )
         if hidden_dim % num_heads:
             raise ValueError(f"hidden_dim: must be divisible by num_heads = {num_heads}, got {hidden_dim}")
         self.query_dim, self.key_dim, self.hidden_dim, self.num_heads = query_dim, key_dim, hidden_dim, num_heads
@@ -204,7 +200,7 @@ class CosineAttention(ProjectedAttention):
         dtype: Any = None,
     ) -> None:
         super().__init__(query_dim, key_dim, hidden_dim, num_heads, (bias, bias), device=device, dtype=dtype)
-        self.initial_temperature = float(temperature)
+        self.initial_temperature = as_float("temperature", temperature)
         self.temperature = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -241,7 +237,7 @@ class BilinearAttention(ScoredAttention):
         self, query_dim: int, key_dim: int, num_heads: int = 1, *, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
-        _check_sizes(query_dim=query_dim, key_dim=key_dim, num_heads=num_heads)
+        query_dim, key_dim, num_heads = checked_sizes(query_dim=query_dim, key_dim=key_dim, num_heads=num_heads)
         self.query_dim, self.key_dim, self.num_heads = query_dim, key_dim, num_heads
         self.weight = nn.Parameter(torch.empty(num_heads, query_dim, key_dim, device=device, dtype=dtype))
         self.reset_parameters()
