@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -178,18 +179,28 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" or _debugging.get()
 
 
-def check_starts(name: str, x: Any, total: int | None, device: torch.device) -> Tensor:
-    """int32 (B + 1,): from 0 to total, never descending; total None: to any end."""
+def check_starts(side: str, x: Any, total: int | None, device: torch.device, most: int | None = None) -> int | None:
+    """int32 (B + 1,), from 0 to total, or to any end, never descending, and no sequence longer than most.
+
+    side: "q" or "k", for messages. Returns the longest sequence, None where what x holds is not read.
+    """
+    name = f"cu_seqlens_{side}"
     if not isinstance(x, Tensor) or x.dtype != torch.int32:
         raise TypeError(f"{name}: expected an int32 tensor, got {describe(x)}")
     if x.ndim != 1 or not len(x):
         raise ValueError(f"{name}: expected shape (B + 1,), got {tuple(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
-    if readable(x):
-        first, last, falls = int(x[0]), int(x[-1]), bool((x.diff() < 0).any())
-        if first != 0 or total not in (None, last) or falls:
-            end = "any number of rows" if total is None else f"the {total} packed rows"
-            what = "one that descends" if falls else f"{first} to {last}"
-            raise ValueError(f"{name}: expected starts that ascend from 0 to {end}, got {what}")
-    return x
+    if not readable(x):
+        return None
+    starts = x.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    falls = min(lengths, default=0) < 0
+    if starts[0] != 0 or total not in (None, starts[-1]) or falls:
+        end = "any number of rows" if total is None else f"the {total} packed rows"
+        what = "one that descends" if falls else f"{starts[0]} to {starts[-1]}"
+        raise ValueError(f"{name}: expected starts that ascend from 0 to {end}, got {what}")
+    longest = max(lengths, default=0)
+    if most is not None and longest > most:
+        raise ValueError(f"max_seqlen_{side}: a sequence is {longest} long, got {most}")
+    return longest

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
+from .checks import check_starts
 from .spec import DIFFERENTIABLE, Dropout, Pattern, Problem, Ragged, Span, Statistics
 
 LAUNCHERS = {
@@ -108,8 +109,19 @@ def _serving(p: Problem, backend: str) -> ModuleType:
     return launcher("tiled" if p.empty else backend)
 
 
+def _check_ragged(p: Problem) -> None:
+    """Where sequences begin, read when the operator runs: it may have been compiled before there was anything to read.
+
+    Otherwise rows that belong to no sequence would come out unwritten.
+    """
+    if p.ragged is not None:
+        check_starts("q", p.ragged.q, p.q.shape[2], p.q.device, p.ragged.max_q)
+        check_starts("k", p.ragged.k, p.k.shape[2], p.q.device, p.ragged.max_k)
+
+
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, backend = rebuild(args)
+    _check_ragged(p)
     return _serving(p, backend).forward(p)
 
 
@@ -148,6 +160,7 @@ def _there(p: Problem, found: Statistics) -> tuple[Tensor, ...]:
 
 def _statistics(*args: Any) -> tuple[Tensor, ...]:
     p, backend = rebuild(args[:-4])
+    _check_ragged(p)
     return _there(p, _seer(p, backend).statistics(p, *args[-4:]))
 
 

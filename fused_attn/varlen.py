@@ -120,16 +120,11 @@ def _ragged(
     longest: list[int] = []
     for name, starts, x, most in (("q", starts_q, q, max_q), ("k", starts_k, k, max_k)):
         total = x.shape[2]
-        check_starts(f"cu_seqlens_{name}", starts, total, q.device)
         most = None if most is None else as_int(f"max_seqlen_{name}", most, "None or an int >= 0")
         if most is not None and most < 0:
             raise ValueError(f"max_seqlen_{name}: expected None or an int >= 0, got {most}")
-        if readable(starts):
-            found = int(starts.diff().max()) if len(starts) > 1 else 0
-            if most is not None and found > most:
-                raise ValueError(f"max_seqlen_{name}: a sequence is {found} long, got {most}")
-            most = found if most is None else most
-        longest.append(total if most is None else most)
+        found = check_starts(name, starts, total, q.device, most)
+        longest.append(next(x for x in (most, found, total) if x is not None))
     if len(starts_q) != len(starts_k):
         shapes = tuple(starts_q.shape), tuple(starts_k.shape)
         raise ValueError(f"cu_seqlens_k: expected cu_seqlens_q's shape {shapes[0]}, got {shapes[1]}")

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "tuning": {"spec"},
     "statistics": {"spec", "tiles", "work"},
     "launch": {"cached", "masks", "ragged", "spec", "tuning", "kernels"},
-    "ops": {"spec"},
+    "ops": {"checks", "spec"},
     "autograd": {"ops", "spec"},
     "dispatch": {"autograd", "checks", "environment", "ops", "native", "tiled", "reference", "spec"},
     "calls": {"autograd", "environment", "ops", "spec"},

@@ -235,6 +235,26 @@ def test_compiles_whole(backend: str | None) -> None:
         assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
+LIES = (
+    (starts([5, 2]), starts([3, 3]), "cu_seqlens_q: .* to the 9 packed rows, got 0 to 7"),
+    (starts([-2, 11]), starts([3, 3]), "cu_seqlens_q: .* got one that descends"),
+    (starts([4, 5]), starts([3, 3]) + 1, "cu_seqlens_k: .* got 1 to 7"),
+    (starts([8, 1]), starts([3, 3]), "max_seqlen_q: a sequence is 8 long, got 7"),
+)
+
+
+def test_compiled_lengths_are_read_when_it_runs() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(attention_varlen, fullgraph=True, backend="aot_eager")
+    q, k, v = torch.randn(9, 2, 8), *torch.randn(2, 6, 2, 8)
+    words = {"max_seqlen_q": 7, "max_seqlen_k": 6, "backend": "tiled"}
+    for *cuts, message in LIES:
+        with pytest.raises(ValueError, match=message):
+            compiled(q, k, v, *cuts, **words)
+    fine = starts([4, 5]), starts([3, 3])
+    torch.testing.assert_close(compiled(q, k, v, *fine, **words), attention_varlen(q, k, v, *fine, **words))
+
+
 def test_autocast(backend: str) -> None:
     tensors = packed()
     with torch.autocast("cpu", torch.bfloat16):
