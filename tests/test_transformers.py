@@ -1,9 +1,11 @@
-"""Transformers' doors: small random models through ours, by both of its paths, against their own eager attention."""
+"""attn_implementation="fused_attn": small random models of Transformers against their own eager attention."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +18,6 @@ from tests.test_compat import TORCH, randn, within_budget
 
 transformers = pytest.importorskip("transformers")
 import fused_attn.compat.transformers as models  # noqa: E402
-from fused_attn.compat import flash_attn  # noqa: E402
 
 SMALL = {
     "vocab_size": 50,
@@ -206,160 +207,53 @@ def test_sentence_encoder_is_quiet() -> None:
     assert model.config._attn_implementation == models.NAME
 
 
-# --- flash_attention_2
+def test_weights_are_not_returned() -> None:
+    models.register()
+    model = transformers.AutoModel.from_config(CONFIGS["llama"](), attn_implementation=models.NAME).eval()
+    with pytest.warns(UserWarning, match="output_attentions: fused attention forms no weights"):
+        assert model(torch.randint(1, 50, (1, 7)), output_attentions=True).attentions == ()
 
 
-@pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The path pointed at ours; the names of what it calls."""
-    called: list[str] = []
-
-    def counted(name: str) -> Callable:
-        original = getattr(flash_attn, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            called.append(name)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in ("attention", "attention_varlen", "attention_decode"):
-        monkeypatch.setattr(flash_attn, name, counted(name))
-    with models.flash_attention_2():
-        yield called
+def test_none_is_everything_where_a_causal_mask_is_never_none() -> None:
+    """Some modules that see everything say nothing of causality, or say that they are causal."""
+    q, k = randn(1, 2, 4, 8), randn(1, 2, 6, 8)
+    module = Layer()
+    module.config = transformers.MllamaConfig().text_config
+    found = models.attention_forward(module, q, k, k, None, sliding_window=2)[0]
+    exact = TORCH(q.double(), k.double(), k.double()).transpose(1, 2)
+    within_budget("out", found, exact, TORCH(q, k, k).transpose(1, 2))
 
 
-# Taking tokens out of the middle moves the others closer together, which a window sees.
-UNPADDED = [(name, padding) for name in ("bert", "llama", "mistral", "gemma2") for padding in PADDING
-            if padding != "inside" or name in ("bert", "llama")]  # fmt: skip
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_chosen_blocks_of_keys(mask: str) -> None:
+    """-1 names no block, the last block may be cut, and heads share what is chosen for their group."""
+    q, k = randn(1, 4, 5, 8), randn(1, 2, 5, 8)
+    blocks = torch.tensor([[[[0, -1]] * 5, [[0, 2]] * 5]])
+    module = Layer()
+    module.indexer = nn.Module()
+    module.indexer.block_size = 2
+    allowed = torch.ones(5, 5).tril().bool()
+    given = {"none": None, "bool": allowed[None, None], "float": torch.zeros(1, 1, 5, 5).masked_fill(~allowed, -1e30)}
+    found = models.attention_forward(module, q, k, k, given[mask], block_indices=blocks)[0]
+    keep = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 1]]).bool().repeat_interleave(2, 0)[None, :, None] & allowed
+    exact = TORCH(q.double(), k.double(), k.double(), attn_mask=keep, enable_gqa=True).transpose(1, 2)
+    within_budget("out", found, exact, TORCH(q, k, k, attn_mask=keep, enable_gqa=True).transpose(1, 2))
 
 
-@pytest.mark.parametrize(("name", "padding"), UNPADDED)
-def test_flash_attention_2(name: str, padding: str, flash: list[str]) -> None:
-    """Hidden states and gradients as by eager attention in float64, without padding among the tokens."""
-    model = build(name)
-    mask = torch.ones(2, 13, dtype=torch.long)
-    mask[1, PADDING[padding]] = 0
-    tokens = {"input_ids": torch.randint(1, 50, (2, 13)), "attention_mask": mask}
-    oracle = run_model(model, "eager", torch.float64, tokens)
-    plain = run_model(model, "eager", torch.float32, tokens)
-    assert not flash
-    ours = run_model(model, models.FLASH, torch.float32, tokens)
-    assert flash == ["attention" if padding == "none" else "attention_varlen"] * 2
-    for key in oracle:
-        within_budget(key, ours[key], oracle[key], plain[key])
+def test_a_sink_for_each_row() -> None:
+    q, k, sinks = randn(1, 2, 5, 8), randn(1, 2, 5, 8), randn(1, 2, 5, 1)
+
+    def eager(dtype: torch.dtype) -> Tensor:
+        scores = (q.to(dtype) @ k.to(dtype).mT * 8**-0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+        weights = torch.cat([scores, sinks.to(dtype)], -1).softmax(-1)[..., :-1]
+        return (weights @ k.to(dtype)).transpose(1, 2)
+
+    found = models.attention_forward(Layer(), q, k, k, None, sinks=sinks)[0]
+    within_budget("out", found, eager(torch.float64), eager(torch.float32))
 
 
-@pytest.mark.parametrize("pad", [0, 4])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_flash_attention_2_with_a_cache(name: str, pad: int, flash: list[str]) -> None:
-    """A prompt of a batch, one sequence padded on the left, then token by token: as if each had come alone, at once."""
-    model = build(name)
-    tokens = torch.randint(1, 50, (2, 13))
-    mask = torch.ones(2, 13, dtype=torch.long)
-    mask[1, :pad] = 0
-
-    def alone(dtype: torch.dtype) -> Tensor:
-        model.set_attn_implementation("eager")
-        model.to(dtype)
-        with torch.inference_mode():
-            found = [model(tokens[b : b + 1, first:]).last_hidden_state[0] for b, first in ((0, 0), (1, pad))]
-        return torch.cat(found)
-
-    def ours() -> Tensor:
-        model.set_attn_implementation(models.FLASH)
-        model.to(torch.float32)
-        places, cache, found = (mask.cumsum(1) - 1).clamp_min(0), None, []
-        with torch.inference_mode():
-            for i, end in zip([0, *range(7, 13)], range(7, 14), strict=True):
-                answer = model(tokens[:, i:end], attention_mask=mask[:, :end], position_ids=places[:, i:end],
-                               past_key_values=cache, use_cache=True)  # fmt: skip
-                cache = answer.past_key_values
-                found.append(answer.last_hidden_state)
-        return torch.cat(found, 1)[mask.bool()]
-
-    within_budget("hidden", ours(), alone(torch.float64), alone(torch.float32))
-    assert ("attention_varlen" in flash) == (pad > 0)
-    assert "attention" in flash or (pad and name == "llama")  # once a window has left the padding behind
-
-
-def test_flash_attention_2_of_packed_sequences(flash: list[str]) -> None:
-    """Positions that begin again are sequences of their own."""
-    model = build("llama")
-    tokens, cuts = torch.randint(1, 50, (1, 11)), [slice(0, 4), slice(4, 11)]
-    places = torch.cat([torch.arange(4), torch.arange(7)])[None]
-
-    def alone(dtype: torch.dtype) -> Tensor:
-        model.set_attn_implementation("eager")
-        model.to(dtype)
-        return torch.cat([model(tokens[:, cut]).last_hidden_state for cut in cuts], 1)
-
-    with torch.no_grad():
-        oracle, plain = alone(torch.float64), alone(torch.float32)
-        model.set_attn_implementation(models.FLASH)
-        within_budget("hidden", model(tokens, position_ids=places, use_cache=False).last_hidden_state, oracle, plain)
-    assert flash == ["attention_varlen"] * 2
-
-
-def test_continuous_batching(flash: list[str]) -> None:
-    """Prompts of several lengths over one paged cache of Transformers': the tokens that each gives alone."""
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**GROUPED)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=models.FLASH).eval()
-    prompts = [[1, 5, 7, 9], [1, 4], [1, 8, 8, 2, 3, 4]]
-    greedy = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=49, pad_token_id=0)
-    small = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=32)
-    found = model.generate_batch(prompts, greedy, small, warmup=False)
-    assert set(flash) == {"attention_varlen"}
-    model.set_attn_implementation("eager")
-    for answer, prompt in zip(found.values(), prompts, strict=True):
-        alone = model.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :]
-        assert answer.generated_tokens == alone.tolist()
-
-
-def test_a_step_over_pages(flash: list[str]) -> None:
-    """What continuous batching calls on a GPU: a new token of each sequence is written to its page, and sees all."""
-    from transformers.modeling_flash_attention_utils import _flash_attention_forward
-
-    lengths, table = [5, 2], torch.tensor([[3, 0], [2, 1]], dtype=torch.int32)
-    q, k, v = randn(1, 2, 4, 8), randn(1, 2, 2, 8), randn(1, 2, 2, 8)
-    pages = [randn(4, 4, 2, 8) for _ in range(2)]
-    before = [x.clone() for x in pages]
-    ends = torch.tensor([0, *[n + 1 for n in lengths]]).cumsum(0).int()
-    out = _flash_attention_forward(
-        q, k, v, None, query_length=1, is_causal=True, cu_seq_lens_k=ends, max_length_q=1, max_length_k=6,
-        block_table=table, k_cache=pages[0], v_cache=pages[1], attn_implementation=models.FLASH,
-    )  # fmt: skip
-    assert flash == ["attention_decode"]
-    for b, n in enumerate(lengths):
-        keys, values = (
-            torch.cat((x[table[b].long()].flatten(0, 1)[:n], new[0, b : b + 1])).transpose(0, 1)[None]
-            for x, new in zip(before, (k, v), strict=True)
-        )
-        row = q[:, b : b + 1].transpose(1, 2)
-        exact = TORCH(row.double(), keys.double(), values.double(), enable_gqa=True)[0, :, 0]
-        within_budget("out", out[0, b], exact, TORCH(row, keys, values, enable_gqa=True)[0, :, 0])
-        assert torch.equal(pages[0][table[b, n // 4], n % 4], k[0, b])
-
-
-def test_flash_attention_2_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scopes and calls nest, and all is as it was afterwards."""
-    from transformers import modeling_flash_attention_utils as room
-
-    entry = room.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]
-    before = room._lazy_imports, dict(entry)
-    with models.flash_attention_2():
-        models.register_flash_attention_2()
-        with models.flash_attention_2():
-            pass
-        assert room.lazy_import_flash_attention(models.FLASH)[0][0] is flash_attn.flash_attn_func
-        assert (room._lazy_imports, entry) != before
-    models.unregister_flash_attention_2()
-    assert (room._lazy_imports, entry) == before
-    with pytest.raises(ImportError, match="FlashAttention2"):
-        build("bert").set_attn_implementation(models.FLASH)
-    monkeypatch.delattr(room, "_lazy_imports")
-    with pytest.raises(NotImplementedError, match="looks for flash-attn in a way that is not known"):
-        models.register_flash_attention_2()
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    spec = importlib.util.spec_from_file_location("fused_attn.compat.again", models.__file__)
+    with pytest.raises(ImportError, match="needs transformers: pip install 'transformers>=5'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
