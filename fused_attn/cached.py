@@ -183,16 +183,16 @@ class Cache:
         start = self._page_starts(table)
         held = (lengths + self.added - start).clamp(0, self.page)[used]  # slots of the page, from 0
         written = (lengths - start).clamp(0, self.page)[used]  # the first slot that is written; none: the page's size
-        pages, at = table[used].unique(return_inverse=True)
-        first = held.new_full((len(pages),), self.page).scatter_reduce(0, at, written, "amin")
-        hit = held > first[at]
-        owners = torch.zeros_like(first).scatter_add(0, at, hit.long())
-        if (owners > 1).any():
-            page = int((owners > 1).nonzero()[0])
-            which = used.nonzero()[:, 0][hit & (at == page)].tolist()
+        pages = table[used].long()
+        first = pages.new_full((len(self.k),), self.page).scatter_reduce_(0, pages, written, "amin")
+        hit = held > first[pages]
+        hits, counts = pages[hit].unique(return_counts=True)
+        if (counts > 1).any():
+            page = int(hits[counts > 1][0])
+            owners = used.nonzero()[:, 0][hit & (pages == page)].tolist()
             raise ValueError(
-                f"page_table: page {int(pages[page])} holds keys of sequences {', '.join(map(str, which))} where one of"
-                " them appends; expected pages of its own there for each, as PagedKVCache.extend gives them"
+                f"page_table: page {page} holds keys of sequences {', '.join(map(str, owners))} where one of them"
+                " appends; expected pages of its own there for each, as PagedKVCache.extend gives them"
             )
 
 
