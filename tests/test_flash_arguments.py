@@ -115,14 +115,14 @@ def test_numbers_of_any_kind(kind: Any) -> None:
     assert torch.equal(found, flash.flash_attn_with_kvcache(q[None, :1], k, v, cache_seqlens=7))
 
 
-LEAVES = ("q", "k_cache", "v_cache", "k", "v", "alibi_slopes")
+LEAVES = ("q", "k_cache", "v_cache", "k", "v", "alibi_slopes", "softmax_scale")
 
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_caches_have_no_derivative(name: str) -> None:
     """What requires grad changes no value, and backward through the result says what to call."""
     given = dict(zip(LEAVES, (torch.randn(2, n, 2, 8) for n in (1, 9, 9, 1, 1)), strict=False))
-    given["alibi_slopes"] = torch.rand(2)
+    given |= {"alibi_slopes": torch.rand(2), "softmax_scale": torch.tensor(0.3)}
     expected = flash.flash_attn_with_kvcache(**{x: y.clone() for x, y in given.items()}, cache_seqlens=5)
     given[name].requires_grad_()
     out, lse = flash.flash_attn_with_kvcache(**given, cache_seqlens=5, return_softmax_lse=True)
@@ -232,6 +232,9 @@ def test_kvcache_errors() -> None:
         flash.flash_attn_with_kvcache(q, k, k, cache_seqlens=10)
     with pytest.raises(ValueError, match=r"cache_seqlens: expected 0 <= cache_seqlens <= 8 with 1 new keys .* got -1"):
         flash.flash_attn_with_kvcache(q, k, k.clone(), q, q, cache_seqlens=-1)
+    with pytest.raises(TypeError, match="return_softmax_lse: expected a bool, got str"):
+        flash.flash_attn_with_kvcache(q, v := k.clone(), k.clone(), q, q, cache_seqlens=8, return_softmax_lse="no")
+    assert torch.equal(k, v)  # nothing was written
     with pytest.raises(TypeError, match=r"num_splits: expected an int, got float 1.5"):
         flash.flash_attn_with_kvcache(q, k, k, num_splits=1.5)
     with pytest.raises(ValueError, match="cache_seqlens: with k"):

@@ -193,7 +193,7 @@ def flash_attn_varlen_func(
         with torch.no_grad():
             found = over_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, words)
         message = NO_DERIVATIVE.format("flash_attn_varlen_func with block_table", "it without block_table")
-        out, lse = underived(message, found, q, k, v, alibi_slopes)
+        out, lse = underived(message, found, q, k, v, *words.values())
         return (out, lse.T, None) if wanted else out
     longest_q = arguments.longest("max_seqlen_q", max_seqlen_q)
     longest_k = arguments.longest("max_seqlen_k", max_seqlen_k)
@@ -322,13 +322,13 @@ def flash_attn_with_kvcache(
             raise ValueError("rotary_cos: turns k and the q that comes with it, got it without k")
     elif rotary_cos is not None or rotary_sin is not None:
         raise ValueError(f"rotary_sin: expected with rotary_cos and not without, got {describe(rotary_sin)}")
+    words = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    splits, wanted = as_int("num_splits", num_splits) or None, as_bool("return_softmax_lse", return_softmax_lse)
     with torch.no_grad():
         found: Any = attention_decode(
             q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=block_table, k_new=k, v_new=v, rotary=rotary,
-            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
-            num_splits=as_int("num_splits", num_splits) or None, return_lse=True,
-            **arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes),
+            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, num_splits=splits, return_lse=True, **words,
         )  # fmt: skip
     message = NO_DERIVATIVE.format("flash_attn_with_kvcache", "flash_attn_func")
-    out, lse = underived(message, found, q, k_cache, v_cache, k, v, alibi_slopes)
-    return (out, lse) if as_bool("return_softmax_lse", return_softmax_lse) else out
+    out, lse = underived(message, found, q, k_cache, v_cache, k, v, *words.values())
+    return (out, lse) if wanted else out

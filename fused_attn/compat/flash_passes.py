@@ -60,7 +60,7 @@ def forward(
         if return_softmax:
             weights = dense_weights(q, k, arguments.dropout(dropout_p, seed), words)
     message = NO_DERIVATIVE.format("_flash_attn_forward", "flash_attn_func")
-    return (*underived(message, (out, lse, weights), q, k, v, alibi_slopes), _state(seed, q))
+    return (*underived(message, (out, lse, weights), q, k, v, *words.values()), _state(seed, q))
 
 
 @as_flash_attn
@@ -91,7 +91,7 @@ def varlen_forward(
     zero_tensors changes nothing: every row is written.
     """
     words = arguments.scores(softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes)
-    seed, sources = arguments.seed(dropout_p, q), (q, k, v, alibi_slopes)
+    seed, sources = arguments.seed(dropout_p, q), (q, k, v, *words.values())
     weights = q.new_empty(0)
     with torch.no_grad():
         if block_table is not None:
