@@ -40,7 +40,7 @@ SIGNATURES: dict[str, list[str]] = {
     "_flash_attn_varlen_forward": [
         "q", "k", "v", *STARTS, *PASSED[:3], "window_size_left=-1", "window_size_right=-1", "softcap=0.0",
         "alibi_slopes=None", "return_softmax=False", "block_table=None", "leftpad_k=None", "seqused_k=None",
-        "zero_tensors=False",
+        "zero_tensors=False", "num_splits=0",
     ],
     "_flash_attn_varlen_backward": [
         *BACK, *STARTS, *PASSED, "deterministic", "rng_state=None", "zero_tensors=False",

@@ -138,6 +138,8 @@ def test_keys_that_are_there() -> None:
     torch.testing.assert_close(found[0], expected[0])
     with pytest.raises(ValueError, match="seqused_k: expected 0 <= seqused_k <= 4, the keys of sequence 0, got 5"):
         flash._flash_attn_varlen_forward(q, k, v, *where, 3, 7, **own, seqused_k=used + 1)
+    with pytest.raises(RuntimeError, match="num_splits > 1 is not supported for packed queries, got 2"):
+        flash._flash_attn_varlen_forward(q, k, v, *where, 3, 7, **own, num_splits=2)
     with pytest.raises(TypeError, match="leftpad_k: expected an int32 tensor"):
         flash._flash_attn_varlen_forward(q, k, v, *where, 3, 7, **own, leftpad_k=first.long())
 

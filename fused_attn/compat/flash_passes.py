@@ -84,12 +84,15 @@ def varlen_forward(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`flash_attn_varlen_func` without a derivative -> (out, lse (Hq, Tq), S_dmask, rng_state int64 (2,)).
 
     leftpad_k, seqused_k: int32 (B,); of each sequence's keys, those from leftpad_k up to seqused_k are there.
-    zero_tensors changes nothing: every row is written.
+    zero_tensors changes nothing: every row is written. num_splits: 0 or 1, as in 2.8.4.
     """
+    if as_int("num_splits", num_splits) > 1:
+        raise ValueError(f"num_splits: num_splits > 1 is not supported for packed queries, got {num_splits}")
     words = arguments.scores(softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes)
     seed, sources = arguments.seed(dropout_p, q), (q, k, v, *words.values())
     weights = q.new_empty(0)
