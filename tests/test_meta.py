@@ -47,6 +47,7 @@ OPTIONS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "lengths": lambda at: {"mask": Mask.lengths(at.ints(3, 7), at.ints(1, 5))},
     "prefix": lambda at: {"mask": Mask.prefix(at.ints(3, 7), "top_left")},
     "segments": lambda at: {"mask": Mask.segments(at.ints(0, 0, 1, 1, 2), at.ints(*[0] * 7), sorted=False)},
+    "segments in an order not said": lambda at: {"mask": Mask.segments(at.ints(0, 0, 1, 1, 2), at.ints(*[0] * 7))},
     "sorted segments": lambda at: {"mask": Mask.segments(at.ints(0, 0, 1, 1, 2), at.ints(*[0] * 7), sorted=True)},
     "blocks": lambda at: {"mask": Mask.blocks(at(3, 4) == 0, 2)},
     "sinks": lambda at: {"mask": Mask.window(2, 0, "bottom_right", sinks=2)},
