@@ -87,7 +87,11 @@ def attention(
 
     Returns:
         out (B, Hq, M, Dv) (or bshd) in q's dtype, its memory order following q's; or (out, lse). A row that may see
-        nothing gives zeros and lse -inf. Jagged in, jagged out, with q's offsets; lse is (B, Hq, j).
+        nothing gives zeros and lse -inf. Jagged in, jagged out, with q's offsets; lse is (B, Hq, j). Both may be
+        changed in place (out += residual): backward reads out, and computes it again if it was changed.
+
+    Derivatives: `tiled` and `reference` can be differentiated any number of times, forward and backward, and under
+    torch.func. `triton` and `hopper` have first derivatives; TransformError where another is asked of them.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name. BackendError: the backend asked for cannot run this; every

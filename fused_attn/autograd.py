@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .spec import DIFFERENTIABLE, Problem, TransformError
+from .transforms import forward_mode, transform_of_cotangents, vjp
 
 
 def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    *tensors, out, peak, log_sum = ctx.saved_tensors
+    return _gradients(ctx, ctx.saved_tensors, dout, dlse)
+
+
+def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, peak, log_sum = saved
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
     absent = (None,) * (len(tensors) + len(ctx.settings) - len(DIFFERENTIABLE))
     if dout is None and dlse is None:
@@ -56,7 +61,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> t
     if dout is None:
         dout = _zeros(out)
     args = (*tensors, *ctx.settings)
-    if torch.is_grad_enabled():
+    if by_operations(dout, dlse):
         grads = differentiable(args, (out, peak, log_sum), dout, dlse, needs)
     else:
         grads = torch.ops.fused_attn.backward(*args, out, peak, log_sum, dout, dlse, needs)
@@ -68,30 +73,47 @@ def _zeros(out: Tensor) -> Tensor:
     return out.new_zeros(()).expand(out.shape)
 
 
+def by_operations(dout: Tensor, dlse: Tensor | None) -> bool:
+    """Whether a backward must be made of operations that torch knows: to differentiate it again, or forward."""
+    return torch.is_grad_enabled() or forward_mode(dout, dlse)
+
+
 def differentiable(
     args: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients as functions that can be differentiated again, or that say so when somebody tries.
+    """Gradients that support double backward and forward mode, or raise when either is attempted.
 
     saved: out, peak and log_sum.
     """
-    p, backend = ops.rebuild(args)
+    backend, count = args[-1], len(DIFFERENTIABLE)
     plain = getattr(ops.launcher(backend), "attention", None)
-    if plain is None:
-        return _Once.apply(backend, *args, *saved, dout, dlse, needs)
-    results = plain(p)
-    kept = [(y, g) for y, g in zip(results, (dout, dlse), strict=True) if g is not None]
-    wanted = [x for x, need in zip(args[: len(DIFFERENTIABLE)], needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [y for y, _ in kept], wanted, [g for _, g in kept], create_graph=True, materialize_grads=True
-        )
-    )
-    return tuple(next(found) if need else None for need in needs)
+    if plain is not None:
+        return vjp(lambda *x: plain(ops.rebuild((*x, *args[count:]))[0]), args[:count], needs, (dout, dlse))
+    transform = transform_of_cotangents(dout, dlse)
+    if transform is not None:
+        raise _once(backend, f"{transform} of the backward")
+    return _Once.apply(backend, *args, *saved, dout, dlse, needs)
+
+
+class Version:
+    """The version of a tensor, without its memory, so that hooks may move that while in-place changes are noticed."""
+
+    __slots__ = ("_counter", "_first")
+
+    def __init__(self, x: Tensor) -> None:
+        self._counter = x.detach()
+        self._counter.data = x.new_empty(0)  # other memory under the same counter
+        self._first = x._version
+
+    def changed(self) -> bool:
+        return self._counter._version != self._first
 
 
 class Attention(torch.autograd.Function):
-    """Flat arguments of `ops.flatten` -> what the operator returns."""
+    """Flat arguments of `ops.flatten` -> what the operator returns.
+
+    An out that was changed in place is computed again for the backward.
+    """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,13 +121,23 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup_context(ctx, inputs, output)
-        ctx.context = copy_context()
+        out, *others = output
+        ctx.version, ctx.context = Version(out), copy_context()
+        _setup_context(ctx, inputs, (out.data, *others))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         # On a GPU autograd has a thread of its own, which a scoped configuration would not reach.
-        return ctx.context.copy().run(_backward, ctx, dout, dlse)
+        return ctx.context.copy().run(Attention._backward, ctx, dout, dlse)
+
+    @staticmethod
+    def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if ctx.version.changed():
+            tensors = saved[: ops.TENSORS]
+            out, _, *normaliser = _forward(*tensors, *ctx.settings)
+            saved = (*tensors, out, *normaliser)
+        return _gradients(ctx, saved, dout, dlse)
 
 
 class _Once(torch.autograd.Function):
@@ -118,9 +150,11 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise TransformError(
-            f'double backward is not built for backend="{ctx.backend}"; backend="tiled" and "reference" have it'
-        )
+        raise _once(ctx.backend, "double backward")
+
+
+def _once(backend: str, transform: str) -> TransformError:
+    return TransformError(f'{transform} is not built for backend="{backend}"; backend="tiled" and "reference" have it')
 
 
 # `Function.apply` binds default arguments in Python at every call; the method below it does the same work without.
@@ -134,8 +168,8 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         out, lse, *normaliser = call.forward(tensors)
-        ctx.save_for_backward(*tensors, out, *normaliser)
-        ctx.call, ctx.context = call, copy_context()
+        ctx.save_for_backward(*tensors, out.data, *normaliser)
+        ctx.call, ctx.context, ctx.version = call, copy_context(), Version(out)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -145,9 +179,13 @@ class _Again(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * (1 + len(needs))
         saved = ctx.saved_tensors
+        if ctx.version.changed():
+            tensors = saved[: len(needs)]
+            out, _, *normaliser = ctx.call.forward(tensors)
+            saved = (*tensors, out, *normaliser)
         if dout is None:
             dout = _zeros(saved[-3])
-        backward = ctx.call.again if torch.is_grad_enabled() else ctx.call.backward
+        backward = ctx.call.again if by_operations(dout, dlse) else ctx.call.backward
         return None, *ctx.context.copy().run(backward, (*saved, dout, dlse), needs)
 
 

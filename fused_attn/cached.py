@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import storage
 from .checks import readable
-from .spec import Problem, Span, memory_order
+from .spec import Problem, Span, empty_ordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +240,7 @@ class Decode:
 
     def empty_out(self) -> Tensor:
         """An uninitialised (B, M, Hq, Dv) whose memory order follows q's."""
-        order, inverse = memory_order(self.q)
-        shape = (*self.q.shape[:3], self.cache.v.shape[3])
-        return self.q.new_empty([shape[d] for d in order]).permute(inverse)
+        return empty_ordered(self.q, self.cache.v.shape[3])
 
     def empty_lse(self) -> Tensor:
         """An uninitialised (B, Hq, M)."""

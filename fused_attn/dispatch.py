@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import autograd, environment, native, ops, reference, tiled
 from .checks import check_choice
 from .spec import BackendError, Problem, TransformError
+from .transforms import transform_of
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
 # What a backend may be asked for beside out, which these have, and what the others say.
@@ -37,13 +37,7 @@ class Explanation:
 
 def transformed(p: Problem) -> str | None:
     """The transform of torch that these tensors are under, if any."""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms"
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in p.tensors().values()
-    ):
-        return "forward-mode AD"
-    return None
+    return transform_of(p.tensors().values())
 
 
 def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: str = "") -> list[str]:

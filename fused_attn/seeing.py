@@ -107,6 +107,7 @@ def attention_stats(
         window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink,
         normalizer=normalizer, packed=packed,
     )  # fmt: skip
+    found = [x.float() if x is not None and x.is_floating_point() else x for x in found]
     if packed is not None:
         found = [None if x is None else x[0].transpose(0, 1) for x in found]
     return Statistics(*found)
@@ -160,6 +161,18 @@ def attention_map(
     """
     if unknown:
         keywords.check(attention_map, unknown)
+    found = weights_of(
+        q, k, rows, heads, layout, backend, score=score, scale=scale, mask=mask, causal=causal, window=window,
+        alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, normalizer=normalizer,
+    )  # fmt: skip
+    return found.float()
+
+
+def weights_of(
+    q: Tensor, k: Tensor, rows: Any = None, heads: Any = None, layout: str = "bhsd", backend: str | None = None,
+    **words: Any,
+) -> Tensor:  # fmt: skip
+    """`attention_map` in the dtype it is computed in: float64 where q is float64."""
 
     def find(name: str, p: Problem) -> tuple[Tensor]:
         chosen = _choice("rows", rows, p.shape[2]), _choice("heads", heads, p.shape[1])
@@ -167,18 +180,14 @@ def attention_map(
             return (reference.weights(p, *chosen),)
         return (torch.ops.fused_attn.weights(*ops.flatten(p, name), *chosen),)
 
-    (found,) = _look(
-        "attention_map", find, q, k, layout, backend, score=score, scale=scale, mask=mask, causal=causal,
-        window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink,
-        normalizer=normalizer,
-    )  # fmt: skip
+    (found,) = _look("attention_map", find, q, k, layout, backend, **{"score": "dot"} | words)
     return found
 
 
 def _look(
     what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str | None, packed: Any = None, **words: Any
 ) -> Any:
-    """What `find` finds by the backend that is chosen, in float32; it remembers that it has no derivative.
+    """What `find` finds by the backend that is chosen; it remembers that it has no derivative.
 
     packed: starts and longest lengths of queries and keys, of packed sequences.
     """
@@ -192,7 +201,6 @@ def _look(
     with torch.no_grad(), no_autocast(q):
         name, form = dispatch.choose(p, backend, task="seeing")
         found = find(name, form)
-        found = tuple(x.float() if x is not None and x.is_floating_point() else x for x in found)
     message = f"{what}: its results have no derivative; detach() them, or call it on q.detach()"
     return underived(message, found, *p.tensors().values())
 

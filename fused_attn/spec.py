@@ -280,9 +280,7 @@ class Problem:
 
     def empty_out(self) -> Tensor:
         """An uninitialised (B, Hq, M, Dv) whose memory order follows q's."""
-        order, inverse = memory_order(self.q)
-        shape = (*self.q.shape[:3], self.v.shape[3])
-        return self.q.new_empty([shape[d] for d in order]).permute(inverse)
+        return empty_ordered(self.q, self.v.shape[3])
 
     def in_order(self, out: Tensor) -> Tensor:
         """out (B, Hq, M, Dv) in q's dtype and memory order."""
@@ -293,6 +291,16 @@ def ordered_like(x: Tensor, like: Tensor) -> Tensor:
     """x, 4-d, in like's dtype and memory order."""
     order, inverse = memory_order(like)
     return x.to(like.dtype).permute(order).contiguous().permute(inverse)
+
+
+def empty_ordered(q: Tensor, dv: int) -> Tensor:
+    """An uninitialised (..., dv) beside a 4-d q, in its memory order. No view: what a Function returns may not be one,
+    or it could not be changed in place."""
+    shape, strides, step = (*q.shape[:3], dv), [0] * 4, 1
+    for d in reversed(memory_order(q)[0]):
+        strides[d] = step
+        step = step * shape[d]
+    return q.new_empty_strided(shape, strides)
 
 
 class Statistics(NamedTuple):

@@ -61,9 +61,6 @@ class Recorder(TorchDispatchMode):
             self._note(result, f"made_{len(self.alive)}")
         elif func is aten.detach.default and name is not None:
             self._note(result, name)
-        elif func is aten.permute.default and name in self.made:
-            del self.names[id(args[0])]  # one layout for one memory
-            self._note(result, name)
         else:
             self.why = f"{func} is neither an allocation nor a launch"
         return result

@@ -2,7 +2,8 @@
 
 Values that are columns of the identity come out as weights: that is `attention` itself, with all that it knows of
 dropout and derivatives, once for every few columns. Where keys are many, `attention_map` is faster, which has neither:
-then dropout is applied here, and the columns are left to a backward, which few callers ever ask for.
+then dropout is applied here, and the columns are left to a backward, which few callers ever ask for, and to transforms
+of torch.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..api import attention
-from ..seeing import attention_map
+from ..seeing import weights_of
 from ..spec import Dropout
+from ..transforms import transform_of, vjp
 
 COLUMNS = 128  # of the identity in one pass, and the most keys for which that pass is taken
+WIDE = 512  # the same where each pass keeps its M x N scores, to be differentiated again; the widest that kernels take
 ROWS = 128  # of a head's weights that dropout is drawn for at once
 
 
@@ -31,16 +33,18 @@ def attention_weights(q: Tensor, k: Tensor, *, average: bool, score: Any = "dot"
         return _of_values(q, k, average, score=score, **options)
     given = {"q": q, "k": k, "parameter": getattr(score, "parameter", None), **options}
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    if transform_of(tensors.values()):
+        return _of_values(q, k, average, WIDE, score=score, **options)
     others = {name: x for name, x in options.items() if name not in tensors}
     return _Weights.apply(average, score, others, tuple(tensors), *tensors.values())
 
 
-def _of_values(q: Tensor, k: Tensor, average: bool, **options: Any) -> Tensor:
+def _of_values(q: Tensor, k: Tensor, average: bool, columns: int = COLUMNS, **options: Any) -> Tensor:
     n = k.shape[2]
     parts = []
-    for start in range(0, n, COLUMNS):
-        columns = torch.eye(n, min(COLUMNS, n - start), dtype=q.dtype, device=q.device).roll(start, 0)
-        part: Any = attention(q, k, columns.expand(*k.shape[:2], -1, -1), **options)
+    for start in range(0, n, columns):
+        values = torch.eye(n, min(columns, n - start), dtype=q.dtype, device=q.device).roll(start, 0)
+        part: Any = attention(q, k, values.expand(*k.shape[:2], -1, -1), **options)
         parts.append(part.mean(1) if average else part)
     if not parts:
         return q.new_empty(q.shape[0], *(() if average else q.shape[1:2]), q.shape[2], 0)
@@ -51,7 +55,7 @@ def _of_map(q: Tensor, k: Tensor, average: bool, dropout_p: float = 0.0, seed: A
     b, heads, m, n = *q.shape[:3], k.shape[2]
     found = q.new_zeros(b, *(() if average else (heads,)), m, n, dtype=torch.promote_types(q.dtype, torch.float32))
     for head in range(heads):
-        part = attention_map(q, k, heads=[head], **options)[:, 0]
+        part = weights_of(q, k, heads=[head], **options)[:, 0]
         if dropout_p:
             _drop(part, heads, head, dropout_p, seed)
         if average:
@@ -83,14 +87,14 @@ class _Weights(torch.autograd.Function):
         return _of_map(**_given(tensors, *ctx.how))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        columns = WIDE if torch.is_grad_enabled() else COLUMNS
+
+        def weights(*tensors: Tensor) -> tuple[Tensor]:
+            return (_of_values(**_given(tensors, *ctx.how), columns=columns),)
+
         needs = ctx.needs_input_grad[len(ctx.how) :]
-        tensors = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needs, strict=True)]
-        with torch.enable_grad():
-            weights = _of_values(**_given(tensors, *ctx.how))
-        found = iter(torch.autograd.grad(weights, [x for x in tensors if x.requires_grad], grad))
-        return *[None] * len(ctx.how), *(next(found) if need else None for need in needs)
+        return *[None] * len(ctx.how), *vjp(weights, ctx.saved_tensors, needs, (grad,))
 
 
 def _given(tensors: Any, average: bool, score: Any, others: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""Which transform of torch tensors are under, and a backward that supports them all.
+
+An operator that has no rule for a transform could give a silent zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+
+def transform_of(tensors: Iterable[Tensor]) -> str | None:
+    """By name. Inside a transform of torch.func every tensor counts as transformed."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    return "forward-mode AD" if forward_ad._current_level >= 0 and any(map(_tangent, tensors)) else None
+
+
+def transform_of_cotangents(*cotangents: Tensor | None) -> str | None:
+    """The same of what a backward is given, which autograd may also batch by itself (is_grads_batched)."""
+    given = [x for x in cotangents if x is not None]
+    batched = any(map(torch._C._functorch.is_legacy_batchedtensor, given))
+    return "is_grads_batched" if batched else transform_of(given)
+
+
+def forward_mode(*cotangents: Tensor | None) -> bool:
+    """Whether they may carry tangents; inside torch.func.jvp all of them may, beneath other wrappers too."""
+    if forward_ad._current_level < 0:
+        return False
+    return torch._C._are_functorch_transforms_active() or any(_tangent(x) for x in cotangents if x is not None)
+
+
+def _tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def vjp(
+    function: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Backward of function(*arguments) by plain autograd: a gradient for each argument that needs one.
+
+    It can be differentiated again where grad mode is on. Arguments may be one tensor, or made from one another: the
+    gradients are those of views, one for each argument, and a second derivative goes on from the views to the caller's
+    tensors. torch.func may be transforming the cotangents; the arguments come from outside of it.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch._C._DisableFuncTorch():
+        views = [x.view_as(x) if x is not None and need else x for x, need in zip(arguments, needs, strict=True)]
+        results = function(*views)
+    kept = [(y, g) for y, g in zip(results, cotangents, strict=True) if g is not None]
+    outputs, given = [y for y, _ in kept], [g for _, g in kept]
+    wanted = [x for x, need in zip(views, needs, strict=True) if need and x is not None]
+    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=again, materialize_grads=True))
+    return tuple(next(found) if need else None for need in needs)

@@ -1,0 +1,292 @@
+"""Derivatives of derivatives: with create_graph the first gradient is the same, and the second one is the reference's.
+
+Arguments that are one tensor, or made from one another, have partial derivatives of their own. A backward that goes
+through the caller's graph counts them several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fused_attn
+from fused_attn import attention, attention_varlen, scaled_dot_product_attention, scores, testing
+from fused_attn.cases import CASES, LEAVES
+from fused_attn.compat import flash_attn
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning", "ignore:The PyTorch API of nested tensors"
+)
+
+Made = tuple[dict[str, Any], Tensor]  # keyword arguments, and a tensor that they depend on
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # rounding of float64; a term that counts twice is as large as the rest
+
+
+def derivatives(call: Callable[[], Tensor], x: Tensor, create_graph: bool = True) -> tuple[Tensor, Tensor | None]:
+    """The first gradient of x and, with create_graph, the second."""
+    (first,) = torch.autograd.grad(call().sin().sum(), x, create_graph=create_graph)
+    second = torch.autograd.grad(first.cos().sum(), x)[0] if create_graph else None
+    return first.detach(), second
+
+
+def check(call: Callable[[str | None], Tensor], x: Tensor, backend: str | None = "tiled") -> None:
+    """call: what is to be differentiated, by a backend."""
+    expected = derivatives(lambda: call("reference"), x)
+    for create_graph in (False, True):
+        first, second = derivatives(lambda: call(backend), x, create_graph)
+        torch.testing.assert_close(first, expected[0], **CLOSE)
+    torch.testing.assert_close(second, expected[1], **CLOSE)
+
+
+def result(found: Any) -> Tensor:
+    """One tensor of all results."""
+    if not isinstance(found, tuple):
+        return found
+    return torch.cat([y.nan_to_num(neginf=0.0).flatten() for y in found if y is not None])
+
+
+def leaf(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+# ------------------------------------------------------------------------------- arguments that depend on one another
+
+SHAPE = (2, 2, 5, 4)
+V = leaf(*SHAPE, seed=1).detach()
+ALIKE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "q is k is v": lambda x: (x, x, x),
+    "q is k": lambda x: (x, x, V),
+    "k from q": lambda x: ((q := x * 1.5), q * 2.0, V),
+    "v from k": lambda x: (V, (k := x.sin()), k * k),
+    "q from v": lambda x: ((x + V) @ V.mT @ V, V, x),
+    "views": lambda x: (x, x.flip(2), x.transpose(0, 1)),
+}
+# What is made from q, beside it: (5, 5) of its products, or as many numbers as there are heads.
+PAIRS, HEADS = (lambda q: q[:1] @ q[:1].mT), (lambda q: q.square().mean((0, 2, 3)))
+OPTIONS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "plain": lambda q: {},
+    "causal": lambda q: {"causal": True},
+    "bias": lambda q: {"bias": PAIRS(q)},
+    "scale": lambda q: {"scale": HEADS(q)},
+    "softcap": lambda q: {"softcap": q.square().mean() + 1.0, "scale": HEADS(q)},
+    "alibi": lambda q: {"alibi_slopes": HEADS(q)},
+    "sink": lambda q: {"sink": HEADS(q), "window": (1, 0)},
+    "sink is scale": lambda q: {"sink": (x := HEADS(q)), "scale": x, "alibi_slopes": x},
+    "dropout": lambda q: {"dropout_p": 0.4, "seed": 3},
+    "sigmoid": lambda q: {"normalizer": "sigmoid", "bias": PAIRS(q)},
+    "softmax1": lambda q: {"normalizer": "softmax1"},
+    "lse": lambda q: {"return_lse": True, "causal": True, "bias": PAIRS(q)},
+    "bilinear": lambda q: {"score": scores.Bilinear(q[0].mT @ q[0])},
+    "cosine": lambda q: {"score": scores.Cosine(HEADS(q))},
+    "distance": lambda q: {"score": scores.Distance(1.0 + HEADS(q))},
+    "additive": lambda q: {"score": scores.Additive(q[0, :, 0])},
+    "bshd": lambda q: {"layout": "bshd"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("alike", ALIKE)
+def test_arguments_of_one_tensor(alike: str, options: str) -> None:
+    x = leaf(*SHAPE)
+
+    def call(backend: str | None) -> Tensor:
+        q, k, v = ALIKE[alike](x)
+        return result(attention(q, k, v, **OPTIONS[options](q), backend=backend))
+
+    check(call, x)
+
+
+@pytest.mark.parametrize("options", OPTIONS.keys() - {"bshd"})
+def test_second_derivatives_are_numerically_right(options: str) -> None:
+    x = leaf(1, 1, 3, 2)
+
+    def call(x: Tensor) -> Tensor:
+        return result(attention(x, 2 * x, x, **OPTIONS[options](x), backend="tiled"))
+
+    assert torch.autograd.gradgradcheck(call, [x])
+
+
+def chained(inputs: testing.Inputs, z: Tensor) -> testing.Inputs:
+    """The same inputs, each a function of z and of those before it."""
+    generator, tensors, sum_of_all = torch.Generator().manual_seed(7), {}, z
+    for name, x in inputs.tensors.items():
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        tensors[name] = x.detach() + (noise if name != "slopes" else noise.abs()) * sum_of_all
+        sum_of_all = sum_of_all + 0.1 * tensors[name].nan_to_num(0.0, 0.0, 0.0).mean() if x.numel() else sum_of_all
+    return replace(inputs, tensors=tensors)
+
+
+QUICK = {"causal", "distance", "everything", "lengths", "ragged_everything", "runs"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in QUICK else pytest.mark.nightly) for x, c in CASES.items()
+     if torch.float64 in c.dtypes and "large" not in c.tags and c.backward and set(LEAVES) == set(c.needs)],
+)  # fmt: skip
+def test_battery(name: str) -> None:
+    """Every tensor of a case made from those before it."""
+    inputs = testing.make_inputs(name, torch.float64)
+    z = (0.1 * leaf().detach()).requires_grad_()
+
+    def call(backend: str | None) -> Tensor:
+        made = chained(inputs, z)
+        function: Any = attention if made.ragged is None else attention_varlen
+        return result(function(*made.qkv, **made.kwargs, backend=backend))
+
+    check(call, z)
+
+
+# ------------------------------------------------------------------------------------------------------ entry points
+
+STARTS = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+
+
+def nested(x: Tensor) -> Tensor:
+    q: Any = torch.nested.nested_tensor_from_jagged(x, STARTS.long())
+    return attention(q, q, q, layout="bshd").values()
+
+
+# Each of x (5, 2, 8), three times.
+ENTRY_POINTS: dict[str, Callable[..., Any]] = {
+    "attention": lambda x, **o: attention(x[None], x[None], x[None], layout="bshd", **o),
+    "varlen": lambda x, **o: attention_varlen(x, x, x, STARTS, STARTS, **o),
+    "sdpa": lambda x, **o: scaled_dot_product_attention(x, x, x, **o),
+    "sdpa with mask": lambda x, **o: scaled_dot_product_attention(x, x, x, x[:1, :, :2], **o),
+    "sdpa 5-d": lambda x, **o: scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], **o),
+}
+# These take no backend; the variable names it.
+BY_VARIABLE: dict[str, Callable[[Tensor], Any]] = {
+    "flash_attn": lambda x: flash_attn.flash_attn_func(x[None], x[None], x[None], causal=True),
+    "flash_attn varlen": lambda x: flash_attn.flash_attn_varlen_func(x, x, x, STARTS, STARTS, 3, 3),
+    "flash_attn packed": lambda x: flash_attn.flash_attn_qkvpacked_func(torch.stack((x, x, x), 1)[None]),
+    "module": lambda x: heads_of_16(x.dtype)(*[x.flatten(1)] * 3),
+    "module without weights": lambda x: heads_of_16(x.dtype)(*[x.flatten(1)] * 3, need_weights=False)[0],
+    "module in torch": lambda x: torch.nn.functional.layer_norm(
+        heads_of_16(x.dtype)(*[x.flatten(1)] * 3, need_weights=False)[0], (16,)
+    ),
+}
+
+
+def heads_of_16(dtype: torch.dtype) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return fused_attn.modules.MultiheadAttention(16, 2, dtype=dtype)
+
+
+def test_jagged_tensors_are_refused() -> None:
+    """torch cannot differentiate again where it makes a jagged tensor or takes its values."""
+    x = leaf(5, 2, 8)
+    with pytest.raises(NotImplementedError, match="nested"):
+        derivatives(lambda: nested(x), x)
+
+
+@pytest.fixture(params=[*ENTRY_POINTS, *BY_VARIABLE])
+def entry_point(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """A call of x (5, 2, 8) and a backend."""
+
+    def call(x: Tensor, backend: str) -> Tensor:
+        if request.param in ENTRY_POINTS:
+            return result(ENTRY_POINTS[request.param](x, backend=backend))
+        monkeypatch.setenv("FUSED_ATTN_BACKEND", backend)
+        return result(BY_VARIABLE[request.param](x))
+
+    return call
+
+
+def test_entry_points(entry_point: Callable[..., Tensor]) -> None:
+    x = leaf(5, 2, 8)
+    check(lambda backend: entry_point(x, backend), x)
+
+
+def test_entry_points_say_who_has_it(entry_point: Callable[..., Tensor]) -> None:
+    """Kernels have the first derivative; what they lack is refused by name, and never a silent zero."""
+    pytest.importorskip("triton")
+    x = leaf(5, 2, 8).detach().float().requires_grad_()
+    for _ in range(3):  # calls that are seen for the first time, learned and repeated
+        out = entry_point(x, "triton")
+        (first,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        with pytest.raises(fused_attn.TransformError, match=r'double backward .*"triton".*"tiled" and "reference"'):
+            first.sum().backward()
+    torch.testing.assert_close(first, derivatives(lambda: entry_point(x, "reference"), x)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ("tiled", "reference", "triton"))
+def test_forward_mode_is_right_or_refused(entry_point: Callable[..., Tensor], backend: str) -> None:
+    x = leaf(5, 2, 8).detach().to(torch.float32 if backend == "triton" else torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x.flip(0))
+        try:
+            tangent = forward_ad.unpack_dual(entry_point(dual, backend)).tangent
+        except NotImplementedError:  # TransformError, or torch's own of jagged tensors
+            return
+    assert backend != "triton"
+    step = 1e-6 * x.flip(0)
+    numerical = (entry_point(x + step, backend) - entry_point(x - step, backend)) / 2e-6
+    torch.testing.assert_close(tangent, numerical, rtol=1e-6, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------- transforms of a call made before
+
+
+def vjp_of(backend: str, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """The backward of a call as a function of its cotangent, and two cotangents."""
+    x, a, b = (leaf(1, 2, 5, 8, seed=seed).detach().to(dtype) for seed in range(3))
+    out = attention(x.requires_grad_(), a, b, softcap=2.0, backend=backend)
+    return lambda g: torch.autograd.grad(out, x, g, retain_graph=True)[0], a, b
+
+
+def dual_of_vjp(vjp: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(vjp(forward_ad.make_dual(a, b))).tangent
+
+
+OF_VJP: dict[str, Callable[..., Tensor]] = {
+    "dual": dual_of_vjp,
+    "jvp": lambda vjp, a, b: torch.func.jvp(vjp, (a,), (b,))[1],
+    "jvp of vmap": lambda vjp, a, b: torch.func.jvp(torch.func.vmap(vjp), (a[None],), (b[None],))[1][0],
+    "vmap of jvp": lambda vjp, a, b: torch.func.vmap(lambda t: torch.func.jvp(vjp, (a,), (t,))[1])(b[None])[0],
+}
+
+
+@pytest.mark.parametrize("backend", ("tiled", "reference"))
+@pytest.mark.parametrize("transform", OF_VJP)
+def test_forward_mode_of_a_backward(transform: str, backend: str) -> None:
+    """It is linear, so its derivative in a direction is its value there."""
+    vjp, a, b = vjp_of(backend, torch.float64)
+    tangent = OF_VJP[transform](vjp, a, b)
+    torch.testing.assert_close(tangent, vjp(b), **CLOSE)
+    assert not tangent.requires_grad
+
+
+@pytest.mark.parametrize("transform", OF_VJP)
+def test_forward_mode_of_a_backward_is_refused(transform: str) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(fused_attn.TransformError, match=r'of the backward .*"triton".*"tiled" and "reference"'):
+        OF_VJP[transform](*vjp_of("triton", torch.float32))
+
+
+@pytest.mark.parametrize("backend", ("tiled", "reference", "triton"))
+def test_batched_cotangents(backend: str) -> None:
+    """torch.autograd.grad(..., is_grads_batched=True), which jacobian(vectorize=True) uses."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    x, a, b = (leaf(1, 2, 5, 8, seed=seed).detach().to(dtype) for seed in range(3))
+    out = attention(x.requires_grad_(), a, b, softcap=2.0, backend=backend)
+    expected = torch.stack([torch.autograd.grad(out, x, g, retain_graph=True)[0] for g in (a, b)])
+    batched = {"outputs": out, "inputs": x, "grad_outputs": torch.stack((a, b)), "is_grads_batched": True}
+    torch.testing.assert_close(torch.autograd.grad(**batched, retain_graph=True)[0], expected)
+    if backend == "triton":
+        with pytest.raises(fused_attn.TransformError, match="is_grads_batched"):
+            torch.autograd.grad(**batched, create_graph=True)
+        return
+    (first,) = torch.autograd.grad(**batched, create_graph=True)
+    (second,) = torch.autograd.grad(first.sin().sum(), x, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, x, g, create_graph=True)[0] for g in (a, b)]
+    torch.testing.assert_close(second, torch.autograd.grad(torch.stack(one_by_one).sin().sum(), x)[0], **CLOSE)
