@@ -18,7 +18,7 @@ from . import reference, state, tiled
 from .cached import Cache, Decode, Rotary
 
 LAUNCHER = "fused_attn.launch.decode"
-SEQUENTIAL = {"tiled": tiled.forward, "reference": reference.attention}  # one sequence after another
+SEQUENTIAL: dict[str, Any] = {"tiled": tiled.forward, "reference": reference.attention}  # one sequence after another
 
 _library = torch.library.Library("fused_attn", "FRAGMENT")
 _library.define(

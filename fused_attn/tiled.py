@@ -131,8 +131,8 @@ def backward(
     grads = _Gradients(p, needs, dtype)
     if "sink" in needs:
         peak, log_sum, delta = rows
-        share = torch.exp(p.sink.to(dtype)[:, None, None] - peak - log_sum)
-        grads.sums["sink"] = -(share * delta).sum((0, 2, 3))
+        weights = torch.exp(p.sink.to(dtype)[:, None, None] - peak - log_sum)
+        grads.sums["sink"] = -(weights * delta).sum((0, 2, 3))
     for share in shares(p) if needs != {"sink"} else ():
         work = Work(p, share, visible)
         grads.open(work)

@@ -40,10 +40,12 @@ from .modifiers import (
     tile_pointers,
     value,
 )
-from .numerics import LOG2E, dot, sigmoid
+from .numerics import LOG2E, dot, pair, sigmoid, unpair
 from .scores import additive, products
 from .spans import Reach, interval, listed, live, pattern, sweep, visible, visit
 from .types import KeyGradients, RowGradients, View
+
+BLIND: tl.constexpr = tl.constexpr(0x7F800000)  # pair(0.0, +inf)
 
 
 @triton.jit
@@ -55,11 +57,11 @@ def row_numbers(known, at, rows, seeing):
     else:
         own = row_base(at) + rows
         if seeing is None:
-            return tl.load(known.peak + own), tl.load(known.log2_sum + own), tl.load(known.delta + own)
+            peak, log2_sum = unpair(tl.load(known.normaliser + own))
+            return peak, log2_sum, tl.load(known.delta + own)
         else:
-            log2_sum = tl.load(known.log2_sum + own, mask=seeing, other=float("inf"))
-            delta = tl.load(known.delta + own, mask=seeing, other=0.0)
-            return tl.load(known.peak + own, mask=seeing, other=0.0), log2_sum, delta
+            peak, log2_sum = unpair(tl.load(known.normaliser + own, mask=seeing, other=BLIND))
+            return peak, log2_sum, tl.load(known.delta + own, mask=seeing, other=0.0)
 
 
 @triton.jit
@@ -100,10 +102,10 @@ def dropped(plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "HEADS", "BATCHED_HEADS"])
 def delta_kernel(
-    out, dout, log_sum, dlse, log2_sum, delta, M, HEADS, BATCHED_HEADS,
+    out, dout, peak, log_sum, dlse, known, M, HEADS, BATCHED_HEADS,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta and log2_sum, both (B, Hq, M), as log_sum is; dlse is a pointer to the same shape, or None.
+    """known: RowNumbers, to be written; peak, log_sum, dlse: pointers to (B, Hq, M), the last may be None.
 
     A row that sees nothing gets a log2_sum of +inf, and with it weights of 0, without a mask.
     """
@@ -118,9 +120,11 @@ def delta_kernel(
     at = head.to(tl.int64) * M + rows
     if dlse is not None:
         total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)
-    tl.store(delta + at, total, mask=rows < M)
-    found = tl.load(log_sum + at, mask=rows < M, other=0.0)
-    tl.store(log2_sum + at, tl.where(found == float("-inf"), float("inf"), found * LOG2E), mask=rows < M)
+    tl.store(known.delta + at, total, mask=rows < M)
+    log = tl.load(log_sum + at, mask=rows < M, other=0.0)
+    log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
+    both = pair(tl.load(peak + at, mask=rows < M, other=0.0), log2_sum)
+    tl.store(known.normaliser + at, both, mask=rows < M)
 
 
 class Keys(NamedTuple):

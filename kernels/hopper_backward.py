@@ -38,7 +38,7 @@ def hopper_prepare_kernel(
     out, dout, peak, log_sum, dlse, known, total, M, FIRST, LAST, LEAD, ROWS, HEADS, BATCHED_HEADS,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """known: RowNumbers of (B * Hq, ROWS) with row 0 at LEAD, to be written; zeros in the accumulator of dq.
+    """known: RowBoxes of (B * Hq, ROWS) with row 0 at LEAD, to be written; zeros in the accumulator of dq.
 
     peak, log_sum, dlse: pointers to (B, Hq, M), as the forward left the first two; the last may be None. Whatever is no
     row from FIRST to LAST gets a log2_sum of +inf and 0, and with them weights and gradients of 0, so that the
@@ -250,13 +250,13 @@ def weigh(p, t, shared, g: gl.constexpr, count, m, s, less):
     # Where the mask costs fewer registers depends on how many rows a tile has.
     if p.BLOCK_M > p.KEYS:  # noqa: SIM102
         if partial:
-            s = gl.where(visible(p, shared.order.load(COLUMN)[None, :], n, m), s, float("-inf"))
+            s = gl.where(visible(p, shared.order.load(COLUMN).to(gl.int32)[None, :], n, m), s, float("-inf"))
     # peak first, as in backward.py.
     w = s - shared.peak.index(stage).load(COLUMN)[None, :]
     w = gl.exp2(w * p.factor - shared.log2_sum.index(stage).load(COLUMN)[None, :])
     if p.BLOCK_M <= p.KEYS:  # noqa: SIM102
         if partial:
-            w = gl.where(visible(p, shared.order.load(COLUMN)[None, :], n, m), w, 0.0)
+            w = gl.where(visible(p, shared.order.load(COLUMN).to(gl.int32)[None, :], n, m), w, 0.0)
     w = pin_all(w)
     return w, warpgroup_mma_wait(0, deps=(dp,))
 
@@ -427,8 +427,8 @@ def hopper_backward_kernel(
     ticket = gl.program_id(0)
     if ORDERED:
         ticket = gl.atomic_add(turns, 1)
-    order = gl.allocate_shared_memory(gl.int32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])))
+    order = gl.allocate_shared_memory(gl.int16, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])).to(gl.int16))
     share(
         Problem(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,

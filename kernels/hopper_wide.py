@@ -62,7 +62,7 @@ def weigh(p, t, shared, s, count, m, partial):
     w = s - shared.peak.index(count % p.STAGES).load(COLUMN)[None, :]
     w = gl.exp2(w * p.factor - shared.log2_sum.index(count % p.STAGES).load(COLUMN)[None, :])
     if partial:
-        w = gl.where(visible(p, shared.order.load(COLUMN)[None, :], t.n, m), w, 0.0)
+        w = gl.where(visible(p, shared.order.load(COLUMN).to(gl.int32)[None, :], t.n, m), w, 0.0)
     return w
 
 
@@ -218,8 +218,8 @@ def hopper_backward_kernel(
     ticket = gl.program_id(0)
     if ORDERED:
         ticket = gl.atomic_add(turns, 1)
-    order = gl.allocate_shared_memory(gl.int32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])))
+    order = gl.allocate_shared_memory(gl.int16, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])).to(gl.int16))
     share(
         Problem(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,

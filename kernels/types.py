@@ -203,8 +203,16 @@ class Normaliser(NamedTuple):
 
 
 class RowNumbers(NamedTuple):
-    """What the backward knows of each row, pointers to (B, Hq, M) float32. peak: as the forward left it; log2_sum:
-    log_sum in base 2, +inf for a row that sees nothing; delta: what is subtracted from the gradient of a weight."""
+    """What the backward knows of each row, pointers to (B, Hq, M). normaliser: two float32 in an int64, see
+    `numerics.pair`: peak, as the forward left it, and log_sum in base 2, +inf for a row that sees nothing; delta:
+    float32, what is subtracted from the gradient of a weight."""
+
+    normaliser: Any
+    delta: Any
+
+
+class RowBoxes(NamedTuple):
+    """The same for sm_90, which copies each in boxes: pointers to float32."""
 
     peak: Any
     log2_sum: Any

@@ -288,24 +288,25 @@ class _Backward:
         """What every other kernel knows of a row."""
         p = self.p
         b, hq, m, _ = p.q.shape  # a row knows of no other, wherever its sequence begins
-        log2_sum, delta = torch.empty_like(self.log_sum), torch.empty_like(self.log_sum)
+        normaliser = torch.empty_like(self.log_sum, dtype=torch.int64)
+        known = self.code.types.RowNumbers(normaliser, torch.empty_like(self.log_sum))
         c = _config("delta", p)
         seam.launch(
             self.code.delta,
             -(-m // c.BLOCK_M) * b * hq,
             self.views.view(self.out),
             self._operands[3],
+            self.peak,
             self.log_sum,
             self.dlse,
-            log2_sum,
-            delta,
+            known,
             *(m, hq, b * hq),
             DV=p.v.shape[3],
             BLOCK_DV=padded(p.v.shape[3]),
             BLOCK_M=c.BLOCK_M,
             num_warps=c.num_warps,
         )
-        return self.code.types.RowNumbers(self.peak, log2_sum, delta)
+        return known
 
     @functools.cached_property
     def _operands(self) -> tuple[Any, ...]:
