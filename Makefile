@@ -5,6 +5,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
+OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 PINNED := $(INSTALL) --constraint constraints.txt
@@ -17,11 +18,14 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
-# Hours: every test, every mutation, and whether the committed static table is that of these kernels.
-nightly: $(VENV)/test.stamp
+# Hours: every test, every mutation, whether the committed static table is that of these kernels, and the operators under
+# the oldest supported torch, which takes 7 GB of disk.
+nightly: $(VENV)/test.stamp $(OLDEST)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal -m ""
 	$(RUN) tests/mutants.py
 	$(RUN) -m bench.static --check
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/test_operators.py tests/test_nested.py \
+		tests/test_reference.py
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check
@@ -63,4 +67,11 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp setup.py pyproject.toml
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PINNED) --no-build-isolation --editable '.[triton,demo,test,bench]'
 	$(INSTALL) --upgrade --no-deps --target $(VENV)/triton36 triton==3.6.0
+	touch $@
+
+$(OLDEST)/test.stamp: constraints.txt constraints-oldest.txt setup.py pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	{ cat constraints-oldest.txt; grep --invert-match --extended-regexp '^(torch|triton)==' constraints.txt; } > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt torch numpy setuptools
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@

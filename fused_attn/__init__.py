@@ -5,14 +5,20 @@
 >>> out = fused_attn.attention(q, k, v, causal=True)
 """
 
-import pathlib as _pathlib
+import sys as _sys
 from importlib import import_module as _import_module
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.util import module_from_spec as _module_from_spec
+from pathlib import Path as _Path
 from typing import Any as _Any
 
-# In a checkout the device code stands beside this package, as kernels/; an installed package holds it inside.
-_root = _pathlib.Path(__file__).resolve().parent.parent
-if not (_root / "fused_attn" / "kernels").is_dir() and (_root / "kernels").is_dir() and (_root / "setup.py").is_file():
-    __path__.append(str(_root))
+# An installed package holds the device code; in a checkout, bare or installed as editable, it is beside the package.
+# Only that directory is made importable: with its parent in __path__, setup.py would be a module of this package.
+_here = _Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir() and (_here.parent / "setup.py").is_file():
+    _spec = _ModuleSpec(f"{__name__}.kernels", None, is_package=True)
+    _spec.submodule_search_locations = [str(_here.parent / "kernels")]
+    kernels = _sys.modules.setdefault(_spec.name, _module_from_spec(_spec))
 
 from . import scores  # noqa: E402
 from .api import attention, explain, merge_states, scaled_dot_product_attention, warmup  # noqa: E402
@@ -65,6 +71,10 @@ class _NotBuilt:
         if name.startswith("__"):
             raise AttributeError(name)
         raise NotImplementedError(f"fused_attn.{self.__name__}.{name} is not built yet")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str) -> _Any:

@@ -6,6 +6,7 @@ that differ from sequence to sequence, and is one number for tensors that share 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from .spec import Mask
 from .varlen import attention_varlen
 
 LAYOUTS = {"bhsd": 2, "bshd": 1}  # the jagged dim
+# torch (2.10 to 2.15) logs advice to itself at the first call of its public nested_tensor_from_jagged.
+logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing will" not in str(record.msg))
 
 
 def is_nested(*tensors: Any) -> bool:

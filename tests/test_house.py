@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def test_device_code_has_no_cycles() -> None:
 # --- the package
 
 PROBE = """
-import importlib.util, json, os
+import importlib.util, json, os, pkgutil
 import fused_attn, fused_attn.kernels.types, torch
 x = torch.randn(1, 2, 16, 8)
 fused_attn.attention(x, x, x, softcap=2.0)
@@ -156,6 +157,8 @@ print(json.dumps({
     "package": os.path.dirname(fused_attn.__file__),
     "kernels": os.path.dirname(fused_attn.kernels.types.__file__),
     "other": other and other.origin,
+    "modules": [x.name for x in pkgutil.walk_packages(fused_attn.__path__, "fused_attn.")],
+    "beside": [x for x in ("setup", "tests", "bench", "examples") if importlib.util.find_spec("fused_attn." + x)],
     "typed": os.path.exists(os.path.join(os.path.dirname(fused_attn.__file__), "py.typed")),
 }))
 """
@@ -175,7 +178,11 @@ def run(*command: object, cwd: Path, path: tuple[Path, ...] = ()) -> str:
 
 def probe(cwd: Path, *path: Path, python: object = sys.executable) -> dict[str, str]:
     found = json.loads(run(python, "-c", PROBE, cwd=cwd, path=path))
-    assert found["typed"]
+    assert found["typed"] and not found["beside"]
+    ours = {f"fused_attn.{path.relative_to(PACKAGE).with_suffix('')}".replace("/", ".") for path in package_files()}
+    assert {name for name in found["modules"] if not name.startswith("fused_attn.kernels")} == {
+        name.removesuffix(".__init__") for name in ours
+    } - {"fused_attn"}
     return found
 
 
@@ -244,10 +251,21 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 @needs_a_builder
-def test_sdist_builds_the_same_wheel(wheel: Path, checkout: Path, tmp_path: Path) -> None:
+def test_sdist_is_a_checkout_and_builds_the_same_wheel(wheel: Path, checkout: Path, tmp_path: Path) -> None:
+    for name in ("bench", "examples", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".ci/run", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in", "Makefile",
+                 "constraints.txt", "constraints-oldest.txt"):  # fmt: skip
+        (tmp_path / "tree" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    shutil.copytree(checkout, tmp_path / "tree", dirs_exist_ok=True)
+    files = {str(path.relative_to(tmp_path / "tree")) for path in (tmp_path / "tree").rglob("*") if path.is_file()}
     build = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
-    run(sys.executable, "-c", build, tmp_path, cwd=checkout)
+    run(sys.executable, "-c", build, tmp_path, cwd=tmp_path / "tree")
     (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    assert not {name for name in files - packed if not name.startswith(("build/", "fused_attn.egg-info/"))}
     run(*PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path, archive, cwd=tmp_path)
     (built,) = tmp_path.glob("*.whl")
     assert contents(built) == contents(wheel)
@@ -326,10 +344,18 @@ assert not any(name.startswith("triton.") for name in sys.modules)
     run(sys.executable, "-W", "error", "-c", script, cwd=tmp_path, path=(ROOT,))
 
 
+def test_dir_shows_the_public_names() -> None:
+    shown = {name for name in dir(fused_attn) if not name.startswith("__")}
+    assert shown == set(fused_attn.__all__)
+
+
 def test_versions_agree() -> None:
-    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    project = (ROOT / "pyproject.toml").read_text()
+    declared = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
     assert declared and declared[1] == fused_attn.__version__
     assert f"## {fused_attn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    oldest = dict(re.findall(r"^(\w+)==(\d+\.\d+)", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    assert oldest == dict(re.findall(r'"(torch|triton)>=(\d+\.\d+)', project))
 
 
 # --- the README

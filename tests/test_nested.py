@@ -33,6 +33,18 @@ def jagged(values: Tensor, offsets: Tensor, layout: str = "bhsd") -> Any:
     return x.transpose(1, 2) if layout == "bhsd" else x
 
 
+def test_torch_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Of making a jagged tensor torch logs advice to itself, once in a process; other records of that log stay."""
+    from torch.fx import _symbolic_trace
+
+    _symbolic_trace.is_fx_tracing_warning.cache_clear()
+    q = jagged(torch.randn(8, HEADS, DIM), offsets_of([5, 3]))
+    attention(q, q, q)
+    assert not caplog.records
+    _symbolic_trace.log.warning("another")
+    assert [record.msg for record in caplog.records] == ["another"]
+
+
 def values_of(x: Any, layout: str = "bhsd") -> Tensor:
     """The packed (T, H, ...) again."""
     return x.values().transpose(0, 1) if layout == "bhsd" else x.values()

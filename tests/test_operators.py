@@ -386,7 +386,6 @@ def test_traced_by_fx(mode: str) -> None:
     torch.testing.assert_close(graph(q, sink), attention(q, q, q, causal=True, sink=sink))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 def test_compile_inductor() -> None:
     """The default compiler, where it has a C++ compiler to call."""
     if not any(os.access(os.path.join(p, "g++"), os.X_OK) for p in os.environ["PATH"].split(os.pathsep)):

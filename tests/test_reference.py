@@ -14,9 +14,6 @@ import fused_attn
 from fused_attn import testing
 from fused_attn.cases import EVERYTHING, Case
 
-# torch's own forward AD loads decompositions written in TorchScript, which torch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-
 SMALL = {"hq": 2, "m": 4, "n": 5, "d": 3, "dv": 2}
 CASES = {
     c.name: c
