@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.test_examples import loaded, refused
 from tests.test_house import ROOT, run
@@ -141,6 +143,48 @@ def test_demo_shows_other_backends_than_the_default(
     monkeypatch.setattr(minilm, "attention_call", lambda *_: call)
     monkeypatch.setattr(minilm.fused_attn, "explain", explain)
     assert minilm.by_name(None, {}, 2) == shown
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses an operator on tensors of several devices, as a GPU does; the meta device computes nothing."""
+
+    allowed = torch.ops.aten.copy_, torch.ops.aten._to_copy
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: tuple = (), more: dict | None = None) -> Any:
+        tensors = [x for x in tree_leaves((given, more)) if isinstance(x, torch.Tensor) and x.dim()]
+        kinds = {x.device.type for x in tensors}
+        assert len(kinds) < 2 or function.overloadpacket in self.allowed, (function, kinds)
+        return function(*given, **more or {})
+
+
+def test_one_device_notices_two() -> None:
+    with OneDevice(), pytest.raises(AssertionError):
+        torch.ones(3) + torch.ones(3, device="meta")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gpt_is_on_its_device(examples: dict, trained: bool) -> None:
+    gpt, tokens, device = examples["gpt"], torch.arange(60) % 50, torch.device("meta")
+    model = gpt.GPT(50, 32, 2, 2, gpt.fused).to(device)
+    with OneDevice(), torch.inference_mode(not trained):
+        if trained:
+            gpt.loss_of(model, *gpt.windows(tokens, torch.tensor([0, 7]), 40, device)).backward()
+            assert all(x.grad.device == device for x in model.parameters())
+        else:
+            assert model(tokens[None].to(device), gpt.Memory(model, 64)).device == device
+
+
+@pytest.mark.parametrize("score", ["additive", "bilinear", "cosine", "distance", "dot", None])
+def test_seq2seq_is_on_its_device(examples: dict, score: str | None) -> None:
+    seq2seq, device = examples["seq2seq"], torch.device("meta")
+    model = seq2seq.Translator(seq2seq.Vocabulary(), score, 32).to(device)
+    memory = seq2seq.Memory(*(torch.ones(x, device=device) for x in ((4, 9, 32), (4,), (4, 32))))
+    memory.lengths = memory.lengths.long()
+    model.encode = lambda _: memory  # packed sequences are not built for the meta device
+    targets = [model.vocabulary(x) for _, x in seq2seq.corpus(1, 0, 14, seed=0)[0][:4]]
+    with OneDevice():
+        model.loss([], targets).backward()
+    assert {x.grad.device for x in model.parameters() if x.grad is not None} == {device}
 
 
 # --- directories
