@@ -141,7 +141,8 @@ def explain(
 ) -> dispatch.Explanation:
     """Which backend `attention` would take for this call, and every reason why the ones before it cannot.
 
-    Takes the arguments of `attention`, or, with cu_seqlens_q, those of `attention_varlen`. Runs nothing.
+    Takes the arguments of `attention`, or, with cu_seqlens_q, those of `attention_varlen`. Computes no attention and
+    draws no random number.
 
     >>> import torch, fused_attn
     >>> x = torch.randn(1, 2, 16, 8)
@@ -150,6 +151,8 @@ def explain(
     """
     packed = [options.pop(x, None) for x in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
     keywords.check(attention, options, "explain")
+    if options.get("seed") is None:
+        options["seed"] = 0  # none is drawn
     if any(x is not None for x in packed):
         return dispatch.explain(bind_packed(q, k, v, *packed, **options), backend)
     heads = heads_first(q, k, v, layout, options.get("score", "dot"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import autograd, environment, native, ops, reference, tiled
 from .checks import check_choice
-from .spec import BackendError, Problem, TransformError
+from .spec import HALF, BackendError, Problem, TransformError
 from .transforms import transform_of
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
@@ -73,8 +73,15 @@ def explain(p: Problem, backend: str | None = None) -> Explanation:
 
 
 def taken(name: str, p: Problem, lowered: Problem) -> Problem:
-    """Which of two forms of one problem a backend takes."""
+    """Which form of a problem a backend takes."""
+    if name == "tiled" and _rounded(p):
+        return p.lower(wide=True)
     return p if name == "reference" else lowered
+
+
+def _rounded(p: Problem) -> bool:
+    """Whether lowering rounds to half precision what `tiled`, which computes in float32, need not round."""
+    return p.score is not None and p.score.rewrites and p.q.dtype in HALF
 
 
 def _explain(p: Problem, lowered: Problem, backend: str | None, task: str = "") -> Explanation:
@@ -84,7 +91,9 @@ def _explain(p: Problem, lowered: Problem, backend: str | None, task: str = "") 
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if asked is None else (asked,):
-        reasons = why_not(name, taken(name, p, lowered), asked is not None, transform, task)
+        reasons = why_not(name, p if name == "reference" else lowered, asked is not None, transform, task)
+        if name == "sdpa" and asked is None and p.q.device.type == "cpu" and _rounded(p):
+            reasons = [*reasons, f"what the score makes of q would be rounded to {p.q.dtype}; it runs by name"]
         if not reasons:
             return Explanation(name, refused)
         refused[name] = reasons

@@ -4,29 +4,37 @@ Each score has one parameter, a tensor that may need a gradient, and two meaning
 definition, which the reference uses; and `lower`, what it becomes on the way to every other backend. Bilinear and
 cosine scores are a dot product of other vectors, a distance is one with a term for each row and key beside it, and an
 additive score is computed as such. What lies outside every row's interval is zeroed first, because it may be NaN.
+
+A score is data: it pickles, copies, prints and moves (`to`), and two are equal if their parameters are. A tensor is
+kept, not copied, and read at each call; so there is no hash.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .checks import as_float
+from .description import Description
+from .ragged import places
 from .spec import Problem, check_parameter, describe, ordered_like
 from .tiles import reached
 
 SHORTEST = 1e-6  # norms below it count as it
+LARGE = 64.0  # of q in float16
 
 
-class Score:
+class Score(Description):
     """What the scores have in common; the one field of each is its parameter."""
 
+    rewrites: ClassVar[bool] = False  # whether lowering computes another q or k
+
     def __post_init__(self) -> None:
-        name = fields(self)[0].name  # type: ignore[arg-type]
+        name = fields(self)[0].name
         x = getattr(self, name)
         if isinstance(x, Tensor) or (type(x) is float and () in self._shapes(1, 1, 1)):
             return
@@ -36,7 +44,7 @@ class Score:
 
     @property
     def parameter(self) -> float | Tensor:
-        return getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
+        return getattr(self, fields(self)[0].name)
 
     def replace(self, parameter: Tensor) -> Score:
         return type(self)(parameter)  # type: ignore[call-arg]
@@ -47,7 +55,7 @@ class Score:
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raises what is wrong with the parameter beside heads-first q and k."""
-        name, heads = f"score.{fields(self)[0].name}", q.shape[1]  # type: ignore[arg-type]
+        name, heads = f"score.{fields(self)[0].name}", q.shape[1]
         if isinstance(self.parameter, Tensor):
             check_parameter(name, self.parameter, q, *self._shapes(heads, q.shape[3], k.shape[3]))
 
@@ -58,13 +66,17 @@ class Score:
         x = self.parameter
         return self._products(q.to(dtype), k.to(dtype), x.to(dtype) if isinstance(x, Tensor) else x)
 
-    def lower(self, p: Problem) -> Problem:
-        """The same problem in words that every backend but the reference takes."""
+    def lower(self, p: Problem, wide: bool = False) -> Problem:
+        """The same problem in words that every backend but the reference takes.
+
+        wide: q and k that are rewritten stay in `Problem.lse_dtype`; else they are rounded to q's dtype.
+        """
         q, k = p.q, p.k
-        visible = None if p.all_reached else reached(p)
-        if visible is not None:
-            q, k = torch.where(visible[0], q, 0), torch.where(visible[1], k, 0)
-        return self._lower(p.replace(q=q, k=k, score=None))
+        keys = None
+        if not p.all_reached:
+            rows, keys = reached(p)
+            q, k = torch.where(rows, q, 0), torch.where(keys, k, 0)
+        return self._lower(p.replace(q=q, k=k, score=None), p.lse_dtype if wide else p.q.dtype, keys)
 
     def _shapes(self, heads: int, d: int, dk: int) -> tuple[tuple[int, ...], ...]:
         """Those that the parameter may have; () among them allows a float too."""
@@ -73,7 +85,8 @@ class Score:
     def _products(self, q: Tensor, k: Tensor, x: Any) -> Tensor:
         raise NotImplementedError
 
-    def _lower(self, p: Problem) -> Problem:
+    def _lower(self, p: Problem, dtype: torch.dtype, keys: Tensor | None) -> Problem:
+        """dtype: of q and k if they are rewritten. keys: bool (B or 1, 1, N, 1), those that matter; None: all."""
         raise NotImplementedError
 
 
@@ -82,12 +95,16 @@ def _per_head(x: float | Tensor, dims: int) -> float | Tensor:
     return x.reshape(-1, *[1] * dims) if isinstance(x, Tensor) else x
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bilinear(Score):
     """q . w . k: "general" of Luong et al., "Effective approaches to attention-based neural machine translation", 2015.
 
     w: (Dq, Dk), or (Hq, Dq, Dk) for a matrix of its own for each query head; float32 or q's dtype. k may have another
     head dim than q. The default scale is Dq ** -0.5.
+
+    `tiled` and `reference` compute q . w in float32. The other backends round it to q's dtype once, as their products
+    need: in bfloat16 a score then errs by about 2^-9 of its terms, several times what rounding the output does. In
+    float16 it is first scaled by a power of two for each head, so that it does not overflow where the scores do not.
 
     >>> import torch, fused_attn
     >>> q, k = torch.randn(2, 8, 10, 32), torch.randn(2, 8, 20, 48)
@@ -96,6 +113,8 @@ class Bilinear(Score):
     torch.Size([2, 8, 10, 48])
     """
 
+    prefix: ClassVar[str] = "scores.Bilinear"
+    rewrites: ClassVar[bool] = True
     w: Tensor
 
     def default_scale(self, d: int) -> float:
@@ -107,12 +126,25 @@ class Bilinear(Score):
     def _products(self, q: Tensor, k: Tensor, x: Any) -> Tensor:
         return q @ x @ k.mT
 
-    def _lower(self, p: Problem) -> Problem:
-        dtype = torch.promote_types(p.q.dtype, self.w.dtype)
-        return p.replace(q=ordered_like(p.q.to(dtype) @ self.w.to(dtype), p.q))
+    def _lower(self, p: Problem, dtype: torch.dtype, keys: Tensor | None) -> Problem:
+        q, scale = p.q.to(p.lse_dtype) @ self.w.to(p.lse_dtype), p.scale
+        if dtype == torch.float16 and not p.empty:
+            shrink = _excess(q)
+            q, scale = q / shrink[:, None, None], scale * shrink
+        return p.replace(q=ordered_like(q.to(dtype), p.q), scale=scale)
 
 
-@dataclass(frozen=True, eq=False)
+def _excess(q: Tensor) -> Tensor:
+    """(Hq,): the power of two by which to divide each head's q for float16, 1 where all of it is below LARGE.
+
+    It makes q's gradient as much larger. With scores of order S that is of order S / LARGE, far from both ends.
+    """
+    q = q.detach()
+    largest = torch.where(q.isfinite(), q.abs(), 0).amax((0, 2, 3))
+    return torch.exp2((largest / LARGE).clamp_min(1).log2().ceil())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Cosine(Score):
     """t times the cosine of the angle between q and k; norms below 1e-6 count as 1e-6, so zero vectors score 0.
 
@@ -126,6 +158,8 @@ class Cosine(Score):
     torch.Size([2, 8, 10, 32])
     """
 
+    prefix: ClassVar[str] = "scores.Cosine"
+    rewrites: ClassVar[bool] = True
     t: float | Tensor
 
     def _shapes(self, heads: int, d: int, dk: int) -> tuple[tuple[int, ...], ...]:
@@ -134,8 +168,8 @@ class Cosine(Score):
     def _products(self, q: Tensor, k: Tensor, x: Any) -> Tensor:
         return _unit(q) @ _unit(k).mT * _per_head(x, 2)
 
-    def _lower(self, p: Problem) -> Problem:
-        q, k = (ordered_like(_unit(x.to(p.lse_dtype)), x) for x in (p.q, p.k))
+    def _lower(self, p: Problem, dtype: torch.dtype, keys: Tensor | None) -> Problem:
+        q, k = (ordered_like(_unit(x.to(p.lse_dtype)).to(dtype), x) for x in (p.q, p.k))
         return p.replace(q=q, k=k, scale=self.t * p.scale)
 
 
@@ -146,12 +180,14 @@ def _unit(x: Tensor) -> Tensor:
     return x / norm.clamp_min(SHORTEST)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Distance(Score):
     """-|q - k|^2 / (2 h^2): the log of a Gaussian kernel of bandwidth h.
 
     h: a float, or a tensor () or (Hq,), float32 or q's dtype, not zero. |q|^2 is kept, although a softmax does not see
-    it, because the log-sum-exp, sinks and other normalisers do. Not with softcap.
+    it, because the log-sum-exp, sinks and other normalisers do. Not with softcap. Points may lie far from the origin:
+    keys that lie near each other are first moved there, with q.
+
     Tsai et al., "Transformer dissection: a unified understanding of Transformer's attention via the lens of kernel",
     2019.
 
@@ -161,6 +197,7 @@ class Distance(Score):
     torch.Size([2, 8, 10, 32])
     """
 
+    prefix: ClassVar[str] = "scores.Distance"
     h: float | Tensor
 
     def _shapes(self, heads: int, d: int, dk: int) -> tuple[tuple[int, ...], ...]:
@@ -174,8 +211,8 @@ class Distance(Score):
     def _products(self, q: Tensor, k: Tensor, x: Any) -> Tensor:
         return (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1) * (-0.5 / _per_head(x * x, 2))
 
-    def _lower(self, p: Problem) -> Problem:
-        dtype = p.lse_dtype
+    def _lower(self, p: Problem, dtype: torch.dtype, keys: Tensor | None) -> Problem:
+        p, dtype = _moved_to_origin(p, keys), p.lse_dtype
         h = self.h.to(dtype) if isinstance(self.h, Tensor) else self.h
         factor = p.scale / (h * h)
         rows, keys = (x.to(dtype).square().sum(-1) for x in (p.q, p.k))
@@ -188,7 +225,55 @@ class Distance(Score):
         )
 
 
-@dataclass(frozen=True, eq=False)
+def _moved_to_origin(p: Problem, keys: Tensor | None) -> Problem:
+    """q and k less the middle of the keys, where those lie closer to it than half its own distance from the origin.
+
+    |q|^2 + |k|^2 - 2 q.k would cancel there. No difference depends on the middle, so no derivative flows through it.
+    Subtracting it from such keys is exact in every dtype (Sterbenz, "Floating-point computation", 1974), and elsewhere
+    it is 0, so that nothing is made worse: not by a key far from the others, nor by NaN. The smallest and largest
+    coordinates are the same in every order, so that packed sequences give the bits of dense ones.
+    """
+    if p.empty:
+        return p
+    k = p.k.detach()
+    counts = k.isfinite()
+    for condition in (keys, None if p.mask is None else _unmasked(p, p.mask)):
+        counts = counts if condition is None else counts & condition
+    low, high = (_extreme(p, torch.where(counts, x, torch.inf)) for x in (k, -k))
+    low, high = low, -high
+    middle = (low / 2 + high / 2).to(k.dtype)
+    near = torch.maximum(high - middle, middle - low) <= middle.abs() / 2
+    middle = torch.where(near, middle, 0)
+    if p.ragged is None:
+        of_rows = of_keys = middle
+    else:
+        of_rows, of_keys = (
+            middle[0, :, places(starts, x.shape[2])[0]][None] for starts, x in ((p.ragged.q, p.q), (p.ragged.k, k))
+        )
+    of_rows = of_rows if p.group == 1 else of_rows.repeat_interleave(p.group, 1)
+    return p.replace(q=ordered_like(p.q - of_rows, p.q), k=ordered_like(p.k - of_keys, p.k))
+
+
+def _extreme(p: Problem, k: Tensor) -> Tensor:
+    """The smallest coordinates, (B, Hkv, 1, D); of ragged sequences (1, Hkv, B, D)."""
+    if p.ragged is None:
+        return k.amin(2, keepdim=True)
+    by_token = k[0].transpose(0, 1).contiguous()
+    found = torch.segment_reduce(by_token, "min", offsets=p.ragged.k.long(), axis=0, initial=torch.inf)
+    return found.transpose(0, 1)[None]
+
+
+def _unmasked(p: Problem, mask: Tensor) -> Tensor:
+    """bool (B or 1, 1, N or 1, 1): the keys that a tensor mask shows to some row."""
+    if p.ragged is None:
+        return mask.any(2).any(1, keepdim=True)[..., None]
+    rows = torch.arange(p.shape[2], device=mask.device) < p.ragged.q.diff()[:, None]
+    shown = (mask & rows[:, None, :, None]).any(2).any(1)
+    b, j = places(p.ragged.k, p.k.shape[2])
+    return shown.expand(-1, p.shape[3])[b, j][None, None, :, None]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Additive(Score):
     """w . tanh(q + k): Bahdanau et al., "Neural machine translation by jointly learning to align and translate", 2015.
 
@@ -202,6 +287,7 @@ class Additive(Score):
     torch.Size([2, 1, 7, 64])
     """
 
+    prefix: ClassVar[str] = "scores.Additive"
     w: Tensor
 
     def _shapes(self, heads: int, d: int, dk: int) -> tuple[tuple[int, ...], ...]:
@@ -210,5 +296,5 @@ class Additive(Score):
     def _products(self, q: Tensor, k: Tensor, x: Any) -> Tensor:
         return (torch.tanh(q[..., :, None, :] + k[..., None, :, :]) * x.reshape(-1, 1, 1, x.shape[-1])).sum(-1)
 
-    def _lower(self, p: Problem) -> Problem:
+    def _lower(self, p: Problem, dtype: torch.dtype, keys: Tensor | None) -> Problem:
         return p.replace(w=self.w)

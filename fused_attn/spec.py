@@ -267,9 +267,12 @@ class Problem:
             pattern=None if self.pattern is None else self.pattern.part(slice(None), heads),
         )  # fmt: skip
 
-    def lower(self) -> Problem:
-        """The same problem without a score object and softmax1, which only the reference takes as they are."""
-        p = self if self.score is None else self.score.lower(self)
+    def lower(self, wide: bool = False) -> Problem:
+        """The same problem without a score object and softmax1, which only the reference takes as they are.
+
+        wide: q and k that a score has rewritten stay in `lse_dtype`, beside a v in half precision.
+        """
+        p = self if self.score is None else self.score.lower(self, wide)
         if p.normalizer != "softmax1":
             return p
         return p.replace(normalizer="softmax", sink=p.q.new_zeros(p.q.shape[1], dtype=p.lse_dtype))
@@ -279,28 +282,28 @@ class Problem:
         return self.q.new_empty((0,) if self.sigmoid else self.q.shape[:3], dtype=self.lse_dtype)
 
     def empty_out(self) -> Tensor:
-        """An uninitialised (B, Hq, M, Dv) whose memory order follows q's."""
-        return empty_ordered(self.q, self.v.shape[3])
+        """An uninitialised (B, Hq, M, Dv) in v's dtype, whose memory order follows q's."""
+        return empty_ordered(self.q, self.v.shape[3], self.v.dtype)
 
     def in_order(self, out: Tensor) -> Tensor:
-        """out (B, Hq, M, Dv) in q's dtype and memory order."""
-        return ordered_like(out, self.q)
+        """out (B, Hq, M, Dv) in v's dtype and q's memory order."""
+        return ordered_like(out.to(self.v.dtype), self.q)
 
 
 def ordered_like(x: Tensor, like: Tensor) -> Tensor:
-    """x, 4-d, in like's dtype and memory order."""
+    """x, 4-d, in like's memory order."""
     order, inverse = memory_order(like)
-    return x.to(like.dtype).permute(order).contiguous().permute(inverse)
+    return x.permute(order).contiguous().permute(inverse)
 
 
-def empty_ordered(q: Tensor, dv: int) -> Tensor:
+def empty_ordered(q: Tensor, dv: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (..., dv) beside a 4-d q, in its memory order. No view: what a Function returns may not be one,
-    or it could not be changed in place."""
+    or it could not be changed in place. dtype None is q's."""
     shape, strides, step = (*q.shape[:3], dv), [0] * 4, 1
     for d in reversed(memory_order(q)[0]):
         strides[d] = step
         step = step * shape[d]
-    return q.new_empty_strided(shape, strides)
+    return q.new_empty_strided(shape, strides, dtype=dtype)
 
 
 class Statistics(NamedTuple):

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "storage": set(),
     "underived": set(),
     "tiles": {"masks", "ragged", "spec"},
-    "scores": {"checks", "description", "spec", "tiles"},
+    "scores": {"checks", "description", "ragged", "spec", "tiles"},
     "bind": {"checks", "scores", "spec"},
     "reference": {"scores", "spec"},
     "native": {"checks", "spec"},
