@@ -34,9 +34,9 @@ def run(call: Any, tensors: list[Tensor], dtype: torch.dtype, **options: Any) ->
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
-def agree(*tensors: Tensor, **options: Any) -> None:
+def agree(*tensors: Tensor, backend: str | None = None, **options: Any) -> None:
     given = list(tensors)
-    ours = run(scaled_dot_product_attention, given, torch.float32, **options)
+    ours = run(scaled_dot_product_attention, given, torch.float32, backend=backend, **options)
     plain = run(F.scaled_dot_product_attention, given, torch.float32, **options)
     exact = run(F.scaled_dot_product_attention, given, torch.float64, **options)
     for name, got, oracle, theirs in zip(("out", "dq", "dk", "dv"), ours, exact, plain, strict=True):
@@ -103,5 +103,6 @@ def test_leading_dims_that_broadcast(shapes: tuple) -> None:
     ids=str,
 )
 def test_groups_of_heads(shapes: tuple) -> None:
-    """key and value may have different numbers of heads."""
-    agree(*(randn(*shape, seed=i) for i, shape in enumerate(shapes)), enable_gqa=True)
+    """key and value may have different numbers of heads, on every backend."""
+    for backend in (None, "tiled", "reference"):
+        agree(*(randn(*shape, seed=i) for i, shape in enumerate(shapes)), enable_gqa=True, backend=backend)
