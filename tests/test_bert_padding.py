@@ -87,3 +87,16 @@ def test_sizes_of_any_kind() -> None:
     assert torch.equal(padded, bert_padding.pad_input(packed, torch.tensor([0, 3]), 2, 2))
     with pytest.raises(TypeError, match="seqlen: expected an int, got float"):
         bert_padding.pad_input(packed, torch.tensor([0, 3]), 2, 2.0)
+
+
+def test_places_that_do_not_exist() -> None:
+    packed, places = torch.randn(2, 3), torch.tensor([0, 4])
+    with pytest.raises(ValueError, match="indices: expected 0 <= indices < 4, got some from 0 to 4"):
+        bert_padding.pad_input(packed, places, 2, 2)
+    for wrong in (torch.tensor([0, 5]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="indices: expected 0 <= indices < 5, got some from"):
+            bert_padding.index_first_axis(torch.randn(5, 3), wrong)
+    with pytest.raises(ValueError, match="indices: expected one for each of the 2 rows, got 1"):
+        bert_padding.pad_input(packed, places[:1], 3, 2)
+    with pytest.raises(TypeError, match="indices: expected an integer tensor"):
+        bert_padding.index_first_axis_residual(packed, places.float())

@@ -104,6 +104,7 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     >>> index_first_axis(torch.tensor([[1], [2], [3]]), torch.tensor([0, 2])).tolist()
     [[1], [3]]
     """
+    _check_places(indices, input.shape[0])
     return input.index_select(0, indices)
 
 
@@ -127,6 +128,16 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     >>> index_put_first_axis(torch.tensor([[1], [3]]), torch.tensor([0, 2]), 3).tolist()
     [[1], [0], [3]]
     """
-    return values.new_zeros(as_int("first_axis_dim", first_axis_dim), *values.shape[1:]).index_copy(
-        0, indices.long(), values
-    )
+    size = as_int("first_axis_dim", first_axis_dim)
+    _check_places(indices, size, len(values))
+    return values.new_zeros(size, *values.shape[1:]).index_copy(0, indices.long(), values)
+
+
+def _check_places(indices: Tensor, size: int, count: int | None = None) -> None:
+    """So many places, any number for None, each of them below size."""
+    check_integers("indices", indices, 1)
+    if count not in (None, len(indices)):
+        raise ValueError(f"indices: expected one for each of the {count} rows, got {len(indices)}")
+    if readable(indices) and len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+        lowest, highest = int(indices.min()), int(indices.max())
+        raise ValueError(f"indices: expected 0 <= indices < {size}, got some from {lowest} to {highest}")
