@@ -194,6 +194,26 @@ def test_dropped_weights(name: str) -> None:
     torch.testing.assert_close(found, weights)
 
 
+@pytest.mark.parametrize("backend", ("reference", "triton"))
+def test_every_backend_drops_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed or not: out and S_dmask of one seed agree with each other, and with those of `tiled`."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    q, k, v, _ = drawn()
+    starts, found = (starts_of([7, 7]), starts_of([13, 13]), 7, 13), []
+    for name in ("tiled", backend):
+        monkeypatch.setenv("FUSED_ATTN_BACKEND", name)
+        torch.manual_seed(5)
+        out, _, weights = flash.flash_attn_func(q, k, v, 0.4, causal=True, return_attn_probs=True)
+        torch.manual_seed(5)
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        out_packed, _, own = flash.flash_attn_varlen_func(*packed, *starts, 0.4, causal=True, return_attn_probs=True)
+        found.append((out, weights, out_packed.unflatten(0, (2, 7)), own))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y)
+    assert torch.equal(found[0][1].signbit(), found[1][1].signbit())
+
+
 def test_dropped_weights_of_sequences_of_different_lengths() -> None:
     rows, cols = ([x[side] for x in RAGGED] for side in (0, 1))
     q, k, v = torch.randn(sum(rows), HEADS, DIM), *torch.randn(2, sum(cols), KV_HEADS, DIM)
