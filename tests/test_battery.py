@@ -41,13 +41,22 @@ def _under_36(case: testing.Case, dtype: torch.dtype) -> bool:
     return "core" in case.tags and (dtype == torch.float32 or (dtype == torch.bfloat16 and case.name == "everything"))
 
 
+def _marks(backend: str, case: testing.Case, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
+    """Interpreted half precision costs most: every day each case in one of its types, the cases in turn."""
+    found = [pytest.mark.triton36] if backend == "triton" and _under_36(case, dtype) else []
+    halves = [x for x in HALF if x in case.dtypes]
+    if backend == "triton" and dtype in halves and dtype != halves[list(CASES).index(case.name) % len(halves)]:
+        found.append(pytest.mark.nightly)
+    return found
+
+
 PARAMETERS = [
     pytest.param(
         backend,
         name,
         dtype,
         id=f"{backend}-{name}-{str(dtype).removeprefix('torch.')}",
-        marks=[pytest.mark.triton36] if backend == "triton" and _under_36(case, dtype) else [],
+        marks=_marks(backend, case, dtype),
     )
     for backend in BACKENDS
     for name, case in CASES.items()
