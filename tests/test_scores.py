@@ -227,7 +227,8 @@ def test_a_packed_distance_is_a_dense_one(backend: str, mask: bool) -> None:
     places = torch.tensor((1000.0, -50.0, 0.0)).repeat_interleave(torch.tensor(lengths))[:, None, None]
     q, k, v = randn(11, 2, 6) + places, randn(11, 1, 6, seed=1) + places, randn(11, 1, 5, seed=2)
     shown = torch.ones(3, 1, 6, 6, dtype=torch.bool)
-    shown[0, :, 2, 1] = shown[1, :, :, 4] = False
+    shown[0, :, :3, 1] = shown[1, :, :, 4] = False
+    k[1] = k[7] = 0  # far from their neighbours; hidden from all rows that there are in the first sequence
     options: dict[str, Any] = {"score": scores.Distance(2.0), "backend": backend}
     longest = {"mask": shown if mask else None, "max_seqlen_q": 6, "max_seqlen_k": 6}
     packed = attention_varlen(q, k, v, starts, starts, **longest, **options)
