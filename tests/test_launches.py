@@ -50,12 +50,13 @@ def test_replays_by_value(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(replayed) >= 2
 
 
-def _checks(path: Path | None) -> None:
+def _checks(path: Path | None, *options: str) -> None:
     paths = [str(x) for x in (path, ROOT, os.environ.get("PYTHONPATH")) if x]
     dropped = ("PYTEST_", "FUSED_ATTN_BACKEND")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environment |= {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/launches.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/launches.py",
+               *options]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout.splitlines()[-1], done.stdout
@@ -67,10 +68,17 @@ def test_launches() -> None:
 
 
 @pytest.mark.slow
-def test_launches_under_the_triton_of_the_reference_gpu() -> None:
+@pytest.mark.parametrize(
+    "options",
+    (
+        pytest.param(("-k", "replay or binder or descriptors"), id="what triton decides"),
+        pytest.param((), id="all", marks=pytest.mark.nightly),
+    ),
+)
+def test_launches_under_the_triton_of_the_reference_gpu(options: tuple[str, ...]) -> None:
     if importlib.metadata.version("triton") == "3.6.0":
         pytest.skip("triton is 3.6.0 here")
     folder = Path(os.environ.get("FUSED_ATTN_TRITON36") or ROOT / ".venv" / "triton36")
     if not (folder / "triton").is_dir():
         pytest.skip(f"triton 3.6.0 is not in {folder}; set FUSED_ATTN_TRITON36, or let `make test` install it")
-    _checks(folder)
+    _checks(folder, *options)
