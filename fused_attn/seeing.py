@@ -226,7 +226,7 @@ def _choice(name: str, chosen: Any, count: int) -> list[int]:
         chosen = chosen.tolist()
     if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise TypeError(f"{name}: expected a sequence of ints or a tensor, got {describe(chosen)}")
-    chosen = [as_int(name, x) for x in chosen]
+    chosen = [as_int(name, x, "a sequence of ints") for x in chosen]
     for x in chosen:
         if not -count <= x < count:
             raise ValueError(f"{name}: expected indices from {-count} to {count - 1}, got {x}")
