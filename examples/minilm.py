@@ -242,8 +242,10 @@ def explained(model: torch.nn.Module, tokens: dict[str, Tensor]) -> fused_attn.E
 def verdicts(results: list[Way], single: Tensor) -> tuple[Table, int]:
     """The table of errors, and how many are larger than allowed. single: torch's embedding of the one sentence."""
     dtype = results[0].embeddings.dtype
-    table = Table(title=f"{len(SENTENCES)} sentences embedded in {str(dtype).removeprefix('torch.')}")
-    for heading in ("attention", "backend that ran", "error against float64", "allowed", "", "time"):
+    table = Table(
+        title=f"{len(SENTENCES)} sentences embedded in {str(dtype)[6:]}; the backend that ran; errors against float64"
+    )
+    for heading in ("attention", "backend", "error", "allowed", "", "time"):
         table.add_column(heading, justify="right" if len(table.columns) > 1 else "left")
     wrong = 0
     for way in results:
