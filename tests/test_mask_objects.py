@@ -238,3 +238,15 @@ def test_an_argument_of_a_compiled_function(name: str) -> None:
         return attention(q, q, q, mask=mask & Mask.window(4, None))
 
     torch.testing.assert_close(torch.compile(f, backend="aot_eager", fullgraph=True)(x, mask), f(x, mask))
+
+
+def test_ids_and_lengths_under_vmap() -> None:
+    """There, too, ids cannot be looked at."""
+    x, ids, kv = torch.randn(2, 2, 6, 4), torch.cat((FIRST, SECOND)), lengths(2, 6)
+
+    def f(x: Tensor, ids: Tensor, kv: Tensor) -> Tensor:
+        q = x[None]
+        return attention(q, q, q, mask=Mask.segments(ids) & Mask.lengths(kv[None]))[0]
+
+    right = torch.stack([f(*given) for given in zip(x, ids, kv, strict=True)])
+    torch.testing.assert_close(torch.vmap(f)(x, ids, kv), right)
