@@ -82,8 +82,8 @@ def attention(
         backend: "hopper", "triton", "sdpa", "tiled" or "reference"; None takes the first that can run the call. An
             explicit choice never falls back. The environment variable FUSED_ATTN_BACKEND counts as explicit; it is read
             at each call, and what torch.compile made is traced again when it has changed. Inside
-            torch.nn.attention.sdpa_kernel, which chooses among torch's own kernels, "sdpa" is left out where those that
-            need no memory for the scores are disabled; nothing else depends on it.
+            torch.nn.attention.sdpa_kernel, which chooses among torch's own kernels, "sdpa" is left out on CUDA where
+            those that need no memory for the scores are disabled; nothing else depends on it.
 
     Returns:
         out (B, Hq, M, Dv) (or bshd) in q's dtype, its memory order following q's; or (out, lse). A row that may see
@@ -111,9 +111,12 @@ def attention(
          deterministic),
         backend,
     )  # fmt: skip
+    found = None
     if call is not None and call.known:
         swapped = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if layout == "bshd" else (q, k, v)
-        out, lse = call((*swapped, mask, bias, alibi_slopes, sink))
+        found = call((*swapped, mask, bias, alibi_slopes, sink))
+    if found is not None:
+        out, lse = found
     elif nested.is_nested(q, k, v):
         return nested.attention(
             q, k, v, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
@@ -130,7 +133,11 @@ def attention(
             )  # fmt: skip
             name, problem = dispatch.choose(problem, backend)
             out, lse = dispatch.run(problem, name)
-        if call is not None and all(x.dtype == y.dtype for x, y in zip(heads, (q, k, v), strict=True)):
+        if (
+            call is not None
+            and not call.known
+            and all(x.dtype == y.dtype for x, y in zip(heads, (q, k, v), strict=True))
+        ):
             call.learn((*heads, mask, bias, alibi_slopes, sink), problem, name)
     out = out.transpose(1, 2) if layout == "bshd" else out
     return (out, lse) if return_lse else out
@@ -234,8 +241,9 @@ def scaled_dot_product_attention(
     mask, bias = (attn_mask, None) if allows else (None, attn_mask)
     given = (query, key, value, mask, bias, alibi_slopes, sink)
     call = calls.find(given, ("sdpa", scale, is_causal, window, softcap, dropout_p, enable_gqa), backend)
-    if call is not None and call.known:
-        return call(given)[0]
+    found = call(given) if call is not None and call.known else None
+    if found is not None:
+        return found[0]
     query, key, value = autocast(query, key, value)
     if nested.is_nested(query, key, value):
         return nested.scaled_dot_product_attention(
@@ -267,7 +275,7 @@ def scaled_dot_product_attention(
         )  # fmt: skip
         name, problem = dispatch.choose(problem, backend)
         out, _ = dispatch.run(problem, name)
-    if call is not None:
+    if call is not None and not call.known:
         call.learn(given, problem, name)
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 

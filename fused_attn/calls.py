@@ -16,12 +16,13 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import autograd, environment, ops
+from . import autograd, environment, native, ops
 from .spec import DIFFERENTIABLE, Problem
 
 TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink")  # that a call may hold; scale and softcap as numbers
 PLAIN = {int, float, bool, str, type(None)}
-RECORDED = (None, "hopper", "triton")  # the backends asked for with which a call may be one that records
+RECORDED = (None, "hopper", "triton", "sdpa")  # the backends asked for with which a call may be made again
+DEVICES = ("cpu", "cuda")  # where that may be, with none asked for
 LIMIT = 4096  # calls kept
 
 Given = tuple[Any, ...]  # tensors and None
@@ -79,9 +80,12 @@ class Alike:
     dispatch by, those of the thread included. Addresses are ours to ask, and have to be multiples of 16.
     """
 
-    __slots__ = ("_check", "_settings")
+    __slots__ = ("_check", "_present", "_settings")
 
     def __init__(self, tensors: Given) -> None:
+        present = [i for i, x in enumerate(tensors) if x is not None]
+        self._present = None if len(present) == len(tensors) else present
+        tensors = tuple(tensors[i] for i in present)
         sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
         guards: Any = _C._dynamo.guards
         guard = guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -92,11 +96,14 @@ class Alike:
         """None where the guard would not see all that counts."""
         if HIP or _C._is_any_autocast_enabled() or not _guards_see():
             return None
-        if not all(isinstance(x, Tensor) and x.data_ptr() % 16 == 0 for x in tensors):
+        if not all(x is None or (isinstance(x, Tensor) and x.data_ptr() % 16 == 0) for x in tensors):
             return None
         return Alike(tensors)
 
     def __call__(self, tensors: Given) -> bool:
+        """Of tensors of which the same ones are None."""
+        if self._present is not None:
+            tensors = tuple([tensors[i] for i in self._present])
         if _watched() or not self._check(*tensors) or _settings() != self._settings:
             return False
         places = 0
@@ -132,7 +139,7 @@ def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | 
     if torch.compiler.is_compiling():
         return None
     asked = backend or environment.backend
-    if asked not in RECORDED or not (asked or (isinstance(tensors[0], Tensor) and tensors[0].is_cuda)):
+    if asked not in RECORDED or not (asked or (isinstance(tensors[0], Tensor) and tensors[0].device.type in DEVICES)):
         return None
     kinds = tuple(map(type, words))
     if not PLAIN.issuperset(kinds):
@@ -167,10 +174,13 @@ class Call:
     Of its tensors, in the order of `TENSORS`, it speaks without the absent ones at the end.
     """
 
-    __slots__ = ("_backward", "_forward", "_last", "alike", "backend", "count", "differentiable", "known", "settings")
+    __slots__ = (
+        "_backward", "_forward", "_last", "alike", "backend", "count", "differentiable", "kernel", "known", "settings",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.known = False
+        self.kernel: native.Kernel | None = None  # torch's own, where that is what computes it
         self._forward: Any = None
         self._backward: dict[tuple[Any, ...], Any] = {}
         self.alike: Alike | None = None
@@ -178,11 +188,16 @@ class Call:
 
     def learn(self, tensors: Given, p: Problem, backend: str) -> None:
         """A call of this key was bound to p and went to that backend."""
+        self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
+        if backend == "sdpa":
+            own = p.q, p.k, p.v, p.mask, p.bias
+            if all(x is y for x, y in zip(own, tensors, strict=False)) and native.repeats(p):
+                self.kernel, self.known = native.Kernel(p), True
+            return
         if not hasattr(ops.launcher(backend) if backend in ops.LAUNCHERS else None, "record"):
             return
         flat = ops.flatten(p, backend)
         self.backend, self.settings = backend, flat[ops.TENSORS :]
-        self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())
         # Binding may have made tensors, from what is not known here.
         self.known = all(x is y for x, y in zip(flat, self._flat(tensors), strict=True)) and not p.empty
@@ -194,8 +209,14 @@ class Call:
         absent = (None,) * (ops.TENSORS - 12)  # behind the mask
         return q, k, v, None, None, bias, slopes, sink, None, None, None, mask, *absent, *self.settings
 
-    def __call__(self, tensors: Given) -> tuple[Tensor, Tensor]:
-        """(out, lse)"""
+    def __call__(self, tensors: Given) -> tuple[Tensor, Tensor | None] | None:
+        """(out, lse); None: these tensors hold something for which the call must be bound again."""
+        if self.kernel is not None:
+            q, k, v, mask, bias = tensors[:5]
+            out = self.kernel(
+                q, k, v, mask if mask is None and bias is None else native.additive_mask(mask, bias, q.dtype)
+            )
+            return None if out is None else (out, None)
         given = tensors[: self.count]
         return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]
 

@@ -13,6 +13,7 @@ from .spec import HALF, BackendError, Problem, TransformError
 from .transforms import transform_of
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
+ON_CPU = ("sdpa", "tiled", "reference")
 # What a backend may be asked for beside out, which these have, and what the others say.
 BESIDE = ("triton", "tiled", "reference")
 TASKS = {"seeing": "computes no statistics and no map", "decoding": "decodes from no cache"}
@@ -54,12 +55,8 @@ def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: s
         reasons = ops.launcher(name).unproven(p)
     if name == "triton" and not by_name and p.q.device.type == "cpu":
         reasons = [*reasons, "on the CPU it is an interpreter, reached only by name"]
-    if name == "sdpa" and not reasons and p.q.device.type == "cpu" and not p.empty:
-        # Asked last, because it reads the inputs: torch's CPU kernel cleans NaN and Inf.
-        if _tracing():
-            reasons = ["while tracing, the inputs cannot be checked for NaN and Inf, which torch's CPU kernel cleans"]
-        elif not native.finite(p):
-            reasons = ["the inputs hold NaN or Inf, which torch's CPU kernel cleans"]
+    if name == "sdpa" and not reasons and p.q.device.type == "cpu" and _tracing():
+        reasons = ["while tracing, its result cannot be checked for NaN and Inf, which torch's CPU kernel cleans"]
     return reasons
 
 
@@ -84,13 +81,15 @@ def _rounded(p: Problem) -> bool:
     return p.score is not None and p.score.rewrites and p.q.dtype in HALF
 
 
-def _explain(p: Problem, lowered: Problem, backend: str | None, task: str = "") -> Explanation:
+def _explain(
+    p: Problem, lowered: Problem, backend: str | None, task: str = "", names: tuple[str, ...] = BACKENDS
+) -> Explanation:
     asked = backend or environment.backend
     if asked is not None:
         check_choice("backend", asked, BACKENDS, "None or one of")
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
-    for name in BACKENDS if asked is None else (asked,):
+    for name in names if asked is None else (asked,):
         reasons = why_not(name, p if name == "reference" else lowered, asked is not None, transform, task)
         if name == "sdpa" and asked is None and p.q.device.type == "cpu" and _rounded(p):
             reasons = [*reasons, f"what the score makes of q would be rounded to {p.q.dtype}; it runs by name"]
@@ -106,7 +105,8 @@ def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str,
     task: that can do one of TASKS, rather than compute out.
     """
     lowered = p.lower()
-    choice = _explain(p, lowered, backend, task)
+    # Kernels take CPU tensors by name alone, and listing why costs more than the rest of a call.
+    choice = _explain(p, lowered, backend, task, BACKENDS if p.q.device.type != "cpu" else ON_CPU)
     if choice.backend is None:
         asked, reasons = next(reversed(choice.reasons.items()))
         error = TransformError if transformed(p) else BackendError

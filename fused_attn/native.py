@@ -1,15 +1,19 @@
-"""torch's own scaled_dot_product_attention, where it computes exactly what was asked, and in linear memory.
+"""The "sdpa" backend: torch's own attention kernels, where they compute exactly what was asked in linear memory.
 
-That is a plain scaled dot product, full or causal from the top left, in half or single precision. What it was seen to
-do otherwise (torch 2.13, CPU) is refused here: with causal, a scale of zero or below gives NaN; other strides and
-Dv != D take a path that stores the whole score matrix; and its kernel turns NaN and Inf into numbers, so `finite` reads
-the inputs, and dispatch calls it last of all. A second derivative raises inside torch.
+On the CPU that is a scaled dot product with a bool mask or an additive bias of any broadcast shape, full or causal from
+the top left. Where what each row sees is not one such matrix but several (`Mask.lengths`, sorted segments, packed
+sequences), each is a call of its own on slices (`Piece`), and the other scores are never computed.
+
+What the CPU kernel does wrong (seen in torch 2.10 to 2.15) is found afterwards in its log-sum-exp, which is as short as
+the sequence, and computed again by `tiled`: see `Kernel.sound`.
+
+On CUDA it is `F.scaled_dot_product_attention` without masks.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,126 +21,353 @@ from torch import Tensor
 # Taken now: `compat.sdpa` puts our own function in its place, and that one may come here.
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import autograd, ops
 from .checks import readable
 from .spec import Problem
 
-DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGE = 256.0  # largest |log-sum-exp| whose rounding, 2**-16, the backward may put into a weight
+SMALL = 4096  # scores of a piece below which its call costs more than tiling them
+
+# The only private operators used: the public function keeps the log-sum-exp to itself.
+_forward = torch._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Piece(NamedTuple):
+    """One call of the kernel: rows of some sequences that see exactly these keys, or those up to their diagonal."""
+
+    batch: slice
+    rows: slice
+    keys: slice
+    causal: bool
+
+
+ALL = slice(None)
 
 
 def why_not(p: Problem) -> list[str]:
-    """Every reason why torch's op would compute something else, or need memory for the whole score matrix."""
-    if p.ragged is not None:
-        return _why_not_each(p)
-    reasons = [f"torch's op has no {what}" for what, there in _modifiers(p).items() if there]
-    device, requires_grad = p.q.device.type, any(x.requires_grad for x in (p.q, p.k, p.v))
-    if device not in DEVICES:
-        reasons.append(f"it runs on {' and '.join(DEVICES)} here, not on {device}")
+    """Every reason why torch's kernel would compute something else, or need memory for the whole score matrix."""
+    device = p.q.device.type
+    reasons = [f"torch's kernel has no {what}" for what, there in _modifiers(p) if there]
+    if device not in ("cpu", "cuda"):
+        reasons.append(f"it runs on cpu and cuda here, not on {device}")
     if p.q.dtype not in DTYPES:
         reasons.append(f"it runs in float16, bfloat16 and float32 here, not in {p.q.dtype}")
-    if p.empty:
-        reasons.append("with no scores to compute it does not say what it returns")
-    elif not (_full(p) or _causal(p)):
-        reasons.append("it knows only the full score matrix and the causal one from the top left")
-    if isinstance(p.scale, float) and not 0 < p.scale < math.inf:
-        reasons.append(f"it needs a positive, finite scale, got {p.scale}")
+    if isinstance(p.scale, float) and not math.isfinite(p.scale):
+        reasons.append(f"it needs a finite scale, got {p.scale}")
     if p.v.shape[3] != p.q.shape[3]:
         reasons.append(f"with Dv = {p.v.shape[3]} and D = {p.q.shape[3]} it stores the whole score matrix")
+    return [*reasons, *(_why_not_on_cuda(p) if device == "cuda" else _why_not_on_cpu(p))]
+
+
+def _modifiers(p: Problem) -> list[tuple[str, bool]]:
+    return [
+        ("tensor scale", not isinstance(p.scale, float)),
+        ("softcap", p.softcap is not None),
+        ("ALiBi", p.slopes is not None),
+        ("sink", p.sink is not None),
+        ("counter-based dropout", p.dropout is not None),
+        ("log-sum-exp to return", p.return_lse),
+        ("additive score", p.w is not None),
+        ("terms of rows and keys beside the product", p.key_terms is not None),
+        ("sigmoid normalizer", p.sigmoid),
+        ("pattern of unsorted ids or blocks", p.pattern is not None),
+    ]
+
+
+def _why_not_on_cpu(p: Problem) -> list[str]:
+    reasons = []
+    if p.bias is not None and p.bias.requires_grad and torch.is_grad_enabled():
+        reasons.append("torch's kernel has no gradient to a bias")
+    if p.empty:
+        reasons.append("with no scores to compute it does not say what it returns")
+    elif (p.span.lo is not None or p.span.hi is not None or p.ragged is not None) and not readable(p.q):
+        reasons.append("lengths and sequence starts cannot be read while tracing")
+    elif (found := pieces(p)) is None:
+        reasons.append("it knows only full score matrices and causal ones from the top left")
+    elif isinstance(p.scale, float) and p.scale <= 0 and any(piece.causal for piece in found):
+        reasons.append(f"with a causal mask it needs a positive scale, got {p.scale}")
+    return reasons
+
+
+def _why_not_on_cuda(p: Problem) -> list[str]:
+    reasons = []
+    if p.mask is not None or p.bias is not None:
+        reasons.append("its mask is not used on CUDA, where rows that it empties and its strides decide the kernel")
+    if p.ragged is not None:
+        reasons.append("it is called for one packed sequence after another, which only the CPU can do without waiting")
+    elif p.empty:
+        reasons.append("with no scores to compute it does not say what it returns")
+    elif (
+        p.span.lo is not None
+        or p.span.hi is not None
+        or _pieces_of_run(p, ALL, (0, p.shape[2]), (0, p.shape[3])) is None
+    ):
+        reasons.append("it knows only the full score matrix and the causal one from the top left")
+    if isinstance(p.scale, float) and not p.scale > 0:
+        reasons.append(f"it needs a positive scale, got {p.scale}")
     if any(x.stride(3) != 1 for x in (p.q, p.k, p.v)):
         reasons.append("with a last dim that is not contiguous it stores the whole score matrix")
-    if device == "cuda" and requires_grad and p.deterministic and not torch.are_deterministic_algorithms_enabled():
+    requires_grad = any(x.requires_grad for x in (p.q, p.k, p.v))
+    if requires_grad and p.deterministic and not torch.are_deterministic_algorithms_enabled():
         reasons.append("its backward on CUDA may differ from run to run, and deterministic is True")
-    if _disabled(device):
+    enabled = torch.backends.cuda
+    if not (enabled.flash_sdp_enabled() or enabled.mem_efficient_sdp_enabled() or enabled.cudnn_sdp_enabled()):
         reasons.append("torch.nn.attention.sdpa_kernel has disabled its kernels that need no memory for the scores")
     return reasons
 
 
-def _disabled(device: str) -> bool:
-    """Whether the caller left torch's op nothing but its math path, or nothing at all. Compilers cannot ask."""
-    enabled = torch.backends.cuda
-    if torch.compiler.is_compiling() or enabled.flash_sdp_enabled():
-        return False
-    return device == "cpu" or not (enabled.mem_efficient_sdp_enabled() or enabled.cudnn_sdp_enabled())
+# ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _why_not_each(p: Problem) -> list[str]:
-    """Of ragged sequences, which are so many calls of torch's op."""
-    if not readable(p.q) or p.q.device.type != "cpu":
-        return ["it is called for one ragged sequence after another, and where they begin is only read on the CPU"]
-    some = [alone for _, alone in p.sequences() if not alone.empty]
-    return list(dict.fromkeys(x for alone in some or [p.replace(ragged=None)] for x in why_not(alone)))
-
-
-def _modifiers(p: Problem) -> dict[str, bool]:
-    return {
-        "tensor scale": not isinstance(p.scale, float),
-        "softcap": p.softcap is not None,
-        "gradient to a broadcast bias": p.bias is not None,
-        "ALiBi": p.slopes is not None,
-        "sink": p.sink is not None,
-        "zeros for rows that a mask empties": p.mask is not None,
-        "counter-based dropout": p.dropout is not None,
-        "log-sum-exp to return": p.return_lse,
-        "additive score": p.w is not None,
-        "terms of rows and keys beside the product": p.key_terms is not None,
-        "sigmoid normalizer": p.sigmoid,
-        "mask that is no interval": p.tabled,
-    }
-
-
-def _full(p: Problem) -> bool:
-    """Every row sees every key, whatever bounds are written down."""
-    span, (m, n) = p.span, p.shape[2:]
-    return (
-        span.lo is None
-        and span.hi is None
-        and (span.left is None or span.left <= 1 - m)
-        and (span.right is None or span.right >= n - 1)
-    )
-
-
-def _causal(p: Problem) -> bool:
-    """Row i sees keys 0 to i."""
+def pieces(p: Problem) -> list[Piece] | None:
+    """The calls that compute p, disjoint in rows and in keys; rows of none of them see nothing. None: there are no
+    such. Reads lengths and sequence starts."""
+    if p.ragged is not None:
+        found: list[Piece] = []
+        for one, alone in p.sequences():
+            own = pieces(alone)
+            if own is None:
+                return None
+            found += [Piece(ALL, _within(x.rows, one.rows), _within(x.keys, one.keys), x.causal) for x in own]
+        return found
+    _, heads, m, n = p.shape
     span = p.span
-    return (
-        span.lo is None and span.hi is None and span.right == 0 and (span.left is None or span.left <= 1 - p.shape[2])
+    if span.lo is None and span.hi is None:
+        return _pieces_of_run(p, ALL, (0, m), (0, n))
+    found, last, scores = [], {}, 0
+    for batch, rows, keys in _runs(p):
+        own = _pieces_of_run(p, batch, rows, keys)
+        if own is None or (own and own[0].keys.start < last.get(batch.start, 0)):
+            return None
+        for piece in own:
+            last[batch.start] = piece.keys.stop
+            scores += (piece.rows.stop - piece.rows.start) * (piece.keys.stop - piece.keys.start)
+        found += own
+    return found if scores * heads >= SMALL * len(found) else None
+
+
+def _within(part: slice, whole: slice) -> slice:
+    return slice(whole.start + part.start, whole.start + part.stop)
+
+
+def _runs(p: Problem) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
+    """Rows one after another that have the same lo and hi: (batch, rows, keys) each."""
+    span, (_, _, m, n) = p.span, p.shape
+    given = [x for x in (span.lo, span.hi) if x is not None]
+    batch = max(map(len, given))
+    lo, hi = (
+        torch.full((batch, m), value, dtype=torch.int32) if x is None else x.expand(batch, m)
+        for x, value in ((span.lo, 0), (span.hi, n))
     )
+    starts = torch.ones(batch, m, dtype=torch.bool)
+    starts[:, 1:] = (lo[:, 1:] != lo[:, :-1]) | (hi[:, 1:] != hi[:, :-1])
+    where = starts.nonzero()
+    begins = where.tolist()
+    b, i = where.unbind(1)
+    bounds = torch.stack((lo[b, i], hi[b, i]), 1).tolist()
+    ends = [begin for _, begin in begins[1:]] + [0]
+    whole = [ALL] if batch == 1 else [slice(x, x + 1) for x in range(batch)]
+    return [
+        (whole[number], (begin, end or m), (max(first, 0), min(last, n)))
+        for (number, begin), end, (first, last) in zip(begins, ends, bounds, strict=True)
+    ]
 
 
-def finite(p: Problem) -> bool:
-    """Whether no input, and no score, is NaN or infinite. Reads q, k and v once; on a GPU it would wait for them.
+def _pieces_of_run(p: Problem, batch: slice, rows: tuple[int, int], keys: tuple[int, int]) -> list[Piece] | None:
+    """The piece, or none, of rows that see these keys as far as the numbers of the span allow; None: it is not one."""
+    (top, bottom), (first, last), span = rows, keys, p.span
+    if span.right is not None and span.right + top < first:
+        top = min(bottom, first - span.right)  # the rows above see nothing
+    if bottom <= top or last <= first:
+        return []
+    if span.left is not None and (span.sinks or bottom - 1 + span.left > first):
+        return None
+    ahead = None if span.right is None else top + span.right - first  # keys that the first row sees behind its first
+    if ahead is not None and 0 < ahead < last - first - 1:
+        return None
+    return [Piece(batch, slice(top, bottom), slice(first, last), ahead == 0 and last - first > 1)]
 
-    |q . k| is at most the product of the norms. They overflow a little early, which costs a detour and never an answer.
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+def additive_mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask and a bias as the one tensor that is added to the scores."""
+    if mask is None:
+        return bias
+    return torch.where(mask, *_allowed(dtype)) if bias is None else torch.where(mask, bias, -math.inf)
+
+
+_VALUES: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+
+def _allowed(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """0 and -inf."""
+    if dtype not in _VALUES:
+        with torch.inference_mode(False):
+            _VALUES[dtype] = torch.zeros((), dtype=dtype), torch.full((), -math.inf, dtype=dtype)
+    return _VALUES[dtype]
+
+
+class Kernel:
+    """How torch's CPU kernel computes a problem, and every other that differs in the contents of its tensors alone.
+
+    pieces: None, where one call does it all.
     """
-    with torch.no_grad():
-        q, k, v = map(_norm, (p.q, p.k, p.v))
-    return q * k * float(p.scale) + v < torch.finfo(torch.float32).max
+
+    __slots__ = ("causal", "pieces", "scale", "template")
+
+    def __init__(self, p: Problem) -> None:
+        found = pieces(p)
+        assert found is not None, "asked for what why_not refuses"
+        covering = len(found) == 1 and p.ragged is None and found[0].batch == ALL and _covers(found[0], p)
+        self.pieces = None if covering else found
+        self.causal = any(piece.causal for piece in found)
+        self.scale = p.scale
+        # For second derivatives; without q, k, v and the mask, which would live as long as this does.
+        self.template = p.replace(q=None, k=None, v=None, mask=None, bias=None) if torch.is_grad_enabled() else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+        """out, with a derivative where one is wanted; None: torch's kernel gets it wrong."""
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out, lse = _apply(self, q, k, v, mask)
+            return out if self.sound(q, k, v, mask, lse) and _largest(lse) <= LARGE else None
+        out, lse = self.forward(q, k, v, mask)
+        return out if self.sound(q, k, v, mask, lse) else None
+
+    def sound(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor) -> bool:
+        """Whether out is right.
+
+        The kernel makes numbers of NaN and Inf scores, and leaves a NaN or a 0 in the log-sum-exp of such a row. A 0 is
+        also that of a row that the mask hides. A causal product reads values behind the diagonal, whose weight 0 does
+        not hide NaN.
+        """
+        least = torch.linalg.vector_norm(lse, -math.inf).item()
+        if not least > 0 and not (least == 0 and _finite_scores(q, k, mask, self.scale)):
+            return False
+        return not self.causal or math.isfinite(_norm(v))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out, in q's memory order, and lse (B, Hq, M)."""
+        if self.pieces is None:
+            return _call(q, k, v, mask, self.causal, self.scale)
+        out, lse = torch.zeros_like(q), q.new_ones(q.shape[:3], dtype=torch.float32)
+        for piece in self.pieces:
+            own, row = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.keys)
+            out[own], lse[own] = _call(q[own], k[row], v[row], _part(mask, piece), piece.causal, self.scale)
+        return out, lse
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv."""
+        if self.pieces is None:
+            return _backward(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=mask, scale=self.scale)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for piece in self.pieces:
+            own, row = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.keys)
+            dq[own], dk[row], dv[row] = _backward(
+                dout[own], q[own], k[row], v[row], out[own], lse[own], 0.0, piece.causal,
+                attn_mask=_part(mask, piece), scale=self.scale,
+            )  # fmt: skip
+        return dq, dk, dv
+
+    def again(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, results: Any, needs: list[bool]) -> Any:
+        """dq, dk and dv as functions that can be differentiated again; results: out, lse and dout."""
+        p = self.template.replace(q=q, k=k, v=v, bias=mask)
+        wanted = [*needs, *[False] * (len(ops.DIFFERENTIABLE) - len(needs))]
+        return autograd.differentiable(ops.flatten(p, "tiled"), *results, None, wanted)[: len(needs)]
+
+
+def repeats(p: Problem) -> bool:
+    """Whether one Kernel serves every problem that differs from p in the contents of its tensors alone."""
+    return p.q.device.type == "cpu" and p.ragged is None and p.span.lo is None and p.span.hi is None
+
+
+def _covers(piece: Piece, p: Problem) -> bool:
+    """It is the whole problem; a causal matrix reads no key behind the last diagonal, wherever the piece ends."""
+    _, _, m, n = p.shape
+    return piece.rows == slice(0, m) and piece.keys == slice(0, n)
+
+
+def _part(mask: Tensor | None, piece: Piece) -> Tensor | None:
+    if mask is None:
+        return None
+    batch, _, rows, keys = (
+        x if size > 1 else ALL for x, size in zip((piece.batch, ALL, piece.rows, piece.keys), mask.shape, strict=True)
+    )
+    return mask[batch, :, rows, keys]
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if q.shape[2] > 1 or heads == kv_heads or causal or not (mask is None or mask.shape[1] == mask.shape[2] == 1):
+        return _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    # One query a head: those of a group become rows that read their keys once.
+    out, lse = _forward(q.view(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, attn_mask=mask, scale=scale)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def _largest(lse: Tensor) -> float:
+    return torch.linalg.vector_norm(lse, math.inf).item()
+
+
+def _finite_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> bool:
+    """No score is NaN or +Inf. |q . k| is at most the product of the norms; they overflow a little early, which costs a
+    detour and never an answer."""
+    if mask is not None and not mask.amax() < math.inf:
+        return False
+    return _norm(q) * _norm(k) * abs(scale) < torch.finfo(torch.float32).max
 
 
 def _norm(x: Tensor) -> float:
     """Euclidean; infinite where the squares overflow."""
+    x = x.detach()
     if x.dtype == torch.float32 and x.is_contiguous():
         flat = x.view(-1)
         return math.sqrt(torch.dot(flat, flat))  # half the time of what follows
     return torch.linalg.vector_norm(x, dtype=torch.float32).item()
 
 
+class _Function(torch.autograd.Function):
+    """A `Kernel`, q, k, v and the additive mask -> (out, lse)."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
+        out, lse = kernel.forward(q, k, v, mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.kernel = kernel
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * 5
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = ctx.kernel.again(q, k, v, mask, (out, lse, dout), list(ctx.needs_input_grad[1:4]))
+        else:
+            with torch.autocast("cpu", enabled=False):
+                grads = ctx.kernel.backward(q, k, v, mask, out, lse, dout)
+        return None, *grads, None
+
+
+# `Function.apply` binds default arguments in Python at every call; the method below it does the same work without.
+_apply = super(torch.autograd.Function, _Function).apply
+
+
 def attention(p: Problem) -> tuple[Tensor, None]:
-    """out by torch's op, differentiable once by its own backward; it returns no log-sum-exp."""
-    if p.ragged is not None:
-        return _attention_each(p), None
+    """out; torch's kernel returns no log-sum-exp."""
+    if p.q.device.type == "cpu":
+        out = Kernel(p)(p.q, p.k, p.v, additive_mask(p.mask, p.bias, p.q.dtype))
+        if out is None:
+            return autograd.attend(p, "tiled")[0], None
+        return out if out.stride() == p.q.stride() else p.in_order(out), None
+    causal = pieces(p)[0].causal  # type: ignore[index]  # why_not lets nothing else through
     scale: Any = p.scale  # a number: why_not refuses tensors
-    out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=not _full(p), scale=scale, enable_gqa=p.group > 1)
-    return out if out.stride() == p.q.stride() else p.in_order(out), None
-
-
-def _attention_each(p: Problem) -> Tensor:
-    """Of ragged sequences. They are split, because the derivative of one slice is as large as the whole."""
-    shapes = [one.shape for one, _ in p.sequences()]
-    rows, keys = ([x[side] for x in shapes] for side in range(2))
-    split = zip(p.q.split(rows, 2), p.k.split(keys, 2), p.v.split(keys, 2), strict=True)
-    outs = [p.empty_out()[:, :, :0]]
-    for (_, alone), (q, k, v) in zip(p.sequences(), split, strict=True):
-        own = alone.replace(q=q, k=k, v=v)
-        outs.append(torch.zeros_like(own.empty_out()) if own.empty else attention(own)[0])
-    return p.in_order(torch.cat(outs, 2))
+    out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=causal, scale=scale, enable_gqa=p.group > 1)
+    return p.in_order(out), None

@@ -214,7 +214,7 @@ class Problem:
         return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
     def replace(self, **changes: Any) -> Problem:
-        return Problem(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+        return Problem(**{name: getattr(self, name) for name in _FIELDS} | changes)
 
     def sequences(self) -> Iterator[tuple[Sequence, Problem]]:
         """Each of the ragged sequences, and the dense problem that it is, by views. Reads where they begin."""
@@ -288,6 +288,9 @@ class Problem:
     def in_order(self, out: Tensor) -> Tensor:
         """out (B, Hq, M, Dv) in v's dtype and q's memory order."""
         return ordered_like(out.to(self.v.dtype), self.q)
+
+
+_FIELDS = tuple(f.name for f in fields(Problem))
 
 
 def ordered_like(x: Tensor, like: Tensor) -> Tensor:

@@ -293,19 +293,13 @@ KERNELS = {
 @pytest.mark.parametrize("call", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("kernel", ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"))
 def test_torchs_choice_of_kernels(kernel: str, call: Callable) -> None:
-    """It may leave torch's function no kernel at all; ours is then computed by another backend."""
+    """It may leave torch's function no kernel at all; ours does not depend on it."""
     q = randn(1, 2, 7, 4)
     oracle, *_, plain = call(q.double()), *(call(q) for _ in range(4))  # some of which may be replayed
     with sdpa_kernel(getattr(SDPBackend, kernel)):
         got = call(q)
         within_budget("out", got, oracle, plain)
-        found = fused_attn.explain(q, q, q)
-        assert found.backend == ("sdpa" if kernel == "FLASH_ATTENTION" else "tiled")
-        if found.backend != "sdpa":
-            assert torch.equal(fused_attn.attention(q, q, q), fused_attn.attention(q, q, q, backend="tiled"))
-            with pytest.raises(fused_attn.BackendError, match="sdpa_kernel"):
-                fused_attn.attention(q, q, q, backend="sdpa")
-    assert fused_attn.explain(q, q, q).backend == "sdpa"
+        assert fused_attn.explain(q, q, q).backend == "sdpa"
 
 
 # --- torch.jit
