@@ -54,7 +54,7 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"it runs on cpu and cuda here, not on {device}")
     if p.q.dtype not in DTYPES:
         reasons.append(f"it runs in float16, bfloat16 and float32 here, not in {p.q.dtype}")
-    if isinstance(p.scale, float) and not math.isfinite(p.scale):
+    if isinstance(p.scale, float) and not abs(p.scale) < math.inf:
         reasons.append(f"it needs a finite scale, got {p.scale}")
     if p.v.shape[3] != p.q.shape[3]:
         reasons.append(f"with Dv = {p.v.shape[3]} and D = {p.q.shape[3]} it stores the whole score matrix")
@@ -240,12 +240,13 @@ class Kernel:
     def sound(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor) -> bool:
         """Whether out is right.
 
-        The kernel makes numbers of NaN and Inf scores, and leaves a NaN or a 0 in the log-sum-exp of such a row. A 0 is
-        also that of a row that the mask hides. A causal product reads values behind the diagonal, whose weight 0 does
-        not hide NaN.
+        The kernel makes numbers of NaN and Inf scores, and leaves NaN, Inf or 0 in the log-sum-exp of such a row. A 0
+        is also that of a row that the mask hides. A causal product reads values behind the diagonal, whose weight 0
+        does not hide NaN.
         """
-        least = torch.linalg.vector_norm(lse, -math.inf).item()
-        if not least > 0 and not (least == 0 and _finite_scores(q, k, mask, self.scale)):
+        if math.isnan((lse / lse).sum().item()) and not (
+            lse.isfinite().all() and _finite_scores(q, k, mask, self.scale)
+        ):
             return False
         return not self.causal or math.isfinite(_norm(v))
 

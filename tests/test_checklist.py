@@ -183,11 +183,7 @@ def test_line_7_bad_numbers_stay_bad(backend: str, name: str, bad: float, dtype:
     available(backend)
     x = dict(zip("qkv", (t.detach().to(dtype) for t in qkv(35, 70)), strict=True))
     x[name][0, 0, 20, 3] = bad
-    try:
-        out = attention(x["q"], x["k"], x["v"], backend=backend)
-    except fused_attn.BackendError as refusal:
-        assert backend == "sdpa" and "NaN or Inf" in str(refusal)
-        return
+    out = attention(x["q"], x["k"], x["v"], backend=backend)
     touched = {"q": (0, 0, 20), "k": (0, 0), "v": (0, 0, slice(None), 3)}[name]
     hit = ~out[touched].isfinite()
     assert hit.any() if (name, bad) == ("k", torch.inf) else hit.all()

@@ -384,7 +384,7 @@ BAD: dict[str, tuple[dict[str, Any], type, str]] = {
     "slopes": ({"alibi_slopes": torch.zeros(5, 2), "alignment": "top_left"}, ValueError, "alibi_slopes: expected"),
     "bias": ({"bias": torch.zeros(40, 71)}, ValueError, "bias: shape .* does not broadcast"),
     "mask": ({"mask": torch.ones(7, 1, 1, 70, dtype=torch.bool)}, ValueError, "mask: shape .* does not broadcast"),
-    "sdpa": ({"backend": "sdpa", "return_lse": True}, fused_attn.BackendError, "torch's op has no log-sum-exp"),
+    "sdpa": ({"backend": "sdpa", "return_lse": True}, fused_attn.BackendError, "torch's kernel has no log-sum-exp"),
     "hopper": ({"backend": "hopper"}, fused_attn.BackendError, "a ragged batch is not built"),
 }  # fmt: skip
 
