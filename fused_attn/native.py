@@ -361,6 +361,29 @@ class _Function(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Function).apply
 
 
+# The operator, which is what compilers see: its result cannot send anybody elsewhere, so it is mended inside.
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse) on the CPU, under no_grad."""
+    kernel, mask = Kernel(p), additive_mask(p.mask, p.bias, p.q.dtype)
+    out, lse = kernel.forward(p.q, p.k, p.v, mask)
+    if not kernel.sound(p.q, p.k, p.v, mask, lse):
+        return ops.launcher("tiled").forward(p)
+    return p.in_order(out), lse.contiguous()
+
+
+def backward(
+    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients that needs names: of q, k and v."""
+    if dlse is not None or not _largest(lse) <= LARGE:
+        tiled = ops.launcher("tiled")
+        return tiled.backward(p, *tiled.forward(p), dout, dlse, needs)
+    mask = additive_mask(p.mask, p.bias, p.q.dtype)
+    return dict(zip("qkv", Kernel(p).backward(p.q, p.k, p.v, mask, out, lse, dout), strict=True))
+
+
 def attention(p: Problem) -> tuple[Tensor, None]:
     """out; torch's kernel returns no log-sum-exp."""
     if p.q.device.type == "cpu":

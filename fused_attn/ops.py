@@ -26,6 +26,7 @@ from .spec import DIFFERENTIABLE, Dropout, Pattern, Problem, Ragged, Span, Stati
 LAUNCHERS = {
     "hopper": "fused_attn.launch.hopper",
     "triton": "fused_attn.launch.portable",
+    "sdpa": "fused_attn.native",
     "tiled": "fused_attn.tiled",
 }
 SEEING = LAUNCHERS | {"tiled": "fused_attn.statistics"}  # the same, of statistics and weights

@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "__main__": {"", "testing"},  # "" is the public surface
 }
 # ops finds these by name when an operator runs; that is the arrow drawn with a tilde.
-LOOKED_UP = {"ops": {"launch", "statistics", "tiled"}, "decode_ops": {"launch"}}
+LOOKED_UP = {"ops": {"launch", "native", "statistics", "tiled"}, "decode_ops": {"launch"}}
 
 
 def room(path: Path) -> str:
