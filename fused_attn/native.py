@@ -23,11 +23,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import autograd, ops
 from .checks import readable
-from .spec import Problem
+from .spec import Problem, Span
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGE = 256.0  # largest |log-sum-exp| whose rounding, 2**-16, the backward may put into a weight
 SMALL = 4096  # scores of a piece below which its call costs more than tiling them
+VECTOR = 16  # keys in a vector register of float32
+PADDED = 2**20  # scores of a problem from which its mask is searched for padding
+FULL = 0.9  # share of keys in sight above which leaving out the others gains less than it costs
 
 # The only private operators used: the public function keeps the log-sum-exp to itself.
 _forward = torch._scaled_dot_product_flash_attention_for_cpu
@@ -35,12 +38,23 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 class Piece(NamedTuple):
-    """One call of the kernel: rows of some sequences that see exactly these keys, or those up to their diagonal."""
+    """One call of the kernel: rows of some sequences that see exactly these keys, or those up to their diagonal.
+
+    read: keys and some behind them, hidden by a mask: the kernel takes twice as long where a vector of keys is not full.
+    """
 
     batch: slice
     rows: slice
     keys: slice
+    read: slice
     causal: bool
+
+    @property
+    def tail(self) -> int:
+        """How many keys are read that nothing but a mask hides."""
+        if self.causal and self.rows.stop - self.rows.start <= self.keys.stop - self.keys.start:
+            return 0
+        return self.read.stop - self.keys.stop
 
 
 ALL = slice(None)
@@ -130,7 +144,8 @@ def pieces(p: Problem) -> list[Piece] | None:
             own = pieces(alone)
             if own is None:
                 return None
-            found += [Piece(ALL, _within(x.rows, one.rows), _within(x.keys, one.keys), x.causal) for x in own]
+            total = p.k.shape[2]
+            found += [_piece(ALL, _within(x.rows, one.rows), _within(x.keys, one.keys), x.causal, total) for x in own]
         return found
     _, heads, m, n = p.shape
     span = p.span
@@ -187,7 +202,35 @@ def _pieces_of_run(p: Problem, batch: slice, rows: tuple[int, int], keys: tuple[
     ahead = None if span.right is None else top + span.right - first  # keys that the first row sees behind its first
     if ahead is not None and 0 < ahead < last - first - 1:
         return None
-    return [Piece(batch, slice(top, bottom), slice(first, last), ahead == 0 and last - first > 1)]
+    return [_piece(batch, slice(top, bottom), slice(first, last), ahead == 0 and last - first > 1, p.shape[3])]
+
+
+def _piece(batch: slice, rows: slice, keys: slice, causal: bool, total: int) -> Piece:
+    end = keys.stop + (keys.start - keys.stop) % VECTOR
+    return Piece(batch, rows, keys, slice(keys.start, end) if end <= total else keys, causal)
+
+
+def _padding(p: Problem) -> bool:
+    """Whether to search the mask for padding."""
+    mask, (b, heads, m, n) = p.mask, p.shape
+    if mask is None or mask.shape[1] > 1 or mask.shape[3] != n or p.ragged is not None:
+        return False
+    return b * heads * m * n >= PADDED and readable(mask)
+
+
+def trimmed(p: Problem) -> Problem:
+    """p, or, where its mask hides the same ends of the keys from every row of a sequence, the same with an interval in
+    its place: padding that is never computed. Reads the mask, where that costs little beside the scores."""
+    mask, n = p.mask, p.shape[3]
+    if mask is None or not _padding(p) or not torch.equal(mask[:, :, :1].expand_as(mask), mask):
+        return p
+    seen = mask[:, 0, 0].byte()
+    first, last, count = seen.argmax(1), n - seen.flip(1).argmax(1), seen.sum(1)
+    if count.sum() > FULL * seen.numel() or not torch.equal((last - first) * (count > 0), count):
+        return p
+    lo, hi = (x[:, None].int().expand(-1, p.shape[2]) for x in (first, first + count))
+    found = p.replace(mask=None, span=p.span & Span(lo=lo, hi=hi))
+    return p if pieces(found) is None else found
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -217,14 +260,15 @@ class Kernel:
     pieces: None, where one call does it all.
     """
 
-    __slots__ = ("causal", "pieces", "scale", "template")
+    __slots__ = ("causal", "peeks", "pieces", "scale", "template")
 
     def __init__(self, p: Problem) -> None:
         found = pieces(p)
         assert found is not None, "asked for what why_not refuses"
         covering = len(found) == 1 and p.ragged is None and found[0].batch == ALL and _covers(found[0], p)
         self.pieces = None if covering else found
-        self.causal = any(piece.causal for piece in found)
+        self.causal = found[0].causal if covering else False
+        self.peeks = any(piece.causal or piece.tail for piece in found)  # reads values that some row must not see
         self.scale = p.scale
         # For second derivatives; without q, k, v and the mask, which would live as long as this does.
         self.template = p.replace(q=None, k=None, v=None, mask=None, bias=None) if torch.is_grad_enabled() else None
@@ -241,14 +285,13 @@ class Kernel:
         """Whether out is right.
 
         The kernel makes numbers of NaN and Inf scores, and leaves NaN, Inf or 0 in the log-sum-exp of such a row. A 0
-        is also that of a row that the mask hides. A causal product reads values behind the diagonal, whose weight 0
-        does not hide NaN.
+        is also that of a row that the mask hides. A weight of 0 does not hide NaN in a value.
         """
         if math.isnan((lse / lse).sum().item()) and not (
             lse.isfinite().all() and _finite_scores(q, k, mask, self.scale)
         ):
             return False
-        return not self.causal or math.isfinite(_norm(v))
+        return not self.peeks or math.isfinite(_norm(v))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """out, in q's memory order, and lse (B, Hq, M)."""
@@ -256,8 +299,8 @@ class Kernel:
             return _call(q, k, v, mask, self.causal, self.scale)
         out, lse = torch.zeros_like(q), q.new_ones(q.shape[:3], dtype=torch.float32)
         for piece in self.pieces:
-            own, row = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.keys)
-            out[own], lse[own] = _call(q[own], k[row], v[row], _part(mask, piece), piece.causal, self.scale)
+            own, read = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.read)
+            out[own], lse[own] = _call(q[own], k[read], v[read], _part(mask, piece, q), piece.causal, self.scale)
         return out, lse
 
     def backward(
@@ -268,11 +311,13 @@ class Kernel:
             return _backward(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=mask, scale=self.scale)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for piece in self.pieces:
-            own, row = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.keys)
-            dq[own], dk[row], dv[row] = _backward(
-                dout[own], q[own], k[row], v[row], out[own], lse[own], 0.0, piece.causal,
-                attn_mask=_part(mask, piece), scale=self.scale,
+            own, read = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.read)
+            keys, count = (piece.batch, ALL, piece.keys), piece.keys.stop - piece.keys.start
+            dq[own], key_grads, value_grads = _backward(
+                dout[own], q[own], k[read], v[read], out[own], lse[own], 0.0, piece.causal,
+                attn_mask=_part(mask, piece, q), scale=self.scale,
             )  # fmt: skip
+            dk[keys], dv[keys] = key_grads[:, :, :count], value_grads[:, :, :count]
         return dq, dk, dv
 
     def again(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, results: Any, needs: list[bool]) -> Any:
@@ -284,7 +329,8 @@ class Kernel:
 
 def repeats(p: Problem) -> bool:
     """Whether one Kernel serves every problem that differs from p in the contents of its tensors alone."""
-    return p.q.device.type == "cpu" and p.ragged is None and p.span.lo is None and p.span.hi is None
+    fixed = p.ragged is None and p.span.lo is None and p.span.hi is None
+    return p.q.device.type == "cpu" and fixed and not _padding(p)
 
 
 def _covers(piece: Piece, p: Problem) -> bool:
@@ -293,13 +339,16 @@ def _covers(piece: Piece, p: Problem) -> bool:
     return piece.rows == slice(0, m) and piece.keys == slice(0, n)
 
 
-def _part(mask: Tensor | None, piece: Piece) -> Tensor | None:
-    if mask is None:
-        return None
-    batch, _, rows, keys = (
-        x if size > 1 else ALL for x, size in zip((piece.batch, ALL, piece.rows, piece.keys), mask.shape, strict=True)
-    )
-    return mask[batch, :, rows, keys]
+def _part(mask: Tensor | None, piece: Piece, q: Tensor) -> Tensor | None:
+    """The additive mask of a piece."""
+    if mask is not None:
+        places = zip((piece.batch, ALL, piece.rows, piece.read), mask.shape, strict=True)
+        mask = mask[tuple(place if size > 1 else ALL for place, size in places)]
+    if not piece.tail:
+        return mask
+    hidden = q.new_zeros(1, 1, 1, piece.read.stop - piece.read.start)
+    hidden[..., -piece.tail :] = -math.inf
+    return hidden if mask is None else mask + hidden
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -366,6 +415,7 @@ _apply = super(torch.autograd.Function, _Function).apply
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) on the CPU, under no_grad."""
+    p = trimmed(p)
     kernel, mask = Kernel(p), additive_mask(p.mask, p.bias, p.q.dtype)
     out, lse = kernel.forward(p.q, p.k, p.v, mask)
     if not kernel.sound(p.q, p.k, p.v, mask, lse):
@@ -380,6 +430,7 @@ def backward(
     if dlse is not None or not _largest(lse) <= LARGE:
         tiled = ops.launcher("tiled")
         return tiled.backward(p, *tiled.forward(p), dout, dlse, needs)
+    p = trimmed(p)
     mask = additive_mask(p.mask, p.bias, p.q.dtype)
     return dict(zip("qkv", Kernel(p).backward(p.q, p.k, p.v, mask, out, lse, dout), strict=True))
 
@@ -387,6 +438,7 @@ def backward(
 def attention(p: Problem) -> tuple[Tensor, None]:
     """out; torch's kernel returns no log-sum-exp."""
     if p.q.device.type == "cpu":
+        p = trimmed(p)
         out = Kernel(p)(p.q, p.k, p.v, additive_mask(p.mask, p.bias, p.q.dtype))
         if out is None:
             return autograd.attend(p, "tiled")[0], None
