@@ -45,12 +45,10 @@ def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: s
     """Every reason why a backend cannot run p; by_name, when it was asked for explicitly; task: one of TASKS."""
     if task and name not in BESIDE:
         return [f"it {TASKS[task]}"]
-    if name in PLAIN:
-        reasons = PLAIN[name].why_not(p)
-    else:
-        reasons = ops.launcher(name).why_not(p)
     if transform and (task or name not in ("tiled", "reference")):
-        reasons = [*reasons, f"{transform} is not built for {task or 'it'}"]
+        # Alone, because what else there is may want to read tensors, which now stand for others.
+        return [f"{transform} is not built for {task or 'it'}"]
+    reasons = PLAIN[name].why_not(p) if name in PLAIN else ops.launcher(name).why_not(p)
     if name == "hopper" and not by_name and not reasons:
         reasons = ops.launcher(name).unproven(p)
     if name == "triton" and not by_name and p.q.device.type == "cpu":

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import autograd, ops
 from .checks import readable
-from .spec import Problem, Span
+from .spec import Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGE = 256.0  # largest |log-sum-exp| whose rounding, 2**-16, the backward may put into a weight
@@ -40,7 +40,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 class Piece(NamedTuple):
     """One call of the kernel: rows of some sequences that see exactly these keys, or those up to their diagonal.
 
-    read: keys and some behind them, hidden by a mask: the kernel takes twice as long where a vector of keys is not full.
+    read: keys and some behind them, hidden by a mask: the kernel is slow where the last vector of keys is not full.
     """
 
     batch: slice
@@ -173,10 +173,10 @@ def _runs(p: Problem) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
     given = [x for x in (span.lo, span.hi) if x is not None]
     batch = max(map(len, given))
     lo, hi = (
-        torch.full((batch, m), value, dtype=torch.int32) if x is None else x.expand(batch, m)
+        p.q.new_full((batch, m), value, dtype=torch.int32) if x is None else x.expand(batch, m)
         for x, value in ((span.lo, 0), (span.hi, n))
     )
-    starts = torch.ones(batch, m, dtype=torch.bool)
+    starts = torch.ones_like(lo, dtype=torch.bool)
     starts[:, 1:] = (lo[:, 1:] != lo[:, :-1]) | (hi[:, 1:] != hi[:, :-1])
     where = starts.nonzero()
     begins = where.tolist()
@@ -210,27 +210,37 @@ def _piece(batch: slice, rows: slice, keys: slice, causal: bool, total: int) -> 
     return Piece(batch, rows, keys, slice(keys.start, end) if end <= total else keys, causal)
 
 
-def _padding(p: Problem) -> bool:
-    """Whether to search the mask for padding."""
+def _searched(p: Problem) -> bool:
+    """Whether to look in the mask for padding, keys at either end that no row of a sequence sees."""
     mask, (b, heads, m, n) = p.mask, p.shape
     if mask is None or mask.shape[1] > 1 or mask.shape[3] != n or p.ragged is not None:
         return False
-    return b * heads * m * n >= PADDED and readable(mask)
+    return p.span.lo is None and p.span.hi is None and b * heads * m * n >= PADDED and readable(mask)
 
 
-def trimmed(p: Problem) -> Problem:
-    """p, or, where its mask hides the same ends of the keys from every row of a sequence, the same with an interval in
-    its place: padding that is never computed. Reads the mask, where that costs little beside the scores."""
+def unpadded(p: Problem) -> list[Piece] | None:
+    """The pieces of a problem whose mask is padding, which are then computed without it; None: compute all of it.
+
+    Reads the mask, which has no heads here: that costs little beside the scores.
+    """
     mask, n = p.mask, p.shape[3]
-    if mask is None or not _padding(p) or not torch.equal(mask[:, :, :1].expand_as(mask), mask):
-        return p
+    if mask is None or not _searched(p) or not torch.equal(mask[:, :, :1].expand_as(mask), mask):
+        return None
     seen = mask[:, 0, 0].byte()
-    first, last, count = seen.argmax(1), n - seen.flip(1).argmax(1), seen.sum(1)
-    if count.sum() > FULL * seen.numel() or not torch.equal((last - first) * (count > 0), count):
-        return p
-    lo, hi = (x[:, None].int().expand(-1, p.shape[2]) for x in (first, first + count))
-    found = p.replace(mask=None, span=p.span & Span(lo=lo, hi=hi))
-    return p if pieces(found) is None else found
+    count = seen.sum(1).tolist()
+    if sum(count) > FULL * seen.numel():
+        return None
+    first, last = seen.argmax(1).tolist(), [n - x for x in seen.flip(1).argmax(1).tolist()]
+    if any(c and c != z - a for c, a, z in zip(count, first, last, strict=True)):
+        return None
+    whole = [ALL] if len(count) == 1 else [slice(x, x + 1) for x in range(len(count))]
+    found: list[Piece] = []
+    for batch, begin, keys in zip(whole, first, count, strict=True):
+        own = _pieces_of_run(p, batch, (0, p.shape[2]), (begin, begin + keys))
+        if own is None:
+            return None
+        found += own
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -240,18 +250,9 @@ def additive_mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) 
     """A bool mask and a bias as the one tensor that is added to the scores."""
     if mask is None:
         return bias
-    return torch.where(mask, *_allowed(dtype)) if bias is None else torch.where(mask, bias, -math.inf)
-
-
-_VALUES: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-
-
-def _allowed(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """0 and -inf."""
-    if dtype not in _VALUES:
-        with torch.inference_mode(False):
-            _VALUES[dtype] = torch.zeros((), dtype=dtype), torch.full((), -math.inf, dtype=dtype)
-    return _VALUES[dtype]
+    if bias is not None:
+        return torch.where(mask, bias, -math.inf)
+    return torch.where(mask, mask.new_zeros((), dtype=dtype), -math.inf)
 
 
 class Kernel:
@@ -260,18 +261,27 @@ class Kernel:
     pieces: None, where one call does it all.
     """
 
-    __slots__ = ("causal", "peeks", "pieces", "scale", "template")
+    __slots__ = ("causal", "peeks", "pieces", "scale", "template", "unpadded")
 
     def __init__(self, p: Problem) -> None:
-        found = pieces(p)
+        found = unpadded(p)
+        self.unpadded = found is not None
+        found = pieces(p) if found is None else found
         assert found is not None, "asked for what why_not refuses"
         covering = len(found) == 1 and p.ragged is None and found[0].batch == ALL and _covers(found[0], p)
         self.pieces = None if covering else found
         self.causal = found[0].causal if covering else False
         self.peeks = any(piece.causal or piece.tail for piece in found)  # reads values that some row must not see
         self.scale = p.scale
-        # For second derivatives; without q, k, v and the mask, which would live as long as this does.
-        self.template = p.replace(q=None, k=None, v=None, mask=None, bias=None) if torch.is_grad_enabled() else None
+        self.template = None
+        if torch.is_grad_enabled():
+            # For second derivatives; without q, k, v and the mask, which would live as long as this does.
+            seen = p.mask[:, :, :1].clone() if self.unpadded and p.mask is not None else None
+            self.template = p.replace(q=None, k=None, v=None, mask=seen, bias=None)
+
+    def additive(self, p: Problem) -> Tensor | None:
+        """What is left to add to the scores of p."""
+        return additive_mask(None if self.unpadded else p.mask, p.bias, p.q.dtype)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
         """out, with a derivative where one is wanted; None: torch's kernel gets it wrong."""
@@ -297,11 +307,28 @@ class Kernel:
         """out, in q's memory order, and lse (B, Hq, M)."""
         if self.pieces is None:
             return _call(q, k, v, mask, self.causal, self.scale)
-        out, lse = torch.zeros_like(q), q.new_ones(q.shape[:3], dtype=torch.float32)
+        found = []
         for piece in self.pieces:
-            own, read = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.read)
-            out[own], lse[own] = _call(q[own], k[read], v[read], _part(mask, piece, q), piece.causal, self.scale)
+            own, read = q[piece.batch, :, piece.rows], (piece.batch, ALL, piece.read)
+            found.append(_call(own, k[read], v[read], _part(mask, piece, q), piece.causal, self.scale))
+        dim = self._joined(q.shape)
+        if dim is not None:
+            outs, lses = zip(*found, strict=True)
+            return torch.cat(outs, dim), torch.cat(lses, dim)
+        out, lse = torch.zeros_like(q), q.new_ones(q.shape[:3], dtype=torch.float32)
+        for piece, results in zip(self.pieces, found, strict=True):
+            own = piece.batch, ALL, piece.rows
+            out[own], lse[own] = results
         return out, lse
+
+    def _joined(self, shape: tuple[int, ...]) -> int | None:
+        """The dim along which the pieces, one after another, are the whole; None: there is no such."""
+        found = self.pieces or []
+        ends = [0, *(x.rows.stop for x in found)]
+        if found and all(x.batch == ALL and x.rows.start == end for x, end in zip(found, ends, strict=False)):
+            return 2 if ends[-1] == shape[2] else None
+        whole = len(found) == shape[0] and all(x.rows == slice(0, shape[2]) for x in found)
+        return 0 if whole and all(x.batch == slice(i, i + 1) for i, x in enumerate(found)) else None
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor
@@ -324,13 +351,14 @@ class Kernel:
         """dq, dk and dv as functions that can be differentiated again; results: out, lse and dout."""
         p = self.template.replace(q=q, k=k, v=v, bias=mask)
         wanted = [*needs, *[False] * (len(ops.DIFFERENTIABLE) - len(needs))]
-        return autograd.differentiable(ops.flatten(p, "tiled"), *results, None, wanted)[: len(needs)]
+        out, lse, dout = results
+        return autograd.differentiable(ops.flatten(p, "tiled"), (out, lse, lse), dout, None, wanted)[: len(needs)]
 
 
 def repeats(p: Problem) -> bool:
     """Whether one Kernel serves every problem that differs from p in the contents of its tensors alone."""
     fixed = p.ragged is None and p.span.lo is None and p.span.hi is None
-    return p.q.device.type == "cpu" and fixed and not _padding(p)
+    return p.q.device.type == "cpu" and fixed and not _searched(p)
 
 
 def _covers(piece: Piece, p: Problem) -> bool:
@@ -413,33 +441,36 @@ _apply = super(torch.autograd.Function, _Function).apply
 # The operator, which is what compilers see: its result cannot send anybody elsewhere, so it is mended inside.
 
 
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse) on the CPU, under no_grad."""
-    p = trimmed(p)
-    kernel, mask = Kernel(p), additive_mask(p.mask, p.bias, p.q.dtype)
+def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, peak, log_sum) on the CPU, under no_grad; torch's kernel knows no parts, so its log_sum is 0."""
+    kernel = Kernel(p)
+    mask = kernel.additive(p)
     out, lse = kernel.forward(p.q, p.k, p.v, mask)
     if not kernel.sound(p.q, p.k, p.v, mask, lse):
         return ops.launcher("tiled").forward(p)
-    return p.in_order(out), lse.contiguous()
+    lse = lse.contiguous()
+    return p.in_order(out), lse, lse.clone(), torch.zeros_like(lse)
 
 
 def backward(
-    p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
+    p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients that needs names: of q, k and v."""
+    lse = peak + log_sum
     if dlse is not None or not _largest(lse) <= LARGE:
         tiled = ops.launcher("tiled")
-        return tiled.backward(p, *tiled.forward(p), dout, dlse, needs)
-    p = trimmed(p)
-    mask = additive_mask(p.mask, p.bias, p.q.dtype)
-    return dict(zip("qkv", Kernel(p).backward(p.q, p.k, p.v, mask, out, lse, dout), strict=True))
+        out, _, *parts = tiled.forward(p)
+        return tiled.backward(p, out, *parts, dout, dlse, needs)
+    kernel = Kernel(p)
+    grads = kernel.backward(p.q, p.k, p.v, kernel.additive(p), out, lse, dout)
+    return dict(zip("qkv", grads, strict=True))
 
 
 def attention(p: Problem) -> tuple[Tensor, None]:
     """out; torch's kernel returns no log-sum-exp."""
     if p.q.device.type == "cpu":
-        p = trimmed(p)
-        out = Kernel(p)(p.q, p.k, p.v, additive_mask(p.mask, p.bias, p.q.dtype))
+        kernel = Kernel(p)
+        out = kernel(p.q, p.k, p.v, kernel.additive(p))
         if out is None:
             return autograd.attend(p, "tiled")[0], None
         return out if out.stride() == p.q.stride() else p.in_order(out), None

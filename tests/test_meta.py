@@ -175,7 +175,9 @@ def test_explain() -> None:
     with FakeTensorMode():
         q = torch.empty(2, 4, 5, 8)
         found = fused_attn.explain(q, q, q)
-    assert found.backend == "tiled" and "tracing" in found.reasons["sdpa"][0]
+        lengths = fused_attn.explain(q, q, q, mask=fused_attn.Mask.lengths(torch.tensor([2, 5])))
+    assert found.backend == "sdpa"
+    assert lengths.backend == "tiled" and "tracing" in lengths.reasons["sdpa"][0]
 
 
 @pytest.mark.parametrize("device", ("cpu", "meta"))
