@@ -206,8 +206,11 @@ def _pieces_of_run(p: Problem, batch: slice, rows: tuple[int, int], keys: tuple[
 
 
 def _piece(batch: slice, rows: slice, keys: slice, causal: bool, total: int) -> Piece:
-    end = keys.stop + (keys.start - keys.stop) % VECTOR
-    return Piece(batch, rows, keys, slice(keys.start, end) if end <= total else keys, causal)
+    read = keys
+    if keys.stop != total:
+        end = keys.stop + (keys.start - keys.stop) % VECTOR
+        read = slice(keys.start, end) if end <= total else keys
+    return Piece(batch, rows, keys, read, causal)
 
 
 def _searched(p: Problem) -> bool:
