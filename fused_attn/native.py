@@ -91,18 +91,23 @@ def _modifiers(p: Problem) -> list[tuple[str, bool]]:
 
 
 def _why_not_on_cpu(p: Problem) -> list[str]:
-    reasons = []
     if p.bias is not None and p.bias.requires_grad and torch.is_grad_enabled():
-        reasons.append("torch's kernel has no gradient to a bias")
+        return ["torch's kernel has no gradient to a bias"]
     if p.empty:
-        reasons.append("with no scores to compute it does not say what it returns")
-    elif (p.span.lo is not None or p.span.hi is not None or p.ragged is not None) and not readable(p.q):
-        reasons.append("lengths and sequence starts cannot be read while tracing")
-    elif (found := pieces(p)) is None:
-        reasons.append("it knows only full score matrices and causal ones from the top left")
-    elif isinstance(p.scale, float) and p.scale <= 0 and any(piece.causal for piece in found):
-        reasons.append(f"with a causal mask it needs a positive scale, got {p.scale}")
-    return reasons
+        return ["with no scores to compute it does not say what it returns"]
+    if p.span.lo is None and p.span.hi is None and p.ragged is None:
+        shape = _shape_of_run(p, (0, p.shape[2]), (0, p.shape[3]))
+        known, causal = shape is not None, shape is not None and shape[1]
+    elif not readable(p.q):
+        return ["lengths and sequence starts cannot be read while tracing"]
+    else:
+        found = pieces(p)
+        known, causal = found is not None, any(piece.causal for piece in found or ())
+    if not known:
+        return ["it knows only full score matrices and causal ones from the top left"]
+    if causal and isinstance(p.scale, float) and not p.scale > 0:
+        return [f"with a causal mask it needs a positive scale, got {p.scale}"]
+    return []
 
 
 def _why_not_on_cuda(p: Problem) -> list[str]:
@@ -190,19 +195,32 @@ def _runs(p: Problem) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
     ]
 
 
-def _pieces_of_run(p: Problem, batch: slice, rows: tuple[int, int], keys: tuple[int, int]) -> list[Piece] | None:
-    """The piece, or none, of rows that see these keys as far as the numbers of the span allow; None: it is not one."""
+def _shape_of_run(p: Problem, rows: tuple[int, int], keys: tuple[int, int]) -> tuple[int, bool] | None:
+    """Of rows that see these keys as far as the numbers of the span allow: the first one that sees any, and whether
+    they see a triangle and not all. None: it is neither."""
     (top, bottom), (first, last), span = rows, keys, p.span
     if span.right is not None and span.right + top < first:
-        top = min(bottom, first - span.right)  # the rows above see nothing
-    if bottom <= top or last <= first:
-        return []
+        top = min(bottom, first - span.right)
     if span.left is not None and (span.sinks or bottom - 1 + span.left > first):
         return None
-    ahead = None if span.right is None else top + span.right - first  # keys that the first row sees behind its first
-    if ahead is not None and 0 < ahead < last - first - 1:
+    if span.right is None:
+        return top, False
+    ahead = top + span.right - first  # keys that the first row sees beside its first
+    if ahead >= last - first - 1:
+        return top, False
+    return (top, True) if ahead == 0 else None
+
+
+def _pieces_of_run(p: Problem, batch: slice, rows: tuple[int, int], keys: tuple[int, int]) -> list[Piece] | None:
+    """The piece of such rows, or none where they see nothing; None: it is not one."""
+    (top, bottom), (first, last) = rows, keys
+    if bottom <= top or last <= first:
+        return []
+    shape = _shape_of_run(p, rows, keys)
+    if shape is None:
         return None
-    return [_piece(batch, slice(top, bottom), slice(first, last), ahead == 0 and last - first > 1, p.shape[3])]
+    top, causal = shape
+    return [_piece(batch, slice(top, bottom), slice(first, last), causal, p.shape[3])] if top < bottom else []
 
 
 def _piece(batch: slice, rows: slice, keys: slice, causal: bool, total: int) -> Piece:
@@ -477,7 +495,8 @@ def attention(p: Problem) -> tuple[Tensor, None]:
         if out is None:
             return autograd.attend(p, "tiled")[0], None
         return out if out.stride() == p.q.stride() else p.in_order(out), None
-    causal = pieces(p)[0].causal  # type: ignore[index]  # why_not lets nothing else through
+    shape = _shape_of_run(p, (0, p.shape[2]), (0, p.shape[3]))
+    causal = shape is not None and shape[1]
     scale: Any = p.scale  # a number: why_not refuses tensors
     out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=causal, scale=scale, enable_gqa=p.group > 1)
     return p.in_order(out), None
