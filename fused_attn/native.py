@@ -121,7 +121,7 @@ def _why_not_on_cuda(p: Problem) -> list[str]:
     elif (
         p.span.lo is not None
         or p.span.hi is not None
-        or _pieces_of_run(p, ALL, (0, p.shape[2]), (0, p.shape[3])) is None
+        or _shape_of_run(p, (0, p.shape[2]), (0, p.shape[3])) not in ((0, False), (0, True))
     ):
         reasons.append("it knows only the full score matrix and the causal one from the top left")
     if isinstance(p.scale, float) and not p.scale > 0:
@@ -431,13 +431,13 @@ def _norm(x: Tensor) -> float:
 
 
 class _Function(torch.autograd.Function):
-    """A `Kernel`, q, k, v and the additive mask -> (out, lse)."""
+    """A `Kernel`, q, k, v and the additive mask -> (out, lse). An out that was changed in place is computed again."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
         out, lse = kernel.forward(q, k, v, mask)
-        ctx.save_for_backward(q, k, v, mask, out, lse)
-        ctx.kernel = kernel
+        ctx.save_for_backward(q, k, v, mask, out.data, lse)
+        ctx.kernel, ctx.version = kernel, autograd.Version(out)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -446,12 +446,13 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * 5
-        q, k, v, mask, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grads = ctx.kernel.again(q, k, v, mask, (out, lse, dout), list(ctx.needs_input_grad[1:4]))
+        *given, out, lse = ctx.saved_tensors
+        if autograd.by_operations(dout, None):
+            grads = ctx.kernel.again(*given, (out, lse, dout), list(ctx.needs_input_grad[1:4]))
         else:
             with torch.autocast("cpu", enabled=False):
-                grads = ctx.kernel.backward(q, k, v, mask, out, lse, dout)
+                out = ctx.kernel.forward(*given)[0] if ctx.version.changed() else out
+                grads = ctx.kernel.backward(*given, out, lse, dout)
         return None, *grads, None
 
 
