@@ -341,8 +341,6 @@ MUTANTS = (
     Mutant((38,), "mask and is_causal together pass", "fused_attn/api.py",
            'if as_bool("is_causal", is_causal) and attn_mask is not None:', "if False:",
            ("test_errors.py", "test_sdpa and mask and causal")),
-    Mutant((38,), "kernels that sdpa_kernel disables are called", "fused_attn/native.py",
-           "if _disabled(device):", "if False:", ("test_compat.py", "choice_of_kernels and MATH and attention")),
     Mutant((43,), "meta is asked for its autocast", "fused_attn/bind.py",
            "return torch.amp.is_autocast_available(device) and", "return", ("test_meta.py", "backward_under_autocast")),
     Mutant((43,), "a fake tensor is asked for its address", "fused_attn/launch/hopper.py",
