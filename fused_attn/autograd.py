@@ -1,7 +1,7 @@
 """Derivatives of the operators: one Function for eager mode, and the same formula registered for compilers.
 
 What is saved for backward: the inputs, out, and the row maximum and the log of the sum apart, through
-`save_for_backward` alone, so that hooks can move them.
+`save_for_backward` alone, so that hooks can move them. An out that was changed in place is computed again.
 A backend that can also be written in plain autograd (it has `attention`) can be differentiated again; the others say
 that they cannot.
 """
@@ -40,20 +40,33 @@ def _wants(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad
 
 
+class Version:
+    """The version of a tensor, without its memory, so that hooks may move that while in-place changes are noticed."""
+
+    __slots__ = ("_counter", "_first")
+
+    def __init__(self, x: Tensor) -> None:
+        self._counter = x.detach()
+        if torch._C._len_torch_dispatch_stack() == 0:  # modes that trace do not know how to
+            self._counter.data = x.new_empty(0)  # other memory under the same counter
+        self._first = x._version
+
+    def changed(self) -> bool:
+        return self._counter._version != self._first
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, _, *normaliser = output
     ctx.mark_non_differentiable(*normaliser)
-    ctx.save_for_backward(*inputs[: ops.TENSORS], out, *normaliser)
-    ctx.settings = inputs[ops.TENSORS :]
+    ctx.save_for_backward(*inputs[: ops.TENSORS], out.data, *normaliser)
+    ctx.settings, ctx.version = inputs[ops.TENSORS :], Version(out)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, ctx.saved_tensors, dout, dlse)
-
-
-def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, peak, log_sum = saved
+    *tensors, out, peak, log_sum = ctx.saved_tensors
+    if ctx.version.changed():
+        out, _, peak, log_sum = _forward(*tensors, *ctx.settings)
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
     absent = (None,) * (len(tensors) + len(ctx.settings) - len(DIFFERENTIABLE))
     if dout is None and dlse is None:
@@ -95,25 +108,8 @@ def differentiable(
     return _Once.apply(backend, *args, *saved, dout, dlse, needs)
 
 
-class Version:
-    """The version of a tensor, without its memory, so that hooks may move that while in-place changes are noticed."""
-
-    __slots__ = ("_counter", "_first")
-
-    def __init__(self, x: Tensor) -> None:
-        self._counter = x.detach()
-        self._counter.data = x.new_empty(0)  # other memory under the same counter
-        self._first = x._version
-
-    def changed(self) -> bool:
-        return self._counter._version != self._first
-
-
 class Attention(torch.autograd.Function):
-    """Flat arguments of `ops.flatten` -> what the operator returns.
-
-    An out that was changed in place is computed again for the backward.
-    """
+    """Flat arguments of `ops.flatten` -> what the operator returns."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,23 +117,13 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        out, *others = output
-        ctx.version, ctx.context = Version(out), copy_context()
-        _setup_context(ctx, inputs, (out.data, *others))
+        _setup_context(ctx, inputs, output)
+        ctx.context = copy_context()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         # On a GPU autograd has a thread of its own, which a scoped configuration would not reach.
-        return ctx.context.copy().run(Attention._backward, ctx, dout, dlse)
-
-    @staticmethod
-    def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if ctx.version.changed():
-            tensors = saved[: ops.TENSORS]
-            out, _, *normaliser = _forward(*tensors, *ctx.settings)
-            saved = (*tensors, out, *normaliser)
-        return _gradients(ctx, saved, dout, dlse)
+        return ctx.context.copy().run(_backward, ctx, dout, dlse)
 
 
 class _Once(torch.autograd.Function):

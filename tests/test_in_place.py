@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from fused_attn import attention, attention_varlen, scaled_dot_product_attention
 from fused_attn.compat import flash_attn
@@ -92,6 +94,33 @@ def test_changes(change: str, create_graph: bool) -> None:
     )
     torch.testing.assert_close(first, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning", "ignore::DeprecationWarning")
+def test_compiled() -> None:
+    """A compiler traces the second forward where it sees the change, and none where there is none."""
+    x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def in_place(x: Tensor) -> Tensor:
+        out: Any = attention(x, x, x, softcap=3.0, backend="tiled")
+        out += residual(out)
+        return out.sin().sum()
+
+    def out_of_place(x: Tensor) -> Tensor:
+        out: Any = attention(x, x, x, softcap=3.0, backend="tiled")
+        return (out + residual(out)).sin().sum()
+
+    (expected,) = torch.autograd.grad(out_of_place(x), x)
+    for call, forwards in ((in_place, 2), (out_of_place, 1)):
+        graphs: list[str] = []
+
+        def note(graph: Any, _: Any, graphs: list[str] = graphs) -> Any:
+            graphs.append(graph.print_readable(print_output=False))
+            return make_boxed_func(graph.forward)
+
+        compiled = torch.compile(call, backend=aot_autograd(fw_compiler=note), fullgraph=True)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
+        assert sum(x.count("ops.fused_attn.forward.default") for x in graphs) == forwards
 
 
 def test_lse_may_change_too() -> None:
