@@ -240,6 +240,7 @@ def test_an_argument_of_a_compiled_function(name: str) -> None:
     torch.testing.assert_close(torch.compile(f, backend="aot_eager", fullgraph=True)(x, mask), f(x, mask))
 
 
+@pytest.mark.filterwarnings("ignore:.*searchsorted:UserWarning", "ignore:There is a performance drop:UserWarning")
 def test_ids_and_lengths_under_vmap() -> None:
     """There, too, ids cannot be looked at."""
     x, ids, kv = torch.randn(2, 2, 6, 4), torch.cat((FIRST, SECOND)), lengths(2, 6)
