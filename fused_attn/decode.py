@@ -12,7 +12,8 @@ from . import decode_ops, dispatch, keywords
 from .bind import autocasts, bind, no_autocast
 from .cached import Cache, Decode, Rotary
 from .checks import as_bool, as_int, check_parameter, describe
-from .spec import DTYPES, Problem
+from .spec import DTYPES, Problem, TransformError
+from .transforms import forward_mode
 
 
 @keywords.closed
@@ -287,8 +288,10 @@ def _splits(given: Any, batch_invariant: bool) -> int:
 
 
 def _check_no_gradient(**tensors: Any) -> None:
-    if not torch.is_grad_enabled():
-        return
     for name, x in tensors.items():
-        if isinstance(x, Tensor) and x.requires_grad:
+        if isinstance(x, Tensor) and forward_mode(x):
+            raise TransformError(
+                f"{name}: decoding has no forward-mode derivative; expected a tensor without a tangent"
+            )
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: decoding has no backward; expected a tensor that requires no grad; detach() it")

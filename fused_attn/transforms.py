@@ -26,11 +26,11 @@ def transform_of_cotangents(*cotangents: Tensor | None) -> str | None:
     return "is_grads_batched" if batched else transform_of(given)
 
 
-def forward_mode(*cotangents: Tensor | None) -> bool:
-    """Whether they may carry tangents; inside torch.func.jvp all of them may, beneath other wrappers too."""
+def forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether tensors may carry tangents; inside torch.func.jvp all of them may, beneath other wrappers too."""
     if forward_ad._current_level < 0:
         return False
-    return torch._C._are_functorch_transforms_active() or any(_tangent(x) for x in cotangents if x is not None)
+    return torch._C._are_functorch_transforms_active() or any(_tangent(x) for x in tensors if x is not None)
 
 
 def _tangent(x: Tensor) -> bool:

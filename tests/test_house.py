@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "cache": {"cached", "checks", "spec"},
     "cached": {"checks", "spec", "storage"},
     "decode_ops": {"cached", "reference", "state", "tiled"},
-    "decode": {"bind", "cached", "checks", "decode_ops", "dispatch", "keywords", "spec"},
+    "decode": {"bind", "cached", "checks", "decode_ops", "dispatch", "keywords", "spec", "transforms"},
     "seeing": {"checks", "keywords", "varlen", "api", "bind", "dispatch", "ops", "reference", "spec", "underived"},
     "recipes": {"scores", "spec"},
     "cases": {"bind", "recipes", "spec", "tiles"},

@@ -233,6 +233,19 @@ def test_forward_mode_is_right_or_refused(entry_point: Callable[..., Tensor], ba
     torch.testing.assert_close(tangent, numerical, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ("q", "k_cache", "v_cache", "k_new", "v_new", "sink", "alibi_slopes", "scale"))
+def test_forward_mode_of_decoding_is_refused(name: str) -> None:
+    shapes = {"q": 1, "k_cache": 5, "v_cache": 5, "k_new": 1, "v_new": 1}
+    given = {x: torch.ones(1, n, 2, 8) for x, n in shapes.items()}
+    given |= {"sink": torch.zeros(2), "alibi_slopes": torch.ones(2), "scale": torch.tensor(0.5)}
+    lengths = torch.tensor([3], dtype=torch.int32)
+    x = given[name]
+    with pytest.raises(fused_attn.TransformError), forward_ad.dual_level():
+        fused_attn.attention_decode(**given | {name: forward_ad.make_dual(x, x)}, cache_seqlens=lengths)
+    with pytest.raises(fused_attn.TransformError):
+        torch.func.jvp(lambda x: fused_attn.attention_decode(**given | {name: x}, cache_seqlens=lengths), (x,), (x,))
+
+
 # ------------------------------------------------------------------------------------- transforms of a call made before
 
 
