@@ -178,7 +178,7 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd"
     """Join attention over disjoint sets of keys: (out, lse) as if all keys had been seen at once. Differentiable.
 
     outs: tensors (B, H, M, Dv), or (B, M, H, Dv) with layout "bshd"; lses: as many (B, H, M), natural logs, computed
-    without a sink.
+    without a sink. The shares are as accurate as the lses: a float32 lse of 1e6 is known to 0.03.
 
     >>> import torch, fused_attn
     >>> q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))

@@ -65,13 +65,17 @@ def _decoding(expression: str) -> tuple[str, str]:
     return "test_decode.py", expression
 
 
+def _extreme(expression: str) -> tuple[str, str]:
+    return "test_extreme_scores.py", expression
+
+
 _launches = ("test_launches.py", "test_launches and not under")
 
 
 MUTANTS = (
     # 1-4: rows that see nothing, or nothing at first
     Mutant((1,), "a masked row's LSE is taken as it is in the backward", "kernels/backward.py",
-           'tl.where(found == float("-inf"), float("inf"), found)', "found",
+           'tl.where(log == float("-inf"), float("inf"), log * LOG2E)', "log * LOG2E",
            _checklist("line_1_ and triton and bias")),
     Mutant((1,), "a row without weight is divided by it", "fused_attn/tiled.py",
            "o.div_(total.masked_fill(total == 0, 1))", "o.div_(total)", _checklist("line_1_ and tiled")),
@@ -216,7 +220,7 @@ MUTANTS = (
     Mutant((9,), "sm_90: keys past the end are seen", "kernels/hopper_forward.py",
            "allowed = j < p.N\n", "allowed = j < p.N + 1\n", _hopper("test_forward and plain")),
     Mutant((9,), "sm_90: rows past the end get an LSE", "kernels/hopper_forward.py",
-           "mask=rows < p.M)", "mask=rows < p.M + 1)", _hopper("test_forward and plain")),
+           "log_sum, rows < p.M)", "log_sum, rows < p.M + 1)", _hopper("test_forward and plain")),
     Mutant((13,), "sm_90: the diagonal itself is hidden", "kernels/hopper_forward.py",
            "(j <= i + number(p.span.right))", "(j < i + number(p.span.right))", _hopper("test_forward and causal")),
     Mutant((19,), "sm_90: every query head reads the first keys", "kernels/hopper_forward.py",
@@ -521,6 +525,33 @@ MUTANTS = (
     Mutant((), "gpt: each character over a cache stands at the beginning", "examples/gpt.py",
            "else (len(memory), memory", "else (0, memory",
            ("test_examples.py", "the_same_with_a_cache")),
+    # The row maximum and the log of the sum stay apart
+    Mutant((), "tiled: maximum and log of the sum are subtracted as one", "fused_attn/work.py",
+           "torch.add(log_sum * -LOG2E, s.sub_(peak), alpha=LOG2E, out=s)", "s.sub_(peak + log_sum).mul_(LOG2E)",
+           _extreme("equal_logits and tiled")),
+    Mutant((), "triton: they are subtracted as one where the scale is folded", "kernels/backward.py",
+           "(s - peak) * (plane.own.scale * LOG2E) - log2_sum",
+           "(s - (peak + log2_sum / (plane.own.scale * LOG2E))) * (plane.own.scale * LOG2E)",
+           _extreme("equal_logits and triton")),
+    Mutant((), "triton: they are subtracted as one where it is not", "kernels/backward.py",
+           "(value(plane, s, t, m, n, TRANSPOSED) - peak) * LOG2E - log2_sum",
+           "(value(plane, s, t, m, n, TRANSPOSED) - (peak + log2_sum / LOG2E)) * LOG2E",
+           _extreme("filled_rows and triton")),
+    Mutant((), "triton: the sink's share is of products that are not scaled", "fused_attn/launch/portable.py",
+           "self.peak * self.p.scale if self._planes[0].folds.value else self.peak", "self.peak",
+           _extreme("sink and triton")),
+    Mutant((), "triton: a sink above the maximum is not in the log of the sum", "kernels/softmax.py",
+           "return out, c + log, peak, rise + log", "return out, c + log, peak, log", _extreme("sink and triton")),
+    Mutant((), "tiled: the sink is subtracted from the rounded sum", "fused_attn/tiled.py",
+           "p.sink.to(dtype)[:, None, None] - peak - log_sum", "p.sink.to(dtype)[:, None, None] - (peak + log_sum)",
+           _extreme("sink and tiled")),
+    Mutant((), "parts of a decode count alike", "kernels/combine.py",
+           "tl.sum(p * sums[None, :], 1)", "tl.sum(p, 1)", _extreme("parts")),
+    Mutant((), "sm_90: they are subtracted as one", "kernels/hopper_backward.py",
+           "    w = s - shared.peak.index(stage).load(COLUMN)[None, :]\n"
+           "    w = gl.exp2(w * p.factor - shared.log2_sum.index(stage).load(COLUMN)[None, :])",
+           "    w = shared.peak.index(stage).load(COLUMN) * p.factor + shared.log2_sum.index(stage).load(COLUMN)\n"
+           "    w = gl.exp2(s * p.factor - w[None, :])", _extreme("hopper")),
     # Caches: what is read of them, where a sequence is cut, and what comes of the parts
     Mutant((16, 37), "parts that nobody wrote are merged", "kernels/combine.py",
            "written = index < count", "written = index < PARTS", _decoding("test_parity and triton-3 and plain")),
