@@ -66,7 +66,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     *tensors, out, peak, log_sum = ctx.saved_tensors
     if ctx.version.changed():
-        out, _, peak, log_sum = _forward(*tensors, *ctx.settings)
+        out, _lse, peak, log_sum = _forward(*tensors, *ctx.settings)
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
     absent = (None,) * (len(tensors) + len(ctx.settings) - len(DIFFERENTIABLE))
     if dout is None and dlse is None:
