@@ -95,6 +95,8 @@ def _why_not_on_cpu(p: Problem) -> list[str]:
         return ["torch's kernel has no gradient to a bias"]
     if p.empty:
         return ["with no scores to compute it does not say what it returns"]
+    if any(x.stride(3) != 1 for x in (p.q, p.k, p.v)):
+        return ["torch's kernel reads the last dim of q, k and v as contiguous, whatever its stride"]
     if p.span.lo is None and p.span.hi is None and p.ragged is None:
         shape = _shape_of_run(p, (0, p.shape[2]), (0, p.shape[3]))
         known, causal = shape is not None, shape is not None and shape[1]

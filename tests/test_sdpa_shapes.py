@@ -106,3 +106,22 @@ def test_groups_of_heads(shapes: tuple) -> None:
     """key and value may have different numbers of heads, on every backend."""
     for backend in (None, "tiled", "reference"):
         agree(*(randn(*shape, seed=i) for i, shape in enumerate(shapes)), enable_gqa=True, backend=backend)
+
+
+@pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"attn_mask": randn(7, 18)[:, ::2] > -1}), ids=str)
+def test_strides(options: dict) -> None:
+    """Whatever lies in memory between the elements of the last dim; a kernel that reads past them returns garbage."""
+    q, k, v = randn(2, 4, 7, 8), randn(2, 4, 9, 8), randn(2, 4, 9, 8)
+    for strided in (
+        (q, k, randn(2, 4, 9, 16)[..., ::2]),
+        (q, randn(8, 9, 4, 2).permute(3, 2, 1, 0), v),
+        (randn(2, 4, 8, 7).mT, k, v),
+        (q, k, randn(2, 4, 9, 1).expand(2, 4, 9, 8)),
+    ):
+        plain = [x.contiguous() for x in strided]
+        oracle, theirs = (
+            F.scaled_dot_product_attention(*(x.to(dtype) for x in plain), **options)
+            for dtype in (torch.float64, torch.float32)
+        )
+        for _ in range(4):  # some of which may be replayed
+            within_budget("out", scaled_dot_product_attention(*strided, **options), oracle, theirs)
