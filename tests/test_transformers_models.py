@@ -109,6 +109,9 @@ def check(cls: Any, *, differentiated: bool) -> None:
                 try:
                     oracle = ask(copy.deepcopy(eager), asked, torch.float64)
                 except RuntimeError:  # a few compute some of it in float32 by name
+                    oracle = {}
+                # In float64 eager attention makes NaN of rows that see nothing.
+                if not oracle or any(x.isnan().any() for x in oracle.values()):
                     oracle = {name: x.double() for name, x in plain.items()}
             assert plain.keys() == got.keys()
             for name, exact in oracle.items():
@@ -159,6 +162,15 @@ def test_refused(name: str) -> None:
         cls._from_config(cls.config_class(), attn_implementation=models.NAME)
 
 
+def test_refused_by_inheritance() -> None:
+    class Mine(transformers.BloomForCausalLM):
+        pass
+
+    models.register()
+    with pytest.raises(ValueError, match="Mine does not support"):
+        Mine._from_config(transformers.BloomConfig(), attn_implementation=models.NAME)
+
+
 def test_a_part_may_stay_eager() -> None:
     """The parts of a composite model, where one of them computes attention itself."""
     models.register()
@@ -180,8 +192,37 @@ def test_a_model_that_cannot_change_stays_as_it_was(caplog: pytest.LogCaptureFix
 
 
 # Classes that read tokens and were not compared, by the reason.
-NOT_BUILT: dict[str, str] = {}
-UNEQUAL = {"MobileBertModel"}  # within 1.2 budgets: without norms, roundings grow
+NOT_BUILT = {
+    "more than LARGEST": """
+        AlignModel BltForCausalLM BltModel Dots3NoteForCausalLM Dots3NoteTextModel Florence2Model JanusModel
+        PeAudioModel SeamlessM4TModel SeamlessM4Tv2Model VibeVoiceAsrForConditionalGeneration
+        VibeVoiceAsrModel VibeVoiceForConditionalGeneration
+    """,
+    "inputs beside tokens are needed": """
+        Blip2QFormerModel ChameleonModel ClapModel CohereCompassVisionModel DiaModel Emu3Model
+        Ernie4_5_VLMoeModel Exaone4_5_VisionModel Gemma4VisionModel Glm46VModel Glm4vMoeVisionModel
+        Glm4vVisionModel Glm5NextVisionModel GlmOcrVisionModel IdeficsModel Kimi_K25VisionModel
+        KyutaiSpeechToTextModel Lfm3VlVisionModel MusicgenForCausalLM MusicgenMelodyForCausalLM
+        MusicgenMelodyModel MusicgenModel Qwen2_5OmniThinkerModel Qwen2_5_VisionTransformerPretrainedModel
+        Qwen3OmniMoeThinkerModel Qwen3VLMoeVisionModel Qwen3VLVisionModel Qwen3_5MoeVisionModel
+        Qwen3_5VisionModel Qwen4ExpVisionModel Step3p7Model VoxtralRealtimeForConditionalGeneration
+        VoxtralRealtimeModel XCLIPModel
+    """,
+    "a package is needed that is not among the development ones": """
+        Gemma3nForConditionalGeneration Gemma3nModel LayoutLMv2Model PeAudioVideoModel PeVideoModel
+        PerceptionLMModel
+    """,
+    "the rules make no config of it that runs": """
+        CohereCompassForCausalLM CohereCompassModel CohereCompassTextModel CsmForConditionalGeneration
+        DbrxForCausalLM DbrxModel DiffusionGemmaModel Dots3NoteModel FalconH1ForCausalLM FalconH1Model
+        FastVlmModel FunAsrNanoModel Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM
+        Glm5NextModel Glm5NextTextModel GlmImageVQVAE Granite4VisionModel GraniteMoeHybridForCausalLM
+        Mamba2ForCausalLM Mamba2Model Mistral4Model Molmo2Model NeoMMEForMaskedLM NeoMMEModel
+        Qwen4ExpForCausalLM Qwen4ExpModel Qwen4ExpTextModel Siglip2Model SiglipModel T5Gemma2Encoder
+        T5GemmaEncoderModel Tipsv2Model VisionTextDualEncoderModel Zamba2ForCausalLM Zamba2Model
+        ZambaForCausalLM ZambaModel ZayaForCausalLM ZayaModel
+    """,
+}
 
 
 def names() -> list[str]:
@@ -225,8 +266,8 @@ def test_every_class(part: int) -> None:
     found = {name: judge(name) for name in names()[part::8] if name not in SLOW}
     print(collections.Counter(x.split(":")[0] for x in found.values()))
     wrong = {name: x for name, x in found.items() if not x.startswith(("equal", "refused", "not built", "no model"))}
-    assert wrong.keys() <= UNEQUAL, wrong
+    assert not wrong, wrong
     tokens = {name for name, x in found.items() if x.startswith("not built")
               and getattr(transformers, name).main_input_name == "input_ids"}  # fmt: skip
     listed = {name for reason in NOT_BUILT.values() for name in reason.split()}
-    assert tokens == listed & found.keys(), {name: found[name] for name in tokens ^ listed if name in found}
+    assert tokens <= listed, {name: found[name] for name in tokens - listed}

@@ -52,6 +52,7 @@ EXTRA: dict[str, dict[str, Any]] = {  # by the type of a config or of a part of 
     "gemma3n_text": {**SHARED, "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": SHARED,
     "gemma4_unified_text": {**SHARED, "num_kv_shared_layers": 0},
+    "mobilebert": {"embedding_size": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "reformer": {"axial_pos_shape": (4, 4), "axial_pos_embds_dim": (32, 32)},
     "xmod": {"default_language": "en_XX"},
@@ -94,7 +95,10 @@ def _small(name: str, value: int) -> int:
 
 def configs(cls: Any) -> Iterator[Any]:
     """Tiny configs of a model class, the most telling one first: grouped heads, then as many as query heads."""
-    values = cls.config_class().to_dict()
+    try:
+        values = cls.config_class().to_dict()
+    except Exception:  # its defaults do not agree with one another
+        return
     if "mrope_section" in inspect.getsource(sys.modules[cls.__module__]):
         for part in (values, *(x for x in values.values() if isinstance(x, dict))):
             if isinstance(rope := part.get("rope_parameters"), dict):

@@ -75,15 +75,22 @@ def _admitting(original: Callable[..., str]) -> Callable[..., str]:
 
 def _admit(model: Any, is_init_check: bool) -> None:
     """Raise ValueError for a class that does not call `attention_forward`; note which masks one that does needs."""
+    from transformers import PreTrainedModel
+
     cls, config = type(model), model.config
+    # A class of the user's own inherits attention from another file.
+    bases: list[Any] = [
+        base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and base is not PreTrainedModel
+    ]
+    files = [vars(sys.modules[base.__module__]) for base in bases if base.__module__ in sys.modules]
     declared = cls.is_backend_compatible()
     # Some files choose an attention class by name, maybe for a part of the model that was given another name.
-    tables = [x for key, x in vars(sys.modules[cls.__module__]).items() if key.endswith("ATTENTION_CLASSES")]
+    tables = [table for file in files for name, table in file.items() if name.endswith("ATTENTION_CLASSES")]
     parts = [getattr(config, key) for key in config.sub_configs] if is_init_check else []
     chosen = any(NAME not in x for x in tables) and all(x is None or x._attn_implementation == NAME for x in parts)
-    if chosen or not (declared or cls._can_set_attn_implementation()):
+    if chosen or not (declared or all(base._can_set_attn_implementation() for base in bases)):
         raise ValueError(
-            f"{cls.__name__} does not support an attention implementation through {NAME}: {cls.__module__} computes"
+            f"{cls.__name__} does not support an attention implementation through {NAME}: it computes"
             ' attention itself and does not read AttentionInterface. Use attn_implementation="eager", for one part of'
             f" a composite model by a dict: {{'text_config': '{NAME}', 'vision_config': 'eager'}}. A class whose"
             " attention does read it declares _supports_attention_backend = True"
