@@ -158,7 +158,8 @@ def pieces(p: Problem) -> list[Piece] | None:
     span = p.span
     if span.lo is None and span.hi is None:
         return _pieces_of_run(p, ALL, (0, m), (0, n))
-    found, last, scores = [], {}, 0
+    found = []
+    scores, last = 0, dict[int | None, int]()
     for batch, rows, keys in _runs(p):
         own = _pieces_of_run(p, batch, rows, keys)
         if own is None or (own and own[0].keys.start < last.get(batch.start, 0)):
@@ -295,8 +296,8 @@ class Kernel:
         self.pieces = None if covering else found
         self.causal = found[0].causal if covering else False
         self.peeks = any(piece.causal or piece.tail for piece in found)  # reads values that some row must not see
-        self.scale = p.scale
-        self.template = None
+        self.scale: Any = p.scale  # a number: why_not refuses tensors
+        self.template: Any = None
         if torch.is_grad_enabled():
             # For second derivatives; without q, k, v and the mask, which would live as long as this does.
             seen = p.mask[:, :, :1].clone() if self.unpadded and p.mask is not None else None
@@ -340,8 +341,8 @@ class Kernel:
             return torch.cat(outs, dim), torch.cat(lses, dim)
         out, lse = torch.zeros_like(q), q.new_ones(q.shape[:3], dtype=torch.float32)
         for piece, results in zip(self.pieces, found, strict=True):
-            own = piece.batch, ALL, piece.rows
-            out[own], lse[own] = results
+            place = piece.batch, ALL, piece.rows
+            out[place], lse[place] = results
         return out, lse
 
     def _joined(self, shape: tuple[int, ...]) -> int | None:
