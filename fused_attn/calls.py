@@ -104,6 +104,9 @@ class Alike:
         """Of tensors of which the same ones are None."""
         if self._present is not None:
             tensors = tuple([tensors[i] for i in self._present])
+        for x in tensors:  # dynamo's guard asks for strides, and ends the process where there are none
+            if getattr(x, "is_nested", True) or x.layout is not torch.strided:
+                return False
         if _watched() or not self._check(*tensors) or _settings() != self._settings:
             return False
         places = 0

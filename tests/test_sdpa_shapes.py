@@ -125,3 +125,14 @@ def test_strides(options: dict) -> None:
         )
         for _ in range(4):  # some of which may be replayed
             within_budget("out", scaled_dot_product_attention(*strided, **options), oracle, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_strides_after_repeated_calls() -> None:
+    """A call that may be replayed is compared with the next one, whose tensors may be of any layout."""
+    x = randn(2, 2, 3, 8)
+    for _ in range(6):
+        scaled_dot_product_attention(x, x, x)
+    nested = torch.nested.nested_tensor([randn(2, 3, 8), randn(2, 5, 8)], layout=torch.strided)
+    with pytest.raises(TypeError, match="query: expected a nested tensor of layout torch.jagged"):
+        scaled_dot_product_attention(nested, nested, nested)
