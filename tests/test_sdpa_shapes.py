@@ -134,5 +134,5 @@ def test_tensors_without_strides_after_repeated_calls() -> None:
     for _ in range(6):
         scaled_dot_product_attention(x, x, x)
     nested = torch.nested.nested_tensor([randn(2, 3, 8), randn(2, 5, 8)], layout=torch.strided)
-    with pytest.raises(TypeError, match="query: expected a nested tensor of layout torch.jagged"):
+    with pytest.raises(TypeError, match=r"query: expected a nested tensor of layout torch.jagged"):
         scaled_dot_product_attention(nested, nested, nested)
