@@ -71,8 +71,15 @@ def _dtypes(case: Case) -> list[torch.dtype]:
     return [dtype for dtype in wanted if dtype in case.dtypes]
 
 
+def _marks(name: str, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
+    """Statistics read keys, masks and scores as the forward does, whose battery is whole; of the cases that are no core
+    every other one is interpreted daily."""
+    daily = "core" in CASES[name].tags or (dtype == torch.float32 and list(CASES).index(name) % 2 == 0)
+    return [] if daily or dtype == torch.float64 else [pytest.mark.nightly]
+
+
 JUDGED = [
-    pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}", marks=_marks(name, dtype))
     for name, case in CASES.items()
     for dtype in _dtypes(case)
     if "large" not in case.tags

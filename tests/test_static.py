@@ -281,7 +281,7 @@ def test_a_few_rows_pass_the_gates_under_this_triton():
 
 
 @pytest.mark.aot
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_forced_spill_fails_the_gate():
     """256 x 128 scores in four warps cannot stay in registers."""
     (request,) = static.requests("sm_80/forward/bf16/128/plain")
