@@ -151,8 +151,10 @@ def pieces(p: Problem) -> list[Piece] | None:
             own = pieces(alone)
             if own is None:
                 return None
-            total = p.k.shape[2]
-            found += [_piece(ALL, _within(x.rows, one.rows), _within(x.keys, one.keys), x.causal, total) for x in own]
+            for x in own:
+                # Exactly its keys: then its bits are those of a call of its own, whatever it is packed with.
+                keys = _within(x.keys, one.keys)
+                found.append(Piece(ALL, _within(x.rows, one.rows), keys, keys, x.causal))
         return found
     _, heads, m, n = p.shape
     span = p.span
