@@ -10,7 +10,7 @@ from torch import Tensor
 from . import autograd, environment, native, ops, reference, tiled
 from .checks import check_choice
 from .spec import HALF, BackendError, Problem, TransformError
-from .transforms import transform_of
+from .transforms import transform_of, transforming
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
 ON_CPU = ("sdpa", "tiled", "reference")
@@ -38,7 +38,7 @@ class Explanation:
 
 def transformed(p: Problem) -> str | None:
     """The transform of torch that these tensors are under, if any."""
-    return transform_of(p.tensors().values())
+    return transform_of(p.tensors().values()) if transforming() else None
 
 
 def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: str = "") -> list[str]:

@@ -27,7 +27,7 @@ from .spec import Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGE = 256.0  # largest |log-sum-exp| whose rounding, 2**-16, the backward may put into a weight
-SMALL = 4096  # scores of a piece below which its call costs more than tiling them
+FEW, SMALL = 16, 4096  # more pieces than FEW, of less than SMALL scores each, cost more than tiles
 VECTOR = 16  # keys in a vector register of float32
 PADDED = 2**20  # scores of a problem from which its mask is searched for padding
 FULL = 0.9  # share of keys in sight above which leaving out the others gains less than it costs
@@ -170,7 +170,7 @@ def pieces(p: Problem) -> list[Piece] | None:
             last[batch.start] = piece.keys.stop
             scores += (piece.rows.stop - piece.rows.start) * (piece.keys.stop - piece.keys.start)
         found += own
-    return found if scores * heads >= SMALL * len(found) else None
+    return found if len(found) <= FEW or scores * heads >= SMALL * len(found) else None
 
 
 def _within(part: slice, whole: slice) -> slice:

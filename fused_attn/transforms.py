@@ -12,6 +12,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 
+def transforming() -> bool:
+    """Whether any tensor can be under one."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def transform_of(tensors: Iterable[Tensor]) -> str | None:
     """By name. Inside a transform of torch.func every tensor counts as transformed."""
     if torch._C._are_functorch_transforms_active():

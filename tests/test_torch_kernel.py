@@ -106,7 +106,6 @@ def judged(call: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> None:
 def test_what_no_row_sees_is_not_computed(name: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     options, scores = PIECES[name]
     q, k, v = torch.randn(4, 4, 70, 16), *(torch.randn(4, 4 // group, 70, 16) for _ in range(2))
-    monkeypatch.setattr(native, "SMALL", 1)
     calls = counted(monkeypatch)
     assert fused_attn.explain(q, k, v, **options).backend == "sdpa"
     judged(lambda *x, **more: attention(*x, **options, **more), (q, k, v))
@@ -175,7 +174,6 @@ def test_keys_that_no_row_sees_may_hold_anything(
     options: dict, name: str, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those behind the end of a sequence, of which the kernel reads some, and those behind the last diagonal."""
-    monkeypatch.setattr(native, "SMALL", 1)
     q, k, v = torch.randn(4, 2, 33, 16), torch.randn(4, 2, 70, 16), torch.randn(4, 2, 70, 16)
     assert fused_attn.explain(q, k, v, **options).backend == "sdpa"
     expected = attention(q, k, v, **options)
@@ -277,8 +275,7 @@ def test_one_call_keeps_no_tensor_of_another() -> None:
 @pytest.mark.parametrize("name", ("mask", "grouped, causal", "bias b1mn", "lengths", "padding"))
 def test_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of calls of torch's kernel, which has none: the same as the reference's, for one tensor given three times too."""
-    for limit in ("SMALL", "PADDED"):
-        monkeypatch.setattr(native, limit, 1)
+    monkeypatch.setattr(native, "PADDED", 1)
     options = {
         "mask": {"mask": torch.rand(1, 1, 9, 9) > 0.3}, "grouped, causal": {"causal": True},
         "bias b1mn": {"bias": torch.randn(2, 1, 9, 9)}, "lengths": {"mask": Mask.lengths(torch.tensor([9, 4]))},
