@@ -552,6 +552,14 @@ MUTANTS = (
            "    w = gl.exp2(w * p.factor - shared.log2_sum.index(stage).load(COLUMN)[None, :])",
            "    w = shared.peak.index(stage).load(COLUMN) * p.factor + shared.log2_sum.index(stage).load(COLUMN)\n"
            "    w = gl.exp2(s * p.factor - w[None, :])", _extreme("hopper")),
+    # Compilers
+    Mutant((), "symbolic sizes are looked up in tuples", "fused_attn/checks.py",
+           "return any(x == choice for choice in choices)", "return x in choices",
+           _operators("dynamic_with_parameters and (sink or bias)")),
+    Mutant((), "a compiled function keeps what tracing read", "fused_attn/environment.py",
+           "def __getattr__(name: str) -> str | None:",
+           'backend = os.environ.get("FUSED_ATTN_BACKEND")\n\n\ndef __getattr__(name: str) -> str | None:',
+           _operators("follows_the_environment")),
     # Caches: what is read of them, where a sequence is cut, and what comes of the parts
     Mutant((16, 37), "parts that nobody wrote are merged", "kernels/combine.py",
            "written = index < count", "written = index < PARTS", _decoding("test_parity and triton-3 and plain")),
