@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import memory as meter
 from bench import support, table
-from bench.samples import ADDITIVE, GRID, MODIFIED
+from bench.samples import ADDITIVE, EVERYDAY, GRID, MODIFIED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -63,6 +63,18 @@ def plain() -> str:
     columns = [(name, direction) for name in GRID for direction in DIRECTIONS]
     body = [[str(n), *(_spread(found[(n, *c)]) for c in columns)] for n in sorted({x["length"] for x in rows})]
     return f"{markdown(['length', *map(', '.join, columns)], body)}\n\n{_ran(rows)}."
+
+
+def everyday() -> str:
+    """Everyday calls that torch's own function computes too, against it."""
+    rows = [x for x in _speedups() if x["case"] in EVERYDAY and x["against"] == "torch"]
+    found = {(x["case"], x["threads"], x["direction"]): x for x in rows}
+    columns = [(n, d) for n in sorted({x["threads"] for x in rows}) for d in DIRECTIONS]
+    if not rows:
+        return "Not measured yet."
+    body = [[f"`{name}`", *(_spread(found.get((name, *c))) for c in columns)] for name in EVERYDAY]
+    headings = [f"{d}, {n} thread{'s' * (n > 1)}" for n, d in columns]
+    return f"{markdown(['', *headings], body)}\n\n{_ran(rows)}."
 
 
 def modifiers() -> str:
@@ -216,7 +228,7 @@ def _listed(pairs: Iterable[support.Pair]) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    x.__name__: x for x in (features, plain, modifiers, additive, memory, ragged, decoding, host, static)
+    x.__name__: x for x in (features, plain, everyday, modifiers, additive, memory, ragged, decoding, host, static)
 }
 
 

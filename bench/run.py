@@ -5,9 +5,11 @@
     python -m bench.run --base HEAD~3                  ours against another revision, round by round
     python -m bench.run --tiny --device cpu            a rehearsal in seconds
 
-Cases are those of `fused_attn.testing.CASES`, at the sizes below. Each provider's result on the very tensors is held to
-the tolerance rule first; one that is wrong is not timed, stands in the table as refused, and makes the exit code 1. A
-provider that cannot run stands there with its reason. Those that may be timed take turns in one process, round by
+Cases are those of `fused_attn.testing.CASES`, at the sizes below; and on a CPU those of `bench.samples.EVERYDAY`, what
+torch's own function computes too, beside that function alone and with each number of threads. Each provider's result on
+the very tensors is held to the tolerance rule first; one that is wrong is not timed, stands in the table as refused, and
+makes the exit code 1. A provider that cannot run stands there with its reason.
+Those that may be timed take turns in one process, round by
 round; a figure is the median over rounds, between the 10th and the 90th percentile.
 
 The forward is timed as inference runs it, the backward on a graph that is kept. `speedup` is the median over rounds of
@@ -34,7 +36,7 @@ import fused_attn
 from bench import memory, peers, providers, revisions, table
 from bench.clock import DIRECTIONS, milliseconds
 from bench.providers import Provider, Turns
-from bench.samples import ADDITIVE, GRID, MODIFIED, Sample, sized
+from bench.samples import ADDITIVE, EVERYDAY, GRID, MODIFIED, Sample, everyday, sized
 from bench.table import Row, figure
 from fused_attn.testing import Case
 
@@ -56,6 +58,8 @@ class Size:
     additive: tuple[int, int, int, int] = (1, 4, 1024, 64)  # batch, heads, length and head dim of additive scores
     memory: tuple[int, ...] = ()  # lengths at which a process of its own measures memory; a GPU counts it as it goes
     memory_naive: int = 0  # the longest of them for whole matrices
+    everyday: int = 0  # the rounds of everyday calls; none are timed where it is 0
+    shrink: int = 1  # what their lengths are divided by
 
 
 CUDA = Size(
@@ -65,11 +69,11 @@ CUDA = Size(
 CPU = Size(
     "cpu", "float32", (64,), (512, 1024, 2048, 4096), 4096, 512, 2048, 2048,
     Turns("cpu", 5, ("forward", "forward+backward"), matmul=1024, seconds=0.1, least=1), 2**28,
-    memory=(1024, 2048, 4096, 8192, 16384), memory_naive=4096,
+    memory=(1024, 2048, 4096, 8192, 16384), memory_naive=4096, everyday=15,
 )  # fmt: skip
 TINY = {
     "dims": (16,), "lengths": (32, 48), "tokens": 48, "width": 128, "modified": 48, "modified_tokens": 48,
-    "copied": 2**20, "additive": (1, 2, 40, 16),
+    "copied": 2**20, "additive": (1, 2, 40, 16), "shrink": 16,
 }  # fmt: skip
 
 ALL = (
@@ -104,6 +108,16 @@ def planned(size: Size, only: str, lengths: tuple[int, ...]) -> list[Case]:
                 found.append(sized(name, max(1, tokens // length), max(1, size.width // dim), length, dim))
     batch, heads, own, dim = size.additive
     return found + [sized(x, batch, heads, n, dim) for x in ADDITIVE if matches(x, only) for n in lengths or (own,)]
+
+
+def planned_everyday(size: Size, only: str) -> list[tuple[Case, Size]]:
+    """The everyday cases that were asked for, each with its own dtype and rounds."""
+    turns = replace(size.turns, rounds=min(size.everyday, 2) if size.shrink > 1 else size.everyday, matmul=256)
+    return [
+        (everyday(name, size.shrink), replace(size, dtype=dtype, turns=turns))
+        for name, (_, dtype) in EVERYDAY.items()
+        if size.everyday and matches(name, only)
+    ]
 
 
 def described(case: Case, dtype: str) -> Row:
@@ -288,6 +302,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--directions", type=lambda x: tuple(x.split(",")), help=f"of {', '.join(DIRECTIONS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--threads",
+        type=numbers,
+        default=(1, 2),
+        metavar="N,N",
+        help="of everyday calls on a CPU; others take the first",
+    )
     parser.add_argument("--rounds", type=int, help="turns that each provider takes")
     parser.add_argument("--seconds", type=float, help="for the whole command; cases beyond are not reached")
     parser.add_argument("--base", metavar="REV", help="time ours against another revision of itself")
@@ -322,17 +343,21 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     size, end = settled(args), time.monotonic() + (args.seconds or float("inf"))
     chosen, cases = chosen_providers(args.providers, size.device), planned(size, args.only, args.lengths)
-    if not chosen or not (cases or matches("memory", args.only)):
-        names = ", ".join((*GRID, *MODIFIED, *ADDITIVE))
+    daily = [] if args.base else planned_everyday(size, args.only)
+    if not chosen or not (cases or daily or matches("memory", args.only)):
+        names = ", ".join((*GRID, *MODIFIED, *ADDITIVE, *(EVERYDAY if size.everyday else ())))
         print(f"no case of {names} or no provider of {', '.join(x.name for x in ALL)}")
         return 2
-    where = table.environment(size.device)
+    before = torch.get_num_threads()
+    if size.device == "cpu":
+        torch.set_num_threads(args.threads[0])
+    where = table.environment(size.device, args.threads[0] if size.device == "cpu" else None)
     folder = Path(os.environ.get("OUT") or table.RESULTS)
     name = f"{where['arch']}{'-base' if args.base else ''}.csv"
     path = args.out or (None if args.tiny else folder / name)
     rows: list[Row] = []
 
-    def keep(more: list[Row]) -> None:
+    def keep(more: list[Row], where: Row = where) -> None:
         rows.extend({**where, "load": os.getloadavg()[0], **x} for x in more)
         if path:
             table.write(path, rows)
@@ -341,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     peaks = [] if args.base or not matches("memory", args.only) else list(remembered(size))
     steps = size.turns.rounds * len(size.turns.directions) * (len(own) if args.base else 1)
     with contextlib.ExitStack() as stack:
-        step = stack.enter_context(progress(len(cases) * steps + len(peaks)))
+        step = stack.enter_context(progress(len(cases) * steps + len(daily) * len(args.threads) + len(peaks)))
         sides = stack.enter_context(revisions.sides(args.base)) if args.base else None
         if cases and sides is None:
             keep([bandwidth(size)])
@@ -359,6 +384,15 @@ def main(argv: list[str] | None = None) -> int:
             except Exception as error:
                 keep([what | {"status": "refused", "reason": f"broke off: {providers.reason(error, [])}"}])
                 end = end if answers(size.device) else 0.0
+        for threads in args.threads if daily else ():
+            torch.set_num_threads(threads)
+            own_place = table.environment(size.device, threads)
+            pair = [x for x in chosen if x.name in ("fused_attn", "torch")]
+            for case, own_size in daily:
+                step(f"{case.name}, {threads}", steps=1)
+                what = described(case, own_size.dtype)
+                keep(measured(case, what, pair, own_size, lambda: None), own_place)
+        torch.set_num_threads(before)
         for peak in peaks if time.monotonic() < end else ():
             step(f"memory {peak[-1]}")
             keep([memorised(*peak)])

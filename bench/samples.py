@@ -30,6 +30,34 @@ MODIFIED = (
     "bilinear", "cosine", "distance",
 )  # fmt: skip
 ADDITIVE = ("additive",)  # timed at one size of their own: written down as they are, they take M x N x D numbers
+
+# What torch's own function computes too, at the sizes of everyday calls on a CPU. Of a padded sequence a fifth to all
+# is there.
+_SENTENCES = {"b": 6, "hq": 12, "m": 192, "d": 32}
+_QUERY = {"b": 6, "hq": 12, "m": 1, "n": 300, "d": 64}
+_PAGE = {"b": 2, "hq": 8, "m": 512, "d": 64}
+_NO_BIAS = {"needs": ("q", "k", "v")}
+EVERYDAY: dict[str, tuple[dict[str, Any], str]] = {
+    "padding_bool_b11n": (_SENTENCES | {"masks": ("padding_b11n",)}, "float32"),
+    "padding_bool_b1mn": (_SENTENCES | {"masks": ("padding_b1mn",)}, "float32"),
+    "padding_float_b11n": (_SENTENCES | {"bias": "b11n", "bias_mask": "padding_b11n"} | _NO_BIAS, "float32"),
+    "padding_float_b1mn": (_SENTENCES | {"bias": "b1mn", "bias_mask": "padding_b1mn"} | _NO_BIAS, "float32"),
+    "lengths_60": (_SENTENCES | {"masks": ("lengths_60",)}, "float32"),
+    "random_bool_11mn": (_SENTENCES | {"masks": ("random_11mn",)}, "float32"),
+    "random_bool_bhmn": (_SENTENCES | {"masks": ("random_bhmn",)}, "float32"),
+    "bias_given_1hmn": (_SENTENCES | {"bias": "1hmn"} | _NO_BIAS, "float32"),
+    "plain_384": ({"b": 4, "hq": 8, "m": 384, "d": 64}, "float32"),
+    "plain_1536": ({"hq": 8, "m": 1536, "d": 64}, "float32"),
+    "causal_512": (_PAGE | {"causal": True}, "float32"),
+    "gqa_512": (_PAGE | {"hkv": 2}, "float32"),
+    "cross_100_400": ({"b": 2, "hq": 8, "m": 100, "n": 400, "d": 64}, "float32"),
+    "one_query_300": (_QUERY, "float32"),
+    "one_query_padding_300": (_QUERY | {"masks": ("padding_b11n",)}, "float32"),
+    "one_query_gqa_4096": ({"b": 2, "hq": 8, "hkv": 2, "m": 1, "n": 4096, "d": 64}, "float32"),
+    "plain_512_bf16": (_PAGE, "bfloat16"),
+    "plain_512_fp16": (_PAGE, "float16"),
+    "padding_bf16_b11n": (_SENTENCES | {"masks": ("padding_b11n",)}, "bfloat16"),
+}
 WINDOW = 256  # keys that a row of a window sees
 WORK = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
 SCORES = {"cpu": 2**23, "cuda": 2**28}  # as many are judged at once: some twenty float64 matrices of them must fit
@@ -45,6 +73,15 @@ def sized(case: Case | str, batch: int, heads: int, length: int, dim: int) -> Ca
         case, b=batch, hq=max(heads, group), hkv=max(heads, group) // group, m=length, n=length, d=dim, dv=dim, dk=dim,
         window=window, memory="dense", dout="dense", unseen_nan=False,
     )  # fmt: skip
+
+
+def everyday(name: str, shrink: int = 1) -> Case:
+    """One of EVERYDAY, as torch lays it out in memory; shrink divides its lengths, for a rehearsal."""
+    words = dict(EVERYDAY[name][0])
+    for side in ("m", "n"):
+        if side in words:
+            words[side] = max(1, words[side] // shrink)
+    return Case(name, **words, memory="dense", dout="dense")
 
 
 def heavy_tail(batch: int, longest: int, fill: float, seed: int = 0) -> list[int]:

@@ -117,6 +117,20 @@ def _ids(c: Case, total: int, *cuts: float) -> Tensor:
     return torch.stack([place >= int(cut * total) for cut in cuts]).int().sum(0, dtype=torch.int32)
 
 
+def _padding(letters: str) -> Callable:
+    """The first keys of each sequence: all of them in the first one, a fifth in the last."""
+
+    def make(c: Case, draw: Draw, dev: Any) -> Tensor:
+        at = torch.arange(c.sizes()["n"]) < _fills(c)[:, None]
+        return at[:, None, None].expand(c.shape(letters)).contiguous().to(dev)
+
+    return make
+
+
+def _fills(c: Case) -> Tensor:
+    return (c.sizes()["n"] * torch.linspace(1.0, 0.2, c.b)).int()
+
+
 def _random(letters: str) -> Callable:
     return lambda c, draw, dev: (draw(*c.shape(letters)) > -0.4).to(dev)
 
@@ -167,6 +181,9 @@ MASKS: dict[str, Callable[[Case, Draw, Any], Mask | Tensor]] = {
     "lengths_q": lambda c, draw, dev: Mask.lengths(
         _lengths(c, c.sizes()["n"]).to(dev), _lengths(c, c.m).flip(0).to(dev)
     ),
+    "lengths_60": lambda c, draw, dev: Mask.lengths(_fills(c).to(dev)),
+    "padding_b11n": _padding("b11n"),
+    "padding_b1mn": _padding("b1mn"),
     "prefix": lambda c, draw, dev: Mask.prefix(_lengths(c, c.sizes()["n"] // 2).to(dev), c.alignment),
     "segments": lambda c, draw, dev: Mask.segments(_ids(c, c.m, 0.2, 0.3, 0.7).to(dev), sorted=True),
     # Query segments 0 and 2 have no keys, and keys of segment 4 have no query.
