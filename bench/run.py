@@ -7,10 +7,9 @@
 
 Cases are those of `fused_attn.testing.CASES`, at the sizes below; and on a CPU those of `bench.samples.EVERYDAY`, what
 torch's own function computes too, beside that function alone and with each number of threads. Each provider's result on
-the very tensors is held to the tolerance rule first; one that is wrong is not timed, stands in the table as refused, and
-makes the exit code 1. A provider that cannot run stands there with its reason.
-Those that may be timed take turns in one process, round by
-round; a figure is the median over rounds, between the 10th and the 90th percentile.
+the very tensors is held to the tolerance rule first; one that is wrong is not timed, stands in the table as refused,
+and makes the exit code 1. A provider that cannot run stands there with its reason. Those that may be timed take turns
+in one process, round by round; a figure is the median over rounds, between the 10th and the 90th percentile.
 
 The forward is timed as inference runs it, the backward on a graph that is kept. `speedup` is the median over rounds of
 the time of `against` by the provider's own. With --base the same version is timed twice beside the other one, and a
