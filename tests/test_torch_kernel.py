@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_attn
-from fused_attn import Mask, api, attention, attention_varlen, native, testing
+from fused_attn import Mask, api, attention, attention_varlen, native, pieces, testing
 from fused_attn.testing import Case
 
 HALF = (torch.float16, torch.bfloat16)
@@ -131,7 +131,7 @@ PADDED = {
 @pytest.mark.parametrize("name", PADDED)
 def test_padding_of_a_mask_is_not_computed(name: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bool mask that hides the ends of the keys from all rows costs what lengths cost."""
-    monkeypatch.setattr(native, "PADDED", 1)
+    monkeypatch.setattr(pieces, "PADDED", 1)
     calls = counted(monkeypatch)
     q, k, v = (torch.randn(4, 2, 70, 16) for _ in range(3))
     for _ in range(3):
@@ -143,7 +143,7 @@ def test_padding_of_a_mask_is_not_computed(name: str, options: dict, monkeypatch
                                   torch.rand(4, 1, 70, 70) > 0.5, torch.ones(4, 1, 1, 70, dtype=torch.bool)),
                          ids=("hole", "random", "nothing"))  # fmt: skip
 def test_other_masks_are_added(mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "PADDED", 1)
+    monkeypatch.setattr(pieces, "PADDED", 1)
     calls = counted(monkeypatch)
     q, k, v = (torch.randn(4, 2, 70, 16) for _ in range(3))
     judged(lambda *x, **more: attention(*x, mask=mask, **more), (q, k, v))
@@ -275,7 +275,7 @@ def test_one_call_keeps_no_tensor_of_another() -> None:
 @pytest.mark.parametrize("name", ("mask", "grouped, causal", "bias b1mn", "lengths", "padding"))
 def test_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of calls of torch's kernel, which has none: the same as the reference's, for one tensor given three times too."""
-    monkeypatch.setattr(native, "PADDED", 1)
+    monkeypatch.setattr(pieces, "PADDED", 1)
     options = {
         "mask": {"mask": torch.rand(1, 1, 9, 9) > 0.3}, "grouped, causal": {"causal": True},
         "bias b1mn": {"bias": torch.randn(2, 1, 9, 9)}, "lengths": {"mask": Mask.lengths(torch.tensor([9, 4]))},
