@@ -186,7 +186,7 @@ def test_hopper(wide: bool, sink: bool, monkeypatch: pytest.MonkeyPatch) -> None
     pretend(monkeypatch)
     monkeypatch.setattr(hopper, "WIDE", 16 if wide else 1024)
     case = Case("equal", **TINY | {"m": 20, "n": 23, "sink": sink}, deterministic=False)
-    fills: dict[str, Fill] = {"q": 1024.0, "k": 1024.0} | ({"sink": 4.0 * 1024**2} if sink else {})
+    fills: dict[str, Fill] = {"q": 65536.0, "k": 65536.0} | ({"sink": 4 * 65536.0**2} if sink else {})
     inputs = prepared(case, torch.bfloat16, **fills)
     p = inputs.problem().lower()
     tiles = {"hopper_forward": Config(16, 16, 4, 2, consumers=2), "hopper_backward": Config(16, 16, 4, 2, consumers=2)}
