@@ -150,7 +150,7 @@ def test_other_masks_are_added(mask: Tensor, monkeypatch: pytest.MonkeyPatch) ->
     assert calls == [4 * 70 * 70]
 
 
-@pytest.mark.parametrize("options", ({"mask": Mask.window(3, 0)}, {"mask": Mask.prefix(torch.tensor([5]))},
+@pytest.mark.parametrize("options", ({"mask": Mask.window(3, 0)}, {"mask": Mask.prefix(torch.tensor([35]))},
                                      {"causal": True, "alignment": "bottom_right"}),
                          ids=("window", "prefix", "bottom right"))  # fmt: skip
 def test_other_spans_are_tiled(options: dict[str, Any]) -> None:
