@@ -67,6 +67,8 @@ def _modifiers(p: Problem) -> list[tuple[str, bool]]:
 def _why_not_on_cpu(p: Problem) -> list[str]:
     if p.bias is not None and p.bias.requires_grad and torch.is_grad_enabled():
         return ["torch's kernel has no gradient to a bias"]
+    if p.ragged is not None and (p.mask is not None or p.bias is not None):
+        return ["masks and biases of packed sequences are each sequence's own, which it is not given"]
     if p.empty:
         return ["with no scores to compute it does not say what it returns"]
     if any(x.stride(3) != 1 for x in (p.q, p.k, p.v)):

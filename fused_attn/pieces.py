@@ -55,6 +55,8 @@ def pieces(p: Problem) -> list[Piece] | None:
                 own_keys = _within(x.keys, one.keys)
                 found.append(Piece(ALL, _within(x.rows, one.rows), own_keys, own_keys, x.causal))
         return found
+    if p.empty:
+        return []
     _, heads, m, n = p.shape
     span = p.span
     if span.lo is None and span.hi is None:

@@ -325,8 +325,20 @@ def test_packed_sequences_are_calls_of_their_own(causal: bool, monkeypatch: pyte
     """Bit for bit, whatever they are packed with."""
     calls = counted(monkeypatch)
     x, starts = torch.randn(93, 2, 16), torch.tensor([0, 60, 60, 93], dtype=torch.int32)
-    out = attention_varlen(x, x, x, starts, starts, causal=causal)
+    mask = Mask.lengths(torch.tensor([60, 60, 60]))  # bounds, of a sequence without rows too
+    out = attention_varlen(x, x, x, starts, starts, causal=causal, mask=mask, max_seqlen_q=60, max_seqlen_k=60)
     assert calls == [60 * 60, 33 * 33]
     for own in (slice(0, 60), slice(60, 93)):
         alone = x[own].transpose(0, 1)[None]
         assert torch.equal(out[own].transpose(0, 1)[None], attention(alone, alone, alone, causal=causal))
+
+
+def test_masks_of_packed_sequences_are_their_own() -> None:
+    """They count from each sequence's first row, so the kernel is not given them."""
+    x, starts, seen = torch.randn(30, 2, 16), torch.tensor([0, 17, 30], dtype=torch.int32), torch.rand(17, 17) > 0.3
+    options = {"mask": seen, "max_seqlen_q": 17, "max_seqlen_k": 17}
+    found = fused_attn.explain(x, x, x, cu_seqlens_q=starts, cu_seqlens_k=starts, **options)
+    assert found.backend == "tiled" and "packed" in found.reasons["sdpa"][0]
+    out = attention_varlen(x, x, x, starts, starts, **options)
+    second = x[17:].transpose(0, 1)[None]
+    torch.testing.assert_close(out[17:].transpose(0, 1)[None], attention(second, second, second, mask=seen[:13, :13]))
