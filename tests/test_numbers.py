@@ -71,7 +71,8 @@ NEITHER = [
 
 
 def kind(x: Any) -> str:
-    return f"{type(x).__module__}.{type(x).__name__}-{getattr(x, 'dtype', '')}-{x}"
+    shown = "" if " at 0x" in repr(x) else x  # an address differs between the processes that share the tests
+    return f"{type(x).__module__}.{type(x).__name__}-{getattr(x, 'dtype', '')}-{shown}"
 
 
 @pytest.mark.parametrize("x", INTEGERS, ids=kind)

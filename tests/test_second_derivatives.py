@@ -103,7 +103,7 @@ def test_arguments_of_one_tensor(alike: str, options: str) -> None:
     check(call, x)
 
 
-@pytest.mark.parametrize("options", OPTIONS.keys() - {"bshd"})
+@pytest.mark.parametrize("options", [x for x in OPTIONS if x != "bshd"])
 def test_second_derivatives_are_numerically_right(options: str) -> None:
     x = leaf(1, 1, 3, 2)
 
