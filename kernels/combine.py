@@ -39,7 +39,7 @@ def combine_kernel(
         sums = tl.load(parts.sum + own, mask=written, other=0.0)
         mask = written[:, None] & (columns < DV)[None, :]
         values = tl.load(parts.acc + own[:, None] * DV + columns[None, :], mask=mask, other=0.0)
-        p, alpha, m_i, _ = update(m_i, l_i, x[None, :], None, LOG2E)
+        p, alpha, m_i, _parts = update(m_i, l_i, x[None, :], None, LOG2E)
         l_i = l_i * alpha + tl.sum(p * sums[None, :], 1)
         acc = acc * alpha[:, None] + tl.sum(tl.trans(p) * values, 0)[None, :]
 
