@@ -6,6 +6,7 @@ Every error names the argument, what it was and what is allowed.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .spec import (
 )
 
 SCORES = "Additive(w), Bilinear(w), Cosine(t) or Distance(h)"
+LARGEST = torch.finfo(torch.float32).max
 NAMES = {"sdpa": ("query", "key", "value")}
 HEADS = {"bshd": 2}
 
@@ -146,6 +148,8 @@ def bind(
         check_parameter("scale", scale, q, (), (heads,))
     elif scale is not None:
         scale = as_float("scale", scale, "a float or a tensor")
+        if isinstance(scale, float) and LARGEST < abs(scale) < math.inf and q.dtype != torch.float64:
+            raise ValueError(f"scale: must fit float32, got {scale}")
     else:
         scale = q.shape[3] ** -0.5 if score is None else score.default_scale(q.shape[3])
     if isinstance(softcap, Tensor):

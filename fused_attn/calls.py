@@ -194,7 +194,7 @@ class Call:
         self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         if backend == "sdpa":
             own = p.q, p.k, p.v, p.mask, p.bias
-            if all(x is y for x, y in zip(own, tensors, strict=False)) and native.repeats(p):
+            if all(map(_is_view, own, tensors)) and native.repeats(p):
                 self.kernel, self.known = native.Kernel(p), True
             return
         if not hasattr(ops.launcher(backend) if backend in ops.LAUNCHERS else None, "record"):
@@ -215,11 +215,11 @@ class Call:
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse); None: these tensors hold something for which the call must be bound again."""
         if self.kernel is not None:
-            q, k, v, mask, bias = tensors[:5]
-            out = self.kernel(
-                q, k, v, mask if mask is None and bias is None else native.additive_mask(mask, bias, q.dtype)
-            )
-            return None if out is None else (out, None)
+            q, k, v, mask, bias = map(_four_dims, tensors[:5])
+            if mask is not None:
+                bias = native.additive_mask(mask, bias, q.dtype)
+            out = self.kernel(q, k, v, bias)
+            return None if out is None else (out[(0,) * (4 - tensors[0].ndim)], None)
         given = tensors[: self.count]
         return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]
 
@@ -284,6 +284,18 @@ class Call:
         """Gradients in the order of DIFFERENTIABLE as those of the call's tensors."""
         by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
         return tuple(by_name[name] if need else None for name, need in zip(TENSORS, needs, strict=False))
+
+
+def _four_dims(x: Any) -> Any:
+    """With leading dims of 1; None is None."""
+    return x if x is None or x.ndim == 4 else x[(None,) * (4 - x.ndim)]
+
+
+def _is_view(bound: Tensor | None, given: Tensor | None) -> bool:
+    """Whether binding took a tensor as it is, or with leading dims of 1."""
+    if bound is given or bound is None or given is None or given.ndim >= 4:
+        return bound is given
+    return bound.data_ptr() == given.data_ptr() and tuple(bound.shape) == (1,) * (4 - given.ndim) + tuple(given.shape)
 
 
 _calls: dict[tuple[Any, ...], Call] = {}

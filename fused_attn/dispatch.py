@@ -82,7 +82,7 @@ def _explain(
 ) -> Explanation:
     asked = backend or environment.backend
     if asked is not None:
-        check_choice("backend", asked, BACKENDS, "None or one of")
+        check_choice("backend" if backend else "FUSED_ATTN_BACKEND", asked, BACKENDS, "None or one of")
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
     for name in names if asked is None else (asked,):

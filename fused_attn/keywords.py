@@ -22,7 +22,8 @@ NAMES = {
     "sinks": "sink", "s_aux": "sink", "learnable_sink": "sink", "return_softmax_lse": "return_lse",
     "tensor_layout": "layout", "qkv_format": "layout", "impl": "backend", "implementation": "backend",
     "attn_implementation": "backend", "block_table": "page_table", "leftpad_k": "cache_leftpad", "k": "k_new",
-    "v": "v_new",
+    "v": "v_new", "dropout_seed": "seed", "generator": "seed", "rng": "seed", "block_tables": "page_table",
+    "num_blocks": "num_pages", "block_size": "page_size",
 }  # fmt: skip
 # The same, where there is more to say: (parameter, advice).
 ADVICE = {

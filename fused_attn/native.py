@@ -13,6 +13,7 @@ On CUDA it is `F.scaled_dot_product_attention` without masks.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from . import autograd, ops
 from .checks import readable
 from .pieces import ALL, Piece, pieces, run, searched, unpadded
-from .spec import Problem
+from .spec import Problem, ordered_like
+from .transforms import transform_of_cotangents
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGE = 256.0  # largest |log-sum-exp| whose rounding, 2**-16, the backward may put into a weight
@@ -42,8 +44,8 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"it runs on cpu and cuda here, not on {device}")
     if p.q.dtype not in DTYPES:
         reasons.append(f"it runs in float16, bfloat16 and float32 here, not in {p.q.dtype}")
-    if isinstance(p.scale, float) and not abs(p.scale) < math.inf:
-        reasons.append(f"it needs a finite scale, got {p.scale}")
+    if isinstance(p.scale, float) and not abs(p.scale) <= torch.finfo(torch.float32).max:
+        reasons.append(f"it needs a scale within float32, got {p.scale}")
     if p.v.shape[3] != p.q.shape[3]:
         reasons.append(f"with Dv = {p.v.shape[3]} and D = {p.q.shape[3]} it stores the whole score matrix")
     return [*reasons, *(_why_not_on_cuda(p) if device == "cuda" else _why_not_on_cpu(p))]
@@ -143,37 +145,43 @@ class Kernel:
         covering = len(found) == 1 and p.ragged is None and found[0].batch == ALL and _covers(found[0], p)
         self.pieces = None if covering else found
         self.causal = found[0].causal if covering else False
-        self.peeks = any(piece.causal or piece.tail for piece in found)  # reads values that some row must not see
+        self.peeks = any(piece.read != piece.keys for piece in found)  # reads keys that no row sees
         self.scale: Any = p.scale  # a number: why_not refuses tensors
         self.template: Any = None
         if torch.is_grad_enabled():
             # For second derivatives; without q, k, v and the mask, which would live as long as this does.
             seen = p.mask[:, :, :1].clone() if self.unpadded and p.mask is not None else None
-            self.template = p.replace(q=None, k=None, v=None, mask=seen, bias=None)
+            starts = p.ragged and replace(p.ragged, q=p.ragged.q.clone(), k=p.ragged.k.clone())
+            self.template = p.replace(q=None, k=None, v=None, mask=seen, bias=None, ragged=starts)
 
     def additive(self, p: Problem) -> Tensor | None:
         """What is left to add to the scores of p."""
         return additive_mask(None if self.unpadded else p.mask, p.bias, p.q.dtype)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
-        """out, with a derivative where one is wanted; None: torch's kernel gets it wrong."""
+        """out in q's memory order, with a derivative where one is wanted; None: torch's kernel gets it wrong."""
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             out, lse = _apply(self, q, k, v, mask)
-            return out if self.sound(q, k, v, mask, lse) and _largest(lse) <= LARGE else None
-        out, lse = self.forward(q, k, v, mask)
-        return out if self.sound(q, k, v, mask, lse) else None
+            right = self.sound(q, k, v, mask, lse) and _largest(lse) <= LARGE
+        else:
+            out, lse = self.forward(q, k, v, mask)
+            right = self.sound(q, k, v, mask, lse)
+        if not right:
+            return None
+        return out if out.stride() == q.stride() else ordered_like(out, q)
 
     def sound(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor) -> bool:
         """Whether out is right.
 
         The kernel makes numbers of NaN and Inf scores, and leaves NaN, Inf or 0 in the log-sum-exp of such a row. A 0
-        is also that of a row that the mask hides. A weight of 0 does not hide NaN in a value.
+        is also that of a row that the mask hides. A weight of 0 does not hide NaN in a value, nor, in the backward,
+        in a key behind the diagonal.
         """
         if math.isnan((lse / lse).sum().item()) and not (
             lse.isfinite().all() and _finite_scores(q, k, mask, self.scale)
         ):
             return False
-        return not self.peeks or math.isfinite(_norm(v))
+        return not self.peeks or math.isfinite(_norm(k) + _norm(v))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """out, in q's memory order, and lse (B, Hq, M)."""
@@ -184,6 +192,8 @@ class Kernel:
             own, read = q[piece.batch, :, piece.rows], (piece.batch, ALL, piece.read)
             found.append(_call(own, k[read], v[read], _part(mask, piece, q), piece.causal, self.scale))
         dim = self._joined(q.shape)
+        if dim is not None and len(found) == 1:
+            return found[0]
         if dim is not None:
             outs, lses = zip(*found, strict=True)
             return torch.cat(outs, dim), torch.cat(lses, dim)
@@ -234,7 +244,7 @@ def repeats(p: Problem) -> bool:
 
 
 def _covers(piece: Piece, p: Problem) -> bool:
-    """It is the whole problem; a causal matrix reads no key behind the last diagonal, wherever the piece ends."""
+    """It is the whole problem."""
     _, _, m, n = p.shape
     return piece.rows == slice(0, m) and piece.keys == slice(0, n)
 
@@ -287,6 +297,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
         out, lse = kernel.forward(q, k, v, mask)
+        out = out.clone() if out._is_view() else out  # a view could not be changed in place
         ctx.save_for_backward(q, k, v, mask, out.data, lse)
         ctx.kernel, ctx.version = kernel, autograd.Version(out)
         ctx.mark_non_differentiable(lse)
@@ -298,7 +309,7 @@ class _Function(torch.autograd.Function):
         if dout is None:
             return (None,) * 5
         *given, out, lse = ctx.saved_tensors
-        if autograd.by_operations(dout, None):
+        if autograd.by_operations(dout, None) or (ctx.kernel.pieces is not None and transform_of_cotangents(dout)):
             grads = ctx.kernel.again(*given, (out, lse, dout), list(ctx.needs_input_grad[1:4]))
         else:
             with torch.autocast("cpu", enabled=False):
@@ -329,13 +340,13 @@ def backward(
     p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients that needs names: of q, k and v."""
-    lse = peak + log_sum
-    if dlse is not None or not _largest(lse) <= LARGE:
+    lse, kernel = peak + log_sum, Kernel(p)
+    mask = kernel.additive(p)
+    if dlse is not None or not _largest(lse) <= LARGE or not kernel.sound(p.q, p.k, p.v, mask, lse):
         tiled = ops.launcher("tiled")
         out, _, *parts = tiled.forward(p)
         return tiled.backward(p, out, *parts, dout, dlse, needs)
-    kernel = Kernel(p)
-    grads = kernel.backward(p.q, p.k, p.v, kernel.additive(p), out, lse, dout)
+    grads = kernel.backward(p.q, p.k, p.v, mask, out, lse, dout)
     return dict(zip("qkv", grads, strict=True))
 
 
@@ -344,9 +355,7 @@ def attention(p: Problem) -> tuple[Tensor, None]:
     if p.q.device.type == "cpu":
         kernel = Kernel(p)
         out = kernel(p.q, p.k, p.v, kernel.additive(p))
-        if out is None:
-            return autograd.attend(p, "tiled")[0], None
-        return out if out.stride() == p.q.stride() else p.in_order(out), None
+        return autograd.attend(p, "tiled")[0] if out is None else out, None
     shape = run(p, (0, p.shape[2]), (0, p.shape[3]))
     causal = shape is not None and shape[1]
     scale: Any = p.scale  # a number: why_not refuses tensors

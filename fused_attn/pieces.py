@@ -126,6 +126,7 @@ def _pieces_of_run(p: Problem, batch: slice, rows: tuple[int, int], keys: tuple[
     if shape is None:
         return None
     top, causal = shape
+    last = min(last, first + bottom - top) if causal else last  # no row sees what lies behind the last diagonal
     return [_piece(batch, slice(top, bottom), slice(first, last), causal, p.shape[3])] if top < bottom else []
 
 

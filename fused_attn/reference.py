@@ -43,8 +43,6 @@ def attention(p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Ten
     dtype = dtype or _work_dtype(p)
     if p.ragged is not None:
         return p.joined([attention(alone, dtype) for _, alone in p.sequences()])
-    if p.ragged is not None:
-        return p.joined([attention(alone, dtype) for _, alone in p.sequences()])
     weights, lse = normalized(p, scores(p, dtype))
     if p.dropout is not None:
         i, j = _positions(p)

@@ -57,7 +57,8 @@ def attention_varlen(
             alibi_slopes is used, unless cu_seqlens_q is cu_seqlens_k.
         alibi_slopes: (Hq,), or (B, Hq). The others mean what they mean in `attention`. Dropout's mask is that of
             the padded batch (B, Hq, max_seqlen_q, max_seqlen_k).
-        backend: "triton", "tiled" or "reference"; None takes the first that can run the call. `triton` never waits for
+        backend: "triton", "sdpa" (on a CPU), "tiled" or "reference"; None takes the first that can run the call.
+            `triton` never waits for
             the device; the other two read the starts, and run the sequences one after another.
 
     Returns:

@@ -117,11 +117,14 @@ class Work:
         if cap is not None:
             factor = factor / cap
         if p.w is None:
-            alpha, product = 1 if isinstance(factor, Tensor) else factor, self.fold(s)
-            torch.baddbmm(product, q, self.k[:, keys].mT, beta=0, alpha=alpha, out=product)
+            # By a factor of 0 a product is not computed, and NaN in it would be lost.
+            apart = isinstance(factor, Tensor) or factor == 0
+            product = self.fold(s)
+            torch.baddbmm(product, q, self.k[:, keys].mT, beta=0, alpha=1 if apart else factor, out=product)
         else:
+            apart = True
             additive.products(self.unfold(q), self.by_head(self.k[:, keys]), self.w, s)
-        if p.w is not None or isinstance(factor, Tensor):
+        if apart:
             s.mul_(factor)
         if p.key_terms is not None:
             s.add_(p.row_terms[share.batch, share.heads, tile.rows, None])

@@ -92,6 +92,7 @@ ATTENTION = [
     ("score", scores.Additive, ValueError, "one of fused_attn.scores, Additive(w), Bilinear(w), Cosine(t) or Distance"),
     ("normalizer", "entmax", ValueError, "expected one of ('softmax', 'softmax1', 'sigmoid'), got str 'entmax'"),
     ("layout", "sbhd", ValueError, "expected one of ('bhsd', 'bshd'), got str 'sbhd'"),
+    ("scale", 1e39, ValueError, "must fit float32"),
     ("backend", "cuda", ValueError, "expected None or one of ('hopper', 'triton', 'sdpa', 'tiled', 'reference')"),
     ("alignment", "top", ValueError, "('top_left', 'bottom_right'), got str 'top'"),
 ]

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "bind": {"checks", "scores", "spec"},
     "reference": {"scores", "spec"},
     "pieces": {"checks", "spec"},
-    "native": {"autograd", "checks", "ops", "pieces", "spec"},
+    "native": {"autograd", "checks", "ops", "pieces", "spec", "transforms"},
     "additive": set(),
     "work": {"additive", "spec", "tiles"},
     "tiled": {"additive", "ragged", "scores", "spec", "state", "tiles", "work"},

@@ -233,7 +233,57 @@ def test_rows_that_see_nothing() -> None:
     assert all(map(torch.equal, grads, torch.autograd.grad(out, (q, k, v), dout)))
 
 
+@pytest.mark.parametrize("name", ("k", "v"))
+@pytest.mark.parametrize("m", (1, 4, 17))
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+def test_gradients_do_not_see_keys_behind_the_last_row(compiled: bool, m: int, name: str) -> None:
+    """The kernel's backward multiplies what its forward never reads."""
+    if compiled and m != 4:
+        pytest.skip("one size is compiled")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, causal=True, alignment="top_left")
+
+    given = {"q": torch.randn(2, 2, m, 8), "k": torch.randn(2, 2, 33, 8), "v": torch.randn(2, 2, 33, 8)}
+    clean = [x.clone().requires_grad_() for x in given.values()]
+    given[name][:, :, m:] = math.nan
+    dirty = [x.requires_grad_() for x in given.values()]
+    run = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    wanted, got = (torch.autograd.grad(f(*x).sum(), x) for f, x in ((call, clean), (run, dirty)))
+    for x, y in zip(got, wanted, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", (None, "sdpa", "tiled", "reference"))
+def test_a_scale_of_zero_hides_no_nan(backend: str | None) -> None:
+    q, k = torch.randn(1, 1, 2, 64), torch.randn(1, 1, 5, 64)
+    q[0, 0, 0, 3] = math.nan
+    out = attention(q, k, k, scale=0.0, backend=backend)
+    assert out[0, 0, 0].isnan().all() and out[0, 0, 1].isfinite().all()
+
+
 # ---------------------------------------------------------------------------------------------------- repeated calls
+
+
+@pytest.mark.parametrize("given", ("mask", "bias"))
+@pytest.mark.parametrize("rank", (2, 3, 4))
+def test_masks_of_any_rank_are_repeated(given: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And queries without heads or batch, in the SDPA wrapper."""
+    mask = torch.rand(9, 9)[(None,) * (rank - 2)]
+    mask = mask > 0.3 if given == "mask" else mask
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    expected = attention(q, k, v, **{given: mask})
+    wrapped = fused_attn.scaled_dot_product_attention
+    fewer = [x[0] for x in (q, k, v)] if rank < 4 else [q, k, v]
+    attention(q, k, v, **{given: mask}), wrapped(*fewer, mask), wrapped(*fewer, mask)
+    monkeypatch.setattr(api, "bind", lambda *x, **more: pytest.fail("bound again"))
+    assert torch.equal(attention(q, k, v, **{given: mask}), expected)
+    assert torch.equal(wrapped(*fewer, mask).view_as(expected), expected)
+
+
+def test_repeated_calls_lie_in_memory_as_the_first_one() -> None:
+    q, k = torch.randn(1, 3, 5, 7).expand(3, -1, -1, -1), torch.randn(3, 3, 2, 7)
+    assert len({attention(q, k, k).stride() for _ in range(4)}) == 1
 
 
 @pytest.mark.parametrize("grad", (False, True), ids=("inference", "training"))
@@ -297,6 +347,35 @@ def test_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = second(torch.float32, backend="reference")
     assert fused_attn.explain(x, x, x, **options).backend == "sdpa"
     testing.assert_within_budget("second", second(torch.float32), oracle, plain, absolute, torch.float32)
+
+
+def test_starts_that_change_after_the_call() -> None:
+    """A second derivative is that of the sequences that there were."""
+    q, k, starts = torch.randn(9, 2, 8, requires_grad=True), torch.randn(9, 2, 8), torch.tensor([0, 4, 9]).int()
+    loss = attention_varlen(q, k, k, starts, starts).square().sum()
+    (before,) = torch.autograd.grad(loss, q, create_graph=True)
+    starts[1] = 7
+    (after,) = torch.autograd.grad(loss, q, create_graph=True)
+    assert torch.equal(before, after)
+
+
+def test_a_decoded_out_may_be_changed_in_place() -> None:
+    """Query heads of a group are folded into rows, and what comes back is no view."""
+    q, k = torch.randn(2, 4, 1, 8, requires_grad=True), torch.randn(2, 2, 9, 8)
+    for _ in range(3):
+        out = attention(q, k, k)
+        (expected,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+        out += 1.0
+        assert torch.equal(torch.autograd.grad(out.sum(), q)[0], expected)
+
+
+def test_batched_gradients_of_pieces() -> None:
+    q, k = torch.randn(2, 4, 9, 8, requires_grad=True), torch.randn(2, 2, 9, 8)
+    out = attention(q, k, k, mask=Mask.lengths(torch.tensor([3, 7])))
+    douts = torch.randn(2, *out.shape)
+    (batched,) = torch.autograd.grad(out, q, douts, is_grads_batched=True, retain_graph=True)
+    for x, dout in zip(batched, douts, strict=True):
+        torch.testing.assert_close(x, torch.autograd.grad(out, q, dout, retain_graph=True)[0])
 
 
 # --------------------------------------------------------------------------------------------------------- compilers
