@@ -118,9 +118,9 @@ class Work:
             factor = factor / cap
         if p.w is None:
             # By a factor of 0 a product is not computed, and NaN in it would be lost.
-            apart = isinstance(factor, Tensor) or factor == 0
-            product = self.fold(s)
-            torch.baddbmm(product, q, self.k[:, keys].mT, beta=0, alpha=1 if apart else factor, out=product)
+            alpha = 1.0 if isinstance(factor, Tensor) or factor == 0 else factor
+            apart, product = alpha is not factor, self.fold(s)
+            torch.baddbmm(product, q, self.k[:, keys].mT, beta=0, alpha=alpha, out=product)
         else:
             apart = True
             additive.products(self.unfold(q), self.by_head(self.k[:, keys]), self.w, s)
