@@ -710,12 +710,13 @@ def test_work_that_does_more_than_launch_is_not_kept() -> None:
         yield lambda x: (torch.empty_like(x).add_(1),)
         yield lambda x: (x.float(),)
         yield lambda x: (x[:1],)
+        yield lambda x: (x.new_empty(2, 3).permute(1, 0),)
         yield lambda x: (q,)
 
     for work in works():
         _, kept = replay.record(work, (q,))
         assert kept is not None and kept((q,)) is None
-    results, kept = replay.record(lambda x: (torch.empty_like(x), x.new_empty(2, 3).permute(1, 0)), (q,))
+    results, kept = replay.record(lambda x: (torch.empty_like(x), x.new_empty_strided((3, 2), (1, 3))), (q,))
     again = kept((q,))
     for x, y in zip(results, again, strict=True):
         assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype) and x.data_ptr() != y.data_ptr()
