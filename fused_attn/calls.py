@@ -183,7 +183,7 @@ class Call:
 
     def __init__(self) -> None:
         self.known = False
-        self.kernel: native.Kernel | None = None  # torch's own, where that is what computes it
+        self.kernel: native.Repeated | None = None  # torch's own, where that is what computes it
         self._forward: Any = None
         self._backward: dict[tuple[Any, ...], Any] = {}
         self.alike: Alike | None = None
@@ -194,8 +194,8 @@ class Call:
         self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         if backend == "sdpa":
             own = p.q, p.k, p.v, p.mask, p.bias
-            if all(map(_is_view, own, tensors)) and native.repeats(p):
-                self.kernel, self.known = native.Kernel(p), True
+            self.kernel = native.Repeated.of(p) if all(map(_is_view, own, tensors)) else None
+            self.known = self.kernel is not None
             return
         if not hasattr(ops.launcher(backend) if backend in ops.LAUNCHERS else None, "record"):
             return
@@ -215,10 +215,7 @@ class Call:
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse); None: these tensors hold something for which the call must be bound again."""
         if self.kernel is not None:
-            q, k, v, mask, bias = map(_four_dims, tensors[:5])
-            if mask is not None:
-                bias = native.additive_mask(mask, bias, q.dtype)
-            out = self.kernel(q, k, v, bias)
+            out = self.kernel(*map(_four_dims, tensors[:5]))
             return None if out is None else (out[(0,) * (4 - tensors[0].ndim)], None)
         given = tensors[: self.count]
         return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]

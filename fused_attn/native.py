@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import autograd, ops
 from .checks import readable
-from .pieces import ALL, Piece, pieces, run, searched, unpadded
+from .pieces import ALL, Piece, looks_padded, pieces, run, searched, unpadded
 from .spec import Problem, ordered_like
 from .transforms import transform_of_cotangents
 
@@ -132,13 +132,13 @@ def additive_mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) 
 class Kernel:
     """How torch's CPU kernel computes a problem, and every other that differs in the contents of its tensors alone.
 
-    pieces: None, where one call does it all.
+    pieces: None, where one call does it all. search: whether to look for padding in the mask.
     """
 
     __slots__ = ("causal", "peeks", "pieces", "scale", "template", "unpadded")
 
-    def __init__(self, p: Problem) -> None:
-        found = unpadded(p)
+    def __init__(self, p: Problem, search: bool = True) -> None:
+        found = unpadded(p) if search else None
         self.unpadded = found is not None
         found = pieces(p) if found is None else found
         assert found is not None, "asked for what why_not refuses"
@@ -237,10 +237,27 @@ class Kernel:
         return autograd.differentiable(ops.flatten(p, "tiled"), (out, lse, lse), dout, None, wanted)[: len(needs)]
 
 
-def repeats(p: Problem) -> bool:
-    """Whether one Kernel serves every problem that differs from p in the contents of its tensors alone."""
-    fixed = p.ragged is None and p.span.lo is None and p.span.hi is None
-    return p.q.device.type == "cpu" and fixed and not searched(p)
+class Repeated:
+    """A problem's kernel for calls that differ in the contents of their tensors alone. `of` makes none where those
+    decide what is computed."""
+
+    __slots__ = ("kernel", "searched")
+
+    def __init__(self, p: Problem) -> None:
+        self.kernel, self.searched = Kernel(p, search=False), searched(p)
+
+    @staticmethod
+    def of(p: Problem) -> Repeated | None:
+        fixed = p.ragged is None and p.span.lo is None and p.span.hi is None
+        return Repeated(p) if p.q.device.type == "cpu" and fixed else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """As `Kernel.__call__`; None also where padding is better left out."""
+        if mask is not None:
+            if self.searched and looks_padded(mask):
+                return None
+            bias = additive_mask(mask, bias, q.dtype)
+        return self.kernel(q, k, v, bias)
 
 
 def _covers(piece: Piece, p: Problem) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .checks import readable
 from .spec import Problem
@@ -146,18 +147,26 @@ def searched(p: Problem) -> bool:
     return p.span.lo is None and p.span.hi is None and b * heads * m * n >= PADDED and readable(mask)
 
 
+def looks_padded(mask: Tensor) -> bool:
+    """Whether the mask, without heads, may be padding that is worth leaving out: read at its first and last rows."""
+    first = mask[:, :, 0]
+    if mask.shape[2] > 1 and not torch.equal(first, mask[:, :, -1]):
+        return False
+    return first.sum().item() <= FULL * first.numel()
+
+
 def unpadded(p: Problem) -> list[Piece] | None:
     """The pieces of a problem whose mask is padding, which are then computed without it; None: compute all of it.
 
     Reads the mask, which has no heads here: that costs little beside the scores.
     """
     mask, n = p.mask, p.shape[3]
-    if mask is None or not searched(p) or not torch.equal(mask[:, :, :1].expand_as(mask), mask):
+    if mask is None or not searched(p) or not looks_padded(mask):
+        return None
+    if not torch.equal(mask[:, :, :1].expand_as(mask), mask):
         return None
     seen = mask[:, 0, 0].byte()
     count = seen.sum(1).tolist()
-    if sum(count) > FULL * seen.numel():
-        return None
     first, last = seen.argmax(1).tolist(), [n - x for x in seen.flip(1).argmax(1).tolist()]
     if any(c and c != z - a for c, a, z in zip(count, first, last, strict=True)):
         return None
