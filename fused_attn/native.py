@@ -29,7 +29,7 @@ from .spec import Problem, ordered_like
 from .transforms import transform_of_cotangents
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LARGE = 256.0  # largest |log-sum-exp| whose rounding, 2**-16, the backward may put into a weight
+LARGE = 64.0  # largest |log-sum-exp| whose rounding, 2**-18, the backward may put into a weight
 
 # The only private operators used: the public function keeps the log-sum-exp to itself.
 _forward = torch._scaled_dot_product_flash_attention_for_cpu

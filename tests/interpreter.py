@@ -116,13 +116,13 @@ def _refuse_wide_masks() -> None:
         if mask.data.dtype != np.bool_:
             raise TypeError(f"mask: expected a bool, got {mask.data.dtype} of shape {mask.data.shape}")
 
-    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **more: Any) -> Any:
         checked(mask)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **more)
 
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **more: Any) -> Any:
         checked(mask)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **more)
 
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
 
