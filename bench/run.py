@@ -68,7 +68,7 @@ CUDA = Size(
 CPU = Size(
     "cpu", "float32", (64,), (512, 1024, 2048, 4096), 4096, 512, 2048, 2048,
     Turns("cpu", 5, ("forward", "forward+backward"), matmul=1024, seconds=0.1, least=1), 2**28,
-    memory=(1024, 2048, 4096, 8192, 16384), memory_naive=4096, everyday=15,
+    memory=(1024, 2048, 4096, 8192, 16384), memory_naive=4096, everyday=9,
 )  # fmt: skip
 TINY = {
     "dims": (16,), "lengths": (32, 48), "tokens": 48, "width": 128, "modified": 48, "modified_tokens": 48,

@@ -187,30 +187,28 @@ class Kernel:
         """out, in q's memory order, and lse (B, Hq, M)."""
         if self.pieces is None:
             return _call(q, k, v, mask, self.causal, self.scale)
-        found = []
+        if len(self.pieces) == 1 and self._cover(q.shape):
+            return self._call(self.pieces[0], q, k, v, mask)
+        make = torch.empty_like if self._cover(q.shape) else torch.zeros_like
+        out, lse = make(q), q.new_ones(q.shape[:3], dtype=torch.float32)
         for piece in self.pieces:
-            own, read = q[piece.batch, :, piece.rows], (piece.batch, ALL, piece.read)
-            found.append(_call(own, k[read], v[read], _part(mask, piece, q), piece.causal, self.scale))
-        dim = self._joined(q.shape)
-        if dim is not None and len(found) == 1:
-            return found[0]
-        if dim is not None:
-            outs, lses = zip(*found, strict=True)
-            return torch.cat(outs, dim), torch.cat(lses, dim)
-        out, lse = torch.zeros_like(q), q.new_ones(q.shape[:3], dtype=torch.float32)
-        for piece, results in zip(self.pieces, found, strict=True):
+            # Copied while it is in the cache; joining all of them in the end takes longer.
             place = piece.batch, ALL, piece.rows
-            out[place], lse[place] = results
+            out[place], lse[place] = self._call(piece, q, k, v, mask)
         return out, lse
 
-    def _joined(self, shape: tuple[int, ...]) -> int | None:
-        """The dim along which the pieces, one after another, are the whole; None: there is no such."""
-        found = self.pieces or []
-        ends = [0, *(x.rows.stop for x in found)]
-        if found and all(x.batch == ALL and x.rows.start == end for x, end in zip(found, ends, strict=False)):
-            return 2 if ends[-1] == shape[2] else None
-        whole = len(found) == shape[0] and all(x.rows == slice(0, shape[2]) for x in found)
-        return 0 if whole and all(x.batch == slice(i, i + 1) for i, x in enumerate(found)) else None
+    def _call(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        read = piece.batch, ALL, piece.read
+        own = q[piece.batch, :, piece.rows]
+        return _call(own, k[read], v[read], _part(mask, piece, q), piece.causal, self.scale)
+
+    def _cover(self, shape: tuple[int, ...]) -> bool:
+        """Whether every row is in a piece."""
+        rows = [
+            ((x.batch.stop or shape[0]) - (x.batch.start or 0)) * (x.rows.stop - x.rows.start)
+            for x in self.pieces or ()
+        ]
+        return sum(rows) == shape[0] * shape[2]
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor
@@ -218,7 +216,8 @@ class Kernel:
         """dq, dk and dv."""
         if self.pieces is None:
             return _backward(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=mask, scale=self.scale)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = (torch.empty_like if self._cover(q.shape) else torch.zeros_like)(q)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for piece in self.pieces:
             own, read = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.read)
             keys, count = (piece.batch, ALL, piece.keys), piece.keys.stop - piece.keys.start

@@ -44,7 +44,14 @@ ALL = slice(None)
 
 def pieces(p: Problem) -> list[Piece] | None:
     """The calls that compute p, disjoint in rows and in keys; rows of none of them see nothing. None: there are no
-    such. Reads lengths and sequence starts."""
+    such. Reads lengths and sequence starts, once for each problem."""
+    held = p.__dict__  # of a frozen dataclass, as functools.cached_property uses it
+    if "_pieces" not in held:
+        held["_pieces"] = _pieces(p)
+    return held["_pieces"]
+
+
+def _pieces(p: Problem) -> list[Piece] | None:
     if p.ragged is not None:
         found: list[Piece] = []
         for one, alone in p.sequences():
@@ -88,17 +95,22 @@ def _runs(p: Problem) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
         p.q.new_full((batch, m), value, dtype=torch.int32) if x is None else x.expand(batch, m)
         for x, value in ((span.lo, 0), (span.hi, n))
     )
+    whole = [ALL] if batch == 1 else [slice(x, x + 1) for x in range(batch)]
+    ends = torch.stack((lo[:, 0], hi[:, 0], lo[:, -1], hi[:, -1]), 1).tolist()
+    if all(x[:2] == x[2:] for x in ends):  # bounds never decrease, so all rows have the same
+        return [
+            (own, (0, m), (max(first, 0), min(last, n))) for own, (first, last, *_) in zip(whole, ends, strict=True)
+        ]
     starts = torch.ones_like(lo, dtype=torch.bool)
     starts[:, 1:] = (lo[:, 1:] != lo[:, :-1]) | (hi[:, 1:] != hi[:, :-1])
     where = starts.nonzero()
     begins = where.tolist()
     b, i = where.unbind(1)
     bounds = torch.stack((lo[b, i], hi[b, i]), 1).tolist()
-    ends = [begin for _, begin in begins[1:]] + [0]
-    whole = [ALL] if batch == 1 else [slice(x, x + 1) for x in range(batch)]
+    stops = [begin for _, begin in begins[1:]] + [0]
     return [
-        (whole[number], (begin, end or m), (max(first, 0), min(last, n)))
-        for (number, begin), end, (first, last) in zip(begins, ends, bounds, strict=True)
+        (whole[number], (begin, stop or m), (max(first, 0), min(last, n)))
+        for (number, begin), stop, (first, last) in zip(begins, stops, bounds, strict=True)
     ]
 
 

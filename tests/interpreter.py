@@ -113,8 +113,9 @@ def _refuse_wide_masks() -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def checked(mask: Any) -> None:
-        if mask.data.dtype != np.bool_:
-            raise TypeError(f"mask: expected a bool, got {mask.data.dtype} of shape {mask.data.shape}")
+        data = mask if isinstance(mask, np.ndarray) else mask.data  # that of a descriptor is no handle
+        if data.dtype != np.bool_:
+            raise TypeError(f"mask: expected a bool, got {data.dtype} of shape {data.shape}")
 
     def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **more: Any) -> Any:
         checked(mask)
