@@ -286,7 +286,7 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
         attention(x, x, x, sink=zeros(2))
     assert attention(x, x, x, sink=zeros(2), backend="tiled").shape == x.shape
     monkeypatch.setenv("FUSED_ATTN_BACKEND", "fastest")
-    with pytest.raises(ValueError, match=r"backend: expected None or one of .*got str 'fastest'"):
+    with pytest.raises(ValueError, match=r"FUSED_ATTN_BACKEND: expected None or one of .*got str 'fastest'"):
         attention(x, x, x)
 
 
