@@ -142,7 +142,8 @@ class Kernel:
         self.unpadded = found is not None
         found = pieces(p) if found is None else found
         assert found is not None, "asked for what why_not refuses"
-        covering = len(found) == 1 and p.ragged is None and found[0].batch == ALL and _covers(found[0], p)
+        whole = (ALL, slice(0, p.shape[2]), slice(0, p.shape[3]))
+        covering = p.ragged is None and [piece[:3] for piece in found] == [whole]
         self.pieces = None if covering else found
         self.causal = found[0].causal if covering else False
         self.peeks = any(piece.read != piece.keys for piece in found)  # reads keys that no row sees
@@ -188,16 +189,16 @@ class Kernel:
         if self.pieces is None:
             return _call(q, k, v, mask, self.causal, self.scale)
         if len(self.pieces) == 1 and self._cover(q.shape):
-            return self._call(self.pieces[0], q, k, v, mask)
+            return self._compute(self.pieces[0], q, k, v, mask)
         make = torch.empty_like if self._cover(q.shape) else torch.zeros_like
         out, lse = make(q), q.new_ones(q.shape[:3], dtype=torch.float32)
         for piece in self.pieces:
             # Copied while it is in the cache; joining all of them in the end takes longer.
             place = piece.batch, ALL, piece.rows
-            out[place], lse[place] = self._call(piece, q, k, v, mask)
+            out[place], lse[place] = self._compute(piece, q, k, v, mask)
         return out, lse
 
-    def _call(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _compute(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         read = piece.batch, ALL, piece.read
         own = q[piece.batch, :, piece.rows]
         return _call(own, k[read], v[read], _part(mask, piece, q), piece.causal, self.scale)
@@ -257,12 +258,6 @@ class Repeated:
                 return None
             bias = additive_mask(mask, bias, q.dtype)
         return self.kernel(q, k, v, bias)
-
-
-def _covers(piece: Piece, p: Problem) -> bool:
-    """It is the whole problem."""
-    _, _, m, n = p.shape
-    return piece.rows == slice(0, m) and piece.keys == slice(0, n)
 
 
 def _part(mask: Tensor | None, piece: Piece, q: Tensor) -> Tensor | None:

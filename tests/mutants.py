@@ -1,6 +1,7 @@
 """Break one line at a time and see the suite go red: python tests/mutants.py [words of names to run].
 
-Each mutation is applied in a copy of the tree and faced with the tests that claim to attack its line of the checklist.
+Each mutation is applied in a copy of the tree and faced with the tests that attack its fault, a number of
+tests/test_checklist.py.
 Exit status 1 if one survives, if its text is gone, or if its tests cannot run or are red without it.
 """
 
@@ -23,7 +24,7 @@ GREEN, RED = 0, 1  # pytest's exit statuses: all passed; some failed
 
 @dataclass(frozen=True)
 class Mutant:
-    """lines: of the checklist. tests: a file of tests/ and an expression for -k."""
+    """lines: the numbers of its faults in test_checklist.py. tests: a file of tests/ and an expression for -k."""
 
     lines: tuple[int, ...]
     what: str

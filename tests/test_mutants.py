@@ -8,7 +8,7 @@ import pytest
 
 from tests import mutants
 
-# Those of the checklist that hold without a GPU and without what is not built; see test_checklist.py.
+# The numbered faults of test_checklist.py that hold without a GPU and without what is not built.
 LINES = {*range(1, 11), *range(12, 16), *range(17, 26), 27, 30, *range(32, 37), 38}
 
 

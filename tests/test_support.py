@@ -16,7 +16,7 @@ covertable = pytest.importorskip("covertable")
 pytest.importorskip("triton")
 
 COMMITTED = support.read()
-# Every refusal that API.md has for two of these features together, and the argument that the error names.
+# Every refusal of two of these features together, and the argument that the error names.
 REFUSED: dict[Pair, str] = {
     (("normalizer", "softmax1"), ("sink", "h")): "sink",
     (("normalizer", "sigmoid"), ("sink", "h")): "sink",
