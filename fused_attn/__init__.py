@@ -10,7 +10,7 @@ from importlib import import_module as _import_module
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from importlib.util import module_from_spec as _module_from_spec
 from pathlib import Path as _Path
-from typing import Any as _Any
+from types import ModuleType as _ModuleType
 
 # An installed package holds the device code; in a checkout, bare or installed as editable, it is beside the package.
 # Only that directory is made importable: with its parent in __path__, setup.py would be a module of this package.
@@ -55,31 +55,13 @@ __all__ = [
     "warmup",
 ]
 
-_LATER = ("parallel",)
-
-
-class _NotBuilt:
-    """A public name whose work is not built yet: using it in any way says so."""
-
-    def __init__(self, name: str) -> None:
-        self.__name__ = self.__qualname__ = name
-
-    def __call__(self, *args: _Any, **kwargs: _Any) -> _Any:
-        raise NotImplementedError(f"fused_attn.{self.__name__} is not built yet")
-
-    def __getattr__(self, name: str) -> _Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise NotImplementedError(f"fused_attn.{self.__name__}.{name} is not built yet")
-
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
-def __getattr__(name: str) -> _Any:
+def __getattr__(name: str) -> _ModuleType:
     if name in ("compat", "modules", "testing", "viz"):
         return _import_module(f".{name}", __name__)
-    if name in _LATER:
-        return _NotBuilt(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    later = "; it is not built yet" if name in ("parallel", "record") else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{later}")

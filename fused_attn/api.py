@@ -23,7 +23,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
+    *extra: NoReturn,
     score: Any = "dot",
     scale: float | Tensor | None = None,
     mask: Tensor | Mask | None = None,
@@ -102,8 +102,8 @@ def attention(
     >>> fused_attn.attention(q, k, v, causal=True, softcap=30.0).shape
     torch.Size([2, 8, 128, 64])
     """
-    if unknown:
-        keywords.check(attention, unknown)
+    if extra or unknown:
+        keywords.check(attention, unknown, extra)
     lse: Any
     call = calls.find(
         (q, k, v, mask, bias, alibi_slopes, sink),
@@ -157,7 +157,7 @@ def explain(
     'tiled'
     """
     packed = [options.pop(x, None) for x in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
-    keywords.check(attention, options, "explain")
+    keywords.check(attention, options, caller="explain")
     if options.get("seed") is None:
         options["seed"] = 0  # none is drawn
     if any(x is not None for x in packed):

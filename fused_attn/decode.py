@@ -21,7 +21,7 @@ def attention_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    *,
+    *extra: NoReturn,
     cache_seqlens: int | Tensor | None = None,
     page_table: Tensor | None = None,
     k_new: Tensor | None = None,
@@ -100,8 +100,8 @@ def attention_decode(
     >>> out.shape, torch.equal(cache[0, 1, 7], k[1, 0])
     (torch.Size([2, 1, 16, 64]), True)
     """
-    if unknown:
-        keywords.check(attention_decode, unknown)
+    if extra or unknown:
+        keywords.check(attention_decode, unknown, extra)
     batch_invariant, return_lse = as_bool("batch_invariant", batch_invariant), as_bool("return_lse", return_lse)
     q, k_new, v_new = _autocast(q, k_cache, k_new, v_new)
     _check_caches(q, k_cache, v_cache, page_table is not None, cache_batch_idx is not None)

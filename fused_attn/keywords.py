@@ -1,7 +1,7 @@
-"""Unknown keywords: the error says what another library's keyword is called here.
+"""Arguments that a function does not take: the error says what another library's keyword is called here.
 
-A function declares `**unknown: NoReturn`, which type checkers let nobody fill, and `closed` hides it from
-`inspect.signature`. A right call pays for an empty dict.
+A function declares `*extra: NoReturn` and `**unknown: NoReturn`, which type checkers let nobody fill; `closed` hides
+them from `inspect.signature`. A right call pays for an empty tuple and an empty dict.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
+
+from .checks import describe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,22 +51,38 @@ INSTEAD = {
         ("return_weights", "return_attn_weights", "return_attn_probs", "need_weights", "output_attentions"), WEIGHTS
     ),
 }
+# What a positional argument too many probably is, by function.
+POSITIONAL = {
+    "attention": ADVICE["attn_mask"][1],
+    "attention_varlen": f"max_seqlen_q= and max_seqlen_k= for lengths, {ADVICE['attn_mask'][1]}",
+    "attention_decode": "k_new= and v_new= for new keys and values, cache_seqlens= for lengths",
+    "attention_stats": f"no v, for the weights do not depend on it; {ADVICE['attn_mask'][1]}",
+    "attention_map": f"no v, for the weights do not depend on it; {ADVICE['attn_mask'][1]}",
+}
 
 
 def closed(function: F) -> F:
-    """Hide `**unknown` from the function's signature."""
+    """Hide `*extra` and `**unknown` from the function's signature."""
     signature = inspect.signature(function)
-    named = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    named = [x for x in signature.parameters.values() if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)]
     function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     return function
 
 
-def check(function: Callable[..., Any], given: Iterable[str], caller: str = "") -> None:
-    """Raise TypeError for the first of the given keywords that a function does not have. caller: named instead."""
+def check(function: Callable[..., Any], given: Iterable[str], extra: tuple = (), caller: str = "") -> None:
+    """Raise TypeError for arguments that a function does not have: the first of the given keywords, or extra positional
+    ones. caller: named instead.
+    """
     has = inspect.signature(function).parameters
     for name in given:
         if name not in has:
             _refuse(caller or function.__name__, name, has)
+    if extra:
+        *most, last = (name for name, x in has.items() if x.kind is x.POSITIONAL_OR_KEYWORD)
+        raise TypeError(
+            f"{function.__name__}() takes {', '.join(most)} and {last} by position, got {describe(extra[0])} after"
+            f" them; give {POSITIONAL[function.__name__]}"
+        )
 
 
 def _refuse(caller: str, name: str, has: Iterable[str]) -> NoReturn:

@@ -21,7 +21,7 @@ from .varlen import bind_packed
 def attention_stats(
     q: Tensor,
     k: Tensor,
-    *,
+    *extra: NoReturn,
     key_mass: bool = False,
     entropy: bool = False,
     max_logit: bool = False,
@@ -83,8 +83,8 @@ def attention_stats(
     >>> stats.entropy.shape, stats.top_k_indices[0, 0, 0].tolist()
     (torch.Size([2, 8, 128]), [0, -1, -1])
     """
-    if unknown:
-        keywords.check(attention_stats, unknown)
+    if extra or unknown:
+        keywords.check(attention_stats, unknown, extra)
     packed = None
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         packed = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -117,7 +117,7 @@ def attention_stats(
 def attention_map(
     q: Tensor,
     k: Tensor,
-    *,
+    *extra: NoReturn,
     rows: Sequence[int] | Tensor | None = None,
     heads: Sequence[int] | Tensor | None = None,
     score: Any = "dot",
@@ -159,8 +159,8 @@ def attention_map(
     >>> weights.shape, weights[0, 0, 0, :3].tolist()
     (torch.Size([2, 1, 2, 128]), [1.0, 0.0, 0.0])
     """
-    if unknown:
-        keywords.check(attention_map, unknown)
+    if extra or unknown:
+        keywords.check(attention_map, unknown, extra)
     found = weights_of(
         q, k, rows, heads, layout, backend, score=score, scale=scale, mask=mask, causal=causal, window=window,
         alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, normalizer=normalizer,

@@ -120,14 +120,8 @@ class Span:
 
     def columns(self, n: int) -> tuple[Tensor | None, Tensor | None]:
         """The transpose of lo and hi: int32 (B or 1, N), key j is seen by rows start <= i < stop as far as they say."""
-        keys = None
-        start = stop = None
-        if self.hi is not None:
-            keys = torch.arange(n, device=self.hi.device, dtype=torch.int32).expand(self.hi.shape[0], n).contiguous()
-            start = torch.searchsorted(self.hi.contiguous(), keys, right=True, out_int32=True)
-        if self.lo is not None:
-            keys = torch.arange(n, device=self.lo.device, dtype=torch.int32).expand(self.lo.shape[0], n).contiguous()
-            stop = torch.searchsorted(self.lo.contiguous(), keys, right=True, out_int32=True)
+        start = None if self.hi is None else _rows_up_to(self.hi, n)
+        stop = None if self.lo is None else _rows_up_to(self.lo, n)
         return start, stop
 
     def seers(self, m: int, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,3 +136,13 @@ class Span:
             stop = torch.minimum(stop, torch.where(keys < self.sinks, m, keys - self.left + 1))
         first, last = self.columns(len(keys))
         return _tighter(start, first, torch.maximum), _tighter(stop, last, torch.minimum)
+
+
+def _rows_up_to(bounds: Tensor, n: int) -> Tensor:
+    """int32 (B or 1, N): how many of the rows' bounds (B or 1, M), which do not decrease, are at most j.
+
+    The keys are made from the bounds, because vmap expands what it does not batch, and searchsorted wants both
+    contiguous.
+    """
+    keys = bounds.new_zeros(bounds.shape[0], n) + torch.arange(n, device=bounds.device, dtype=bounds.dtype)
+    return torch.searchsorted(bounds.contiguous(), keys, right=True, out_int32=True)

@@ -19,7 +19,7 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    *,
+    *extra: NoReturn,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     score: Any = "dot",
@@ -74,8 +74,8 @@ def attention_varlen(
     >>> first = fused_attn.attention(*(x[None, :5] for x in (q, k, v)), causal=True, layout="bshd")
     >>> torch.testing.assert_close(out[:5], first[0])
     """
-    if unknown:
-        keywords.check(attention_varlen, unknown)
+    if extra or unknown:
+        keywords.check(attention_varlen, unknown, extra)
     p = bind_packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, score=score, scale=scale, mask=mask,
         causal=causal, window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,

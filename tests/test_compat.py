@@ -302,6 +302,56 @@ def test_torchs_choice_of_kernels(kernel: str, call: Callable) -> None:
         assert fused_attn.explain(q, q, q).backend == "sdpa"
 
 
+COMPILED: dict[str, Callable[[Callable, Callable], Callable]] = {
+    "decorated": lambda call, compiled: door.scope()(compiled(call)),
+    "compiled before": lambda call, compiled: door.scope()(used(compiled(call))),
+    "inside, with a graph break": lambda call, compiled: compiled(door.scope()(call)),
+}
+
+
+def used(compiled: Callable) -> Callable:
+    x = randn(1, 2, 13, 8)
+    compiled(x, x, x)
+    return compiled
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_scope_and_compiled_functions(arrivals: list, way: str) -> None:
+    """Around a compiled function ours is traced, also where torch's was before, and afterwards torch's again."""
+    q, k, v = (randn(1, 2, 13, 8) for _ in range(3))
+    targets: list[Any] = []
+
+    def noting(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def compiled(call: Callable) -> Callable:
+        return torch.compile(call, fullgraph=not way.startswith("inside"), backend=noting)
+
+    torch.compiler.reset()
+    call = COMPILED[way](causal_by_flag, compiled)
+    assert (TORCH in targets) is (way == "compiled before")
+    targets.clear()
+    out = call(q, k, v)
+    assert torch.ops.fused_attn.forward in targets and TORCH not in targets and arrivals
+    exact, plain = TORCH(q.double(), k.double(), v.double(), is_causal=True), TORCH(q, k, v, is_causal=True)
+    within_budget("out", out, exact, plain)
+
+
+@pytest.mark.parametrize("switch", (lambda: door.scope().__enter__(), door.enable, door.disable))
+def test_the_switch_is_not_compiled(arrivals: list, switch: Callable) -> None:
+    """The error says where the switch belongs, and nothing is left switched."""
+
+    def inside(q: Tensor) -> Tensor:
+        switch()
+        return causal_by_flag(q, q, q)
+
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"scope\(\) or enable\(\) around the call, not inside"):
+        torch.compile(inside, fullgraph=True, backend="eager")(randn(1, 2, 13, 8))
+    assert not arrivals
+
+
 # --- torch.jit
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -292,15 +293,19 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
 
 # ------------------------------------------------------------------------------------------------------ not built yet
 
-LATER: dict[str, Callable[[], Any]] = {
-    "parallel": lambda: fused_attn.parallel.ring_attention(None),
-}
 
-
-@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("name", ("parallel", "record"))
 def test_what_is_not_built_says_so(name: str) -> None:
-    with pytest.raises(NotImplementedError, match="built"):
-        LATER[name]()
+    assert not hasattr(fused_attn, name)
+    with pytest.raises(AttributeError, match=f"'fused_attn' has no attribute '{name}'; it is not built yet"):
+        getattr(fused_attn, name)
+
+
+@pytest.mark.parametrize("module", (fused_attn, fused_attn.compat), ids=lambda module: module.__name__)
+def test_attributes_that_do_not_exist(module: ModuleType) -> None:
+    assert not hasattr(module, "nonsense") and not hasattr(module, "flex")
+    with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'nonsense'$"):
+        _ = module.nonsense
 
 
 SCORES: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -412,14 +417,51 @@ def test_keyword(call: Callable, keyword: str, hint: str) -> None:
         call(**{keyword: None})
 
 
+MASK_OR_BIAS = r"mask= where it is bool \(True = may attend\), bias= where it is added to the scores"
+TOO_MANY = [
+    (lambda x: attention(X, X, X, x), "attention", "q, k and v", f"give {MASK_OR_BIAS}"),
+    (
+        lambda x: fused_attn.attention_varlen(X[0], X[0], X[0], STARTS, STARTS, x),
+        "attention_varlen",
+        "q, k, v, cu_seqlens_q and cu_seqlens_k",
+        f"give max_seqlen_q= and max_seqlen_k= for lengths, {MASK_OR_BIAS}",
+    ),
+    (
+        lambda x: fused_attn.attention_decode(X, X, X, x, x),
+        "attention_decode",
+        "q, k_cache and v_cache",
+        "give k_new= and v_new= for new keys and values, cache_seqlens= for lengths",
+    ),
+    (lambda x: fused_attn.attention_stats(X, X, x), "attention_stats", "q and k", "give no v, .*mask= where"),
+    (lambda x: fused_attn.attention_map(X, X, x), "attention_map", "q and k", "give no v, .*mask= where"),
+]
+
+
+@pytest.mark.parametrize(("call", "name", "positional", "hint"), TOO_MANY, ids=[x[1] for x in TOO_MANY])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (zeros(4, 4, dtype=torch.bool), r"torch.bool tensor of shape \(4, 4\)"),
+        (X, "torch.float32 tensor of shape"),
+        (None, "NoneType None"),
+    ],
+)
+def test_positional_arguments_too_many(
+    call: Callable, name: str, positional: str, hint: str, given: Any, said: str
+) -> None:
+    words = rf"^{name}\(\) takes {positional} by position, got {said}.* after them; {hint}"
+    with pytest.raises(TypeError, match=words):
+        call(given)
+
+
 @pytest.mark.parametrize(
     "name", ("attention", "scaled_dot_product_attention", "attention_varlen", "attention_decode", "attention_stats",
              "attention_map")
 )  # fmt: skip
 def test_signatures_show_what_is_taken(name: str) -> None:
-    """The parameter that catches unknown keywords is no part of the signature."""
+    """The parameters that catch what is not taken are no part of the signature."""
     kinds = {x.kind for x in inspect.signature(getattr(fused_attn, name)).parameters.values()}
-    assert inspect.Parameter.VAR_KEYWORD not in kinds and inspect.Parameter.KEYWORD_ONLY in kinds
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("name", ("key_mass", "entropy", "max_logit"))

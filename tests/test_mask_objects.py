@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -240,7 +241,38 @@ def test_an_argument_of_a_compiled_function(name: str) -> None:
     torch.testing.assert_close(torch.compile(f, backend="aot_eager", fullgraph=True)(x, mask), f(x, mask))
 
 
-@pytest.mark.filterwarnings("ignore:.*searchsorted:UserWarning", "ignore:There is a performance drop:UserWarning")
+@pytest.fixture
+def warn_always() -> Iterator[None]:
+    """torch shows some warnings only once for a process."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+BOUNDED = {"lengths": Mask.lengths, "of rows": lambda x: Mask.lengths(x, x), "prefix": Mask.prefix}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", (None, "tiled", "reference"))
+@pytest.mark.parametrize("dim", (0, 1), ids=lambda dim: f"in_dim {dim}")
+@pytest.mark.parametrize("mask", BOUNDED)
+def test_lengths_under_vmap_without_a_warning(mask: str, dim: int, backend: str | None, warn_always: None) -> None:
+    """Of a single batch and of several, batched in any dim, and of tensors that only the lengths or only q batch."""
+    x, kv = torch.randn(3, 2, 2, 6, 4), torch.tensor([[6, 2], [1, 0], [3, 5]])
+
+    def f(x: Tensor, kv: Tensor) -> Tensor:
+        return attention(x, x, x, mask=BOUNDED[mask](kv), backend=backend)
+
+    over = kv.movedim(0, dim)
+    right = torch.stack([f(*given) for given in zip(x, kv, strict=True)])
+    torch.testing.assert_close(torch.vmap(f, (0, dim))(x, over), right)
+    right = torch.stack([f(x[0], given) for given in kv])
+    torch.testing.assert_close(torch.vmap(f, (None, dim))(x[0], over), right)
+    right = torch.stack([f(given, kv[0]) for given in x])
+    torch.testing.assert_close(torch.vmap(f, (0, None))(x, kv[0]), right)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_ids_and_lengths_under_vmap() -> None:
     """There, too, ids cannot be looked at."""
     x, ids, kv = torch.randn(2, 2, 6, 4), torch.cat((FIRST, SECOND)), lengths(2, 6)

@@ -6,9 +6,12 @@
 nn.MultiheadAttention and the Transformer layers are among those callers; their fused inference path, which never calls
 the function, is off meanwhile. Three things stay torch's: MultiheadAttention with need_weights=True, which does not
 call the function either; what torch.jit.script compiles; and code that has its own reference to the function, by
-`from torch.nn.functional import scaled_dot_product_attention`, or was compiled before.
+`from torch.nn.functional import scaled_dot_product_attention`.
 
-The switch is one for the process: it changes an attribute of torch for every thread. A call that we refuse goes to
+The switch is one for the process: it changes an attribute of torch for every thread. What torch.compile made is traced
+again when the switch has changed. The switch itself cannot be compiled: inside a compiled function `enable`, `disable`
+and `scope` break the graph, and with fullgraph=True they raise. Enter the scope around the call, or decorate the
+compiled function: `scope()(torch.compile(function, fullgraph=True))`. A call that we refuse goes to
 torch's function, with one warning for each reason; where FUSED_ATTN_BACKEND names a backend, the refusal is raised
 instead. torch.nn.attention.sdpa_kernel chooses among torch's kernels; it does not change what ours returns.
 """
@@ -40,39 +43,41 @@ _warned: set[str] = set()
 
 def enable() -> None:
     """Put ours in; again is no change."""
-    global _enabled
-    with _lock:
-        _enabled = True
-        _apply()
+    _switch(enabled=True)
 
 
 def disable() -> None:
     """Undo `enable`. Inside a `scope`, ours stays until the scope is left."""
-    global _enabled
-    with _lock:
-        _enabled = False
-        _apply()
+    _switch(enabled=False)
 
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Ours inside the block, or inside a function that this decorates. Scopes nest, in any order and over threads.
 
+    Not inside a function that is compiled with fullgraph=True: enter it around the call.
+
     >>> import torch, fused_attn
     >>> x = torch.randn(2, 8, 128, 64)
     >>> with fused_attn.compat.sdpa.scope():
     ...     out = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
     """
-    global _scopes
-    with _lock:
-        _scopes += 1
-        _apply()
+    _switch(scopes=1)
     try:
         yield
     finally:
-        with _lock:
-            _scopes -= 1
-            _apply()
+        _switch(scopes=-1)
+
+
+# A compiled function would write the counts it was traced with, and undo the scopes of other threads.
+@torch.compiler.disable(reason="use fused_attn.compat.sdpa's scope() or enable() around the call, not inside")
+def _switch(*, enabled: bool | None = None, scopes: int = 0) -> None:
+    """Turn `enable` on or off, and count scopes that are entered and left."""
+    global _enabled, _scopes
+    with _lock:
+        _enabled = _enabled if enabled is None else enabled
+        _scopes += scopes
+        _apply()
 
 
 def _apply() -> None:
