@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .cached import Cache
-from .checks import as_int, describe
+from .checks import as_int, check_shape, describe
 from .spec import DTYPES
 
 
@@ -299,10 +299,11 @@ class PagedKVCache:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
         layers, _, _, heads, dim = data.shape
-        lead = (batch,) if layers == 1 and x.ndim == 4 else (layers, batch)
-        if x.ndim != len(lead) + 3 or x.shape[:-3] != lead or x.shape[-2:] != (heads, dim):
-            shape = f"({', '.join(map(str, lead))}, T, {heads}, {dim})"
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+        dims, sizes = f"B, T, num_kv_heads, {'head_dim' if name == 'k' else 'value_dim'}", (batch, None, heads, dim)
+        if layers == 1 and x.ndim == 4:
+            check_shape(name, x, dims, sizes)
+        else:
+            check_shape(name, x, f"num_layers, {dims}", (layers, *sizes))
         if x.dtype != data.dtype:
             raise TypeError(f"{name}: expected the cache's {data.dtype}, got {x.dtype}")
         if x.device != data.device:

@@ -107,6 +107,21 @@ def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -
     return x
 
 
+def check_shape(name: str, x: Tensor, dims: str, sizes: tuple[int | None, ...]) -> None:
+    """A shape (..., length, heads, dim) of these sizes, None being any; dims: their names, for the error."""
+    if _fits(x, sizes):
+        return
+    shown = ", ".join(dim if n is None else str(n) for dim, n in zip(dims.split(", "), sizes, strict=True))
+    at = len(sizes) - 3
+    swapped = (*sizes[:at], sizes[at + 1], sizes[at], sizes[-1])
+    hint = f"; it looks heads-first: transpose({at}, {at + 1}) it" if _fits(x, swapped) else ""
+    raise ValueError(f"{name}: expected shape ({dims}) = ({shown}), got {tuple(x.shape)}{hint}")
+
+
+def _fits(x: Tensor, sizes: tuple[int | None, ...]) -> bool:
+    return x.ndim == len(sizes) and all(n is None or n == have for n, have in zip(sizes, x.shape, strict=True))
+
+
 def check_integers(name: str, x: Any, *ranks: int) -> None:
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")

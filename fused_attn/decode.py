@@ -11,7 +11,7 @@ from torch import Tensor
 from . import decode_ops, dispatch, keywords
 from .bind import autocasts, bind, no_autocast
 from .cached import Cache, Decode, Rotary
-from .checks import as_bool, as_int, check_parameter, describe
+from .checks import as_bool, as_int, check_parameter, check_shape, describe
 from .spec import DTYPES, Problem, TransformError
 from .transforms import forward_mode
 
@@ -169,26 +169,36 @@ def _check_caches(q: Any, k: Any, v: Any, paged: bool, indexed: bool) -> None:
     lies = "pages (P, page size, Hkv, D)" if paged else "(B, N, Hkv, D)"
     layered = isinstance(k, Tensor) and k.ndim == 5
     layers = "; of a PagedKVCache, k[layer] and v[layer] are taken, with page_table" if layered else ""
-    _check_kind("q", q, shape="(B, M, Hq, D)")
+    one = "; pass q[:, None] for one query of each sequence" if isinstance(q, Tensor) and q.ndim == 3 else ""
+    _check_kind("q", q, shape="(B, M, Hq, D)", hint=one)
     _check_kind("k_cache", k, q, lies, layers)
     _check_kind("v_cache", v, q, lies, layers)
     if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k_cache: expected q's head dim {q.shape[3]}, got shape {tuple(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v_cache: expected {lies} of k_cache {tuple(k.shape)}, got shape {tuple(v.shape)}")
+        raise ValueError(f"k_cache: expected q's head dim {q.shape[3]} in {lies}, got shape {tuple(k.shape)}")
     if paged and k.shape[1] == 0:
         raise ValueError(f"k_cache: a page must hold at least 1 key, got shape {tuple(k.shape)}")
     if not paged and not indexed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k_cache: expected q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
+        raise ValueError(f"k_cache: expected q's batch size {q.shape[0]} in {lies}, got shape {tuple(k.shape)}")
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads and (kv_heads == 0 or heads % kv_heads):
         where = "(B, M, Hq, D), k_cache " + lies
-        flipped = q.shape[1] and k.shape[1] and q.shape[1] % k.shape[1] == 0
-        hint = "; these look heads-first: transpose(1, 2) them" if flipped else ""
         raise ValueError(
             f"k_cache: {kv_heads} key-value heads do not divide the {heads} query heads; expected q {where}, got"
-            f" {tuple(q.shape)} and {tuple(k.shape)}{hint}"
+            f" {tuple(q.shape)} and {tuple(k.shape)}{_heads_first(q, k)}"
         )
+    check_shape("v_cache", v, ("P, page size" if paged else "B, N") + ", Hkv, Dv", (*k.shape[:3], None))
+
+
+def _heads_first(q: Tensor, k: Tensor) -> str:
+    """Which of q and the caches would fit as (B, H, length, D)."""
+    for look, heads, kv_heads in (
+        ("q, k_cache and v_cache look heads-first: transpose(1, 2) them", q.shape[1], k.shape[1]),
+        ("q looks heads-first: transpose(1, 2) it", q.shape[1], k.shape[2]),
+        ("k_cache and v_cache look heads-first: transpose(1, 2) them", q.shape[2], k.shape[1]),
+    ):
+        if heads and kv_heads and heads % kv_heads == 0:
+            return f"; {look}"
+    return ""
 
 
 def _check_indices(name: str, x: Any, q: Tensor, *shape: int | None) -> None:
@@ -252,11 +262,10 @@ def _check_new(k: Any, v: Any, cache: Cache, b: int) -> None:
         raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
     if cache.lengths is None:
         raise ValueError("cache_seqlens: expected int32 (B,), the keys before k_new, got None")
-    for name, x, old in (("k_new", k, cache.k), ("v_new", v, cache.v)):
-        _check_kind(name, x, old)
-        wanted = (b, k.shape[1], *old.shape[2:])
-        if tuple(x.shape) != wanted:
-            raise ValueError(f"{name}: expected shape (B, T, Hkv, D) = {wanted}, got {tuple(x.shape)}")
+    _check_kind("k_new", k, cache.k, "(B, T, Hkv, D)")
+    check_shape("k_new", k, "B, T, Hkv, D", (b, None, *cache.k.shape[2:]))
+    _check_kind("v_new", v, cache.v, "(B, T, Hkv, Dv)")
+    check_shape("v_new", v, "B, T, Hkv, Dv", (b, k.shape[1], *cache.v.shape[2:]))
     if k.shape[1] > cache.capacity:
         raise ValueError(f"k_new: {k.shape[1]} new keys, and the cache has room for {cache.capacity}")
 

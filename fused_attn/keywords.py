@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 from .checks import describe
 
@@ -69,14 +69,23 @@ def closed(function: F) -> F:
     return function
 
 
-def check(function: Callable[..., Any], given: Iterable[str], extra: tuple = (), caller: str = "") -> None:
+def check(
+    function: Callable[..., Any],
+    given: Iterable[str],
+    extra: tuple = (),
+    *,
+    caller: str = "",
+    advice: Mapping[str, tuple[str, str]] = ADVICE,
+    instead: Mapping[str, str] = INSTEAD,
+) -> None:
     """Raise TypeError for arguments that a function does not have: the first of the given keywords, or extra positional
     ones. caller: named instead.
     """
     has = inspect.signature(function).parameters
     for name in given:
         if name not in has:
-            _refuse(caller or function.__name__, name, has)
+            hint = _hint(name, has, advice, instead)
+            raise TypeError(f"{caller or function.__name__}() got an unexpected keyword argument {name!r}{hint}")
     if extra:
         *most, last = (name for name, x in has.items() if x.kind is x.POSITIONAL_OR_KEYWORD)
         raise TypeError(
@@ -85,15 +94,11 @@ def check(function: Callable[..., Any], given: Iterable[str], extra: tuple = (),
         )
 
 
-def _refuse(caller: str, name: str, has: Iterable[str]) -> NoReturn:
-    ours, advice = ADVICE.get(name) or (NAMES.get(name, ""), f"{NAMES.get(name, '')}=")
+def _hint(name: str, has: Collection[str], advice: Mapping[str, tuple[str, str]], instead: Mapping[str, str]) -> str:
+    ours, said = advice.get(name) or (NAMES.get(name, ""), f"{NAMES.get(name, '')}=")
     close = difflib.get_close_matches(name, has, n=1)
     if ours in has:
-        hint = f"; here it is {advice}"
-    elif name in INSTEAD:
-        hint = f"; {INSTEAD[name]}"
-    elif close:
-        hint = f"; did you mean {close[0]}=?"
-    else:
-        hint = ""
-    raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
+        return f"; here it is {said}"
+    if name in instead:
+        return f"; {instead[name]}"
+    return f"; did you mean {close[0]}=?" if close else ""

@@ -365,6 +365,10 @@ def test_full() -> None:
 
 K, V = torch.zeros(LAYERS, 1, 2, HEADS, D), torch.zeros(LAYERS, 1, 2, HEADS, DV)
 
+LONG_K, LONG_V = torch.zeros(LAYERS, 1, 5, HEADS, D), torch.zeros(LAYERS, 1, 5, HEADS, DV)
+KEYS = "(num_layers, B, T, num_kv_heads, head_dim)"
+VALUES = "(num_layers, B, T, num_kv_heads, value_dim)"
+HEADS_FIRST = "it looks heads-first: transpose(2, 3) it"
 NO_SEQUENCE = "sequence: expected one of the cache's 1 sequences, an int that allocate() or fork() returned"
 
 # what is done to a cache whose one sequence is 0, of 6 tokens; the error, and what it says
@@ -387,13 +391,28 @@ WRONG: list[tuple[Callable[[PagedKVCache], Any], type[Exception], str]] = [
     (lambda c: c.extend([0], True), TypeError, "tokens: expected an int, got bool True"),
     (lambda c: c.append([0, 0], K, V), ValueError, "sequences: expected each only once"),
     (lambda c: c.append([0], None, V), TypeError, "k: expected a tensor, got NoneType"),
-    (lambda c: c.append([0], K[0], V), ValueError, "k: expected shape (2, 1, T, 2, 4), got (1, 2, 2, 4)"),
-    (lambda c: c.append([0], K, K), ValueError, "v: expected shape (2, 1, T, 2, 3), got (2, 1, 2, 2, 4)"),
+    (lambda c: c.append([0], K[0], V), ValueError, f"k: expected shape {KEYS} = (2, 1, T, 2, 4), got (1, 2, 2, 4)"),
+    (lambda c: c.append([0], K, K), ValueError, f"v: expected shape {VALUES} = (2, 1, T, 2, 3), got (2, 1, 2, 2, 4)"),
     (lambda c: c.append([0], K, V[:, :, :1]), ValueError, "v: expected k's 2 tokens, got shape (2, 1, 1, 2, 3)"),
-    (lambda c: c.append([], K, V), ValueError, "k: expected shape (2, 0, T, 2, 4), got (2, 1, 2, 2, 4)"),
+    (lambda c: c.append([], K, V), ValueError, f"k: expected shape {KEYS} = (2, 0, T, 2, 4), got (2, 1, 2, 2, 4)"),
     (lambda c: c.append([0], K.double(), V), TypeError, "k: expected the cache's torch.float32, got torch.float64"),
     (lambda c: c.append([0], K, V.to("meta")), ValueError, "v: expected the cache's device cpu, got meta"),
-    (lambda c: c.append([0], K, V[0, 0, 0, 0, 0]), ValueError, "v: expected shape (2, 1, T, 2, 3), got ()"),
+    (lambda c: c.append([0], K, V[0, 0, 0, 0, 0]), ValueError, f"v: expected shape {VALUES} = (2, 1, T, 2, 3), got ()"),
+    (
+        lambda c: c.append([0], LONG_K.mT, LONG_V),
+        ValueError,
+        f"k: expected shape {KEYS} = (2, 1, T, 2, 4), got (2, 1, 5, 4, 2)",
+    ),
+    (
+        lambda c: c.append([0], LONG_K.transpose(2, 3), LONG_V),
+        ValueError,
+        f"k: expected shape {KEYS} = (2, 1, T, 2, 4), got (2, 1, 2, 5, 4); {HEADS_FIRST}",
+    ),
+    (
+        lambda c: c.append([0], LONG_K, LONG_V.transpose(2, 3)),
+        ValueError,
+        f"v: expected shape {VALUES} = (2, 1, T, 2, 3), got (2, 1, 2, 5, 3); {HEADS_FIRST}",
+    ),
 ]
 
 
@@ -406,6 +425,14 @@ def test_what_is_refused_changes_nothing(act: Callable[[PagedKVCache], Any], err
         act(cache)
     assert said in str(raised.value)
     assert unchanged(cache, before)
+
+
+def test_one_layer_heads_first() -> None:
+    cache = PagedKVCache(4, 2, HEADS, D)
+    k = torch.zeros(1, 5, HEADS, D)
+    shape = r"\(B, T, num_kv_heads, head_dim\) = \(1, T, 2, 4\), got \(1, 2, 5, 4\)"
+    with pytest.raises(ValueError, match=rf"^k: expected shape {shape}; it looks heads-first: transpose\(1, 2\) it$"):
+        cache.append([cache.allocate()], k.transpose(1, 2), k)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,56 @@ def test_windows_of_any_kind(pair: str) -> None:
     assert torch.equal(left, flash.flash_attn_func(q, q, q, window_size=(-1, 1)))
 
 
+ELSEWHERE = "flash-attn has none; fused_attn.attention takes mask=, bias=, sink="
+HINTS = [
+    ("is_causal", "here it is causal="),
+    ("dropout", "here it is dropout_p="),
+    ("scale", "here it is softmax_scale="),
+    ("sm_scale", "here it is softmax_scale="),
+    ("window", r"here it is window_size=\(left, right\), where -1 is unbounded"),
+    ("return_lse", "here it is return_attn_probs=, which returns the log-sum-exp too"),
+    ("attn_mask", ELSEWHERE),
+    ("sink", ELSEWHERE),
+    ("windowsize", "did you mean window_size="),
+    ("cu_seqlens", "flash_attn_varlen_func takes packed sequences"),
+    ("enable_gqa", "grouped heads need no keyword"),
+    ("temperature", ""),
+]
+CACHE_HINTS = [
+    ("page_table", "here it is block_table="),
+    ("k_new", "here it is k="),
+    ("rotary", "here it is rotary_cos=, rotary_sin= and rotary_interleaved="),
+    ("return_attn_probs", "here it is return_softmax_lse="),
+    ("return_lse", "did you mean return_softmax_lse="),
+    ("scale", "here it is softmax_scale="),
+    ("temperature", ""),
+]
+X = torch.zeros(1, 4, 2, 8)
+CALLS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
+    "flash_attn_func": (lambda **words: flash.flash_attn_func(X, X, X, **words), HINTS),
+    "flash_attn_qkvpacked_func": (lambda **words: flash.flash_attn_qkvpacked_func(X[:, :, None], **words), HINTS),
+    "flash_attn_with_kvcache": (lambda **words: flash.flash_attn_with_kvcache(X, X, X, **words), CACHE_HINTS),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_keywords_of_other_libraries(name: str) -> None:
+    """The keyword is named as it was given, and the error is both kinds that callers expect."""
+    call, hints = CALLS[name]
+    for keyword, hint in hints:
+        words = rf"^{name}\(\) got an unexpected keyword argument '{keyword}'" + (f"; {hint}" if hint else "$")
+        with pytest.raises(TypeError, match=words) as refusal:
+            call(**{keyword: None})
+        assert isinstance(refusal.value, RuntimeError)
+
+
+def test_heads_before_rows() -> None:
+    """There is no layout to choose here."""
+    q, k = torch.zeros(2, 4, 8, 16), torch.zeros(2, 2, 6, 16)
+    with pytest.raises(ValueError, match=r"6 key-value heads .*; if dim 1 counts heads, transpose\(1, 2\) q, k and v$"):
+        flash.flash_attn_func(q, k, k)
+
+
 @pytest.mark.parametrize("kind", (np.int8, np.uint16, torch.tensor), ids=lambda kind: kind.__name__)
 def test_numbers_of_any_kind(kind: Any) -> None:
     q, starts = torch.randn(7, 2, 8), starts_of([3, 4])
@@ -267,7 +317,7 @@ def test_errors_are_flash_attns() -> None:
             "1 new keys .* block_table",
         ),
         (lambda: run(cache_seqlens=5), ValueError, "cache_seqlens: .* in the 1 pages of a row of block_table, got 5"),
-        (lambda: run(q[0], q[0], cache_seqlens=1), ValueError, r"^k: expected 4 dimensions"),
+        (lambda: run(q[0], q[0], cache_seqlens=1), ValueError, r"^k: expected \(B, T, Hkv, D\), got"),
         (lambda: run(q, None, cache_seqlens=1), ValueError, r"^v: expected a tensor beside k, got None"),
         (lambda: flash.flash_attn_func(q, q, q.half()), TypeError, "^v: expected q's torch.float32"),
         (lambda: flash.flash_attn_kvpacked_func(q, q, softmax_scale="1"), ValueError, "^kv: expected shape"),

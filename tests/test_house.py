@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "absolutes": {"cases", "reference", "scores", "spec"},
     "testing": {"absolutes", "api", "cases", "dispatch", "reference", "spec", "varlen"},
     "witness": {"absolutes", "cases", "reference", "seeing", "spec", "testing"},
-    "compat": {"api", "checks", "decode", "environment", "ragged", "seeing", "spec", "underived", "varlen"},
+    "compat": {"api", "checks", "decode", "environment", "keywords", "ragged", "seeing", "spec", "underived", "varlen"},
     "modules": {"api", "checks", "masks", "scores", "seeing", "spec", "transforms"},
     "viz": {"checks"},
     "__init__": {"api", "cache", "decode", "dispatch", "scores", "seeing", "spec", "varlen"},
