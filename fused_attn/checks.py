@@ -189,8 +189,10 @@ def readable(x: Tensor) -> bool:
     """Whether the contents of an index tensor are to be checked: for free on the CPU, under `debug` elsewhere."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or x.device.type == "meta":
         return False
-    if torch._C._functorch.is_batchedtensor(x):
-        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # vmap may be inside grad, and the other way round
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
     return x.device.type == "cpu" or _debugging.get()
 
 

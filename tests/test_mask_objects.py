@@ -283,3 +283,26 @@ def test_ids_and_lengths_under_vmap() -> None:
 
     right = torch.stack([f(*given) for given in zip(x, ids, kv, strict=True)])
     torch.testing.assert_close(torch.vmap(f)(x, ids, kv), right)
+
+
+NESTED = {
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(f)),
+    "vmap of jacrev": lambda f: torch.func.vmap(torch.func.jacrev(f)),
+    "vmap of jvp": lambda f: torch.func.vmap(lambda x, *y: torch.func.jvp(lambda x: f(x, *y), (x,), (x,))[1]),
+    "grad of vmap": lambda f: torch.func.grad(lambda *x: torch.func.vmap(f)(*x).sum()),
+}
+
+
+@pytest.mark.parametrize("transform", NESTED)
+@pytest.mark.parametrize("mask", (*BOUNDED, "segments"))
+def test_index_tensors_under_nested_transforms(mask: str, transform: str) -> None:
+    """Where vmap is not the innermost transform, they cannot be looked at either."""
+    x, given = torch.randn(2, 1, 2, 6, 4), lengths(2, 6)[:, None]
+    if mask == "segments":
+        given = torch.cat((FIRST, SECOND))
+
+    def f(x: Tensor, given: Tensor) -> Tensor:
+        return attention(x, x, x, mask=(BOUNDED | {"segments": Mask.segments})[mask](given)).sin().sum()
+
+    right = [NESTED[transform](f)(x[i : i + 1], given[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(NESTED[transform](f)(x, given), torch.cat(right))
