@@ -8,26 +8,35 @@ watching, or a tensor is more than plain memory, nothing is looked up and the lo
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+
+# By name: a search of torch._C's thousands of names costs microseconds where its table is not in the cache.
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_deterministic_algorithms,
+    _get_float32_matmul_precision,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from . import autograd, environment, native, ops
-from .spec import DIFFERENTIABLE, Problem
+from .spec import DIFFERENTIABLE, Mask, Problem
 
 TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink")  # that a call may hold; scale and softcap as numbers
-PLAIN = {int, float, bool, str, type(None)}
-RECORDED = (None, "hopper", "triton", "sdpa")  # the backends asked for with which a call may be made again
-DEVICES = ("cpu", "cuda")  # where that may be, with none asked for
+PLAIN = {int, float, bool, str, tuple, type(None)}  # of tuples, what they hold is looked at
 LIMIT = 4096  # calls kept
 
 Given = tuple[Any, ...]  # tensors and None
 
-_C = torch._C
 HIP = torch.version.hip is not None
 
 
@@ -35,24 +44,26 @@ def _watched() -> bool:
     """Whether torch transforms, traces or watches what is done."""
     return (
         forward_ad._current_level >= 0
-        or _C._are_functorch_transforms_active()
-        or _C._len_torch_dispatch_stack() > 0
-        or _C._len_torch_function_stack() > 0
-        or _C._is_tracing()
-        or torch.autograd._profiler_enabled()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _is_tracing()
+        or _profiler_enabled()
     )
 
 
 def _settings() -> tuple[Any, ...]:
     """What else a call may depend on, wherever its tensors are."""
-    return torch.is_grad_enabled(), _C._get_deterministic_algorithms(), _C._get_float32_matmul_precision()
+    return (
+        is_grad_enabled(), is_inference_mode_enabled(), _get_deterministic_algorithms(), _get_float32_matmul_precision()
+    )  # fmt: skip
 
 
 def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Words, the state of torch, and all of the tensors but their contents; None where a tensor is not plain memory."""
     if _watched():
         return None
-    parts = [words, _settings(), torch.is_inference_mode_enabled()]
+    parts = [words, *_settings()]
     try:
         for x in tensors:
             if x is None:
@@ -66,109 +77,48 @@ def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
             parts += x.shape, x.stride(), x.dtype, x.device, x.requires_grad, where & 15
             if HIP:  # where short buffers are addressed by 32-bit offsets
                 parts.append(x.untyped_storage().nbytes() < 2**31)
-        if _C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensors[0].device.type):
+        if _is_any_autocast_enabled() and torch.is_autocast_enabled(tensors[0].device.type):
             parts.append(torch.get_autocast_dtype(tensors[0].device.type))
     except (AttributeError, RuntimeError):  # no q, or a tensor without strides or memory of its own
         return None
     return tuple(parts)
 
 
-class Alike:
-    """Whether tensors are as others were, asked of torch once and not fact by fact.
-
-    It is dynamo's own guard: types, dtypes, devices, sizes, strides, requires_grad, and the keys that torch would
-    dispatch by, those of the thread included. Addresses are ours to ask, and have to be multiples of 16.
-    """
-
-    __slots__ = ("_check", "_present", "_settings")
-
-    def __init__(self, tensors: Given) -> None:
-        present = [i for i, x in enumerate(tensors) if x is not None]
-        self._present = None if len(present) == len(tensors) else present
-        tensors = tuple(tensors[i] for i in present)
-        sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
-        guards: Any = _C._dynamo.guards
-        guard = guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._check, self._settings = guard.check, _settings()
-
-    @staticmethod
-    def of(tensors: Given) -> Alike | None:
-        """None where the guard would not see all that counts."""
-        if HIP or _C._is_any_autocast_enabled() or not _guards_see():
-            return None
-        if not all(x is None or (isinstance(x, Tensor) and x.data_ptr() % 16 == 0) for x in tensors):
-            return None
-        return Alike(tensors)
-
-    def __call__(self, tensors: Given) -> bool:
-        """Of tensors of which the same ones are None."""
-        if self._present is not None:
-            tensors = tuple([tensors[i] for i in self._present])
-        for x in tensors:  # dynamo's guard asks for strides, and ends the process where there are none
-            if getattr(x, "is_nested", True) or x.layout is not torch.strided:
-                return False
-        if _watched() or not self._check(*tensors) or _settings() != self._settings:
-            return False
-        places = 0
-        for x in tensors:
-            places |= x.data_ptr()
-        return not places & 15
-
-
-@functools.cache
-def _guards_see() -> bool:
-    """Whether this torch's guards tell apart what they are trusted with; they are no public part of it."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros(2, 4, 4)
-        others = (
-            x[:, :, :3], x.mT, x.double(), x.clone().requires_grad_(), torch.nn.Parameter(x, requires_grad=False),
-            x.to("meta"), torch._neg_view(x),
-        )  # fmt: skip
-        try:
-            alike = Alike((x, x))
-            if not alike((x, x.clone())) or any(alike((x, y)) for y in others):
-                return False
-            with torch.inference_mode():
-                return not alike((x, x))
-        except (AttributeError, TypeError):
-            return False
-
-
 def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | None:
     """The call of these tensors and options; None at its first time, and where the long way is the only one.
 
-    words: the options, all but tensors and the backend; they are told apart by type as well.
+    words: the options, all but tensors and the backend; they are told apart by type as well, for 1 equals True.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
-    asked = backend or environment.backend
-    if asked not in RECORDED or not (asked or (isinstance(tensors[0], Tensor) and tensors[0].device.type in DEVICES)):
-        return None
-    kinds = tuple(map(type, words))
-    if not PLAIN.issuperset(kinds):
-        words = tuple(y for x in words for y in (x if type(x) is tuple else (x,)))
-        inside = tuple(map(type, words))
-        if not PLAIN.issuperset(inside):
+    asked = backend or environment.read()
+    if type(tensors[3]) is Mask:
+        lengths = tensors[3].kv_lengths
+        if lengths is None:
             return None
-        kinds += inside
-    name = (asked, kinds, words, *[x is None for x in tensors])
-    last = _last.get(name)
-    if last is not None and last[0](tensors[: last[1].count]):
-        return last[1]
-    key = _key(tensors, name)
+        tensors = (*tensors[:3], lengths, *tensors[4:])
+        words = (*words, "Mask.lengths")
+    kinds = tuple(map(type, words))
+    if tuple in kinds:
+        words = tuple(y for x in words for y in (x if type(x) is tuple else (x,)))
+        kinds += tuple(map(type, words))
+    key = _key(tensors, (kinds, asked, words))
     if key is None:
         return None
-    call = _calls.get(key)
-    if call is None:  # many calls are made once
+    try:
+        call = _calls.get(key)
+    except TypeError:  # an option that cannot be hashed
+        return None
+    if call is None and PLAIN.issuperset(kinds) and _recorded(asked, tensors[0].device.type):
         if len(_calls) >= LIMIT:
             _calls.clear()
-            _last.clear()
         _calls[key] = Call()
-    elif call.known:
-        call.alike = call.alike or Alike.of(tensors[: call.count])
-        if call.alike is not None:
-            _last[name] = call.alike, call
     return call
+
+
+def _recorded(asked: Any, device: str) -> bool:
+    """Whether a backend, None where the package chooses, may make a call again."""
+    return asked in ("hopper", "triton", "sdpa") or (asked is None and device in ("cpu", "cuda"))
 
 
 class Call:
@@ -178,7 +128,8 @@ class Call:
     """
 
     __slots__ = (
-        "_backward", "_forward", "_last", "alike", "backend", "count", "differentiable", "kernel", "known", "settings",
+        "_backward", "_forward", "backend", "count", "differentiable", "kernel", "known", "lengths", "settings",
+        "short",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -186,15 +137,16 @@ class Call:
         self.kernel: native.Repeated | None = None  # torch's own, where that is what computes it
         self._forward: Any = None
         self._backward: dict[tuple[Any, ...], Any] = {}
-        self.alike: Alike | None = None
-        self._last: tuple[tuple[bool, ...], Alike, Any] | None = None  # the last backward: needs, tensors, replay
 
     def learn(self, tensors: Given, p: Problem, backend: str) -> None:
         """A call of this key was bound to p and went to that backend."""
         self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         if backend == "sdpa":
-            own = p.q, p.k, p.v, p.mask, p.bias
-            self.kernel = native.Repeated.of(p) if all(map(_is_view, own, tensors)) else None
+            self.lengths = isinstance(tensors[3], Mask)
+            given = (*tensors[:3], None, tensors[4]) if self.lengths else tensors[:5]
+            self.short = any(x is not None and x.ndim < 4 for x in given)
+            if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), given)) and not (self.lengths and self.short):
+                self.kernel = native.Repeated.of(p, self.lengths)
             self.known = self.kernel is not None
             return
         if not hasattr(ops.launcher(backend) if backend in ops.LAUNCHERS else None, "record"):
@@ -215,8 +167,11 @@ class Call:
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse); None: these tensors hold something for which the call must be bound again."""
         if self.kernel is not None:
-            out = self.kernel(*map(_four_dims, tensors[:5]))
-            return None if out is None else (out[(0,) * (4 - tensors[0].ndim)], None)
+            q, k, v, mask, bias = map(_four_dims, tensors[:5]) if self.short else tensors[:5]
+            out = self.kernel(q, k, v, mask.kv_lengths if self.lengths else mask, bias)
+            if out is None:
+                return None
+            return out[(0,) * (4 - tensors[0].ndim)] if self.short else out, None
         given = tensors[: self.count]
         return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]
 
@@ -236,19 +191,10 @@ class Call:
 
     def backward(self, given: Given, needs: tuple[bool, ...]) -> Given:
         """The gradients that needs asks for. given: the tensors, out, peak, log_sum, dout, dlse."""
-        alone = given[-1] is None  # most often the lse has no cotangent
-        if self._last is not None and alone:
-            same, alike, again = self._last
-            found = again(given) if same == needs and alike(given[:-1]) else None
-            if found is not None:
-                return found
         key = _key(given, needs)
         replay = self._backward.get(key) if key is not None else None
         found = None if replay is None else replay(given)
         if found is not None:
-            seen = Alike.of(given[:-1]) if alone else None
-            if seen is not None:
-                self._last = needs, seen, replay
             return found
         names = frozenset(name for name, need in zip(TENSORS, needs, strict=False) if need)
         if key is None or replay is not None:
@@ -296,4 +242,3 @@ def _is_view(bound: Tensor | None, given: Tensor | None) -> bool:
 
 
 _calls: dict[tuple[Any, ...], Call] = {}
-_last: dict[tuple[Any, ...], tuple[Alike, Call]] = {}  # of each name, the last

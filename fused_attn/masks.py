@@ -175,6 +175,12 @@ class Mask:
         return Mask(tuple(x.to(device) for x in self.parts))
 
     @property
+    def kv_lengths(self) -> Tensor | None:
+        """kv, of a mask that is `Mask.lengths(kv)` and nothing else."""
+        (part,) = self.parts if len(self.parts) == 1 else (None,)
+        return part.kv if isinstance(part, Lengths) and part.q is None else None
+
+    @property
     def remainder(self) -> tuple[Tensor, ...]:
         """Its bool tensors."""
         return tuple(x.allowed for x in self.parts if isinstance(x, Allowed))

@@ -12,6 +12,7 @@ On CUDA it is `F.scaled_dot_product_attention` without masks.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -20,16 +21,18 @@ import torch
 from torch import Tensor
 
 # Taken now: `compat.sdpa` puts our own function in its place, and that one may come here.
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, threshold
 
 from . import autograd, ops
 from .checks import readable
-from .pieces import ALL, Piece, looks_padded, pieces, run, searched, unpadded
-from .spec import Problem, ordered_like
+from .pieces import ALL, Piece, pieces, pieces_of_lengths, pieces_of_seen, run, searched, seen_by_all
+from .spec import Mask, Problem, ordered_like
 from .transforms import transform_of_cotangents
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGE = 64.0  # largest |log-sum-exp| whose rounding, 2**-18, the backward may put into a weight
+LARGEST = torch.finfo(torch.float32).max
+FEW = 4096  # elements of a mask that one operator converts faster than three
 
 # The only private operators used: the public function keeps the log-sum-exp to itself.
 _forward = torch._scaled_dot_product_flash_attention_for_cpu
@@ -44,7 +47,7 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"it runs on cpu and cuda here, not on {device}")
     if p.q.dtype not in DTYPES:
         reasons.append(f"it runs in float16, bfloat16 and float32 here, not in {p.q.dtype}")
-    if isinstance(p.scale, float) and not abs(p.scale) <= torch.finfo(torch.float32).max:
+    if isinstance(p.scale, float) and not abs(p.scale) <= LARGEST:
         reasons.append(f"it needs a scale within float32, got {p.scale}")
     if p.v.shape[3] != p.q.shape[3]:
         reasons.append(f"with Dv = {p.v.shape[3]} and D = {p.q.shape[3]} it stores the whole score matrix")
@@ -76,7 +79,7 @@ def _why_not_on_cpu(p: Problem) -> list[str]:
     if any(x.stride(3) != 1 for x in (p.q, p.k, p.v)):
         return ["torch's kernel reads the last dim of q, k and v as contiguous, whatever its stride"]
     if p.span.lo is None and p.span.hi is None and p.ragged is None:
-        shape = run(p, (0, p.shape[2]), (0, p.shape[3]))
+        shape = run(p.span, (0, p.shape[2]), (0, p.shape[3]))
         known, causal = shape is not None, shape is not None and shape[1]
     elif not readable(p.q):
         return ["lengths and sequence starts cannot be read while tracing"]
@@ -101,7 +104,7 @@ def _why_not_on_cuda(p: Problem) -> list[str]:
     elif (
         p.span.lo is not None
         or p.span.hi is not None
-        or run(p, (0, p.shape[2]), (0, p.shape[3])) not in ((0, False), (0, True))
+        or run(p.span, (0, p.shape[2]), (0, p.shape[3])) not in ((0, False), (0, True))
     ):
         reasons.append("it knows only the full score matrix and the causal one from the top left")
     if isinstance(p.scale, float) and not p.scale > 0:
@@ -126,34 +129,64 @@ def additive_mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) 
         return bias
     if bias is not None:
         return torch.where(mask, bias, -math.inf)
-    return torch.where(mask, mask.new_zeros((), dtype=dtype), -math.inf)
+    if mask.numel() <= FEW:
+        return torch.where(mask, mask.new_zeros((), dtype=dtype), -math.inf)
+    # In vector instructions, which torch.where on bool is not: 6 times as fast. 0 becomes -inf and any other byte 0.
+    added = mask.view(torch.uint8).to(dtype)
+    return threshold(added, 0.5, -math.inf, inplace=True).clamp_max_(0)
 
 
 class Kernel:
-    """How torch's CPU kernel computes a problem, and every other that differs in the contents of its tensors alone.
+    """How torch's CPU kernel computes a problem, and every other that differs in the contents of its tensors alone."""
 
-    pieces: None, where one call does it all. search: whether to look for padding in the mask.
-    """
-
-    __slots__ = ("causal", "peeks", "pieces", "scale", "template", "unpadded")
+    __slots__ = (
+        "causal",
+        "covers",
+        "differentiable",
+        "peeked",
+        "pieces",
+        "rows",
+        "scale",
+        "template",
+        "unpadded",
+        "whole",
+    )
 
     def __init__(self, p: Problem, search: bool = True) -> None:
-        found = unpadded(p) if search else None
+        """search: whether to look for padding in the mask."""
+        seen = seen_by_all(p.mask) if search and p.mask is not None and searched(p) else None
+        found = None if seen is None else pieces_of_seen(p.span, p.shape, seen)
         self.unpadded = found is not None
         found = pieces(p) if found is None else found
         assert found is not None, "asked for what why_not refuses"
-        whole = (ALL, slice(0, p.shape[2]), slice(0, p.shape[3]))
-        covering = p.ragged is None and [piece[:3] for piece in found] == [whole]
-        self.pieces = None if covering else found
-        self.causal = found[0].causal if covering else False
-        self.peeks = any(piece.read != piece.keys for piece in found)  # reads keys that no row sees
         self.scale: Any = p.scale  # a number: why_not refuses tensors
+        self.rows = p.q.shape[0], p.q.shape[2]
+        self.whole = None if p.ragged is not None else (ALL, slice(0, p.shape[2]), slice(0, p.shape[3]))
         self.template: Any = None
-        if torch.is_grad_enabled():
+        self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (p.q, p.k, p.v))
+        if self.differentiable:
             # For second derivatives; without q, k, v and the mask, which would live as long as this does.
-            seen = p.mask[:, :, :1].clone() if self.unpadded and p.mask is not None else None
+            mask = seen[:, None, None].clone() if self.unpadded and seen is not None else None
             starts = p.ragged and replace(p.ragged, q=p.ragged.q.clone(), k=p.ragged.k.clone())
-            self.template = p.replace(q=None, k=None, v=None, mask=seen, bias=None, ragged=starts)
+            self.template = p.replace(q=None, k=None, v=None, mask=mask, bias=None, ragged=starts)
+        self._take(found)
+
+    def _take(self, found: list[Piece]) -> None:
+        covering = [piece[:3] for piece in found] == [self.whole]
+        self.pieces = None if covering else found  # None: one call does it all
+        self.causal = found[0].causal if covering else False
+        # Keys that are read and that no row sees.
+        self.peeked = [(x.batch, ALL, slice(x.keys.stop, x.read.stop)) for x in found if x.read != x.keys]
+        batch, length = self.rows
+        self.covers = sum(piece.rows_of(batch) for piece in found) == batch * length  # every row is in a piece
+
+    def of(self, found: list[Piece], **seen: Any) -> Kernel:
+        """That of a problem which differs in nothing but its pieces, and the span or mask that they come from."""
+        other = copy.copy(self)
+        other.unpadded = "mask" in seen
+        other.template = self.template and self.template.replace(**seen)
+        other._take(found)
+        return other
 
     def additive(self, p: Problem) -> Tensor | None:
         """What is left to add to the scores of p."""
@@ -161,9 +194,9 @@ class Kernel:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
         """out in q's memory order, with a derivative where one is wanted; None: torch's kernel gets it wrong."""
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if self.differentiable:
             out, lse = _apply(self, q, k, v, mask)
-            right = self.sound(q, k, v, mask, lse) and _largest(lse) <= LARGE
+            right = self.sound(q, k, v, mask, lse, LARGE)
         else:
             out, lse = self.forward(q, k, v, mask)
             right = self.sound(q, k, v, mask, lse)
@@ -171,26 +204,30 @@ class Kernel:
             return None
         return out if out.stride() == q.stride() else ordered_like(out, q)
 
-    def sound(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor) -> bool:
-        """Whether out is right.
+    def sound(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, limit: float | None = None
+    ) -> bool:
+        """Whether out is right; with a limit, the backward too: no |log-sum-exp| is above it.
 
         The kernel makes numbers of NaN and Inf scores, and leaves NaN, Inf or 0 in the log-sum-exp of such a row. A 0
         is also that of a row that the mask hides. A weight of 0 does not hide NaN in a value, nor, in the backward,
         in a key behind the diagonal.
         """
-        if math.isnan((lse / lse).sum().item()) and not (
-            lse.isfinite().all() and _finite_scores(q, k, mask, self.scale)
-        ):
+        if _suspect(lse) and not (lse.isfinite().all() and _finite_scores(q, k, mask, self.scale)):
             return False
-        return not self.peeks or math.isfinite(_norm(k) + _norm(v))
+        if self.peeked:
+            for x in (v,) if limit is None else (k, v):
+                if not math.isfinite(_norm(torch.cat([x[place] for place in self.peeked], 2))):
+                    return False
+        return limit is None or _largest(lse) <= limit
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """out, in q's memory order, and lse (B, Hq, M)."""
         if self.pieces is None:
             return _call(q, k, v, mask, self.causal, self.scale)
-        if len(self.pieces) == 1 and self._cover(q.shape):
+        if len(self.pieces) == 1 and self.covers:
             return self._compute(self.pieces[0], q, k, v, mask)
-        make = torch.empty_like if self._cover(q.shape) else torch.zeros_like
+        make = torch.empty_like if self.covers else torch.zeros_like
         out, lse = make(q), q.new_ones(q.shape[:3], dtype=torch.float32)
         for piece in self.pieces:
             # Copied while it is in the cache; joining all of them in the end takes longer.
@@ -203,21 +240,13 @@ class Kernel:
         own = q[piece.batch, :, piece.rows]
         return _call(own, k[read], v[read], _part(mask, piece, q), piece.causal, self.scale)
 
-    def _cover(self, shape: tuple[int, ...]) -> bool:
-        """Whether every row is in a piece."""
-        rows = [
-            ((x.batch.stop or shape[0]) - (x.batch.start or 0)) * (x.rows.stop - x.rows.start)
-            for x in self.pieces or ()
-        ]
-        return sum(rows) == shape[0] * shape[2]
-
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv."""
         if self.pieces is None:
             return _backward(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=mask, scale=self.scale)
-        dq = (torch.empty_like if self._cover(q.shape) else torch.zeros_like)(q)
+        dq = (torch.empty_like if self.covers else torch.zeros_like)(q)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for piece in self.pieces:
             own, read = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.read)
@@ -238,26 +267,65 @@ class Kernel:
 
 
 class Repeated:
-    """A problem's kernel for calls that differ in the contents of their tensors alone. `of` makes none where those
-    decide what is computed."""
+    """A problem's kernel for calls that differ in the contents of their tensors alone.
 
-    __slots__ = ("kernel", "searched")
+    Where those decide what is computed, as lengths and padding do, the last ones' kernel is kept: all layers of a model
+    have the same.
+    """
 
-    def __init__(self, p: Problem) -> None:
-        self.kernel, self.searched = Kernel(p, search=False), searched(p)
+    __slots__ = ("kernel", "last", "lengths", "searched", "shape", "span")
+
+    def __init__(self, p: Problem, lengths: bool) -> None:
+        """lengths: the span's `hi` is that of `Mask.lengths`; calls give the lengths in place of a mask."""
+        self.kernel, self.searched, self.lengths = Kernel(p, search=False), searched(p), lengths
+        self.shape, self.span = p.shape, replace(p.span, hi=None)
+        self.last: tuple[Any, Kernel] | None = None
 
     @staticmethod
-    def of(p: Problem) -> Repeated | None:
-        fixed = p.ragged is None and p.span.lo is None and p.span.hi is None
-        return Repeated(p) if p.q.device.type == "cpu" and fixed else None
+    def of(p: Problem, lengths: bool) -> Repeated | None:
+        """None where there is none."""
+        fixed = p.ragged is None and p.span.lo is None and (p.span.hi is None or lengths)
+        return Repeated(p, lengths) if p.q.device.type == "cpu" and fixed else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """As `Kernel.__call__`; None also where padding is better left out."""
-        if mask is not None:
-            if self.searched and looks_padded(mask):
-                return None
-            bias = additive_mask(mask, bias, q.dtype)
-        return self.kernel(q, k, v, bias)
+        """As `Kernel.__call__`; None also of lengths that are wrong or take another backend."""
+        if mask is None:
+            return self.kernel(q, k, v, bias)
+        if self.lengths:
+            kernel = self._of_lengths(mask)
+            return None if kernel is None else kernel(q, k, v, bias)
+        kernel = self._of_padding(mask) if self.searched else None
+        if kernel is not None:
+            return kernel(q, k, v, bias)
+        return self.kernel(q, k, v, additive_mask(mask, bias, q.dtype))
+
+    def _of_lengths(self, kv: Tensor) -> Kernel | None:
+        lengths, last = kv.tolist(), self.last
+        if last is not None and last[0] == lengths:
+            return last[1]
+        if not all(0 <= x <= self.shape[3] for x in lengths):
+            return None
+        found = pieces_of_lengths(self.span, self.shape, lengths)
+        if found is None:
+            return None
+        span = self.span & Mask.lengths(kv).resolve(self.shape)[0] if self.kernel.differentiable else self.span
+        return self._keep(lengths, self.kernel.of(found, span=span))
+
+    def _of_padding(self, mask: Tensor) -> Kernel | None:
+        seen, last = seen_by_all(mask), self.last
+        if seen is None:
+            return None
+        if last is not None and torch.equal(last[0], seen):
+            return last[1]
+        found = pieces_of_seen(self.span, self.shape, seen)
+        if found is None:
+            return None
+        seen = seen.clone()
+        return self._keep(seen, self.kernel.of(found, mask=seen[:, None, None]))
+
+    def _keep(self, of: Any, kernel: Kernel) -> Kernel:
+        self.last = of, kernel
+        return kernel
 
 
 def _part(mask: Tensor | None, piece: Piece, q: Tensor) -> Tensor | None:
@@ -281,6 +349,11 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
+def _suspect(lse: Tensor) -> bool:
+    """Whether a row is 0, Inf or NaN: those divided by themselves are NaN."""
+    return math.isnan((lse / lse).sum().item())
+
+
 def _largest(lse: Tensor) -> float:
     return torch.linalg.vector_norm(lse, math.inf).item()
 
@@ -290,7 +363,7 @@ def _finite_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> b
     detour and never an answer."""
     if mask is not None and not mask.amax() < math.inf:
         return False
-    return _norm(q) * _norm(k) * abs(scale) < torch.finfo(torch.float32).max
+    return _norm(q) * _norm(k) * abs(scale) < LARGEST
 
 
 def _norm(x: Tensor) -> float:
@@ -353,7 +426,7 @@ def backward(
     """The gradients that needs names: of q, k and v."""
     lse, kernel = peak + log_sum, Kernel(p)
     mask = kernel.additive(p)
-    if dlse is not None or not _largest(lse) <= LARGE or not kernel.sound(p.q, p.k, p.v, mask, lse):
+    if dlse is not None or not kernel.sound(p.q, p.k, p.v, mask, lse, LARGE):
         tiled = ops.launcher("tiled")
         out, _, *parts = tiled.forward(p)
         return tiled.backward(p, out, *parts, dout, dlse, needs)
@@ -367,7 +440,7 @@ def attention(p: Problem) -> tuple[Tensor, None]:
         kernel = Kernel(p)
         out = kernel(p.q, p.k, p.v, kernel.additive(p))
         return autograd.attend(p, "tiled")[0] if out is None else out, None
-    shape = run(p, (0, p.shape[2]), (0, p.shape[3]))
+    shape = run(p.span, (0, p.shape[2]), (0, p.shape[3]))
     causal = shape is not None and shape[1]
     scale: Any = p.scale  # a number: why_not refuses tensors
     out = scaled_dot_product_attention(p.q, p.k, p.v, is_causal=causal, scale=scale, enable_gqa=p.group > 1)

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from .checks import readable
-from .spec import Problem
+from .spec import Problem, Shape, Span
 
 FEW, SMALL = 16, 4096  # more pieces than FEW, of less than SMALL scores each, cost more than tiles
 VECTOR = 16  # keys in a vector register of float32
 PADDED = 2**20  # scores of a problem from which its mask is searched for padding
 FULL = 0.9  # share of keys in sight above which leaving out the others gains less than it costs
+
+
+ALL = slice(None)
 
 
 class Piece(NamedTuple):
@@ -38,8 +41,13 @@ class Piece(NamedTuple):
             return 0
         return self.read.stop - self.keys.stop
 
+    def rows_of(self, batch: int) -> int:
+        """How many rows of so many sequences are in it."""
+        length = self.rows.stop - self.rows.start
+        return length * (batch if self.batch is ALL else self.batch.stop - self.batch.start)
 
-ALL = slice(None)
+
+Run = tuple[slice, tuple[int, int], tuple[int, int]]  # batch, rows and keys: rows that have the same bounds
 
 
 def pieces(p: Problem) -> list[Piece] | None:
@@ -65,28 +73,37 @@ def _pieces(p: Problem) -> list[Piece] | None:
         return found
     if p.empty:
         return []
-    _, heads, m, n = p.shape
-    span = p.span
-    if span.lo is None and span.hi is None:
-        return _pieces_of_run(p, ALL, (0, m), (0, n))
-    found = []
+    _, _, m, n = p.shape
+    if p.span.lo is None and p.span.hi is None:
+        return _pieces_of_run(p.span, n, ALL, (0, m), (0, n))
+    return _pieces_of_runs(p.span, p.shape, _runs(p))
+
+
+def pieces_of_lengths(span: Span, shape: Shape, lengths: list[int]) -> list[Piece] | None:
+    """The same for a batch whose sequences see so many of their first keys, as far as the numbers of the span allow."""
+    own = zip(_batches(len(lengths)), lengths, strict=True)
+    return _pieces_of_runs(span, shape, [(batch, (0, shape[2]), (0, n)) for batch, n in own])
+
+
+def _pieces_of_runs(span: Span, shape: Shape, runs: list[Run]) -> list[Piece] | None:
+    found: list[Piece] = []
     scores, last = 0, dict[int | None, int]()
-    for batch, rows, keys in _runs(p):
-        own = _pieces_of_run(p, batch, rows, keys)
+    for batch, rows, keys in runs:
+        own = _pieces_of_run(span, shape[3], batch, rows, keys)
         if own is None or (own and own[0].keys.start < last.get(batch.start, 0)):
             return None
         for piece in own:
             last[batch.start] = piece.keys.stop
             scores += (piece.rows.stop - piece.rows.start) * (piece.keys.stop - piece.keys.start)
         found += own
-    return found if len(found) <= FEW or scores * heads >= SMALL * len(found) else None
+    return found if len(found) <= FEW or scores * shape[1] >= SMALL * len(found) else None
 
 
 def _within(part: slice, whole: slice) -> slice:
     return slice(whole.start + part.start, whole.start + part.stop)
 
 
-def _runs(p: Problem) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
+def _runs(p: Problem) -> list[Run]:
     """Rows one after another that have the same lo and hi: (batch, rows, keys) each."""
     span, (_, _, m, n) = p.span, p.shape
     given = [x for x in (span.lo, span.hi) if x is not None]
@@ -95,7 +112,7 @@ def _runs(p: Problem) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
         p.q.new_full((batch, m), value, dtype=torch.int32) if x is None else x.expand(batch, m)
         for x, value in ((span.lo, 0), (span.hi, n))
     )
-    whole = [ALL] if batch == 1 else [slice(x, x + 1) for x in range(batch)]
+    whole = _batches(batch)
     ends = torch.stack((lo[:, 0], hi[:, 0], lo[:, -1], hi[:, -1]), 1).tolist()
     if all(x[:2] == x[2:] for x in ends):  # bounds never decrease, so all rows have the same
         return [
@@ -114,10 +131,10 @@ def _runs(p: Problem) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
     ]
 
 
-def run(p: Problem, rows: tuple[int, int], keys: tuple[int, int]) -> tuple[int, bool] | None:
+def run(span: Span, rows: tuple[int, int], keys: tuple[int, int]) -> tuple[int, bool] | None:
     """Of rows that see these keys as far as the numbers of the span allow: the first one that sees any, and whether
     they see a triangle and not all. None: it is neither."""
-    (top, bottom), (first, last), span = rows, keys, p.span
+    (top, bottom), (first, last) = rows, keys
     if span.right is not None and span.right + top < first:
         top = min(bottom, first - span.right)
     if span.left is not None and (span.sinks or bottom - 1 + span.left > first):
@@ -130,17 +147,19 @@ def run(p: Problem, rows: tuple[int, int], keys: tuple[int, int]) -> tuple[int, 
     return (top, True) if ahead == 0 else None
 
 
-def _pieces_of_run(p: Problem, batch: slice, rows: tuple[int, int], keys: tuple[int, int]) -> list[Piece] | None:
-    """The piece of such rows, or none where they see nothing; None: it is not one."""
+def _pieces_of_run(
+    span: Span, total: int, batch: slice, rows: tuple[int, int], keys: tuple[int, int]
+) -> list[Piece] | None:
+    """The piece of such rows, or none where they see nothing; None: it is not one. total: of keys."""
     (top, bottom), (first, last) = rows, keys
     if bottom <= top or last <= first:
         return []
-    shape = run(p, rows, keys)
-    if shape is None:
+    found = run(span, rows, keys)
+    if found is None:
         return None
-    top, causal = shape
+    top, causal = found
     last = min(last, first + bottom - top) if causal else last  # no row sees what lies behind the last diagonal
-    return [_piece(batch, slice(top, bottom), slice(first, last), causal, p.shape[3])] if top < bottom else []
+    return [_piece(batch, slice(top, bottom), slice(first, last), causal, total)] if top < bottom else []
 
 
 def _piece(batch: slice, rows: slice, keys: slice, causal: bool, total: int) -> Piece:
@@ -167,26 +186,31 @@ def looks_padded(mask: Tensor) -> bool:
     return first.sum().item() <= FULL * first.numel()
 
 
-def unpadded(p: Problem) -> list[Piece] | None:
-    """The pieces of a problem whose mask is padding, which are then computed without it; None: compute all of it.
+def seen_by_all(mask: Tensor) -> Tensor | None:
+    """bool (B or 1, N): the keys that every row of a sequence sees, of a mask without heads that is worth looking at.
+    None: it is not, or its rows differ."""
+    if looks_padded(mask) and (mask.shape[2] == 1 or torch.equal(mask[:, :, :1].expand_as(mask), mask)):
+        return mask[:, 0, 0]
+    return None
 
-    Reads the mask, which has no heads here: that costs little beside the scores.
-    """
-    mask, n = p.mask, p.shape[3]
-    if mask is None or not searched(p) or not looks_padded(mask):
-        return None
-    if not torch.equal(mask[:, :, :1].expand_as(mask), mask):
-        return None
-    seen = mask[:, 0, 0].byte()
-    count = seen.sum(1).tolist()
-    first, last = seen.argmax(1).tolist(), [n - x for x in seen.flip(1).argmax(1).tolist()]
+
+def pieces_of_seen(span: Span, shape: Shape, seen: Tensor) -> list[Piece] | None:
+    """The pieces of a problem whose sequences see these keys alone, as far as the numbers of the span allow; None:
+    they are no interval, or there are no such pieces."""
+    (_, _, m, n), bits = shape, seen.byte()
+    count = bits.sum(1).tolist()
+    first, last = bits.argmax(1).tolist(), [n - x for x in bits.flip(1).argmax(1).tolist()]
     if any(c and c != z - a for c, a, z in zip(count, first, last, strict=True)):
         return None
-    whole = [ALL] if len(count) == 1 else [slice(x, x + 1) for x in range(len(count))]
     found: list[Piece] = []
-    for batch, begin, keys in zip(whole, first, count, strict=True):
-        own = _pieces_of_run(p, batch, (0, p.shape[2]), (begin, begin + keys))
+    for batch, begin, keys in zip(_batches(len(count)), first, count, strict=True):
+        own = _pieces_of_run(span, n, batch, (0, m), (begin, begin + keys))
         if own is None:
             return None
         found += own
     return found
+
+
+def _batches(count: int) -> list[slice]:
+    """Each of so many sequences; one stands for all."""
+    return [ALL] if count == 1 else [slice(x, x + 1) for x in range(count)]

@@ -22,7 +22,7 @@ from .checks import check_broadcastable, check_parameter, check_window, debug, d
 from .masks import Mask  # noqa: F401
 from .patterns import Pattern
 from .ragged import Ragged, Sequence
-from .spans import ALIGNMENTS, Span, diagonal_offset  # noqa: F401
+from .spans import ALIGNMENTS, Shape, Span, diagonal_offset  # noqa: F401
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)

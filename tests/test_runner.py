@@ -323,12 +323,21 @@ def test_interrupted_by_a_signal(tmp_path: Path) -> None:
     """The real thing: SIGINT while a process trains."""
     command = [sys.executable, "-u", ROOT / "examples" / "seq2seq.py", "--pairs", "10", "--steps", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def hear() -> None:
+        """Tests in the background of a shell inherit that SIGINT is ignored."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert "pairs to train on" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=hear,
+    ) as process:  # fmt: skip
+        try:
+            assert "pairs to train on" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130 and said.startswith("Interrupted at step ") and said.count("\n") == 1
     assert list((tmp_path / "out").iterdir()) == []
 
