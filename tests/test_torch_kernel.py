@@ -219,6 +219,19 @@ def test_equal_large_logits(value: float, dtype: torch.dtype) -> None:
         assert torch.equal(found, torch.full_like(v, 0.25))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+def test_a_mask_in_vector_instructions(dtype: torch.dtype) -> None:
+    """Bytes of a mask become 0 and -inf, however they lie and whatever a byte that is not 0 holds."""
+    dense = torch.rand(2, 1, 65, 70) > 0.5
+    odd = torch.randint(0, 3, (2, 1, 65, 70), dtype=torch.uint8).view(torch.bool)
+    for mask in (dense, dense.mT, dense.expand(2, 3, 65, 70), odd):
+        assert mask.numel() > native.FEW
+        added = native.additive_mask(mask, None, dtype)
+        assert torch.equal(
+            added, torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask.view(torch.uint8) == 0, -math.inf)
+        )
+
+
 def test_rows_that_see_nothing() -> None:
     """Zeros, and no gradient, whatever their cotangent is."""
     mask = torch.rand(6, 6) > 0.3
