@@ -286,8 +286,9 @@ def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[
         if enable_gqa and x.ndim < 3:
             raise ValueError(f"{name}: enable_gqa needs at least 3 dimensions, got shape {tuple(x.shape)}")
     tail = 3 if enable_gqa else 2
-    try:
-        lead = torch.broadcast_shapes(*(x.shape[:-tail] for x in (query, key, value)))
+    leads = [x.shape[:-tail] for x in (query, key, value)]
+    try:  # in Python, and slow: most often they are the same
+        lead = leads[0] if leads[0] == leads[1] == leads[2] else torch.broadcast_shapes(*leads)
     except RuntimeError:
         shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("query", query), ("key", key), ("value", value)))
         raise ValueError(f"query, key, value: leading dims do not broadcast: {shapes}") from None

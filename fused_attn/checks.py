@@ -135,13 +135,15 @@ def check_batch(name: str, x: Tensor, b: int) -> None:
 
 
 def check_lengths(name: str, x: Tensor, longest: int, what: str) -> Tensor:
-    """Lengths of any integer dtype as int64; what they hold is checked where `readable` says so."""
-    found = x.long()
-    if readable(x) and x.numel():
-        least, most = map(int, found.aminmax())
-        if least < 0 or most > longest:
-            raise ValueError(f"{name}: expected lengths from 0 to {what} = {longest}, got {least} to {most}")
-    return found
+    """Lengths of any integer dtype as int64 from 0 to longest; what they hold is checked where `readable` says so, and
+    elsewhere taken for the nearest inside."""
+    if not readable(x):
+        return x.long().clamp(0, longest)
+    held = x.tolist()
+    if held and (min(held) < 0 or max(held) > longest):
+        found = f"{min(held)} to {max(held)}"
+        raise ValueError(f"{name}: expected lengths from 0 to {what} = {longest}, got {found}")
+    return x.long()
 
 
 def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...], what: str = "(B, Hq, M, N)") -> Tensor:

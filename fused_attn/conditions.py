@@ -78,7 +78,7 @@ class Lengths(Condition):
     def resolve(self, shape: Shape, ragged: Ragged | None) -> Span:
         b, _, m, n = shape
         check_batch("kv", self.kv, b)
-        hi = check_lengths("kv", self.kv, n, "N")[:, None].clamp(0, n).expand(-1, m)
+        hi = check_lengths("kv", self.kv, n, "N")[:, None].expand(-1, m)
         if self.q is None:
             return Span(hi=hi.int().contiguous())
         check_batch("q", self.q, b)

@@ -106,18 +106,15 @@ def _within(part: slice, whole: slice) -> slice:
 def _runs(p: Problem) -> list[Run]:
     """Rows one after another that have the same lo and hi: (batch, rows, keys) each."""
     span, (_, _, m, n) = p.span, p.shape
-    given = [x for x in (span.lo, span.hi) if x is not None]
-    batch = max(map(len, given))
+    batch = max(len(x) for x in (span.lo, span.hi) if x is not None)
+    whole = _batches(batch)
+    ends = [_ends(x, default, batch) for x, default in ((span.lo, 0), (span.hi, n))]
+    if all(x[0] == x[-1] for bound in ends for x in bound):  # they never decrease: all rows have the same
+        return [(own, (0, m), (max(lo[0], 0), min(hi[0], n))) for own, lo, hi in zip(whole, *ends, strict=True)]
     lo, hi = (
         p.q.new_full((batch, m), value, dtype=torch.int32) if x is None else x.expand(batch, m)
         for x, value in ((span.lo, 0), (span.hi, n))
     )
-    whole = _batches(batch)
-    ends = torch.stack((lo[:, 0], hi[:, 0], lo[:, -1], hi[:, -1]), 1).tolist()
-    if all(x[:2] == x[2:] for x in ends):  # bounds never decrease, so all rows have the same
-        return [
-            (own, (0, m), (max(first, 0), min(last, n))) for own, (first, last, *_) in zip(whole, ends, strict=True)
-        ]
     starts = torch.ones_like(lo, dtype=torch.bool)
     starts[:, 1:] = (lo[:, 1:] != lo[:, :-1]) | (hi[:, 1:] != hi[:, :-1])
     where = starts.nonzero()
@@ -129,6 +126,14 @@ def _runs(p: Problem) -> list[Run]:
         (whole[number], (begin, stop or m), (max(first, 0), min(last, n)))
         for (number, begin), stop, (first, last) in zip(begins, stops, bounds, strict=True)
     ]
+
+
+def _ends(bound: Tensor | None, default: int, batch: int) -> list[list[int]]:
+    """The first and the last row's bound of each sequence."""
+    if bound is None:
+        return [[default, default]] * batch
+    found = bound[:, :: max(1, bound.shape[1] - 1)].tolist()
+    return found * batch if len(found) == 1 else found
 
 
 def run(span: Span, rows: tuple[int, int], keys: tuple[int, int]) -> tuple[int, bool] | None:
