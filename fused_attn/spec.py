@@ -74,24 +74,25 @@ class Dropout:
 
 
 def philox(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
-    """Four uint32 words, held in int64.
-
-    Memory is overwritten wherever shapes no longer grow (after four rounds each word depends on every counter): fresh
-    memory costs a CPU several times what the arithmetic does.
-    """
+    """Four uint32 words, held in int64, of counters that broadcast."""
     low = 0xFFFFFFFF
     seed, c3 = rng[0], rng[1] & low
     steps = torch.arange(rounds, device=rng.device)
     keys = (seed + 0x9E3779B9 * steps & low).unbind(), ((seed >> 32) + 0xBB67AE85 * steps & low).unbind()
     c0, c1, c2 = c0 & low, c1 & low, c2 & low
-    for n, (k0, k1) in enumerate(zip(*keys, strict=True)):
-        mul = Tensor.mul_ if n else Tensor.mul
-        xor = Tensor.bitwise_xor_ if n >= 4 else Tensor.bitwise_xor
+    for k0, k1 in zip(*keys, strict=True):
         # The products wrap around int64 and their 64 bits are right; what a shift drags in above 32 is masked.
-        a, b = mul(c0, 0xD2511F53), mul(c2, 0xCD9E8D57)
-        c0, c2 = (xor(xor(c, k), x >> 32).bitwise_and_(low) for c, k, x in ((c1, k0, b), (c3, k1, a)))
-        c1, c3 = b, a
+        a, b = c0.mul_(0xD2511F53), c2.mul_(0xCD9E8D57)
+        c0, c2, c1, c3 = _mixed(c1, k0, b), _mixed(c3, k1, a), b, a
     return tuple(torch.broadcast_tensors(c0, c1.bitwise_and_(low), c2, c3.bitwise_and_(low)))
+
+
+def _mixed(c: Tensor, key: Tensor, product: Tensor) -> Tensor:
+    """The low word of c, the key and the high word of the product. Overwrites c where the shape no longer grows: fresh
+    memory costs a CPU several times what the arithmetic does."""
+    high = product >> 32
+    mixed = c.bitwise_xor_(high) if c.shape == high.shape else c ^ high
+    return mixed.bitwise_xor_(key).bitwise_and_(0xFFFFFFFF)
 
 
 @dataclass(frozen=True, eq=False)
