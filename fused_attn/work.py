@@ -152,7 +152,7 @@ class Work:
     def kept(self, tile: Tile, keys: slice) -> Tensor:
         """(B, Hq, rows, keys): 1 where dropout lets a weight live, 0 elsewhere; several times as fast as `materialize`.
 
-        Four elements share a call of Philox, so it is called for the first half of each 16 rows and of each 16 keys; and
+        Four elements share a call of Philox: it is called for the first half of each 16 rows and of each 16 keys, and
         for as many at once as stay in the cache.
         """
         p, device = self.p, self.q.device

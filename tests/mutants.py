@@ -299,7 +299,7 @@ MUTANTS = (
     Mutant((25,), "the head is left out of the counter", "kernels/modifiers.py",
            "zero + plane.at.head.to(tl.uint32)", "zero", _checklist("line_25_dropout_is and triton")),
     Mutant((25,), "the documented generator changes", "fused_attn/spec.py",
-           "mul(c0, 0xD2511F53)", "mul(c0, 0xD2511F55)", ("test_spec.py", "philox or dropout_is")),
+           "c0.mul_(0xD2511F53)", "c0.mul_(0xD2511F55)", ("test_spec.py", "philox or dropout_is")),
     # 27, 30
     Mutant((27,), "earlier sums are not rescaled", "kernels/softmax.py",
            "return p, alpha, peak, l_i * alpha + tl.sum(p, 1)", "return p, alpha, peak, l_i + tl.sum(p, 1)",
