@@ -213,13 +213,16 @@ class Kernel:
         is also that of a row that the mask hides. A weight of 0 does not hide NaN in a value, nor, in the backward,
         in a key behind the diagonal.
         """
-        if _suspect(lse) and not (lse.isfinite().all() and _finite_scores(q, k, mask, self.scale)):
+        least, most = (x.item() for x in lse.aminmax())  # NaN where one is
+        if not max(-least, most) <= (LARGEST if limit is None else limit):
+            return False
+        if least <= 0 <= most and not (lse.all() or _finite_scores(q, k, mask, self.scale)):
             return False
         if self.peeked:
             for x in (v,) if limit is None else (k, v):
                 if not math.isfinite(_norm(torch.cat([x[place] for place in self.peeked], 2))):
                     return False
-        return limit is None or _largest(lse) <= limit
+        return True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """out, in q's memory order, and lse (B, Hq, M)."""
@@ -347,15 +350,6 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     # One query a head: those of a group become rows that read their keys once.
     out, lse = _forward(q.view(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, attn_mask=mask, scale=scale)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
-
-
-def _suspect(lse: Tensor) -> bool:
-    """Whether a row is 0, Inf or NaN: those divided by themselves are NaN."""
-    return math.isnan((lse / lse).sum().item())
-
-
-def _largest(lse: Tensor) -> float:
-    return torch.linalg.vector_norm(lse, math.inf).item()
 
 
 def _finite_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> bool:
