@@ -23,7 +23,7 @@ from . import additive, state
 from .ragged import KEYS, ROWS
 from .scores import Additive
 from .spec import Problem
-from .tiles import Share, Tile, masked_by_tensors, part, row_tiles, seen, shares
+from .tiles import Share, Tile, masked_by_tensors, part, reached, row_tiles, seen, shares
 from .work import Work, distance_to_diagonal, exp_minus, finite_peak, indices, number, softmax_weights, work_dtype
 
 
@@ -336,7 +336,8 @@ def attention(p: Problem) -> tuple[Tensor, Tensor]:
     """
     if p.ragged is not None:
         return p.joined([attention(alone) for _, alone in p.sequences()])
-    visible = seen(p)
+    # A tile meets the keys between its sinks and its window too.
+    visible = reached(p) if p.span.sinks else seen(p)
     if visible is not None:
         rows, keys = visible
         p = p.replace(q=torch.where(rows, p.q, 0), k=torch.where(keys, p.k, 0), v=torch.where(keys, p.v, 0))
