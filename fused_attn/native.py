@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,21 +136,41 @@ def additive_mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) 
     return threshold(added, 0.5, -math.inf, inplace=True).clamp_max_(0)
 
 
+class Step(NamedTuple):
+    """A piece as the kernel is called for it: what to take of the tensors, and which of the keys read to hide."""
+
+    rows: tuple[slice, ...]
+    keys: tuple[slice, ...]
+    read: tuple[slice, ...]
+    length: int  # of keys
+    causal: bool
+    hidden: Tensor | None  # additive
+
+    @staticmethod
+    def of(piece: Piece, dtype: torch.dtype) -> Step:
+        rows, keys, read = ((piece.batch, ALL, x) for x in (piece.rows, piece.keys, piece.read))
+        hidden = None
+        if piece.tail:
+            hidden = torch.zeros(1, 1, 1, piece.read.stop - piece.read.start, dtype=dtype)
+            hidden[..., -piece.tail :] = -math.inf
+        return Step(rows, keys, read, piece.keys.stop - piece.keys.start, piece.causal, hidden)
+
+    def added(self, mask: Tensor | None) -> Tensor | None:
+        """Its additive mask, of that of the problem."""
+        if mask is None:
+            return self.hidden
+        places = zip((*self.rows, self.read[2]), mask.shape, strict=True)
+        part = mask[tuple(place if size > 1 else ALL for place, size in places)]
+        return part if self.hidden is None else part + self.hidden
+
+
 class Kernel:
     """How torch's CPU kernel computes a problem, and every other that differs in the contents of its tensors alone."""
 
     __slots__ = (
-        "causal",
-        "covers",
-        "differentiable",
-        "peeked",
-        "pieces",
-        "rows",
-        "scale",
-        "template",
-        "unpadded",
+        "causal", "covers", "differentiable", "dtype", "peeked", "rows", "scale", "steps", "template", "unpadded",
         "whole",
-    )
+    )  # fmt: skip
 
     def __init__(self, p: Problem, search: bool = True) -> None:
         """search: whether to look for padding in the mask."""
@@ -160,7 +180,7 @@ class Kernel:
         found = pieces(p) if found is None else found
         assert found is not None, "asked for what why_not refuses"
         self.scale: Any = p.scale  # a number: why_not refuses tensors
-        self.rows = p.q.shape[0], p.q.shape[2]
+        self.rows, self.dtype = (p.q.shape[0], p.q.shape[2]), p.q.dtype
         self.whole = None if p.ragged is not None else (ALL, slice(0, p.shape[2]), slice(0, p.shape[3]))
         self.template: Any = None
         self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (p.q, p.k, p.v))
@@ -173,7 +193,7 @@ class Kernel:
 
     def _take(self, found: list[Piece]) -> None:
         covering = [piece[:3] for piece in found] == [self.whole]
-        self.pieces = None if covering else found  # None: one call does it all
+        self.steps = None if covering else [Step.of(x, self.dtype) for x in found]  # None: one call does it all
         self.causal = found[0].causal if covering else False
         # Keys that are read and that no row sees.
         self.peeked = [(x.batch, ALL, slice(x.keys.stop, x.read.stop)) for x in found if x.read != x.keys]
@@ -226,39 +246,36 @@ class Kernel:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """out, in q's memory order, and lse (B, Hq, M)."""
-        if self.pieces is None:
+        if self.steps is None:
             return _call(q, k, v, mask, self.causal, self.scale)
-        if len(self.pieces) == 1 and self.covers:
-            return self._compute(self.pieces[0], q, k, v, mask)
+        if len(self.steps) == 1 and self.covers:
+            return self._compute(self.steps[0], q, k, v, mask)
         make = torch.empty_like if self.covers else torch.zeros_like
         out, lse = make(q), q.new_ones(q.shape[:3], dtype=torch.float32)
-        for piece in self.pieces:
+        for step in self.steps:
             # Copied while it is in the cache; joining all of them in the end takes longer.
-            place = piece.batch, ALL, piece.rows
-            out[place], lse[place] = self._compute(piece, q, k, v, mask)
+            out[step.rows], lse[step.rows] = self._compute(step, q, k, v, mask)
         return out, lse
 
-    def _compute(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        read = piece.batch, ALL, piece.read
-        own = q[piece.batch, :, piece.rows]
-        return _call(own, k[read], v[read], _part(mask, piece, q), piece.causal, self.scale)
+    def _compute(self, step: Step, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows, read = step.rows, step.read
+        return _call(q[rows], k[read], v[read], step.added(mask), step.causal, self.scale)
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv."""
-        if self.pieces is None:
+        if self.steps is None:
             return _backward(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=mask, scale=self.scale)
         dq = (torch.empty_like if self.covers else torch.zeros_like)(q)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for piece in self.pieces:
-            own, read = (piece.batch, ALL, piece.rows), (piece.batch, ALL, piece.read)
-            keys, count = (piece.batch, ALL, piece.keys), piece.keys.stop - piece.keys.start
-            dq[own], key_grads, value_grads = _backward(
-                dout[own], q[own], k[read], v[read], out[own], lse[own], 0.0, piece.causal,
-                attn_mask=_part(mask, piece, q), scale=self.scale,
+        for step in self.steps:
+            rows, read = step.rows, step.read
+            dq[rows], key_grads, value_grads = _backward(
+                dout[rows], q[rows], k[read], v[read], out[rows], lse[rows], 0.0, step.causal,
+                attn_mask=step.added(mask), scale=self.scale,
             )  # fmt: skip
-            dk[keys], dv[keys] = key_grads[:, :, :count], value_grads[:, :, :count]
+            dk[step.keys], dv[step.keys] = key_grads[:, :, : step.length], value_grads[:, :, : step.length]
         return dq, dk, dv
 
     def again(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, results: Any, needs: list[bool]) -> Any:
@@ -331,18 +348,6 @@ class Repeated:
         return kernel
 
 
-def _part(mask: Tensor | None, piece: Piece, q: Tensor) -> Tensor | None:
-    """The additive mask of a piece."""
-    if mask is not None:
-        places = zip((piece.batch, ALL, piece.rows, piece.read), mask.shape, strict=True)
-        mask = mask[tuple(place if size > 1 else ALL for place, size in places)]
-    if not piece.tail:
-        return mask
-    hidden = q.new_zeros(1, 1, 1, piece.read.stop - piece.read.start)
-    hidden[..., -piece.tail :] = -math.inf
-    return hidden if mask is None else mask + hidden
-
-
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[2] > 1 or heads == kv_heads or causal or not (mask is None or mask.shape[1] == mask.shape[2] == 1):
@@ -387,7 +392,7 @@ class _Function(torch.autograd.Function):
         if dout is None:
             return (None,) * 5
         *given, out, lse = ctx.saved_tensors
-        if autograd.by_operations(dout, None) or (ctx.kernel.pieces is not None and transform_of_cotangents(dout)):
+        if autograd.by_operations(dout, None) or (ctx.kernel.steps is not None and transform_of_cotangents(dout)):
             grads = ctx.kernel.again(*given, (out, lse, dout), list(ctx.needs_input_grad[1:4]))
         else:
             with torch.autocast("cpu", enabled=False):

@@ -128,7 +128,7 @@ MUTANTS = (
            "not (lse.all() or _finite_scores(q, k, mask, self.scale))", "False",
            ("test_torch_kernel.py", "scale_of_zero")),
     Mutant((6,), "keys read behind a piece's end are not hidden", "fused_attn/native.py",
-           "    if not piece.tail:\n", "    if True:\n",
+           "        if piece.tail:\n", "        if False:\n",
            ("test_torch_kernel.py", "what_no_row_sees and lengths and not of")),
     Mutant((6,), "values that no row sees are multiplied by torch's kernel", "fused_attn/native.py",
            "        if self.peeked:\n", "        if False:\n",
