@@ -109,16 +109,17 @@ def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | 
         call = _calls.get(key)
     except TypeError:  # an option that cannot be hashed
         return None
-    if call is None and PLAIN.issuperset(kinds) and _recorded(asked, tensors[0].device.type):
+    if call is None and PLAIN.issuperset(kinds) and _recorded(asked, tensors[0]):
         if len(_calls) >= LIMIT:
             _calls.clear()
         _calls[key] = Call()
     return call
 
 
-def _recorded(asked: Any, device: str) -> bool:
+def _recorded(asked: Any, q: Any) -> bool:
     """Whether a backend, None where the package chooses, may make a call again."""
-    return asked in ("hopper", "triton", "sdpa") or (asked is None and device in ("cpu", "cuda"))
+    chosen = asked is None and isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")
+    return chosen or asked in ("hopper", "triton", "sdpa")
 
 
 class Call:

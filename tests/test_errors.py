@@ -34,6 +34,7 @@ def test_the_call_is_right_when_nothing_is_changed() -> None:
 # argument, the bad value, the error, and words that its message holds: what it was and what is allowed
 ATTENTION = [
     ("q", [1.0], TypeError, "expected a tensor, got list"),
+    ("q", None, TypeError, "expected a tensor, got NoneType"),
     ("k", None, TypeError, "expected a tensor, got NoneType"),
     ("v", "v", TypeError, "expected a tensor, got str"),
     ("q", zeros(HQ, M, D), ValueError, "expected 4 dimensions, got shape (4, 5, 8); pass q[None], or call scaled_dot_"),
@@ -247,6 +248,7 @@ SDPA: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      ValueError, r"query: .*enable_gqa.*got shape \(5, 8\)"),
     ("dropout above one", {"dropout_p": 2.0}, ValueError, r"dropout_p: must lie in \[0, 1\], got 2.0"),
     ("value that is no tensor", {"value": 3}, TypeError, "value: expected a tensor, got int 3"),
+    ("query that is None", {"query": None}, TypeError, "query: expected a tensor, got NoneType"),
 ]  # fmt: skip
 
 
