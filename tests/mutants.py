@@ -375,7 +375,7 @@ MUTANTS = (
     Mutant((43,), "meta is asked for its autocast", "fused_attn/bind.py",
            "return torch.amp.is_autocast_available(device) and", "return", ("test_meta.py", "backward_under_autocast")),
     Mutant((43,), "a fake tensor is asked for its address", "fused_attn/launch/hopper.py",
-           " or type(x) not in (Tensor, torch.nn.Parameter):", ":", ("test_meta.py", "like_real and plain")),
+           " or type(x) not in (Tensor, torch.nn.Parameter):", ":", ("test_meta.py", "explain")),
     Mutant((43,), "the SDPA wrapper refuses a head dim of 0", "fused_attn/bind.py",
            'if x.shape[-1] == 0 and layout != "sdpa":', "if x.shape[-1] == 0:", ("test_sdpa_shapes.py", "no_channels")),
     Mutant((43,), "heads of value are taken for heads of key", "fused_attn/api.py",

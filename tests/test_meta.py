@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +177,10 @@ def test_explain() -> None:
         q = torch.empty(2, 4, 5, 8)
         found = fused_attn.explain(q, q, q)
         lengths = fused_attn.explain(q, q, q, mask=fused_attn.Mask.lengths(torch.tensor([2, 5])))
+        half = torch.empty(2, 4, 5, 64, dtype=torch.bfloat16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns where a fake tensor is asked for its address
+            assert "GPU" in fused_attn.explain(half, half, half, backend="hopper").reasons["hopper"][0]
     assert found.backend == "sdpa"
     assert lengths.backend == "tiled" and "tracing" in lengths.reasons["sdpa"][0]
 
