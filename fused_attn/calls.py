@@ -28,8 +28,9 @@ from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from . import autograd, environment, native, ops
+from . import autograd, environment, ops
 from .spec import DIFFERENTIABLE, Mask, Problem
+from .torch_kernel import Repeated
 
 TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink")  # that a call may hold; scale and softcap as numbers
 PLAIN = {int, float, bool, str, tuple, type(None)}  # of tuples, what they hold is looked at
@@ -135,7 +136,7 @@ class Call:
 
     def __init__(self) -> None:
         self.known = False
-        self.kernel: native.Repeated | None = None  # torch's own, where that is what computes it
+        self.kernel: Repeated | None = None  # torch's own, where that is what computes it
         self._forward: Any = None
         self._backward: dict[tuple[Any, ...], Any] = {}
 
@@ -147,7 +148,7 @@ class Call:
             given = (*tensors[:3], None, tensors[4]) if self.lengths else tensors[:5]
             self.short = any(x is not None and x.ndim < 4 for x in given)
             if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), given)) and not (self.lengths and self.short):
-                self.kernel = native.Repeated.of(p, self.lengths)
+                self.kernel = Repeated.of(p, self.lengths)
             self.known = self.kernel is not None
             return
         if not hasattr(ops.launcher(backend) if backend in ops.LAUNCHERS else None, "record"):

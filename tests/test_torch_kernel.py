@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_attn
-from fused_attn import Mask, api, attention, attention_varlen, calls, native, pieces, testing
+from fused_attn import Mask, api, attention, attention_varlen, calls, pieces, testing, torch_kernel
 from fused_attn.testing import Case
 
 HALF = (torch.float16, torch.bfloat16)
@@ -65,8 +65,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(q.shape[0] * q.shape[2] * k.shape[2])
         return inner(q, k, *rest, **more)
 
-    inner = native._forward
-    monkeypatch.setattr(native, "_forward", spy)
+    inner = torch_kernel._forward
+    monkeypatch.setattr(torch_kernel, "_forward", spy)
     return found
 
 
@@ -225,8 +225,8 @@ def test_a_mask_in_vector_instructions(dtype: torch.dtype) -> None:
     dense = torch.rand(2, 1, 65, 70) > 0.5
     odd = torch.randint(0, 3, (2, 1, 65, 70), dtype=torch.uint8).view(torch.bool)
     for mask in (dense, dense.mT, dense.expand(2, 3, 65, 70), odd):
-        assert mask.numel() > native.FEW
-        added = native.additive_mask(mask, None, dtype)
+        assert mask.numel() > torch_kernel.FEW
+        added = torch_kernel.additive_mask(mask, None, dtype)
         assert torch.equal(
             added, torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask.view(torch.uint8) == 0, -math.inf)
         )
