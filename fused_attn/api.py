@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import calls, dispatch, keywords, nested, state
 from .bind import autocast, bind, check_qkv, no_autocast
-from .checks import as_bool, check_choice, one_of
+from .checks import as_bool, axes_advice, check_choice, is_integers, one_of
 from .spec import Mask, describe
 from .varlen import bind_packed
 
@@ -72,7 +72,7 @@ def attention(
         sink: (Hq,) logits that join each row's denominator and no value. Xiao et al., "Efficient streaming language
             models with attention sinks", 2024.
         dropout_p: probability that a weight is dropped, in [0, 1]; survivors are scaled by 1 / (1 - p).
-        seed: pins the dropout mask: an int or a 0-d int64 tensor. None draws one from the device's generator.
+        seed: pins the dropout mask: an int or a 0-d integer tensor. None draws one from the device's generator.
         normalizer: "softmax"; "softmax1", whose denominator has a 1 more (a sink of 0), so that a row may attend to
             nothing; or "sigmoid", P_ij = 1 / (1 + exp(-s_ij)), without a denominator. Miller, "Attention is off by
             one", 2023; Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attention", 2024.
@@ -324,14 +324,17 @@ def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask: expected a tensor, got {describe(mask)}")
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise TypeError(f"attn_mask: expected bool, float32 or query's {query.dtype}, got {mask.dtype}")
+        advice = "; pass attn_mask != 0" if is_integers(mask) else ""
+        raise TypeError(f"attn_mask: expected bool, float32 or query's {query.dtype}, got {mask.dtype}{advice}")
     if mask.device != query.device:
         raise ValueError(f"attn_mask: expected query's device {query.device}, got {mask.device}")
     fits = mask.ndim <= len(shape) and all(
         one_of(have, (1, want)) for have, want in zip(mask.shape[::-1], shape[::-1], strict=False)
     )
     if not fits:
-        raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {shape}")
+        raise ValueError(
+            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {shape}{axes_advice('attn_mask', mask, shape)}"
+        )
     if mask.ndim == 4 == len(shape):
         return mask
     mask = mask[(None,) * (max(4, len(shape)) - mask.ndim)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_bool, as_float, as_int, check_choice
+from .checks import as_bool, as_float, as_int, check_choice, is_integers
 from .scores import Bilinear, Distance, Score
 from .spec import (
     ALIGNMENTS,
@@ -76,8 +76,11 @@ def _rank_advice(name: str, x: Tensor, layout: str) -> str:
     """How to make 4 dimensions of a q, k or v of another rank."""
     if layout == "sdpa" or x.ndim < 2:
         return ""
-    make = {2: "[None, None]", 3: "[None]"}.get(x.ndim, ".flatten(0, -4)")
-    return f"; pass {name}{make}, or call scaled_dot_product_attention, which takes any leading dimensions"
+    alone = "[None, :, None]" if layout == "bshd" else "[None, None]"
+    advice = f"; pass {name}" + {2: alone, 3: "[None]"}.get(x.ndim, ".flatten(0, -4)")
+    if layout == "bshd":  # scaled_dot_product_attention would take its rows for heads
+        return advice
+    return f"{advice}, or call scaled_dot_product_attention, which takes any leading dimensions"
 
 
 def _layout_advice(q: Tensor, k: Tensor, layout: str) -> str:
@@ -202,11 +205,11 @@ def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p: must lie in [0, 1], got {p}")
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim != 0:
-            raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {describe(seed)}")
-        seed = seed.to(q.device)
+        if not is_integers(seed) or seed.ndim != 0:
+            raise TypeError(f"seed: expected None, an int or a 0-d integer tensor, got {describe(seed)}")
+        seed = seed.to(q.device, torch.int64)
     elif seed is not None:
-        seed = as_int("seed", seed, "None, an int or a 0-d int64 tensor")
+        seed = as_int("seed", seed, "None, an int or a 0-d integer tensor")
     if p == 0.0:
         return None
     if isinstance(seed, Tensor):

@@ -122,8 +122,38 @@ def _fits(x: Tensor, sizes: tuple[int | None, ...]) -> bool:
     return x.ndim == len(sizes) and all(n is None or n == have for n, have in zip(sizes, x.shape, strict=True))
 
 
+def as_device(x: Any) -> torch.device:
+    """A torch.device, also by its name or index."""
+    if isinstance(x, torch.device):
+        return x
+    if not isinstance(x, (str, int)) or isinstance(x, bool):
+        raise TypeError(f"device: expected a torch.device, a str or an int, got {describe(x)}")
+    try:
+        return torch.device(x)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected the name or index of a device, got {describe(x)}") from error
+
+
+def is_integers(x: Any) -> bool:
+    """Whether x is a tensor of integers, of any width."""
+    return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def as_int32(name: str, x: Any) -> Tensor:
+    """An integer tensor of any width as int32, clamped: a length or an index that does not fit stays out of range."""
+    if not is_integers(x):
+        raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
+    return x if x.dtype == torch.int32 else x.long().clamp(-(2**31), 2**31 - 1).int()
+
+
+def as_starts(q: Any, k: Any) -> tuple[Tensor, Tensor]:
+    """cu_seqlens_q and cu_seqlens_k of any integer width as int32; one tensor given twice stays one."""
+    starts = as_int32("cu_seqlens_q", q)
+    return starts, starts if k is q else as_int32("cu_seqlens_k", k)
+
+
 def check_integers(name: str, x: Any, *ranks: int) -> None:
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+    if not is_integers(x):
         raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
     if x.ndim not in ranks:
         raise ValueError(f"{name}: expected rank {' or '.join(map(str, ranks))}, got shape {tuple(x.shape)}")
@@ -149,8 +179,22 @@ def check_lengths(name: str, x: Tensor, longest: int, what: str) -> Tensor:
 def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...], what: str = "(B, Hq, M, N)") -> Tensor:
     """x as a 4-d view, still broadcast, or an error that names both shapes."""
     if x.ndim > 4 or any(not one_of(have, (1, want)) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"{name}: shape {tuple(x.shape)} does not broadcast to {what} = {shape}")
+        raise ValueError(
+            f"{name}: shape {tuple(x.shape)} does not broadcast to {what} = {shape}{axes_advice(name, x, shape)}"
+        )
     return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
+
+
+def axes_advice(name: str, x: Tensor, shape: tuple[int, ...]) -> str:
+    """The axes that a tensor (B, N) or (B, M, N) lacks, for the error of a tensor that does not broadcast."""
+    if len(shape) != 4:
+        return ""
+    b, _, m, n = shape
+    if tuple(x.shape) == (b, n):
+        return f"; if it is (B, N), pass {name}[:, None, None]"
+    if tuple(x.shape) in ((b, m, n), (b, 1, n), (b, m, 1)):
+        return f"; if it is (B, M, N), pass {name}[:, None]"
+    return ""
 
 
 def check_window(window: Any) -> tuple[int | None, int | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import decode_ops, dispatch, keywords
 from .bind import autocasts, bind, no_autocast
 from .cached import Cache, Decode, Rotary
-from .checks import as_bool, as_int, check_parameter, check_shape, describe
+from .checks import as_bool, as_int, as_int32, check_parameter, check_shape, describe
 from .spec import DTYPES, Problem, TransformError
 from .transforms import forward_mode
 
@@ -54,9 +54,9 @@ def attention_decode(
         k_cache: (C, N, Hkv, D), in q's dtype; C = B without cache_batch_idx. Hkv divides Hq, and query head h reads
             key-value head h // (Hq // Hkv). With page_table: pages, (P, page, Hkv, D), of any size from 1 key on.
         v_cache: (C, N, Hkv, Dv) or (P, page, Hkv, Dv).
-        cache_seqlens: int32 (B,), or an int for all: how many keys each sequence has, those of k_new not counted. None:
-            as many as there is room for. What lies behind them is never read.
-        page_table: int32 (B, pages): key j of sequence b is row j % page of page page_table[b, j // page]. Entries
+        cache_seqlens: integers (B,), or an int for all: how many keys each sequence has, those of k_new not
+            counted. None: as many as there is room for. What lies behind them is never read.
+        page_table: integers (B, pages): key j of sequence b is row j % page of page page_table[b, j // page]. Entries
             behind a sequence's keys are never read.
         k_new, v_new: (B, T, Hkv, D) and (B, T, Hkv, Dv), written into the caches in place, as keys cache_seqlens[b] + t
             of each sequence, before the queries look.
@@ -66,8 +66,8 @@ def attention_decode(
             "RoFormer", 2021. Only with k_new.
         tree_mask: bool (B, M, M) or (1, M, M): which of a sequence's last M keys each row may see, for speculative
             decoding; the keys before them it sees as without.
-        cache_batch_idx: int32 (B,): which row of the caches each sequence has. Not with page_table.
-        cache_leftpad: int32 (B,): the first key of each sequence; those before it are never read.
+        cache_batch_idx: integers (B,): which row of the caches each sequence has. Not with page_table.
+        cache_leftpad: integers (B,): the first key of each sequence; those before it are never read.
         scale: multiplies the score, D ** -0.5 when None; a float, or a tensor () or (Hq,).
         causal: row i sees no key behind its own position. window: (left, right) keys around it, None being unbounded.
         alibi_slopes: (Hq,) or (B, Hq). softcap: c > 0 makes a score c * tanh(s / c). sink: (Hq,) logits that join the
@@ -117,7 +117,7 @@ def attention_decode(
             sink=sink, normalizer=normalizer,
         )  # fmt: skip
         if cache_leftpad is not None:
-            _check_indices("cache_leftpad", cache_leftpad, q, q.shape[0])
+            cache_leftpad = _indices("cache_leftpad", cache_leftpad, q, q.shape[0])
         if tree_mask is not None:
             _check_tree(tree_mask, q)
         turn = None if rotary is None else _rotary(rotary, q, k_new is not None)
@@ -201,24 +201,24 @@ def _heads_first(q: Tensor, k: Tensor) -> str:
     return ""
 
 
-def _check_indices(name: str, x: Any, q: Tensor, *shape: int | None) -> None:
-    """An int32 tensor on q's device; None is a size of any number."""
-    if not isinstance(x, Tensor) or x.dtype != torch.int32:
-        raise TypeError(f"{name}: expected an int32 tensor, got {describe(x)}")
+def _indices(name: str, x: Any, q: Tensor, *shape: int | None) -> Tensor:
+    """Integers of any width on q's device as int32; None is a size of any number."""
+    x = as_int32(name, x)
     if x.device != q.device:
         raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
     if x.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, x.shape, strict=True)):
         wanted = f"({', '.join('pages' if n is None else str(n) for n in shape)}{',' * (len(shape) == 1)})"
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
+    return x
 
 
 def _cache(q: Tensor, k: Tensor, v: Tensor, lengths: Any, table: Any, index: Any, added: int) -> Cache:
     """The cache before so many keys are added."""
     b = q.shape[0]
     if table is not None:
-        _check_indices("page_table", table, q, b, None)
+        table = _indices("page_table", table, q, b, None)
     if index is not None:
-        _check_indices("cache_batch_idx", index, q, b)
+        index = _indices("cache_batch_idx", index, q, b)
         if table is not None:
             raise ValueError("cache_batch_idx: not with page_table, which has a row for each sequence; got both")
     cache = Cache(k, v, None, table, index, added)
@@ -228,9 +228,8 @@ def _cache(q: Tensor, k: Tensor, v: Tensor, lengths: Any, table: Any, index: Any
 def _lengths(given: Any, q: Tensor, cache: Cache) -> Tensor:
     """int32 (B,), also of one number for all."""
     if isinstance(given, Tensor) and given.ndim:
-        _check_indices("cache_seqlens", given, q, q.shape[0])
-        return given
-    length = as_int("cache_seqlens", given, "an int32 tensor or an int")
+        return _indices("cache_seqlens", given, q, q.shape[0])
+    length = as_int("cache_seqlens", given, "an integer tensor or an int")
     most = cache.capacity - cache.added
     if not 0 <= length <= most:
         raise ValueError(f"cache_seqlens: expected 0 <= cache_seqlens <= {most} {cache.room()}, got {length}")
@@ -261,7 +260,7 @@ def _check_new(k: Any, v: Any, cache: Cache, b: int) -> None:
         given, missing = ("v_new", "k_new") if k is None else ("k_new", "v_new")
         raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
     if cache.lengths is None:
-        raise ValueError("cache_seqlens: expected int32 (B,), the keys before k_new, got None")
+        raise ValueError("cache_seqlens: expected an int or integers (B,), the keys before k_new, got None")
     _check_kind("k_new", k, cache.k, "(B, T, Hkv, D)")
     check_shape("k_new", k, "B, T, Hkv, D", (b, None, *cache.k.shape[2:]))
     _check_kind("v_new", v, cache.v, "(B, T, Hkv, Dv)")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import describe
+from .checks import as_device, describe
 
 
 class Description:
@@ -22,8 +22,9 @@ class Description:
     __hash__: ClassVar[None]  # type: ignore[assignment]
     prefix: ClassVar[str] = ""  # of the name that a repr begins with
 
-    def to(self, device: torch.device | str) -> Any:
+    def to(self, device: torch.device | str | int) -> Any:
         """The same with its tensors on a device."""
+        device = as_device(device)
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
     def __eq__(self, other: object) -> bool:
@@ -43,7 +44,7 @@ class Description:
         return f"{self.prefix}({', '.join(given)})"
 
 
-def _moved(x: Any, device: torch.device | str) -> Any:
+def _moved(x: Any, device: torch.device) -> Any:
     return x.to(device) if isinstance(x, Tensor) else x
 
 

@@ -82,7 +82,9 @@ def _explain(
 ) -> Explanation:
     asked = backend or environment.backend
     if asked is not None:
-        check_choice("backend" if backend else "FUSED_ATTN_BACKEND", asked, BACKENDS, "None or one of")
+        check_choice(
+            "backend" if backend else "FUSED_ATTN_BACKEND", asked, BACKENDS, "None or one of" if backend else "one of"
+        )
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
     for name in names if asked is None else (asked,):
@@ -106,7 +108,8 @@ def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str,
     if choice.backend is None:
         asked, reasons = next(reversed(choice.reasons.items()))
         error = TransformError if transformed(p) else BackendError
-        raise error(f"backend {asked!r} cannot run this call: " + "; ".join(reasons))
+        chosen = "" if backend or environment.backend is None else ", which FUSED_ATTN_BACKEND chose,"
+        raise error(f"backend {asked!r}{chosen} cannot run this call: " + "; ".join(reasons))
     return choice.backend, taken(choice.backend, p, lowered)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_bool, as_int, check_integers, check_window, describe
+from .checks import as_bool, as_device, as_int, check_integers, check_window, describe, is_integers
 from .conditions import Allowed, Blocks, Condition, Lengths, Prefix, Segments, Window
 from .patterns import Pattern
 from .ragged import Ragged
@@ -47,6 +47,14 @@ class Mask:
     """
 
     parts: tuple[Condition, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple):
+            made = "Mask.tensor(...)" if isinstance(self.parts, Tensor) else "Mask.causal() and the like"
+            raise TypeError(f"Mask: expected no argument, got {describe(self.parts)}; masks are made by {made}")
+        for x in self.parts:
+            if not isinstance(x, Condition):
+                raise TypeError(f"Mask: expected conditions, which Mask.causal() and the like make, got {describe(x)}")
 
     @staticmethod
     def causal(alignment: str | None = None) -> Mask:
@@ -148,8 +156,9 @@ class Mask:
     def tensor(allowed: Tensor) -> Mask:
         """A bool tensor broadcastable to (B, Hq, M, N), True where a row may attend."""
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-            added = isinstance(allowed, Tensor) and allowed.is_floating_point()
-            advice = "; what is added to the scores is bias=" if added else ""
+            advice = "; pass mask != 0" if is_integers(allowed) else ""
+            if isinstance(allowed, Tensor) and allowed.is_floating_point():
+                advice = "; what is added to the scores is bias="
             raise TypeError(f"mask: expected a bool tensor, got {describe(allowed)}{advice}")
         return Mask((Allowed(allowed),))
 
@@ -170,8 +179,9 @@ class Mask:
     def __repr__(self) -> str:
         return " & ".join(map(repr, self.parts)) or "Mask()"
 
-    def to(self, device: torch.device | str) -> Mask:
+    def to(self, device: torch.device | str | int) -> Mask:
         """The same mask with its tensors on a device."""
+        device = as_device(device)
         return Mask(tuple(x.to(device) for x in self.parts))
 
     @property

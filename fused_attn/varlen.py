@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import dispatch, keywords
 from .bind import autocast, bind, check_qkv, no_autocast
-from .checks import as_int, check_choice, check_starts, readable
+from .checks import as_int, as_starts, check_choice, check_starts, readable
 from .spec import ALIGNMENTS, Mask, Problem, Ragged
 
 
@@ -44,7 +44,7 @@ def attention_varlen(
 
     Args:
         q: (Tq, Hq, D): the queries of all sequences. k: (Tk, Hkv, D), v: (Tk, Hkv, Dv). Types as in `attention`.
-        cu_seqlens_q: int32 (B + 1,), ascending from 0 to Tq, on q's device: sequence b has the rows from
+        cu_seqlens_q: integers (B + 1,), ascending from 0 to Tq, on q's device: sequence b has the rows from
             cu_seqlens_q[b] to cu_seqlens_q[b + 1]. cu_seqlens_k: the same of the keys; the two may differ, and a
             sequence may have no queries, or no keys (its rows give zeros and lse -inf). What they hold is checked on
             the CPU, and on a device under `fused_attn.debug()`, because reading it waits for the device.
@@ -118,6 +118,7 @@ def _ragged(
     """The starts checked, as far as that is free, and the longest sequences: given, read, or all that there is."""
     if alignment is not None:
         check_choice("alignment", alignment, ALIGNMENTS, "None or one of")
+    starts_q, starts_k = as_starts(starts_q, starts_k)
     longest: list[int] = []
     for name, starts, x, most in (("q", starts_q, q, max_q), ("k", starts_k, k, max_k)):
         total = x.shape[2]

@@ -38,7 +38,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "v_pages": ({"v_cache": torch.zeros(2, 31, 2, 16), "page_table": ints([0], [1])}, ValueError,
                 r"v_cache: expected shape \(P, page size, Hkv, Dv\) = \(2, 32, 2, Dv\), got \(2, 31, 2, 16\)$"),
     "heads": ({"q": torch.zeros(2, 1, 3, 16)}, ValueError, "2 key-value heads do not divide the 3 query heads"),
-    "lengths_dtype": ({"cache_seqlens": torch.zeros(2)}, TypeError, "cache_seqlens: expected an int32 tensor"),
+    "lengths_dtype": ({"cache_seqlens": torch.zeros(2)}, TypeError, "cache_seqlens: expected an integer tensor"),
     "lengths_shape": ({"cache_seqlens": ints(1, 2, 3)}, ValueError, r"cache_seqlens: expected shape \(2,\)"),
     "lengths_negative": ({"cache_seqlens": ints(3, -1)}, ValueError, r"cache_seqlens: .* got -1 at \(1,\)"),
     "lengths_beyond": ({"cache_seqlens": ints(33, 1)}, ValueError, r"cache_seqlens: .*room for 32, got 33 at \(0,\)"),
@@ -47,7 +47,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "new_alone": ({"cache_seqlens": ints(1, 1), "k_new": torch.zeros(2, 1, 2, 16)}, ValueError,
                   "v_new: expected a tensor beside k_new"),
     "new_without_lengths": ({"k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)}, ValueError,
-                            "cache_seqlens: expected int32"),
+                            "cache_seqlens: expected an int or integers"),
     "new_shape": ({"cache_seqlens": ints(1, 1), "k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 2, 2, 16)},
                   ValueError, r"v_new: expected shape \(B, T, Hkv, Dv\) = \(2, 1, 2, 16\), got \(2, 2, 2, 16\)$"),
     "k_new_heads_first": ({"cache_seqlens": 1, "k_new": torch.zeros(2, 2, 3, 16), "v_new": torch.zeros(2, 2, 3, 16)},
@@ -67,10 +67,14 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "leftpad": ({"cache_seqlens": ints(3, 3), "cache_leftpad": ints(0, 4)}, ValueError, "cache_leftpad: .* got 4"),
     "page_beyond": ({"page_table": ints([0], [2])}, ValueError, r"page_table: .*0 <= id < 2.*got 2 at \(1, 0\)"),
     "page_negative": ({"page_table": ints([0, -1], [1, 0])}, ValueError, r"page_table: .*got -1 at \(0, 1\)"),
-    "lengths_long": ({"cache_seqlens": torch.zeros(2, dtype=torch.int64)}, TypeError,
-                     "cache_seqlens: expected an int32 tensor, got torch.int64"),
-    "lengths_short": ({"cache_seqlens": torch.zeros(2, dtype=torch.uint8)}, TypeError,
-                      "cache_seqlens: expected an int32 tensor, got torch.uint8"),
+    "lengths_beyond_int32": ({"cache_seqlens": torch.tensor([0, 2**32])}, ValueError,
+                             "cache_seqlens: expected 0 <= cache_seqlens <= 32 .* got .* at \\(1,\\)"),
+    "lengths_below_int32": ({"cache_seqlens": torch.tensor([0, -(2**32)])}, ValueError,
+                            "cache_seqlens: expected 0 <= cache_seqlens <= 32 .* got -.* at \\(1,\\)"),
+    "page_beyond_int32": ({"page_table": torch.tensor([[0], [2**32]])}, ValueError, "page_table: .*0 <= id < 2.* got"),
+    "table_dtype": ({"page_table": torch.zeros(2, 1)}, TypeError, "page_table: expected an integer tensor, got"),
+    "index_dtype": ({"cache_batch_idx": torch.ones(2) > 0}, TypeError, "cache_batch_idx: .* integer tensor, got"),
+    "leftpad_dtype": ({"cache_leftpad": [0, 1]}, TypeError, "cache_leftpad: expected an integer tensor, got list"),
     "lengths_elsewhere": ({"cache_seqlens": ints(1, 1).to("meta")}, ValueError,
                           "cache_seqlens: expected q's device cpu, got meta"),
     "leftpad_elsewhere": ({"cache_leftpad": ints(1, 1).to("meta")}, ValueError,
@@ -148,6 +152,28 @@ def test_one_length_for_all(six: Any, page: int | None) -> None:
     assert torch.equal(attention_decode(q, k, v, cache_seqlens=six, **words), expected)
     with pytest.raises(ValueError, match=r"cache_seqlens: expected 0 <= cache_seqlens <= 32 .* room for 32.*, got 33"):
         attention_decode(q, k, v, cache_seqlens=33, **words)
+
+
+@pytest.mark.parametrize("backend", ("triton", "tiled", "reference"))
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int64, torch.uint32), ids=str)
+@pytest.mark.parametrize("paged", (False, True))
+def test_indices_are_integers_of_any_width(backend: str, dtype: torch.dtype, paged: bool) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    q, k, v = tensors()
+    new = torch.randn(2, 1, 2, 16)
+    where = {"cache_batch_idx": ints(1, 0)}
+    if paged:
+        k, v = (x.reshape(-1, 8, 2, 16) for x in (k, v))
+        where = {"page_table": torch.arange(8, dtype=torch.int32).flip(0).view(2, 4)}
+    where |= {"cache_seqlens": ints(3, 9), "cache_leftpad": ints(1, 0)}
+
+    def run(where: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        keys = k.clone()
+        return attention_decode(q, keys, v.clone(), k_new=new, v_new=new, backend=backend, **where), keys
+
+    for x, y in zip(run({name: x.to(dtype) for name, x in where.items()}), run(where), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_table_may_hold_anything_behind_the_keys() -> None:

@@ -77,6 +77,12 @@ ATTENTION = [
         TypeError,
         "expected a bool tensor, got torch.int64 tensor of shape (5, 7)",
     ),
+    ("mask", zeros(B, N, dtype=torch.uint8), TypeError, "got torch.uint8 tensor of shape (2, 7); pass mask != 0"),
+    ("mask", zeros(B, N, dtype=torch.bool), ValueError, "if it is (B, N), pass mask[:, None, None]"),
+    ("mask", zeros(B, M, N, dtype=torch.bool), ValueError, "if it is (B, M, N), pass mask[:, None]"),
+    ("mask", zeros(B, 1, N, dtype=torch.bool), ValueError, "if it is (B, M, N), pass mask[:, None]"),
+    ("bias", zeros(B, M, N), ValueError, "if it is (B, M, N), pass bias[:, None]"),
+    ("bias", zeros(B, N), ValueError, "if it is (B, N), pass bias[:, None, None]"),
     ("mask", "causal", TypeError, "expected a bool tensor or a fused_attn.Mask, got str 'causal'"),
     ("mask", zeros(M, 1, 1, 1, N, dtype=torch.bool), ValueError, "does not broadcast"),
     ("mask", zeros(3, N, dtype=torch.bool), ValueError, "shape (3, 7) does not broadcast to (B, Hq, M, N)"),
@@ -87,9 +93,10 @@ ATTENTION = [
     ("dropout_p", -0.1, ValueError, "must lie in [0, 1], got -0.1"),
     ("dropout_p", torch.nan, ValueError, "must lie in [0, 1], got nan"),
     ("dropout_p", "half", TypeError, "got str 'half'"),
-    ("seed", 1.0, TypeError, "expected None, an int or a 0-d int64 tensor, got float 1.0"),
-    ("seed", zeros(2, dtype=torch.int64), TypeError, "0-d int64 tensor"),
-    ("seed", torch.tensor(1.0), TypeError, "0-d int64 tensor"),
+    ("seed", 1.0, TypeError, "expected None, an int or a 0-d integer tensor, got float 1.0"),
+    ("seed", zeros(2, dtype=torch.int64), TypeError, "0-d integer tensor"),
+    ("seed", torch.tensor(1.0), TypeError, "0-d integer tensor"),
+    ("seed", torch.tensor(True), TypeError, "0-d integer tensor, got torch.bool"),
     ("score", "additive", ValueError, "fused_attn.scores, Additive(w), Bilinear(w), Cosine(t) or Distance(h), got str"),
     ("score", scores.Additive, ValueError, "one of fused_attn.scores, Additive(w), Bilinear(w), Cosine(t) or Distance"),
     ("normalizer", "entmax", ValueError, "expected one of ('softmax', 'softmax1', 'sigmoid'), got str 'entmax'"),
@@ -177,6 +184,10 @@ def test_combinations(what: str, changed: dict[str, Any], error: type[Exception]
 
 MASKS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Mask.tensor(zeros(2, 2)), TypeError, "mask: expected a bool tensor, got torch.float32"),
+    (lambda: Mask(torch.ones(2, 2) > 0), TypeError, r"Mask: expected no .*of shape \(2, 2\); .*Mask.tensor\(\.\.\.\)"),
+    (lambda: Mask("causal"), TypeError, r"Mask: expected no argument, got str 'causal'; .*Mask.causal\(\)"),
+    (lambda: Mask((torch.ones(2, 2) > 0,)), TypeError, "Mask: expected conditions, .*got torch.bool tensor"),
+    (lambda: Mask([]), TypeError, "Mask: expected no argument, got list"),
     (lambda: Mask.causal() & zeros(2, 2), TypeError, "mask: expected a bool tensor"),
     (lambda: Mask.lengths(torch.ones(2)), TypeError, "kv: expected an integer tensor, got torch.float32"),
     (lambda: Mask.lengths([1, 2]), TypeError, r"kv: expected an integer tensor, got list \[1, 2\]"),
@@ -227,7 +238,10 @@ SDPA: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      r"value: expected key's length 7, got shape \(2, 4, 6, 6\)"),
     ("a mask on meta", {"attn_mask": zeros(M, N, dtype=torch.bool, device="meta")}, ValueError,
      "attn_mask: expected query's device cpu, got meta"),
-    ("a mask of integers", {"attn_mask": zeros(M, N, dtype=torch.int32)}, TypeError, "attn_mask: .*got torch.int32"),
+    ("a mask of integers", {"attn_mask": zeros(M, N, dtype=torch.int32)}, TypeError,
+     "attn_mask: .*got torch.int32; pass attn_mask != 0"),
+    ("a padding mask", {"attn_mask": zeros(B, N, dtype=torch.bool)}, ValueError,
+     r"attn_mask: .*if it is \(B, N\), pass attn_mask\[:, None, None\]"),
     ("a mask of doubles", {"attn_mask": zeros(M, N, dtype=torch.float64)}, TypeError, "attn_mask: .*got torch.float64"),
     ("a mask that is no tensor", {"attn_mask": [[True]]}, TypeError, "attn_mask: expected a tensor"),
     ("a mask that does not fit", {"attn_mask": zeros(M, M)}, ValueError,
@@ -250,6 +264,27 @@ SDPA: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("value that is no tensor", {"value": 3}, TypeError, "value: expected a tensor, got int 3"),
     ("query that is None", {"query": None}, TypeError, "query: expected a tensor, got NoneType"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    (
+        ("q", zeros(M, HQ, D), r"q: expected 4 dimensions, got shape \(5, 4, 8\); pass q\[None\]$"),
+        ("k", zeros(N, D), r"k: expected 4 dimensions, got shape \(7, 8\); pass k\[None, :, None\]$"),
+        ("v", zeros(1, B, N, HKV, DV), r"v: expected 4 dimensions, .*; pass v\.flatten\(0, -4\)$"),
+    ),
+)
+def test_another_rank_where_heads_come_after_rows(name: str, value: torch.Tensor, words: str) -> None:
+    """scaled_dot_product_attention, which takes rows for heads there, is not advised."""
+    given = {"q": zeros(B, M, HQ, D), "k": zeros(B, N, HKV, D), "v": zeros(B, N, HKV, DV), "layout": "bshd"}
+    with pytest.raises(ValueError, match=words):
+        call(**given | {name: value})
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.int32, torch.uint32))
+def test_a_seed_is_a_tensor_of_any_integers(dtype: torch.dtype) -> None:
+    expected = call(v=torch.ones(B, HKV, N, DV), dropout_p=0.5, seed=7)
+    assert torch.equal(call(v=torch.ones(B, HKV, N, DV), dropout_p=0.5, seed=torch.tensor(7, dtype=dtype)), expected)
 
 
 @pytest.mark.parametrize(("what", "changed", "error", "words"), SDPA, ids=[x[0] for x in SDPA])
@@ -285,11 +320,13 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
     x = zeros(1, 2, 4, 8)
     monkeypatch.setenv("FUSED_ATTN_BACKEND", "sdpa")
     assert fused_attn.explain(x, x, x).backend == "sdpa"
-    with pytest.raises(BackendError, match="sdpa"):
+    with pytest.raises(BackendError, match="backend 'sdpa', which FUSED_ATTN_BACKEND chose, cannot run this call: "):
         attention(x, x, x, sink=zeros(2))
+    with pytest.raises(BackendError, match="backend 'sdpa' cannot run this call: "):
+        attention(x, x, x, sink=zeros(2), backend="sdpa")
     assert attention(x, x, x, sink=zeros(2), backend="tiled").shape == x.shape
     monkeypatch.setenv("FUSED_ATTN_BACKEND", "fastest")
-    with pytest.raises(ValueError, match=r"FUSED_ATTN_BACKEND: expected None or one of .*got str 'fastest'"):
+    with pytest.raises(ValueError, match=r"FUSED_ATTN_BACKEND: expected one of .*got str 'fastest'"):
         attention(x, x, x)
 
 

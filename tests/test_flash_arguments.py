@@ -235,6 +235,8 @@ def test_errors() -> None:
         flash.flash_attn_qkvpacked_func(q)
     with pytest.raises(ValueError, match=r"kv: expected shape \(B, S, 2, H, D\)"):
         flash.flash_attn_kvpacked_func(q, torch.randn(1, 5, 3, 2, 8))
+    with pytest.raises(ValueError, match=r"q: expected 4 dimensions, got shape \(5, 2, 8\); pass q\[None\]$"):
+        flash.flash_attn_func(q[0], q, q)
     with pytest.raises(ValueError, match="k: 2 key-value heads do not divide"):
         flash.flash_attn_func(torch.randn(1, 5, 3, 8), q, q)
 
@@ -254,13 +256,13 @@ def test_varlen_errors() -> None:
         flash.flash_attn_varlen_func(q, pages, pages, starts, starts, 2, 3, block_table=table)
     with pytest.raises(ValueError, match=r"cu_seqlens_k: expected cu_seqlens_q's shape \(3,\)"):
         flash.flash_attn_varlen_func(q, pages, pages, starts, starts[:2], 3, 3, block_table=table)
-    with pytest.raises(TypeError, match="cu_seqlens_q: expected an int32 tensor"):
-        flash.flash_attn_varlen_func(q, pages, pages, starts.long(), starts, 3, 3, block_table=table)
+    with pytest.raises(TypeError, match=r"cu_seqlens_q: expected an integer tensor, got torch.float32"):
+        flash.flash_attn_varlen_func(q, pages, pages, starts.float(), starts, 3, 3, block_table=table)
     words = {"block_table": table}
     with pytest.raises(ValueError, match="max_seqlen_k: a sequence is 3 long, got 2"):
         flash.flash_attn_varlen_func(q, pages, pages, starts, starts, 3, 2, **words)
-    with pytest.raises(TypeError, match=r"cu_seqlens_k: expected an int32 tensor, got torch.uint8"):
-        flash.flash_attn_varlen_func(q, pages, pages, starts, starts.to(torch.uint8), 3, 3, **words)
+    with pytest.raises(TypeError, match=r"cu_seqlens_k: expected an integer tensor, got torch.bool"):
+        flash.flash_attn_varlen_func(q, pages, pages, starts, starts > 0, 3, 3, **words)
     with pytest.raises(ValueError, match="cu_seqlens_k: expected q's device cpu, got meta"):
         flash.flash_attn_varlen_func(q, pages, pages, starts, starts.to("meta"), 3, 3, **words)
     with pytest.raises(ValueError, match=r"cu_seqlens_k: .* got one that descends"):
@@ -276,7 +278,7 @@ def test_varlen_errors() -> None:
 def test_kvcache_errors() -> None:
     q, k = torch.randn(2, 1, 2, 8), torch.randn(2, 9, 2, 8)
     for said, given in (("float 3.0", 3.0), ("bool True", True), ("list", [3, 3]), ("ndarray", np.array([3, 3]))):
-        with pytest.raises(TypeError, match=f"cache_seqlens: expected an int32 tensor or an int, got {said}"):
+        with pytest.raises(TypeError, match=f"cache_seqlens: expected an integer tensor or an int, got {said}"):
             flash.flash_attn_with_kvcache(q, k, k, cache_seqlens=given)
     with pytest.raises(ValueError, match=r"cache_seqlens: expected 0 <= cache_seqlens <= 9 .*room for 9, got 10"):
         flash.flash_attn_with_kvcache(q, k, k, cache_seqlens=10)

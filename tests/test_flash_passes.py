@@ -140,8 +140,27 @@ def test_keys_that_are_there() -> None:
         flash._flash_attn_varlen_forward(q, k, v, *where, 3, 7, **own, seqused_k=used + 1)
     with pytest.raises(RuntimeError, match="num_splits > 1 is not supported for packed queries, got 2"):
         flash._flash_attn_varlen_forward(q, k, v, *where, 3, 7, **own, num_splits=2)
-    with pytest.raises(TypeError, match="leftpad_k: expected an int32 tensor"):
-        flash._flash_attn_varlen_forward(q, k, v, *where, 3, 7, **own, leftpad_k=first.long())
+    with pytest.raises(TypeError, match="leftpad_k: expected an integer tensor"):
+        flash._flash_attn_varlen_forward(q, k, v, *where, 3, 7, **own, leftpad_k=first.float())
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int64))
+@pytest.mark.parametrize("paged_keys", (False, True))
+def test_starts_and_lengths_are_integers_of_any_width(dtype: torch.dtype, paged_keys: bool) -> None:
+    """Of more rows than the narrowest type counts."""
+    torch.manual_seed(0)
+    q, x = torch.randn(250, HEADS, DIM), torch.randn(250, KV_HEADS, DIM)
+    starts, table = starts_of([100, 0, 150]), None
+    used = torch.tensor([60, 0, 150]).int()
+    if paged_keys:
+        x, table = paged(x, [100, 0, 150], 16)
+
+    def run(cast: Callable[[Tensor], Tensor]) -> Tensor:
+        own = passed({"causal": True})
+        where = {"block_table": None if table is None else cast(table), "seqused_k": cast(used)}
+        return flash._flash_attn_varlen_forward(q, x, x, cast(starts), cast(starts), 150, 150, **own, **where)[0]
+
+    assert torch.equal(run(lambda x: x.to(dtype)), run(lambda x: x))
 
 
 def test_rows_that_see_nothing() -> None:

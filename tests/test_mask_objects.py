@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fused_attn
-from fused_attn import Mask, attention
+from fused_attn import Mask, attention, scores
 
 SHAPE = (2, 2, 6, 6)
 IDS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -122,6 +122,18 @@ def test_to(name: str) -> None:
     if tensors:
         q = torch.zeros(2, 2, 6, 4, device="meta")
         assert attention(q, q, q, mask=moved).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "x", (Mask(), Mask.causal(), Mask.lengths(lengths(3, 4)), scores.Cosine(torch.ones(2))), ids=repr
+)
+def test_to_takes_a_device_alone(x: Any) -> None:
+    assert x.to(torch.device("cpu")) == x
+    for other in (torch.int32, torch.float16, torch.zeros(2), None, True):
+        with pytest.raises(TypeError, match=r"device: expected a torch.device, a str or an int, got"):
+            x.to(other)
+    with pytest.raises(ValueError, match="device: expected the name or index of a device, got str 'gpu'"):
+        x.to("gpu")
 
 
 # ---------------------------------------- tensors are read late

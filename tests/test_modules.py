@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,6 +324,10 @@ REFUSED = [
     ("attn_mask", randn(M, N).to("meta"), ValueError, r"attn_mask: expected query's device cpu, got meta"),
     ("key_padding_mask", randn(N), ValueError, r"key_padding_mask: expected shape \(3, 10\), got \(10,\)"),
     ("key_padding_mask", [True] * N, TypeError, r"key_padding_mask: expected a bool or float tensor, got list"),
+    ("need_weights", "no", TypeError, "need_weights: expected a bool, got str 'no'"),
+    ("average_attn_weights", "no", TypeError, "average_attn_weights: expected a bool, got str 'no'"),
+    ("average_attn_weights", 2, TypeError, "average_attn_weights: expected a bool, got int 2"),
+    ("is_causal", "false", TypeError, "is_causal: expected a bool, got str 'false'"),
     ("is_causal", True, ValueError, r"attn_mask: must be given with the hint is_causal, got None"),
 ]  # fmt: skip
 
@@ -347,6 +352,27 @@ def test_a_wrong_argument(name: str, value: Any, error: type[Exception], words: 
 def test_a_wrong_layer(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         MultiheadAttention(**{"embed_dim": E, "num_heads": H} | options)
+
+
+FLAGS = ("bias", "add_bias_kv", "add_zero_attn", "batch_first")
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_wrong_flag_of_a_layer(name: str) -> None:
+    for wrong, said in (("false", "str 'false'"), (None, "NoneType None"), (2, "int 2")):
+        with pytest.raises(TypeError, match=f"{name}: expected a bool, got {said}"):
+            MultiheadAttention(E, H, **{name: wrong})
+
+
+@pytest.mark.parametrize(("yes", "no"), ((1, 0), (np.True_, np.False_), (torch.tensor(True), torch.tensor(False))))
+def test_flags_as_torch_takes_them(yes: Any, no: Any) -> None:
+    """0 and 1, and numpy's bools, which configurations hold."""
+    torch.manual_seed(0)
+    layer = MultiheadAttention(E, H, bias=no, add_zero_attn=yes, batch_first=yes)
+    assert layer.in_proj_bias is None and layer.add_zero_attn is True and layer.batch_first is True
+    out, weights = layer(**arguments(), need_weights=yes, average_attn_weights=no, is_causal=no)
+    assert out.shape == (B, M, E) and weights.shape == (B, H, M, N + 1)
+    assert layer(**arguments(), need_weights=no)[1] is None
 
 
 @pytest.mark.parametrize("room", (modules, inputs, multihead, scored, weights_room), ids=lambda room: room.__name__)

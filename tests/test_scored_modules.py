@@ -236,6 +236,8 @@ def test_wrong_sizes_of_scored_layers() -> None:
         (lambda: AdditiveAttention(5, 6, 8.0), "hidden_dim: expected an int, got float 8.0"),
         (lambda: AdditiveAttention(5, 6, 8, num_heads=3), "hidden_dim: must be divisible by num_heads = 3, got 8"),
         (lambda: CosineAttention(5, 6, 8, temperature="hot"), "temperature: expected a float, got str 'hot'"),
+        (lambda: AdditiveAttention(5, 6, 8, bias="false"), "bias: expected a bool, got str 'false'"),
+        (lambda: CosineAttention(5, 6, 8, bias="false"), "bias: expected a bool, got str 'false'"),
         (lambda: CosineAttention(5, -1, 8), "key_dim: must be at least 1, got -1"),
         (lambda: BilinearAttention(5, 6, num_heads=True), "num_heads: expected an int, got bool True"),
     ):

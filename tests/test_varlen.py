@@ -358,8 +358,9 @@ def changed(**words: Any) -> dict[str, Any]:
 
 CUTS = starts([x[0] for x in LENGTHS])
 BAD: dict[str, tuple[dict[str, Any], type, str]] = {
-    "long starts": ({"cu_seqlens_q": CUTS.long()}, TypeError, "cu_seqlens_q: expected an int32 tensor"),
-    "a list": ({"cu_seqlens_q": CUTS.tolist()}, TypeError, "cu_seqlens_q: expected an int32 tensor, got list"),
+    "floating starts": ({"cu_seqlens_q": CUTS.float()}, TypeError, "cu_seqlens_q: expected an integer tensor, got"),
+    "starts beyond int32": ({"cu_seqlens_q": CUTS + 2**32 * (torch.arange(7) == 6)}, ValueError, "cu_seqlens_q: .* 99"),
+    "a list": ({"cu_seqlens_q": CUTS.tolist()}, TypeError, "cu_seqlens_q: expected an integer tensor, got list"),
     "two dims": ({"cu_seqlens_q": CUTS[None]}, ValueError, r"cu_seqlens_q: expected shape \(B \+ 1,\)"),
     "no start": ({"cu_seqlens_q": CUTS[:0]}, ValueError, r"cu_seqlens_q: expected shape \(B \+ 1,\)"),
     "not from zero": ({"cu_seqlens_q": CUTS + 1}, ValueError, "cu_seqlens_q: .* from 0 to the 99 packed rows, got 1"),
@@ -375,7 +376,7 @@ BAD: dict[str, tuple[dict[str, Any], type, str]] = {
     "longest, of numpy": ({"max_seqlen_q": np.uint8(39)}, ValueError, "max_seqlen_q: a sequence is 40 long, got 39"),
     "longest, of torch": ({"max_seqlen_k": torch.tensor(69)}, ValueError, "max_seqlen_k: .* 70 long, got 69"),
     "longest, a flag": ({"max_seqlen_k": True}, TypeError, "max_seqlen_k: expected None or an int"),
-    "short starts": ({"cu_seqlens_k": CUTS.short()}, TypeError, "cu_seqlens_k: .* int32 tensor, got torch.int16"),
+    "starts that are flags": ({"cu_seqlens_k": CUTS > 0}, TypeError, "cu_seqlens_k: .* integer tensor, got torch.bool"),
     "longest, a float": ({"max_seqlen_k": 90.0}, TypeError, "max_seqlen_k: expected None or an int"),
     "alignment": ({"causal": True}, ValueError, "alignment: a causal mask or window needs"),
     "two alignments": (
@@ -396,6 +397,17 @@ def test_bad_input(name: str) -> None:
         pytest.importorskip("triton")
     with pytest.raises(error, match=message):
         attention_varlen(**changed(**words))
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.int64, torch.uint64))
+def test_starts_are_integers_of_any_width(backend: str, dtype: torch.dtype) -> None:
+    """Also one tensor for both, which says that they are alike, so that causal needs no alignment."""
+    q, k, v, *cuts = packed(grad=False)
+    expected = attention_varlen(q, k, v, *cuts, backend=backend)
+    assert torch.equal(attention_varlen(q, k, v, *(x.to(dtype) for x in cuts), backend=backend), expected)
+    starts = cuts[0].to(dtype)
+    found = attention_varlen(q, q, q, starts, starts, causal=True, backend=backend)
+    assert torch.equal(found, attention_varlen(q, q, q, cuts[0], cuts[0], causal=True, backend=backend))
 
 
 @pytest.mark.parametrize("kind", (np.int8, np.uint64, torch.tensor), ids=lambda kind: kind.__name__)

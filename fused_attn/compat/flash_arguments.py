@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import as_float, as_int, check_starts, describe, readable
+from ..checks import as_float, as_int, as_int32, check_starts, describe, readable
 from ..spec import Dropout
 
 
@@ -63,8 +63,7 @@ def lengths(name: str, starts: Any, total: int | None, most: Any, device: torch.
 
 def each(name: str, x: Any, lengths: Tensor) -> Tensor:
     """int32 (B,): a number of keys for each sequence, at most as many as it has."""
-    if not isinstance(x, Tensor) or x.dtype != torch.int32:
-        raise TypeError(f"{name}: expected an int32 tensor, got {describe(x)}")
+    x = as_int32(name, x)
     if x.shape != lengths.shape or x.device != lengths.device:
         raise ValueError(f"{name}: expected shape {tuple(lengths.shape)} on {lengths.device}, got {describe(x)}")
     wrong = (x < 0) | (x > lengths)

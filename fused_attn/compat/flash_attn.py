@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..api import attention
-from ..checks import as_bool, as_int
+from ..checks import as_bool, as_int, as_starts
 from ..decode import attention_decode
 from ..spec import describe
 from ..underived import underived
@@ -188,6 +188,7 @@ def flash_attn_varlen_func(
     """
     seed, wanted = arguments.seed(dropout_p, q), as_bool("return_attn_probs", return_attn_probs)
     words = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    cu_seqlens_q, cu_seqlens_k = as_starts(cu_seqlens_q, cu_seqlens_k)
     if block_table is not None:
         arguments.no_dropout(dropout_p)
         with torch.no_grad():

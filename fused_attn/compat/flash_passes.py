@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..api import attention
-from ..checks import as_int, describe
+from ..checks import as_int, as_starts, describe
 from ..ragged import places
 from ..underived import underived
 from ..varlen import attention_varlen
@@ -95,6 +95,7 @@ def varlen_forward(
         raise ValueError(f"num_splits: num_splits > 1 is not supported for packed queries, got {num_splits}")
     words = arguments.scores(softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes)
     seed, sources = arguments.seed(dropout_p, q), (q, k, v, *words.values())
+    cu_seqlens_q, cu_seqlens_k = as_starts(cu_seqlens_q, cu_seqlens_k)
     weights = q.new_empty(0)
     with torch.no_grad():
         if block_table is not None:
@@ -199,6 +200,7 @@ def varlen_backward(
     """
     words = arguments.scores(softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes)
     seed = _seed(dropout_p, rng_state)
+    cu_seqlens_q, cu_seqlens_k = as_starts(cu_seqlens_q, cu_seqlens_k)
     max_q = arguments.longest("max_seqlen_q", max_seqlen_q)
     max_k = arguments.longest("max_seqlen_k", max_seqlen_k)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import as_int, describe, one_of
+from ..checks import as_bool, as_int, describe, one_of
 
 
 class InputError(ValueError, AssertionError, RuntimeError):
@@ -35,6 +35,11 @@ def checked_sizes(**sizes: Any) -> list[int]:
         if size < 1:
             raise InputError(f"{name}: must be at least 1, got {size}")
     return found
+
+
+def as_flag(name: str, x: Any) -> bool:
+    """A bool, or 0 or 1, which torch's layers are often given."""
+    return bool(x) if type(x) is int and x in (0, 1) else as_bool(name, x)
 
 
 def check_inputs(

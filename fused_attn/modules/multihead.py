@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..api import attention
 from ..checks import as_float
 from ..masks import Mask
-from .inputs import InputError, check_inputs, check_mask, checked_sizes, mask_and_bias, not_scriptable
+from .inputs import InputError, as_flag, check_inputs, check_mask, checked_sizes, mask_and_bias, not_scriptable
 from .weights import attention_weights
 
 
@@ -42,6 +42,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     - Nested tensors (of layout torch.strided, without masks) may need a gradient, and may be keys of other queries.
     - torch.nn.TransformerEncoderLayer calls this module in evaluation too, where it would not call its own: a forward
       pre-hook, which does nothing, turns that layer's fast path off, and TransformerEncoder hands over nested tensors.
+    - Flags are bools, also numpy's, or 0 or 1; torch takes a word such as "false" for True.
     - A wrong argument raises ValueError or TypeError, which are also the AssertionError or RuntimeError of torch's.
     - torch.jit.script refuses it; torch.jit.trace, torch.compile and torch.export take it.
 
@@ -73,6 +74,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         embed_dim, num_heads = checked_sizes(embed_dim=embed_dim, num_heads=num_heads)
         checked_sizes(**{name: x for name, x in (("kdim", kdim), ("vdim", vdim)) if x is not None})
         dropout = as_float("dropout", dropout)
+        bias, batch_first = as_flag("bias", bias), as_flag("batch_first", batch_first)
+        add_bias_kv, add_zero_attn = as_flag("add_bias_kv", add_bias_kv), as_flag("add_zero_attn", add_zero_attn)
         if embed_dim % num_heads:
             raise InputError(f"embed_dim: must be divisible by num_heads = {num_heads}, got {embed_dim}")
         if not 0.0 <= dropout <= 1.0:
@@ -116,6 +119,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Raises: ValueError, TypeError: a wrong argument, by name.
         """
+        need_weights, is_causal = as_flag("need_weights", need_weights), as_flag("is_causal", is_causal)
+        average_attn_weights = as_flag("average_attn_weights", average_attn_weights)
         if is_causal and attn_mask is None:
             raise InputError("attn_mask: must be given with the hint is_causal, got None")
         nested = [isinstance(x, Tensor) and x.is_nested for x in (query, key, value)]
@@ -136,7 +141,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         k, v, added = self._add_keys(k, v)
 
-        causal = bool(is_causal) and key_padding_mask is None and not need_weights and not added
+        causal = is_causal and key_padding_mask is None and not need_weights and not added
         masks = {}
         if attn_mask is not None and not causal:
             folded = attn_mask.ndim == 3

@@ -151,7 +151,9 @@ class AdditiveAttention(ProjectedAttention):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(query_dim, key_dim, hidden_dim, num_heads, (bias, False), device=device, dtype=dtype)
+        super().__init__(
+            query_dim, key_dim, hidden_dim, num_heads, (as_bool("bias", bias), False), device=device, dtype=dtype
+        )
         self.weight = nn.Parameter(torch.empty(num_heads, hidden_dim // num_heads, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -199,6 +201,7 @@ class CosineAttention(ProjectedAttention):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        bias = as_bool("bias", bias)
         super().__init__(query_dim, key_dim, hidden_dim, num_heads, (bias, bias), device=device, dtype=dtype)
         self.initial_temperature = as_float("temperature", temperature)
         self.temperature = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
