@@ -164,8 +164,6 @@ def _backward_tile(work: Work, tile: Tile, dout: Tensor, rows: tuple[Tensor, ...
     p = work.p
     q, do = work.fold(work.q[:, :, tile.rows]), work.of_rows(dout, tile)
     peak, log_sum, delta = (work.of_rows(x, tile) for x in rows) if rows else (None, None, None)
-    if p.dropout is not None:
-        do = do * p.dropout.rescale
     grads.open_rows(work, q)
     for keys in tile.key_tiles():
         weights4 = work.scores(q, tile, keys)
@@ -174,7 +172,7 @@ def _backward_tile(work: Work, tile: Tile, dout: Tensor, rows: tuple[Tensor, ...
             weights.sigmoid_()
         else:
             softmax_weights(weights, peak, log_sum)
-        kept = None if p.dropout is None else work.kept(tile, keys)
+        kept = None if p.dropout is None else work.kept(tile, keys).mul_(p.dropout.rescale)
         ds4 = None
         if grads.of_scores:
             ds4 = work.buffer("dscores", tile, keys)

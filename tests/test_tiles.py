@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fused_attn import Mask, testing, tiles
+from fused_attn import Mask, attention, testing, tiles
 from fused_attn.bind import bind
 from fused_attn.cases import CASES
 
@@ -63,3 +63,10 @@ def test_rounds_of_batches(monkeypatch: pytest.MonkeyPatch, name: str, together:
     rounds = [len(range(3)[x.batch]) for x in tiles.shares(testing.make_inputs(case).problem().lower())]
     assert rounds == {1: [1, 1, 1], 2: [2, 1]}[together]
     testing.check_parity(case, "tiled")
+
+
+def test_dropout_does_not_overflow_a_large_cotangent() -> None:
+    q, k, v = (torch.randn(1, 1, 8, 4, requires_grad=True) for _ in range(3))
+    out = attention(q * 0, k, v, dropout_p=0.5, seed=1, backend="tiled")
+    (dv,) = torch.autograd.grad(out, v, torch.full_like(out, 2e38))
+    assert dv.isfinite().all() and dv.any()
