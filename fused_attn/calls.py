@@ -173,7 +173,7 @@ class Call:
             out = self.kernel(q, k, v, mask.kv_lengths if self.lengths else mask, bias)
             if out is None:
                 return None
-            return out[(0,) * (4 - tensors[0].ndim)] if self.short else out, None
+            return out[(0,) * (4 - max(x.ndim for x in tensors[:3]))] if self.short else out, None
         given = tensors[: self.count]
         return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]
 

@@ -80,19 +80,20 @@ def philox(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7) -> 
     steps = torch.arange(rounds, device=rng.device)
     keys = (seed + 0x9E3779B9 * steps & low).unbind(), ((seed >> 32) + 0xBB67AE85 * steps & low).unbind()
     c0, c1, c2 = c0 & low, c1 & low, c2 & low
-    for k0, k1 in zip(*keys, strict=True):
+    for n, (k0, k1) in enumerate(zip(*keys, strict=True)):
         # The products wrap around int64 and their 64 bits are right; what a shift drags in above 32 is masked.
         a, b = c0.mul_(0xD2511F53), c2.mul_(0xCD9E8D57)
-        c0, c2, c1, c3 = _mixed(c1, k0, b), _mixed(c3, k1, a), b, a
+        c0, c2, c1, c3 = _mixed(c1, k0, b, n > 2), _mixed(c3, k1, a, n > 2), b, a
     return tuple(torch.broadcast_tensors(c0, c1.bitwise_and_(low), c2, c3.bitwise_and_(low)))
 
 
-def _mixed(c: Tensor, key: Tensor, product: Tensor) -> Tensor:
-    """The low word of c, the key and the high word of the product. Overwrites c where the shape no longer grows: fresh
-    memory costs a CPU several times what the arithmetic does."""
+def _mixed(c: Tensor, key: Tensor, product: Tensor, late: bool) -> Tensor:
+    """The low word of c, the key and the high word of the product. late: every word depends on the key and, under
+    vmap, is batched if that is; then c is overwritten, for fresh memory costs a CPU several times the arithmetic."""
     high = product >> 32
-    mixed = c.bitwise_xor_(high) if c.shape == high.shape else c ^ high
-    return mixed.bitwise_xor_(key).bitwise_and_(0xFFFFFFFF)
+    if late and c.shape == high.shape:
+        return c.bitwise_xor_(high).bitwise_xor_(key).bitwise_and_(0xFFFFFFFF)
+    return (c ^ high ^ key) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False)

@@ -136,3 +136,10 @@ def test_tensors_without_strides_after_repeated_calls() -> None:
     nested = torch.nested.nested_tensor([randn(2, 3, 8), randn(2, 5, 8)], layout=torch.strided)
     with pytest.raises(TypeError, match=r"query: expected a nested tensor of layout torch.jagged"):
         scaled_dot_product_attention(nested, nested, nested)
+
+
+@pytest.mark.parametrize("shapes", (((5, 8), (1, 7, 8)), ((1, 5, 8), (1, 1, 7, 8)), ((1, 1, 5, 8), (7, 8))), ids=str)
+def test_repeated_calls_have_the_rank_of_the_first(shapes: tuple[tuple[int, ...], ...]) -> None:
+    q, k = (torch.randn(x) for x in shapes)
+    wanted = F.scaled_dot_product_attention(q, k, k).shape
+    assert all(scaled_dot_product_attention(q, k, k).shape == wanted for _ in range(5))

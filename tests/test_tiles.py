@@ -70,3 +70,15 @@ def test_dropout_does_not_overflow_a_large_cotangent() -> None:
     out = attention(q * 0, k, v, dropout_p=0.5, seed=1, backend="tiled")
     (dv,) = torch.autograd.grad(out, v, torch.full_like(out, 2e38))
     assert dv.isfinite().all() and dv.any()
+
+
+@pytest.mark.parametrize("backend", ("tiled", "reference"))
+def test_vmap_over_a_dropout_seed(backend: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 8)
+
+    def call(seed: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, dropout_p=0.5, seed=seed, backend=backend)
+
+    assert not torch.equal(call(torch.tensor(0)), call(torch.tensor(1)))
+    found = torch.vmap(call)(torch.arange(3))
+    torch.testing.assert_close(found, torch.stack([call(x) for x in torch.arange(3)]))
