@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+import sys
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -43,6 +44,9 @@ def as_int(name: str, x: Any, allowed: str = "an int") -> int:
     raise TypeError(f"{name}: expected {allowed}, got {describe(x)}")
 
 
+LARGEST = sys.float_info.max
+
+
 def as_float(name: str, x: Any, allowed: str = "a float") -> float:
     """A real number: of Python, of numpy, a 0-d tensor without a gradient, or anything with `__float__` or `__index__`.
 
@@ -51,6 +55,8 @@ def as_float(name: str, x: Any, allowed: str = "a float") -> float:
     if type(x) is float or isinstance(x, (torch.SymFloat, torch.SymInt)):
         return x  # type: ignore[return-value]
     if type(x) is int:
+        if abs(x) > LARGEST:
+            raise ValueError(f"{name}: must fit a float, got an int of {x.bit_length()} bits")
         return float(x)
     x = _traceable(x)
     if isinstance(x, Tensor):

@@ -35,6 +35,9 @@ def test_the_call_is_right_when_nothing_is_changed() -> None:
 ATTENTION = [
     ("q", [1.0], TypeError, "expected a tensor, got list"),
     ("q", None, TypeError, "expected a tensor, got NoneType"),
+    ("scale", 10**400, ValueError, "must fit a float, got an int of 1329 bits"),
+    ("softcap", 10**400, ValueError, "must fit a float"),
+    ("dropout_p", 10**400, ValueError, "must fit a float"),
     ("k", None, TypeError, "expected a tensor, got NoneType"),
     ("v", "v", TypeError, "expected a tensor, got str"),
     ("q", zeros(HQ, M, D), ValueError, "expected 4 dimensions, got shape (4, 5, 8); pass q[None], or call scaled_dot_"),
