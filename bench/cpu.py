@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import table
+from bench import ROOT
+from bench.harness import table
 
-ROOT = table.ROOT
 RESULT = table.RESULTS / "cpu.json"
 PARTS = {"overhead": 6000, "compilations": 100, "first": 3}  # calls of each kind, lengths, and processes
 QUICK = {"overhead": 150, "compilations": 3, "first": 1}

@@ -35,13 +35,15 @@ from typing import Any
 import torch
 
 import fused_attn
-from bench.evidence import GLUON, PARTS, STAGES, TINY, Refused, Setting
-from bench.providers import DIRECTIONS
-from bench.table import source
-from bench.workers import Pool
+from bench import ROOT
+from bench.evidence.configs import GLUON
+from bench.evidence.parts import PARTS
+from bench.evidence.setting import STAGES, TINY, Refused, Setting
+from bench.harness.providers import DIRECTIONS
+from bench.harness.table import source
+from bench.harness.workers import Pool
 from fused_attn import tuning
 
-ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = [name for name in PARTS if name != "tune"]
 SECONDS = 540.0
 START_SECONDS = 120.0  # for a process to start and to find its device

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -33,9 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fused_attn
+from bench import ROOT
 from fused_attn.launch import hopper, portable
 
-ROOT = Path(__file__).resolve().parent.parent
 ARCH = "sm_90"
 SHAPE = (2, 8, 1024, 64)  # B, H, S, D
 

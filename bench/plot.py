@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from bench import table
-from bench.clock import DIRECTIONS
-from bench.providers import OURS
-from bench.samples import ADDITIVE, GRID, MODIFIED
-from bench.table import Row
+from bench.harness import table
+from bench.harness.clock import DIRECTIONS
+from bench.harness.providers import OURS
+from bench.harness.samples import ADDITIVE, GRID, MODIFIED
+from bench.harness.table import Row
 
 # Ours in blues, torch's in warm colours, whole matrices in black; an unknown provider is grey.
 STYLES = {

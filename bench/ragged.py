@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 if __name__ == "__main__":
@@ -27,13 +26,13 @@ if __name__ == "__main__":
 
 import torch
 
-from bench import table
-from bench.clock import directed, gradients, milliseconds
-from bench.packed import Padded, ragged_case
-from bench.providers import ours
-from bench.samples import Sample, heavy_tail
-from bench.steps import caches, judged
-from bench.table import Row, figure
+from bench.harness import table
+from bench.harness.clock import directed, gradients, milliseconds
+from bench.harness.kv_caches import caches, judged
+from bench.harness.packed import Padded, ragged_case
+from bench.harness.providers import ours
+from bench.harness.samples import Sample, heavy_tail
+from bench.harness.table import Row, figure
 from fused_attn import attention_decode
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -110,10 +109,9 @@ def steps(size: Size) -> Iterator[Row]:
     """One step of decoding, by keys in the cache and by room in it, dense and in pages."""
     most, heads = max(size.cached), size.kv_heads
     asked = [(n, most) for n in size.cached] + [(size.held, room) for room in size.rooms]
-    setting = SimpleNamespace(half=torch.float32, device="cpu")
     timed, shares = {}, {}
     for length, room, page in ((*x, page) for x in dict.fromkeys(asked) for page in (None, size.page)):
-        k, v, places = caches(setting, [length] * size.sequences, size.dim, page, heads, room)
+        k, v, places = caches([length] * size.sequences, size.dim, page, heads, room=room)
         q = torch.randn(size.sequences, 1, size.heads, size.dim)
         call = functools.partial(attention_decode, q, k, v, **places, return_lse=True, backend="tiled")
         shares[length, room, page] = max(row["share"] for row in judged(q, k, v, places, call()).values())

@@ -11,14 +11,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-from bench import memory as meter
-from bench import support, table
-from bench.samples import ADDITIVE, EVERYDAY, GRID, MODIFIED
+from bench import ROOT, support
+from bench.harness import memory as meter
+from bench.harness import table
+from bench.harness.samples import ADDITIVE, EVERYDAY, GRID, MODIFIED
 
-ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 DIRECTIONS = ("forward", "forward+backward")

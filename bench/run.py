@@ -5,15 +5,15 @@
     python -m bench.run --base HEAD~3                  ours against another revision, round by round
     python -m bench.run --tiny --device cpu            a rehearsal in seconds
 
-Cases are those of `fused_attn.testing.CASES`, at the sizes below; and on a CPU those of `bench.samples.EVERYDAY`, what
-torch's own function computes too, beside that function alone and with each number of threads. Each provider's result on
-the very tensors is held to the tolerance rule first; one that is wrong is not timed, stands in the table as refused,
-and makes the exit code 1. A provider that cannot run stands there with its reason. Those that may be timed take turns
-in one process, round by round; a figure is the median over rounds, between the 10th and the 90th percentile.
+The cases are those of `fused_attn.testing.CASES`, at the sizes below. On a CPU, `bench.harness.samples.EVERYDAY` adds
+cases that torch's SDPA also computes, compared with SDPA alone, for each number of threads. Every result is checked
+against the tolerance rule on the timed tensors first. A wrong result is not timed: its row is marked as refused, and
+the exit code is 1. A provider that cannot run is listed with its reason. The others run in turns in one process, round
+by round; each figure is the median over rounds, with the 10th and the 90th percentile.
 
-The forward is timed as inference runs it, the backward on a graph that is kept. `speedup` is the median over rounds of
-the time of `against` by the provider's own. With --base the same version is timed twice beside the other one, and a
-difference within what these two differ by is called noise.
+The forward is timed without gradients, the backward on a retained graph. `speedup` is the median over rounds of the
+time of `against` divided by the provider's own. With --base the working tree is timed twice beside the other revision,
+and a difference no larger than the difference of these two is reported as noise.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from typing import Any
 import torch
 
 import fused_attn
-from bench import memory, peers, providers, revisions, table
-from bench.clock import DIRECTIONS, milliseconds
-from bench.providers import Provider, Turns
-from bench.samples import ADDITIVE, EVERYDAY, GRID, MODIFIED, Sample, everyday, sized
-from bench.table import Row, figure
+from bench.harness import memory, peers, providers, revisions, table
+from bench.harness.clock import DIRECTIONS, milliseconds
+from bench.harness.providers import Provider, Turns
+from bench.harness.samples import ADDITIVE, EVERYDAY, GRID, MODIFIED, Sample, everyday, sized
+from bench.harness.table import Row, figure
 from fused_attn.testing import Case
 
 

@@ -14,7 +14,7 @@ only rows whose hash changed are compiled again. Columns:
     programs                      programs resident on a multiprocessor
     wgmma, serialised             sm_90: wgmma instructions in sweeps; messages C7511/C7512 of ptxas
     hidden                        sm_90: share of the full sweep's exponentials issued while a product is in flight
-    tensor/mufu/issue_clocks      clocks of a multiprocessor for one trip of the full sweep (bench/device_model.py)
+    tensor/mufu/issue_clocks      clocks of a multiprocessor for one trip of the full sweep (compiler/device_model.py)
     tensor_share                  of the modelled trip, how much the tensor cores are busy
     bytes_per_instruction         that a warp fetches in one trip of the full sweep
     feature_special/issue         additive scores, per feature of a score, over all loops: special functions and
@@ -36,9 +36,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.aot import ROOT, Pool, triton_version
-from bench.cases import cases
-from bench.device_model import DEVICES
+from bench import ROOT
+from bench.compiler.aot import Pool, triton_version
+from bench.compiler.cases import cases
+from bench.compiler.device_model import DEVICES
 from fused_attn.tuning.select import STATISTICS, padded
 
 TABLE = ROOT / "bench" / "results" / "static.csv"

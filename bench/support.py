@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from bench.table import RESULTS
+from bench.harness.table import RESULTS
 from fused_attn import dispatch, testing
 from fused_attn.launch import hopper
 from fused_attn.spec import DTYPES, NORMALIZERS

@@ -4,8 +4,8 @@
     python -m bench.tune --only sm_90/forward     those whose name, architecture/kernel/class/D[/rich], holds the word
     python -m bench.tune --show                   print the candidates of each row, best first
 
-The choice is a model's (bench/device_model.py), so each row says "validated": false and "result": null until a GPU
-has timed it; a row that a GPU has validated is left alone. Candidates start from published tiles (FlashAttention 2
+The choice is a model's (bench/compiler/device_model.py), so each row says "validated": false and "result": null until
+a GPU has timed it; rows that a GPU has validated are kept. Candidates start from published tiles (FlashAttention 2
 and 3, FlexAttention) and their smaller neighbours. A rich row, where modifiers share the registers, takes the plain
 row's tile where that passes the gates with a dense bias, and the best smaller one where it does not.
 """
@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from bench import static
-from bench.aot import ROOT, Pool, triton_version
-from bench.cases import DIMS, Case
-from bench.device_model import DEVICES, Clocks
+from bench import ROOT, static
+from bench.compiler.aot import Pool, triton_version
+from bench.compiler.cases import DIMS, Case
+from bench.compiler.device_model import DEVICES, Clocks
 from fused_attn.tuning import Config, key
 
 TABLES = ROOT / "fused_attn" / "tuning" / "tables"

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import fused_attn
-from bench import peers, providers, ragged, report, revisions, run, table
-from bench.clock import DIRECTIONS, directed, gradients
-from bench.packed import PEERS, Padded, ragged_case
-from bench.providers import Provider
-from bench.samples import ADDITIVE, GRID, MODIFIED, SCORES, WORK, Sample, heavy_tail, sized
+from bench import ragged, report, run
+from bench.harness import peers, providers, revisions, table
+from bench.harness.clock import DIRECTIONS, directed, gradients
+from bench.harness.packed import PEERS, Padded, ragged_case
+from bench.harness.providers import Provider
+from bench.harness.samples import ADDITIVE, GRID, MODIFIED, SCORES, WORK, Sample, heavy_tail, sized
 from fused_attn import testing
 
 CPU = ("--tiny", "--device", "cpu")

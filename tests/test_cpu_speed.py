@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import memory
+from bench.harness import memory
 
 SCORES = memory.HEADS[memory.CASE] * 4  # bytes of one entry of every head's score matrix
 

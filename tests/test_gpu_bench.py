@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bench import workers
+from bench.harness import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -79,7 +79,8 @@ ASKED = (
 
 def every_case() -> dict[str, bool]:
     """Every case of every part at tiny sizes, and whether it is core."""
-    from bench.evidence import PARTS, TINY
+    from bench.evidence.parts import PARTS
+    from bench.evidence.setting import TINY
 
     setting = replace(TINY, device="cpu", arch="interpreter")
     return {f"{part}/{name}": core for part, noun in PARTS.items() for name, core, _ in noun.cases(setting)}
@@ -95,7 +96,7 @@ def every_case() -> dict[str, bool]:
     ),
 )
 def test_rehearsal_runs_to_its_end_and_lists_every_case(asked: tuple[str, ...], tmp_path: Path) -> None:
-    from bench.samples import heavy_tail
+    from bench.harness.samples import heavy_tail
 
     parts = tuple(dict.fromkeys(name.split("/")[0] for name in asked))
     only = ",".join({name.split("/", 1)[1]: None for name in asked})
@@ -210,7 +211,7 @@ def test_no_gpu_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_the_limit_of_special_functions() -> None:
     """An H200 of 132 multiprocessors at 1980 MHz does 4.18e12 a second."""
-    from bench.evidence import special_function_ms
+    from bench.evidence.parts import special_function_ms
 
     assert special_function_ms(132 * 16 * 1980 * 10**6, 132, 1980.0) == pytest.approx(1000.0)
 
@@ -283,7 +284,8 @@ def test_a_hopper_row_needs_all_of_its_evidence(
 @needs_triton
 def test_hopper_evidence_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU machine will be asked of the Gluon kernels runs to its end."""
-    from bench.evidence import PARTS, TINY
+    from bench.evidence.parts import PARTS
+    from bench.evidence.setting import TINY
     from fused_attn import tuning
     from tests.emulator import emulated
     from tests.test_hopper import pretend

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fused_attn
-from bench import memory
+from bench.harness import memory
 from fused_attn import (
     BackendError,
     Mask,

@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import static
-from bench.aot import ROOT, Pool, feature_figures, triton_version
-from bench.device_model import DEVICES, Clocks, product_fma
-from bench.machine_code import Instruction, Listing
+from bench import ROOT, static
+from bench.compiler.aot import Pool, feature_figures, triton_version
+from bench.compiler.device_model import DEVICES, Clocks, product_fma
+from bench.compiler.machine_code import Instruction, Listing
 
 LOOP = """
 .text.forward_kernel:

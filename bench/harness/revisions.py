@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from bench import clock
-from bench.providers import Provider, Turns
-from bench.samples import Sample
-from bench.table import ROOT, Row, figure, quantiles, said
+from bench import ROOT
+from bench.harness import clock
+from bench.harness.providers import Provider, Turns
+from bench.harness.samples import Sample
+from bench.harness.table import Row, figure, quantiles, said
 from fused_attn import Mask
 from fused_attn.testing import Case
 

@@ -2,8 +2,8 @@
 
 A driver that knows only its target stands in for the machine, CPU tensors for the device's, and `JITFunction.run`
 compiles instead of launching; so argument binding, specialisation and options are those of a real call. Interpreted
-and compiled kernels cannot share a process: `python -m bench.aot` is a worker that reads one request a line from
-stdin and answers one line, and `Pool` keeps a few of them.
+and compiled kernels cannot share a process: `python -m bench.compiler.aot` is a worker that reads one request per line
+from stdin and answers with one line; `Pool` runs several of them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.device_model import DEVICES, Device, clocks
-from bench.machine_code import Listing
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench import ROOT
+from bench.compiler.device_model import DEVICES, Device, clocks
+from bench.compiler.machine_code import Listing
 
 
 def triton_version(path: Path | None = None) -> str:
@@ -211,7 +210,7 @@ def serve() -> None:
     # Whatever a compiler prints goes to stderr; only answers go to stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from bench.cases import Case
+    from bench.compiler.cases import Case
 
     compiler = Compiler()
     for line in sys.stdin:
@@ -259,7 +258,7 @@ class Pool:
         # A fresh cache, because a kernel read from a cache has no assembler log.
         with open(os.path.join(self._scratch.name, f"{i}.log"), "a") as errors:
             return subprocess.Popen(
-                [sys.executable, "-m", "bench.aot"],
+                [sys.executable, "-m", "bench.compiler.aot"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environ,
             )  # fmt: skip
 

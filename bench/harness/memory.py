@@ -1,7 +1,7 @@
 """Peak memory of one attention call on the CPU, beyond its inputs, by a process of its own.
 
-    python -m bench.memory tiled forward+backward 4096            prints bytes
-    python -m bench.memory naive forward 1024 additive
+    python -m bench.harness.memory tiled forward+backward 4096            prints bytes
+    python -m bench.harness.memory naive forward 1024 additive
 
 Linux counts a process's peak, and can be told to count anew; so the peak starts after the inputs are made and after a
 small call has loaded the libraries, and what is reported is what the call itself added, outputs included.
@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 import fused_attn
-from bench.clock import directed
-from bench.providers import NAIVE, Provider, ours
-from bench.samples import Sample, sized
+from bench import ROOT
+from bench.harness.clock import directed
+from bench.harness.providers import NAIVE, Provider, ours
+from bench.harness.samples import Sample, sized
 from fused_attn.testing import Case
 
-ROOT = Path(__file__).resolve().parent.parent
 DIRECTIONS = ("forward", "forward+backward")
 SEEN = ("statistics", "map")  # of the weights, instead of a direction: all of the first, some rows of the other
 CASE, BATCH, DIM = "alibi_bh", 1, 64  # causal, with ALiBi: torch's own op has no part in it
@@ -73,7 +73,7 @@ def measure(name: str, direction: str, length: int, case: str = CASE) -> int:
 
 def peak(name: str, direction: str, length: int, case: str = CASE) -> int:
     """The same in a fresh process, whose allocator keeps nothing from other calls."""
-    command = [sys.executable, "-m", "bench.memory", name, direction, str(length), case]
+    command = [sys.executable, "-m", "bench.harness.memory", name, direction, str(length), case]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}
     )

@@ -7,110 +7,31 @@ return what the record keeps, or raise. A case is measured, alone on the device,
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
 import fused_attn
-import fused_attn.bind as binding
-from bench import providers
-from bench.clock import directed, gradients, milliseconds
-from bench.packed import RaggedBatches, ragged_case
-from bench.providers import Provider, ours
-from bench.samples import ADDITIVE, MODIFIED, Sample, heavy_tail, sized
-from bench.steps import Steps
-from fused_attn import testing, tuning, witness
-from fused_attn.launch import hopper, portable
+from bench import ROOT
+from bench.evidence.configs import Configs, Overlap, Tune
+from bench.evidence.decoding import Steps
+from bench.evidence.ragged import RaggedBatches
+from bench.evidence.setting import Listed, Setting, bits, compared, judged, poisoned, seconds, throughputs, verify
+from bench.harness import providers
+from bench.harness.packed import ragged_case
+from bench.harness.providers import ours
+from bench.harness.samples import ADDITIVE, MODIFIED, Sample, heavy_tail, sized
+from fused_attn import testing, witness
 from fused_attn.testing import CASES, Case
-from fused_attn.tuning import Config
-from fused_attn.tuning.select import KERNELS, table
-
-ROOT = Path(__file__).resolve().parent.parent
-SWEPT = ("forward", "dkdv", "dq")  # the kernels whose tiles decide the speed
-GLUON = ("hopper_forward", "hopper_backward")  # the same of the Hopper backend
-FLAGS = ("overlap", "descriptors", "pingpong", "ordered")  # of a configuration
-OVERLAPPING = ("forward",)  # those that read Config.overlap and Config.descriptors
-CLASSES = {"half": torch.bfloat16, "single": torch.float32}
-Listed = tuple[str, bool, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where the cases run and how large they are. The orders matter: the most telling sizes come first."""
-
-    device: str = "cuda"
-    arch: str = ""
-    dims: tuple[int, ...] = (128, 64, 256)
-    lengths: tuple[int, ...] = (4096, 16384, 1024, 8192, 2048, 512)
-    tokens: int = 16384  # B * S of a timed problem
-    width: int = 2048  # H * D of a timed problem
-    large: int = 2000  # lengths of the larger parity problems, at most
-    odd: int = 333  # lengths of the problems that judge a configuration
-    repeats: int = 200
-    rounds: int = 3
-    matmul: int = 8192
-    memory: int = 65536
-    additive: tuple[int, int, int] = (1, 32, 1024)  # batch, heads and length of additive scores
-    ragged: tuple[int, int] = (32, 4096)  # sequences, and the longest of them
-    decoding: tuple[int, int] = (32, 8192)  # batch and keys of a step: 1 GiB of them for D 128
-    rivals: int | None = None  # neighbours of each configuration that are tried, None for all
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    classes: tuple[str, ...] = ("half", "single")
-    tiles: tuple[int, ...] = (64, 128, 256, 16, 32, 512)  # head dims that the tuning tables tell apart
-
-    @property
-    def half(self) -> torch.dtype:
-        """What is timed."""
-        return torch.bfloat16 if "bfloat16" in self.dtypes else torch.float32
-
-    def sample(self, d: int, length: int, causal: bool) -> Sample:
-        return self.named("causal" if causal else "plain", d, length)
-
-    def named(self, name: str, d: int, length: int) -> Sample:
-        """A case of `testing.CASES` at the size of what is timed."""
-        case = sized(name, max(1, self.tokens // length), max(1, self.width // d), length, d)
-        return Sample.draw(case, self.half, self.device, scores=0)  # of which one head of one batch is judged
-
-
-TINY = Setting(
-    dims=(16, 32), lengths=(48,), tokens=48, width=32, large=65, odd=65, repeats=3, rounds=1, matmul=64, memory=64,
-    additive=(1, 1, 48), ragged=(3, 48), decoding=(2, 48), rivals=1, dtypes=("float32",), classes=("single",),
-    tiles=(16, 32),
-)  # fmt: skip
-
-
-STAGES = ("check", "measure")
-
-
-class Refused(Exception):
-    """A case that cannot run here, and need not."""
-
-
-def seconds(check: int, measure: int = 0) -> dict[str, int]:
-    """What a part's stages take of a whole run, as estimated for 16 cores; 0 where there is no such stage."""
-    return {"check": check, "measure": measure}
-
-
-def judged(s: Setting, case: Case, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Forward and every gradient of a case against float64: what each result used of its budget."""
-    with poisoned():
-        parity = testing.check_parity(case, backend, dtype, s.device)
-    return {name: asdict(row) for name, row in parity.rows.items()}
 
 
 class Parity:
@@ -174,45 +95,6 @@ class Seeing(Parity):
         return {"rows": {name: asdict(row) for name, row in found.rows.items()}}
 
 
-class Configs:
-    """Parity under the configuration of every row that the tuning tables can give, and under its neighbours.
-
-    The kernels are called beneath autograd, where the override scope of this thread holds for the backward too.
-    """
-
-    shares = seconds(check=75)
-
-    def cases(self, s: Setting) -> Iterator[Listed]:
-        for kind in s.classes:
-            for d in s.tiles:
-                for rich in (False, True):
-                    name = f"chosen/{kind}/{d}" + ("/rich" if rich else "")
-                    yield name, d == s.tiles[0] and not rich, {"kind": kind, "d": d, "rich": rich}
-        for kernel, d, config in rivals(s):
-            yield spelled(kernel, d, config), False, {"kernel": kernel, "d": d, "config": config.to_row()}
-
-    def check(
-        self, s: Setting, d: int, kind: str = "", rich: bool = False, kernel: str = "", config: Any = None
-    ) -> dict[str, Any]:
-        dtype = CLASSES[kind] if kind else s.half
-        if config is None:
-            pins = {name: tuning.config(name, s.arch, dtype, d, d, rich=rich) for name in KERNELS}
-        else:
-            pins = {kernel: Config.from_row(config)}
-        gluon = kernel in GLUON
-        case = Case("odd", hq=2, hkv=1, m=s.odd, d=d, causal=True, return_lse=True, deterministic=not gluon)
-        if rich:
-            case = replace(CASES["everything"], m=s.odd // 2, n=s.odd, d=d, dv=d)
-        try:
-            with tuning.override(**pins):
-                rows = judged(s, case, hopper if gluon else portable, dtype)
-        except Exception as error:
-            if config is not None and type(error).__name__ == "OutOfResources":
-                raise Refused(str(error)) from error
-            raise
-        return {"configs": {name: c.to_row() for name, c in pins.items()}, "rows": rows}
-
-
 class Races:
     """The same bits from every repeat of a forward and backward, parameter gradients included.
 
@@ -255,57 +137,6 @@ class Races:
                         raise AssertionError(f"{case}: {name} differs at repeat {repeat}")
         testing.compare(inputs, last, testing.expect(inputs), case)
         return {"repeats": s.repeats, "compared": list(first)}
-
-
-class Overlap:
-    """Is it faster to issue products before the exponentials, or in turns; by TMA, or by pointers? What does order in
-    dq's sum cost? The configuration's flags, flipped."""
-
-    shares = seconds(check=20, measure=40)
-
-    def wanted(self, chosen: Config, rival: Config) -> bool:
-        return any(rival == replace(chosen, **{flag: not getattr(chosen, flag)}) for flag in FLAGS)
-
-    def provider(self, name: str, kernel: str, config: Config) -> Provider:
-        if kernel in GLUON:
-            return ours("hopper", name, {kernel: config}, deterministic=False)
-        return ours("triton", name, {kernel: config})
-
-    def cases(self, s: Setting) -> Iterator[Listed]:
-        for kernel, d, config in rivals(s):
-            if self.wanted(tuning.config(kernel, s.arch, s.half, d, d), config):
-                yield spelled(kernel, d, config), d == s.dims[0], {"kernel": kernel, "d": d, "config": config.to_row()}
-
-    def check(self, s: Setting, kernel: str, d: int, config: Any) -> dict[str, Any]:
-        answer = Configs().check(s, d, kernel=kernel, config=config)
-        rival = self.provider("rival", kernel, Config.from_row(config))
-        for causal in (False, True):
-            providers.start(rival, s.sample(d, s.lengths[0], causal), s.device)  # compiled beside others, not alone
-        return answer
-
-    def measure(self, s: Setting, checked: dict[str, Any], kernel: str, d: int, config: Any) -> dict[str, Any]:
-        chosen = tuning.config(kernel, s.arch, s.half, d, d)
-        pair = [self.provider("chosen", kernel, chosen), self.provider("rival", kernel, Config.from_row(config))]
-        direction = "forward" if kernel.endswith("forward") else "backward"
-        found: dict[str, Any] = {"chosen": chosen.to_row()}
-        ratios = []
-        for mask, causal in (("full", False), ("causal", True)):
-            x = s.sample(d, s.lengths[0], causal)
-            for provider in pair:
-                verify(provider, x)
-            found[mask] = compared(pair, x, s, (direction,), [p.name for p in pair])
-            old, new = (found[mask]["providers"][p.name][direction] for p in pair)
-            ratios.append(old["ms"] / new["ms"])
-        return found | {"speedup": math.sqrt(math.prod(ratios))}
-
-
-class Tune(Overlap):
-    """Every other neighbour of the chosen configurations, each timed beside the one it would replace."""
-
-    shares = seconds(check=120, measure=300)
-
-    def wanted(self, chosen: Config, rival: Config) -> bool:
-        return True
 
 
 class Costs:
@@ -476,103 +307,3 @@ PARTS: dict[str, Any] = {
     "ragged": RaggedBatches(), "decoding": Steps(),
     "tune": Tune(),
 }  # fmt: skip
-
-
-def neighbours(c: Config) -> list[Config]:
-    """Configurations one step from c: another tile, warps, stages or order; another tile with other warps."""
-    other = {"num_warps": 4 if c.num_warps != 4 else 8}
-    tiles = [
-        {name: size}
-        for name in ("BLOCK_M", "BLOCK_N")
-        for size in (getattr(c, name) // 2, getattr(c, name) * 2)
-        if 16 <= size <= 256
-    ]
-    steps = [
-        {"overlap": not c.overlap},
-        {"descriptors": not c.descriptors},
-        *tiles,
-        other,
-        {"num_stages": c.num_stages + 1},
-    ]
-    steps += [{"num_stages": c.num_stages - 1}] if c.num_stages > 1 else []
-    return [replace(c, **step) for step in [*steps, *(tile | other for tile in tiles)]]
-
-
-def gluon_neighbours(kernel: str, c: Config) -> list[Config]:
-    """The same of a Hopper kernel, whose consumers are groups of four warps; the flag that it reads comes first."""
-    steps: list[dict[str, Any]] = [{"num_stages": c.num_stages + 1}]
-    steps += [{"num_stages": c.num_stages - 1}] if c.num_stages > 1 else []
-    if kernel == "hopper_forward":
-        steps = [{"pingpong": not c.pingpong}, *steps, {"consumers": 5 - c.consumers}]
-        steps += [{"BLOCK_N": c.BLOCK_N // 2}, {"BLOCK_N": c.BLOCK_N * 2}]
-    else:
-        steps = [{"ordered": not c.ordered}, *steps, {"BLOCK_M": c.BLOCK_M // 2}, {"BLOCK_M": c.BLOCK_M * 2}]
-    return [replace(c, **step) for step in steps]
-
-
-def rivals(s: Setting) -> Iterator[tuple[str, int, Config]]:
-    for d in s.dims:
-        gluon = [x for x in GLUON if tuning.key(x, s.half, d, d) in table(s.arch)]
-        for kernel in (*SWEPT, *gluon):
-            chosen = tuning.config(kernel, s.arch, s.half, d, d)
-            if kernel in GLUON:
-                found = gluon_neighbours(kernel, chosen)
-            else:
-                same = [
-                    c for c in neighbours(chosen) if (c.overlap, c.descriptors) == (chosen.overlap, chosen.descriptors)
-                ]
-                found = neighbours(chosen) if kernel in OVERLAPPING else same
-            for config in found[: s.rivals]:
-                yield kernel, d, config
-
-
-def spelled(kernel: str, d: int, c: Config) -> str:
-    return f"{kernel}/{d}/{providers.spelled(c)}"
-
-
-def compared(
-    some: list[Provider], x: Sample, s: Setting, directions: tuple[str, ...], needed: list[str]
-) -> dict[str, Any]:
-    """Timings of some providers, of which ours may not be missing."""
-    found = providers.compare(some, x, s.device, s.rounds, directions, s.matmul)
-    for name, direction in ((n, d) for n in needed for d in directions):
-        if "ms" not in found["providers"][name][direction]:
-            raise RuntimeError(f"{name}, {direction}: {found['providers'][name][direction]}")
-    return found
-
-
-def throughputs(samples: list[Sample], s: Setting) -> dict[str, list[tuple[float, float]]]:
-    """Ours on several samples in turns: by direction, the (milliseconds, operations a millisecond) of each."""
-    calls = [ours().bind(x) for x in samples]
-    found = {}
-    for direction in providers.DIRECTIONS:
-        timed = [directed(direction, f, x.leaves, x.cotangents) for f, x in zip(calls, samples, strict=True)]
-        turns = [[milliseconds(call, s.device) for call in timed] for _ in range(s.rounds)]
-        took = [statistics.median(x) for x in zip(*turns, strict=True)]
-        found[direction] = [(ms, x.flops(direction) / ms) for x, ms in zip(samples, took, strict=True)]
-    return found
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def verify(provider: Provider, x: Sample) -> dict[str, Any]:
-    """Hold one head of the very tensors that are timed to the tolerance rule, forward and backward."""
-    with provider.scope():
-        out = provider.bind(x)()
-        return x.judge(out, gradients(out, x.leaves, x.cotangents, retain=False))
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN, so that an element that nobody writes is seen. torch does it in deterministic mode.
-
-    That mode is on for its filling alone: a call may still ask for a sum in any order.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with mock.patch.object(binding, "_deterministic", lambda asked: asked is not False):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)

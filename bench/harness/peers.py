@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from bench.providers import OTHER, Call, Provider, refuse
-from bench.samples import Sample
-from bench.table import version
+from bench.harness.providers import OTHER, Call, Provider, refuse
+from bench.harness.samples import Sample
+from bench.harness.table import version
 
 MODIFIERS = (*OTHER, "softcap", "bias", "ALiBi", "sink", "tensor mask", "interval mask", "tensor scale", "dropout",
              "log-sum-exp to return")  # fmt: skip

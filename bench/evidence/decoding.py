@@ -6,17 +6,14 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.clock import milliseconds
-from fused_attn import attention_decode, reference, testing
-from fused_attn.absolutes import absolutes
-from fused_attn.cached import Cache, Decode
+from bench.evidence.setting import Listed, Setting, poisoned, seconds
+from bench.harness.clock import milliseconds
+from bench.harness.kv_caches import caches, judged
+from fused_attn import attention_decode
 
 HEADS, KV_HEADS = 32, 8
 PAGES = (None, 64, 16, 256, 1)  # keys in one; None for a dense cache
@@ -27,66 +24,21 @@ GOAL_MS = 0.013  # of one step of one sequence of 8192 at D 128
 HOW: tuple[dict[str, Any], ...] = ({"num_splits": 1}, {}, {"batch_invariant": True})
 
 
-def caches(
-    s: Any, lengths: list[int], d: int, page: int | None, heads: int, room: int = 0
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """k, v and what tells where sequences lie in them: NaN behind their keys, and in pages that nobody has.
-
-    room: for so many keys of each, rounded up to 256; the longest sequence's without it.
-    """
-    b, room = len(lengths), -(-max(room, *lengths) // 256) * 256
-    draw = {"dtype": s.half, "device": s.device}
-    counts = torch.tensor(lengths, dtype=torch.int32, device=s.device)
-    places: dict[str, Any] = {"cache_seqlens": counts}
-    if page is None:
-        k, v = (torch.randn(b, room, heads, d, **draw) for _ in range(2))
-        behind = torch.arange(room, device=s.device) >= counts[:, None]
-    else:
-        width = room // page
-        table = torch.randperm(b * width + 5, device=s.device)[: b * width].view(b, width)
-        k, v = (torch.randn(b * width + 5, page, heads, d, **draw) for _ in range(2))
-        behind = torch.ones(len(k), page, dtype=torch.bool, device=s.device)
-        behind[table] = (torch.arange(room, device=s.device) >= counts[:, None]).view(b, width, page)
-        places["page_table"] = table.int()
-    for x in (k, v):
-        x[behind] = torch.nan
-    return k, v, places
-
-
-def judged(q: Tensor, k: Tensor, v: Tensor, places: dict[str, Any], got: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Each sequence against float64: what out and lse used of their budgets, the worst of them."""
-    where = (places["cache_seqlens"], places.get("page_table"))
-    exact, plain = (Decode(x, Cache(y, z, *where), x.shape[3] ** -0.5) for x, y, z in
-                    ((q.double(), k.double(), v.double()), (q, k, v)))  # fmt: skip
-    rows: dict[str, Any] = {}
-    for i, (p, near) in enumerate(zip(exact.problems(), plain.problems(), strict=True)):
-        wanted, close = reference.attention(p, torch.float64), reference.attention(near, q.dtype)
-        terms = absolutes(p, SimpleNamespace(dout=None, dlse=None))
-        for j, (name, x) in enumerate((("out", got[0][i].transpose(0, 1)[None]), ("lse", got[1][i][None]))):
-            dtype = q.dtype if name == "out" else torch.float32
-            row = testing.assert_within_budget(f"{name} of {i}", x, wanted[j], close[j], terms[name], dtype)
-            rows[name] = max(rows.get(name, row), row, key=lambda x: x.share)
-    return {name: asdict(row) for name, row in rows.items()}
-
-
 class Steps:
     """Steps of generation: against float64 with poisoned pages, bits in any company and at every repeat; then the
     time of one beside the bytes of the keys and values that it reads, from large caches and from a single one."""
 
-    def __init__(self) -> None:
-        self.shares = {"check": 25, "measure": 40}
+    shares = seconds(check=25, measure=40)
 
-    def cases(self, s: Any) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    def cases(self, s: Setting) -> Iterator[Listed]:
         for d, page in itertools.product(s.dims[:2], PAGES):
             name = "dense" if page is None else f"page_{page}"
             yield f"d{d}/{name}", page in PAGES[:2] and d == s.dims[0], {"d": d, "page": page}
 
-    def check(self, s: Any, d: int, page: int | None) -> dict[str, Any]:
-        from bench.evidence import poisoned
-
+    def check(self, s: Setting, d: int, page: int | None) -> dict[str, Any]:
         heads = KV_HEADS if s.device == "cuda" else 1
         lengths = [s.large, 1, s.odd]
-        k, v, places = caches(s, lengths, d, page, heads)
+        k, v, places = caches(lengths, d, page, heads, s.half, s.device)
         q = torch.randn(3, 1, 4 * heads, d, dtype=s.half, device=s.device)
         rows = {}
         with poisoned():
@@ -105,7 +57,7 @@ class Steps:
             raise AssertionError("a sequence's bits depend on its place in the batch")
         return {"rows": rows}
 
-    def measure(self, s: Any, checked: dict[str, Any], d: int, page: int | None) -> dict[str, Any]:
+    def measure(self, s: Setting, checked: dict[str, Any], d: int, page: int | None) -> dict[str, Any]:
         """Full: many sequences, at least 1 GiB of bfloat16 at D 128 (P10). Alone: one of them (P11), by splits."""
         gpu = s.device == "cuda"
         heads, length = KV_HEADS if gpu else 1, s.decoding[1]
@@ -123,13 +75,13 @@ class Steps:
         return found
 
     def _timed(
-        self, s: Any, batch: int, d: int, page: int | None, heads: int, copies: int = 1, splits: int | None = None
+        self, s: Setting, batch: int, d: int, page: int | None, heads: int, copies: int = 1, splits: int | None = None
     ) -> dict[str, Any]:
         """By call, and on a GPU by replays of a graph that takes one copy of the buffers after another."""
         length = s.decoding[1]
         given = []
         for _ in range(copies):
-            k, v, places = caches(s, [length] * batch, d, page, heads)
+            k, v, places = caches([length] * batch, d, page, heads, s.half, s.device)
             q = torch.randn(batch, 1, HEADS // KV_HEADS * heads, d, dtype=s.half, device=s.device)
             given.append(functools.partial(attention_decode, q, k, v, **places, num_splits=splits, backend="triton"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import decoding
+from bench.compiler import decoding
 from fused_attn.bind import bind
 from fused_attn.launch.statistics import ADDITIVE
 from fused_attn.scores import Additive, Distance

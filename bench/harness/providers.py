@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_attn
-from bench.clock import directed, milliseconds
-from bench.samples import Sample
+from bench.harness.clock import directed, milliseconds
+from bench.harness.samples import Sample
 from fused_attn import ops, tuning
 from fused_attn.scores import Distance
 from fused_attn.spec import Problem

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from bench.machine_code import Loop
+from bench.compiler.machine_code import Loop
 
 KIB = 1024
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from bench import ROOT
 from fused_attn import tuning
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 WHAT = ("case", "provider", "direction", "length", "batch", "heads", "kv_heads", "dim", "dtype", "options", "config")
 FIGURE = ("metric", "value", "low", "high", "samples", "against", "status", "reason", "share", "error")

@@ -1,0 +1,135 @@
+"""Where the cases of the evidence run and how large they are, and what several parts share."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fused_attn.bind as binding
+from bench.harness import providers
+from bench.harness.clock import directed, gradients, milliseconds
+from bench.harness.providers import Provider, ours
+from bench.harness.samples import Sample, sized
+from fused_attn import testing
+from fused_attn.testing import Case
+
+Listed = tuple[str, bool, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the cases run and how large they are. The orders matter: the most telling sizes come first."""
+
+    device: str = "cuda"
+    arch: str = ""
+    dims: tuple[int, ...] = (128, 64, 256)
+    lengths: tuple[int, ...] = (4096, 16384, 1024, 8192, 2048, 512)
+    tokens: int = 16384  # B * S of a timed problem
+    width: int = 2048  # H * D of a timed problem
+    large: int = 2000  # lengths of the larger parity problems, at most
+    odd: int = 333  # lengths of the problems that judge a configuration
+    repeats: int = 200
+    rounds: int = 3
+    matmul: int = 8192
+    memory: int = 65536
+    additive: tuple[int, int, int] = (1, 32, 1024)  # batch, heads and length of additive scores
+    ragged: tuple[int, int] = (32, 4096)  # sequences, and the longest of them
+    decoding: tuple[int, int] = (32, 8192)  # batch and keys of a step: 1 GiB of them for D 128
+    rivals: int | None = None  # neighbours of each configuration that are tried, None for all
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    classes: tuple[str, ...] = ("half", "single")
+    tiles: tuple[int, ...] = (64, 128, 256, 16, 32, 512)  # head dims that the tuning tables tell apart
+
+    @property
+    def half(self) -> torch.dtype:
+        """What is timed."""
+        return torch.bfloat16 if "bfloat16" in self.dtypes else torch.float32
+
+    def sample(self, d: int, length: int, causal: bool) -> Sample:
+        return self.named("causal" if causal else "plain", d, length)
+
+    def named(self, name: str, d: int, length: int) -> Sample:
+        """A case of `testing.CASES` at the size of what is timed."""
+        case = sized(name, max(1, self.tokens // length), max(1, self.width // d), length, d)
+        return Sample.draw(case, self.half, self.device, scores=0)  # of which one head of one batch is judged
+
+
+TINY = Setting(
+    dims=(16, 32), lengths=(48,), tokens=48, width=32, large=65, odd=65, repeats=3, rounds=1, matmul=64, memory=64,
+    additive=(1, 1, 48), ragged=(3, 48), decoding=(2, 48), rivals=1, dtypes=("float32",), classes=("single",),
+    tiles=(16, 32),
+)  # fmt: skip
+
+
+STAGES = ("check", "measure")
+
+
+class Refused(Exception):
+    """A case that cannot run here, and need not."""
+
+
+def seconds(check: int, measure: int = 0) -> dict[str, int]:
+    """What a part's stages take of a whole run, as estimated for 16 cores; 0 where there is no such stage."""
+    return {"check": check, "measure": measure}
+
+
+def judged(s: Setting, case: Case, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Forward and every gradient of a case against float64: what each result used of its budget."""
+    with poisoned():
+        parity = testing.check_parity(case, backend, dtype, s.device)
+    return {name: asdict(row) for name, row in parity.rows.items()}
+
+
+def compared(
+    some: list[Provider], x: Sample, s: Setting, directions: tuple[str, ...], needed: list[str]
+) -> dict[str, Any]:
+    """Timings of some providers, of which ours may not be missing."""
+    found = providers.compare(some, x, s.device, s.rounds, directions, s.matmul)
+    for name, direction in ((n, d) for n in needed for d in directions):
+        if "ms" not in found["providers"][name][direction]:
+            raise RuntimeError(f"{name}, {direction}: {found['providers'][name][direction]}")
+    return found
+
+
+def throughputs(samples: list[Sample], s: Setting) -> dict[str, list[tuple[float, float]]]:
+    """Ours on several samples in turns: by direction, the (milliseconds, operations a millisecond) of each."""
+    calls = [ours().bind(x) for x in samples]
+    found = {}
+    for direction in providers.DIRECTIONS:
+        timed = [directed(direction, f, x.leaves, x.cotangents) for f, x in zip(calls, samples, strict=True)]
+        turns = [[milliseconds(call, s.device) for call in timed] for _ in range(s.rounds)]
+        took = [statistics.median(x) for x in zip(*turns, strict=True)]
+        found[direction] = [(ms, x.flops(direction) / ms) for x, ms in zip(samples, took, strict=True)]
+    return found
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def verify(provider: Provider, x: Sample) -> dict[str, Any]:
+    """Hold one head of the very tensors that are timed to the tolerance rule, forward and backward."""
+    with provider.scope():
+        out = provider.bind(x)()
+        return x.judge(out, gradients(out, x.leaves, x.cotangents, retain=False))
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element that nobody writes is seen. torch does it in deterministic mode.
+
+    That mode is on for its filling alone: a call may still ask for a sum in any order.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with mock.patch.object(binding, "_deterministic", lambda asked: asked is not False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
