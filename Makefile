@@ -24,8 +24,8 @@ nightly: $(VENV)/test.stamp $(OLDEST)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal -m ""
 	$(RUN) tests/mutants.py
 	$(RUN) -m bench.static --check
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/test_operators.py tests/test_nested.py \
-		tests/test_reference.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/runtime/test_operators.py \
+		tests/api/test_nested.py tests/backends/test_gradcheck.py
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check

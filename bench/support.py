@@ -2,9 +2,9 @@
 
     python -m bench.support            bench/results/support.csv, from which bench.report writes README's part
 
-No kernel runs. That the answers are true is the work of tests/test_support.py: its rows hold every pair that a backend
-takes, and each row is held to the tolerance rule, forward and every gradient. A GPU is not needed either: `triton` is
-asked as its interpreter would be, and `hopper` as if the GPU were there; that one's answers no row tests.
+No kernel runs. tests/bench/test_support.py checks the answers: its rows hold every pair that a backend takes, and each
+row is held to the tolerance rule, forward and every gradient. A GPU is not needed either: `triton` is asked as its
+interpreter would be, and `hopper` as if the GPU were there; no row tests the answers of that one.
 """
 
 from __future__ import annotations

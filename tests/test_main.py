@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 import fused_attn
 from fused_attn import __main__ as command
 from fused_attn import dispatch, testing, tiled
+from tests import ROOT
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def test_as_a_command() -> None:
     environment = {**os.environ, "FUSED_ATTN_BACKEND": "reference", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "fused_attn", "--json", "--device", "cpu"],
-        cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FUSED_ATTN_BACKEND" in done.stderr
