@@ -1,15 +1,18 @@
-"""Additive scores: what the kernels read of q and k, and the backward of everything in one pass over the keys.
+"""Additive scores: the features that the kernels read, and the whole backward in one pass over the keys.
 
-    s = w . tanh(q + k), its derivatives with t = tanh(q + k):
+    s = w . tanh(q + k); with t = tanh(q + k), per feature:
     dq_i = scale w sum_j du_ij (1 - t_ij^2)    dk_j = scale w sum_i du_ij (1 - t_ij^2)    dw = scale sum_ij du_ij t_ij
 
-A program owns a tile of keys and meets the rows of its group's query heads. For a tile of rows it sums over the
-features once for the scores, and goes over them once more for the gradients: two tanh a feature, where kernels for the
-rows and for the keys would take four. What a row gets from different tiles of keys is added in their order: a program
-waits for the turn of its tile, which comes after that of the tile before. It waits for smaller tickets only, so no
-order of blocks is assumed and nothing is left to chance.
+A program works on a tile of keys and sweeps over the rows of its group's query heads. For each tile of rows it loops
+over the features once for the scores and once more for the gradients: two tanh per feature, where separate kernels for
+rows and for keys would take four.
 
-Grid: as many programs as run at once. Features are float32 and feature-major, see types.Additive.
+Tiles of keys add to the same rows, in their order: a counter per tile of rows (types.AdditiveGradients.turns) says
+which tile of keys is next, and a program waits until it is its own. It waits for smaller tickets only, so there is no
+deadlock whatever order the hardware starts programs in, and the result is deterministic.
+
+Grid: as many programs as run at once; each takes tickets until there are no tiles left. Features are float32 and
+feature-major; see types.Additive. Scores are natural logits until their exponential.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +41,7 @@ from .scores import (
 from .spans import Reach, interval, listed, live, pattern, visible, visit
 from .types import AdditiveGradients, View
 
-SLICE: tl.constexpr = tl.constexpr(16)  # features that are added at once
+SLICE: tl.constexpr = tl.constexpr(16)  # features added at a time
 
 
 @triton.jit(do_not_specialize=["LENGTH", "HEADS", "BATCHED_HEADS"])
@@ -46,21 +49,23 @@ def additive_prepare_kernel(
     x, features, exponentials, peaks, blocks, ragged, LENGTH, HEADS, BATCHED_HEADS,
     FEATURES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """x: View (B, H, LENGTH, D); a program turns PEAKS of its rows, zeros past the end. Grid: blocks x heads.
+    """Write features, and if PAIRS their exponentials and peaks, of x: View (B, H, LENGTH, D). Zeros past the end.
 
-    ragged: of x alone; zeros behind its sequences stand there before.
+    Grid: (blocks of PEAKS rows x heads), flat. ragged: lengths of x only; memory between sequences must hold zeros
+    already.
     """
     at = owner(ragged, tl.program_id(0), number(blocks), LENGTH, LENGTH, HEADS, BATCHED_HEADS, BATCHED_HEADS, False)
     start = at.tile * PEAKS
-    rows = start + tl.arange(0, PEAKS) < at.M
+    rows = start + tl.arange(0, PEAKS) < at.M  # [PEAKS]
+    # [PEAKS, BLOCK_D]
     found = load_rows(x, start_pointer(x, at, at.h, at.row), start, rows, PEAKS, D, BLOCK_D).to(tl.float32)
-    d = tl.arange(0, BLOCK_D)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
     first = room(at, at.row) + start
     own = at.home.to(tl.int64) * FEATURES * pitch(blocks) + first
-    offsets = d.to(tl.int64) * pitch(blocks) + tl.arange(0, PEAKS)[:, None]
+    offsets = d.to(tl.int64) * pitch(blocks) + tl.arange(0, PEAKS)[:, None]  # [PEAKS, BLOCK_D]
     width = FEATURES
     if ragged is not None:
-        width = tl.where(start < at.M, FEATURES, 0)  # no feature of a tile past the end of its sequence
+        width = tl.where(start < at.M, FEATURES, 0)  # a tile past the end of its sequence writes nothing
     tl.store(features + own + offsets, found, mask=d < width)
     if PAIRS:
         tl.store(exponentials + own + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=d < width)
@@ -69,10 +74,10 @@ def additive_prepare_kernel(
 
 
 class Keys(NamedTuple):
-    """A tile of keys at n, the program that owns it, and what its rows are met with. row_slots, key_slots: for how many
-    tiles of ragged sequences there is room in memory, for each head."""
+    """The context of the sweep: a tile of keys at n, and all that a step over one head's rows reads. row_slots,
+    key_slots: tiles per head for which a packed batch has memory; None for a dense one."""
 
-    v: Any
+    v: Any  # [BLOCK_N, BLOCK_DV]
     n: Any
     program: Any
     row_slots: Any
@@ -91,7 +96,7 @@ class Keys(NamedTuple):
 
 @triton.jit
 def row_slot(at, tile, room_for, BLOCK: tl.constexpr):
-    """Where a tile of rows has its room."""
+    """Index of a tile of rows in memory with one entry per tile."""
     if room_for is None:
         return at.head * tl.cdiv(at.M, BLOCK) + tile
     else:
@@ -100,7 +105,7 @@ def row_slot(at, tile, room_for, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_slot(at, room_for, BLOCK: tl.constexpr):
-    """Where the program's tile of keys has its room."""
+    """Index of the program's tile of keys in memory with one entry per tile."""
     if room_for is None:
         return at.head * tl.cdiv(at.N, BLOCK) + at.tile
     else:
@@ -109,7 +114,7 @@ def key_slot(at, room_for, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_features(c, du, m, PAIRED: tl.constexpr):
-    """dk and dw += what du, [BLOCK_N, BLOCK_M], gives them; the tile's part of dq is staged."""
+    """Add the contributions of du [BLOCK_N, BLOCK_M] to dk and dw; write the tile's part of dq to the stage."""
     q, k = first_features(c.plane, m, c.n, PAIRED)
     w = c.plane.own.weights
     dk = key_features(c.plane, c.gradients.dk, c.n)
@@ -120,10 +125,10 @@ def add_features(c, du, m, PAIRED: tl.constexpr):
     for _ in tl.range(0, c.plane.score.additive.features, 2):
         if PAIRED:
             a, b = halves(c.plane, q, k, True)
-            r = reciprocal(a * b, c.plane.score.additive.fast)
-            x, y = 1.0 - 2.0 * (b * r), 1.0 - 2.0 * (a * r)
+            r = reciprocal(a * b, c.plane.score.additive.fast)  # [BLOCK_N, BLOCK_M]
+            x, y = 1.0 - 2.0 * (b * r), 1.0 - 2.0 * (a * r)  # [BLOCK_N, BLOCK_M]
         else:
-            x, y = tanhs(c.plane, q, k, True)
+            x, y = tanhs(c.plane, q, k, True)  # [BLOCK_N, BLOCK_M]
         add_feature(c, du, x, tl.load(w), dk, stage, dw)
         add_feature(c, du, y, tl.load(w + 1), dk + step, stage + c.plane.BLOCK_M, dw + 1)
         q, k = following(c.plane, q, k, 2)
@@ -135,37 +140,37 @@ def add_features(c, du, m, PAIRED: tl.constexpr):
 
 @triton.jit
 def add_feature(c, du, t, w, dk, stage, dw):
-    sent = du * t
-    slope = du - sent * t
+    sent = du * t  # [BLOCK_N, BLOCK_M]
+    slope = du - sent * t  # [BLOCK_N, BLOCK_M]
     tl.store(stage + tl.arange(0, c.plane.BLOCK_M), tl.sum(slope, 0) * w)
-    at = dk + tl.arange(0, c.plane.BLOCK_N)
+    at = dk + tl.arange(0, c.plane.BLOCK_N)  # [BLOCK_N]
     tl.store(at, tl.load(at) + tl.sum(slope, 1) * (w * c.plane.own.scale))
     tl.store(dw, tl.load(dw) + tl.sum(sent))
 
 
 @triton.jit
 def absorb(c, state, m):
-    """Add what the rows of the tile at m send to the keys: the state, and the rows' sums of dx."""
-    dv, columns, scale, caps, slopes = state
-    at = m + tl.arange(0, c.plane.BLOCK_M)
-    rows = live(c.reach, m, c.plane.BLOCK_M, True)
-    do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
-    peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, at < c.plane.at.M)
-    s = additive(c.plane, m, c.n, True)
-    dp = products(c.v, do, c.PRECISION)
-    t = saturation(c.plane, s)
-    see = visible(c.reach, c.plane, m, c.n, True, True)
-    p = weights(c.plane, s, t, peak[None, :], log2_sum[None, :], see, m, c.n, True)
-    kept = dropped(c.plane, m, c.n, True)
+    """Add the contributions of the tile of rows at m to the state. Returns the state, and the row sums of dx."""
+    dv, columns, scale, caps, slopes = state  # [BLOCK_N, BLOCK_DV], then [BLOCK_N] each
+    at = m + tl.arange(0, c.plane.BLOCK_M)  # [BLOCK_M]
+    rows = live(c.reach, m, c.plane.BLOCK_M, True)  # [BLOCK_M]
+    do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, at < c.plane.at.M)  # [BLOCK_M]
+    s = additive(c.plane, m, c.n, True)  # [BLOCK_N, BLOCK_M]
+    dp = products(c.v, do, c.PRECISION)  # [BLOCK_N, BLOCK_M]
+    t = saturation(c.plane, s)  # [BLOCK_N, BLOCK_M]
+    see = visible(c.reach, c.plane, m, c.n, True, True)  # [BLOCK_N, BLOCK_M]
+    p = weights(c.plane, s, t, peak[None, :], log2_sum[None, :], see, m, c.n, True)  # [BLOCK_N, BLOCK_M]
+    kept = dropped(c.plane, m, c.n, True)  # [BLOCK_N, BLOCK_M]
     if c.gradients.dv is not None:
         if kept is None:
             sent = p
         else:
             sent = tl.where(kept, p, 0.0)
-        dv = dot(sent.to(do.dtype), do, dv, c.PRECISION)
-    dx = score_gradient(c.plane, p, dp, delta[None, :], kept)
+        dv = dot(sent.to(do.dtype), do, dv, c.PRECISION)  # [BLOCK_N, BLOCK_DV]
+    dx = score_gradient(c.plane, p, dp, delta[None, :], kept)  # [BLOCK_N, BLOCK_M]
     if c.gradients.bias is not None:
-        ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, m, c.n, True)
+        ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, m, c.n, True)  # [BLOCK_N, BLOCK_M]
         inside = (at < c.plane.at.M)[None, :] & (c.n + tl.arange(0, c.plane.BLOCK_N) < c.plane.at.N)[:, None]
         tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=inside)
     if c.gradients.columns is not None:
@@ -174,7 +179,7 @@ def absorb(c, state, m):
         slopes += tl.sum(slope_gradient(c.plane, dx, m, c.n, True), 1)
     if c.gradients.softcap is not None:
         caps += tl.sum(softcap_gradient(c.plane, dx, s, t), 1)
-    du = backward(c.plane, dx, t)
+    du = backward(c.plane, dx, t)  # [BLOCK_N, BLOCK_M]
     if c.gradients.scale is not None:
         scale += tl.sum(du * s, 1)
     if c.gradients.dq is not None:
@@ -185,7 +190,7 @@ def absorb(c, state, m):
                 add_features(c, du, m, False)
         else:
             add_features(c, du, m, False)
-    sums = tl.zeros([c.plane.BLOCK_M], tl.float32)
+    sums = tl.zeros([c.plane.BLOCK_M], tl.float32)  # [BLOCK_M]
     if c.gradients.rows is not None:
         sums += tl.sum(dx, 0)
     return dv, columns, scale, caps, slopes, sums
@@ -193,18 +198,19 @@ def absorb(c, state, m):
 
 @triton.jit
 def add_rows(c, m, sums):
-    """Add the staged part of dq, and the sums of dx, to the rows at m: the tile's turn has come."""
-    rows = m + tl.arange(0, c.plane.BLOCK_M)
+    """Add the staged part of dq and the row sums of dx to the rows at m, when it is this tile's turn."""
+    rows = m + tl.arange(0, c.plane.BLOCK_M)  # [BLOCK_M]
     if c.gradients.rows is not None:
-        at = c.gradients.rows + (row_base(c.plane.at) + rows)
+        at = c.gradients.rows + (row_base(c.plane.at) + rows)  # [BLOCK_M]
         tl.store(at, tl.load(at, mask=rows < c.plane.at.M, other=0.0) + sums, mask=rows < c.plane.at.M)
     if c.gradients.dq is not None:
         base = query_features(c.plane, c.gradients.dq, m * 0)
         stage = c.gradients.stage + c.program.to(tl.int64) * c.plane.score.additive.features * c.plane.BLOCK_M
         for first in tl.range(0, c.plane.score.additive.features, SLICE):
-            d = first + tl.arange(0, SLICE)[:, None]
+            d = first + tl.arange(0, SLICE)[:, None]  # [SLICE, 1]
             inside = (d < c.plane.score.additive.features) & (rows < c.plane.at.M)[None, :]
-            at = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + rows[None, :]
+            at = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + rows[None, :]  # [SLICE, BLOCK_M]
+            # [SLICE, BLOCK_M]
             staged = tl.load(
                 stage + d * c.plane.BLOCK_M + tl.arange(0, c.plane.BLOCK_M)[None, :], mask=inside, other=0.0
             )
@@ -213,7 +219,7 @@ def add_rows(c, m, sums):
 
 @triton.jit
 def meet_rows(c, state):
-    """Every tile of one query head's rows: those that the keys are seen from, and a turn passed on in the others."""
+    """Go through every tile of one query head's rows: absorb those that see the keys; pass the turn on in all."""
     tiles = tl.cdiv(c.plane.at.M, c.plane.BLOCK_M)
     visit = c.reach.visit
     for tile in tl.range(0, tiles):
@@ -222,12 +228,12 @@ def meet_rows(c, state):
             visited = (m >= visit.origin) & (m < visit.origin + visit.total * c.plane.BLOCK_M)
         else:
             visited = tl.load(visit.table + tile) != 0
-        sums = tl.zeros([c.plane.BLOCK_M], tl.float32)
+        sums = tl.zeros([c.plane.BLOCK_M], tl.float32)  # [BLOCK_M]
         if visited:
             dv, columns, scale, caps, slopes, sums = absorb(c, state, m)
             state = dv, columns, scale, caps, slopes
         turn = c.gradients.turns + row_slot(c.plane.at, tile, c.row_slots, c.plane.BLOCK_M)
-        # What this tile stored is there for all threads, and then what earlier tiles added is there for this program.
+        # The first barrier makes the stage visible to all threads; after the second, earlier tiles' sums are visible.
         tl.debug_barrier()
         while tl.atomic_add(turn, 0, sem="acquire") != c.plane.at.tile:
             pass
@@ -251,10 +257,10 @@ def additive_backward_kernel(
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """known: RowNumbers, None for a sigmoid; span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads.
-    Keys nobody sees get zeros.
+    """known: RowNumbers, None for a sigmoid. span: transposed, of keys over rows. HEADS, BATCHED_HEADS: of keys and
+    values. Keys that no row sees get zeros.
 
-    A program takes tickets as long as there are tiles, so that what it stages needs memory once for all of them.
+    A program keeps taking tickets, so that the stage needs memory per program, not per tile.
     """
     tiles = tl.cdiv(N, BLOCK_N)
     tickets = tiles * BATCHED_HEADS
@@ -268,11 +274,11 @@ def additive_backward_kernel(
     while ticket < tickets:
         at = owner(ragged, ticket, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, False)
         n = at.tile * BLOCK_N
-        keys = n + tl.arange(0, BLOCK_N)
-        lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)
+        keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)  # [BLOCK_N]
         seen = lo < hi
         reach = visit(lo, hi, at.M, BLOCK_M)
-        v_tile = load_rows(v, start_pointer(v, at, at.h, at.key), n, seen, BLOCK_N, DV, BLOCK_DV)
+        v_tile = load_rows(v, start_pointer(v, at, at.h, at.key), n, seen, BLOCK_N, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
         zeros = tl.zeros([BLOCK_N], tl.float32)
         for index in range(GROUP):

@@ -1,8 +1,8 @@
-"""New keys and values behind the sequences of a cache, in place, under a rotary embedding; and the queries under it.
+"""Write new keys and values into a cache, in place, with rotary embedding; and apply it to the queries.
 
-    x'_d = x_d cos - x_e sin,   x'_e = x_e cos + x_d sin,   where dim d turns with e = d + R / 2, or 2 d with 2 d + 1
+    x'_d = x_d cos - x_e sin,   x'_e = x_e cos + x_d sin,   where e = d + R / 2, or dims 2 d and 2 d + 1 are a pair
 
-Grid (slots x tiles of BLOCK_T tokens x B): a slot is a head of k, of v, or of q where it turns.
+Grid: (slots x tiles of BLOCK_T tokens x B), flat. A slot is a head of k, of v, or, with rotary embedding, of q.
 """
 
 import triton
@@ -14,30 +14,33 @@ from .memory import head_pointer, load_rows, number, pointers, row_offsets, stor
 
 @triton.jit
 def turned(view, head, start, live, positions, rotary, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of x from `start`, turned as they stand at positions [ROWS], in float32; x itself where nothing turns.
+    """Rows of x from `start` on, rotated by their positions [ROWS], in float32; x itself without rotary embedding.
 
-    A position that cos and sin lack gives NaN.
+    A position beyond the tables of cos and sin gives NaN.
     """
-    x = load_rows(view, head, start, live, ROWS, D, BLOCK_D)
+    x = load_rows(view, head, start, live, ROWS, D, BLOCK_D)  # [ROWS, BLOCK_D]
     if rotary is None:
         return x
     else:
-        d = tl.arange(0, BLOCK_D)
+        d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
         if rotary.interleaved:
-            first, other, at = d % 2 == 0, d ^ 1, d // 2
+            first, other, at = d % 2 == 0, d ^ 1, d // 2  # [BLOCK_D]
         else:
-            first = d < rotary.half
+            first = d < rotary.half  # [BLOCK_D]
             other = tl.where(first, d + rotary.half, d - rotary.half)
             at = tl.where(first, d, d - rotary.half)
         turns = d < 2 * rotary.half
         other = tl.where(turns, other, 0)
+        # [ROWS, BLOCK_D], the other dim of each pair
         ptrs = pointers(view, head, start, start * 0, tl.arange(0, ROWS)[:, None], other[None, :])
         x = x.to(tl.float32)
         y = tl.load(ptrs, mask=live[:, None] & turns[None, :], other=0.0).to(tl.float32)
-        known = (live & (positions < number(rotary.positions)))[:, None] & turns[None, :]
-        places, at = tl.where(live, positions, 0)[:, None], tl.where(turns, at, 0)[None, :]
+        known = (live & (positions < number(rotary.positions)))[:, None] & turns[None, :]  # [ROWS, BLOCK_D]
+        places, at = tl.where(live, positions, 0)[:, None], tl.where(turns, at, 0)[None, :]  # [ROWS, 1], [1, BLOCK_D]
         zero = start * 0
+        # [ROWS, BLOCK_D]
         cos = tl.load(pointers(rotary.cos, rotary.cos.ptr, zero, zero, places, at), mask=known, other=0.0)
+        # [ROWS, BLOCK_D]
         sin = tl.load(pointers(rotary.sin, rotary.sin.ptr, zero, zero, places, at), mask=known, other=0.0)
         cos = tl.where(known, cos.to(tl.float32), float("nan"))
         sin = tl.where(known, sin.to(tl.float32), float("nan"))
@@ -46,10 +49,10 @@ def turned(view, head, start, live, positions, rotary, ROWS: tl.constexpr, D: tl
 
 @triton.jit
 def write(view, pages, sequences, b, h, keys, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x [len(keys), BLOCK_D] as keys of sequence b in a cache."""
+    """Store x [len(keys), BLOCK_D] as keys or values of sequence b in a cache."""
     home, entry = keys_of(sequences, pages, b)
-    offsets = row_offsets(view, pages, entry, keys, live)
-    ptrs = whole_rows(view, head_pointer(view, home, h), offsets, BLOCK_D)
+    offsets = row_offsets(view, pages, entry, keys, live)  # [len(keys)]
+    ptrs = whole_rows(view, head_pointer(view, home, h), offsets, BLOCK_D)  # [len(keys), BLOCK_D]
     mask = live[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(ptrs, x.to(view.ptr.dtype.element_ty), mask=mask)
 
@@ -60,21 +63,24 @@ def append_kernel(
     ADVANCE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """k_new, v_new: View (B, Hkv, T, ..); k, v: the cache; q, q_turned: View (B, Hq, M, D), None where nothing turns.
-    ADVANCE: queries turn one behind another, as keys do, and not all where the first one stands."""
+    """k_new, v_new: Views (B, Hkv, T, ..). k, v: Views of the cache. q, q_turned: Views (B, Hq, M, D), None without
+    rotary embedding. ADVANCE: consecutive queries have consecutive positions, as keys do; else all have the first
+    one's."""
     slot = tl.program_id(0) % SLOTS
     turn = tl.program_id(0) // SLOTS
     tiles = tl.cdiv(tl.maximum(T, M), BLOCK_T)
     start = turn % tiles * BLOCK_T
     b = turn // tiles
     length = tl.load(sequences.lengths + b)
-    steps = start + tl.arange(0, BLOCK_T)
-    keys = length + steps
+    steps = start + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    keys = length + steps  # [BLOCK_T]
     live = (steps < T) & (keys >= 0) & (keys < N)
     if slot < KV_HEADS:
+        # [BLOCK_T, BLOCK_D]
         k_tile = turned(k_new, head_pointer(k_new, b, slot), start, live, keys, rotary, BLOCK_T, D, BLOCK_D)
         write(k, pages, sequences, b, slot, keys, live, k_tile, D, BLOCK_D)
     elif slot < 2 * KV_HEADS:
+        # [BLOCK_T, BLOCK_DV]
         v_tile = load_rows(v_new, head_pointer(v_new, b, slot - KV_HEADS), start, live, BLOCK_T, DV, BLOCK_DV)
         write(v, pages, sequences, b, slot - KV_HEADS, keys, live, v_tile, DV, BLOCK_DV)
     elif q is not None:
@@ -82,5 +88,6 @@ def append_kernel(
         places = keys
         if not ADVANCE:
             places = keys - steps
+        # [BLOCK_T, BLOCK_D]
         q_tile = turned(q, head_pointer(q, b, h), start, steps < M, places, rotary, BLOCK_T, D, BLOCK_D)
         store_rows(q_turned, head_pointer(q_turned, b, h), start, steps < M, q_tile, BLOCK_T, D, BLOCK_D)

@@ -1,13 +1,20 @@
-"""Backward: dq, dk, dv and every parameter's gradient, from out and what is known of each row's denominator, with the
-weights computed again.
+"""Backward: dq, dk, dv and every parameter's gradient, from q, k, v, out, dout and the saved numbers of each row.
 
     p = exp(x - peak - log_sum)    dp = keep * (dout v^T)    dx = p * (dp - delta)    delta = sum(dout * out) - dlse
-    p = sigmoid(x)                                           dx = p * (1 - p) * dp    where the normalizer is a sigmoid
+    p = sigmoid(x)                                           dx = p * (1 - p) * dp    for sigmoid attention
+    du = dx * f'(u)    dq = scale * du k    dk = scale * du^T q    dv = (keep * p)^T dout
 
-Four kernels, none with an atomic: delta; dk, dv (a program owns keys, and adds up its group's query heads in order);
-dq with what sums over a row; and dbias, for a bias that is broadcast over batch or heads (a program owns a tile of it).
-Grids are flat: tiles x heads. What is known of rows (types.RowNumbers) and the row sums are (B, Hq, M) float32. peak
-and log_sum stay apart, because their sum, lse, is rounded to a multiple of what peak's last bit stands for.
+Weights p are recomputed, in base 2. peak and log_sum stay apart, because their sum, lse, is rounded to the precision of
+peak, and log_sum is lost where peak is large.
+
+Four kernels without atomics:
+
+- delta_kernel: delta, and the row numbers in the form that the others read (types.RowNumbers).
+- dkdv_kernel: a program works on keys and adds the query heads of its group in order.
+- dq_kernel: dq, and all gradients that are sums over a row.
+- dbias_kernel: a bias broadcast over batch or heads; a program works on a tile of the bias.
+
+Grids are flat: tiles x heads. Row numbers and row sums are float32 (B, Hq, M).
 """
 
 from typing import Any, NamedTuple
@@ -50,8 +57,8 @@ BLIND: tl.constexpr = tl.constexpr(0x7F800000)  # pair(0.0, +inf)
 
 @triton.jit
 def row_numbers(known, at, rows, seeing):
-    """(peak, log2_sum, delta) of rows; those that are not `seeing` get weights of 0 from them. seeing None: every row
-    sees. Zeros for a sigmoid, which asks for none of them: known is None."""
+    """(peak, log2_sum, delta) [BLOCK_M] of rows. seeing [BLOCK_M]: rows where it is false get numbers that make their
+    weights 0; None: true for all. Zeros for a sigmoid, whose `known` is None."""
     if known is None:
         return rows * 0.0, rows * 0.0, rows * 0.0
     else:
@@ -66,9 +73,9 @@ def row_numbers(known, at, rows, seeing):
 
 @triton.jit
 def weights(plane, s, t, peak, log2_sum, see, m, n, TRANSPOSED: tl.constexpr):
-    """p of products s; peak and log2_sum are shaped to broadcast."""
-    # peak first, which at the maximum leaves an exact zero: a rounded sum of the two would lose log2_sum where peak is
-    # large, and a factor that came first would multiply its rounding by the whole score.
+    """The weights p of products s. peak, log2_sum: shaped to broadcast."""
+    # Subtract peak first: exact at the maximum. A rounded peak + log2_sum would lose log2_sum where peak is large, and
+    # scaling before the subtraction would scale rounding errors by the whole score.
     if plane.score.sigmoid:
         p = sigmoid(value(plane, s, t, m, n, TRANSPOSED))
     elif plane.score.folds:
@@ -82,7 +89,7 @@ def weights(plane, s, t, peak, log2_sum, see, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def score_gradient(plane, p, dp, delta, kept):
-    """dx; kept is dropout's tile, or None."""
+    """dx. kept: the tile of dropout's mask, or None."""
     if kept is not None:
         dp = tl.where(kept, dp * plane.dropout.rescale, 0.0)
     if plane.score.sigmoid:
@@ -93,7 +100,7 @@ def score_gradient(plane, p, dp, delta, kept):
 
 @triton.jit
 def dropped(plane, m, n, TRANSPOSED: tl.constexpr):
-    """Dropout's tile, or None."""
+    """The tile of dropout's mask, or None."""
     if plane.dropout is None:
         return
     else:
@@ -105,33 +112,35 @@ def delta_kernel(
     out, dout, peak, log_sum, dlse, known, M, HEADS, BATCHED_HEADS,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """known: RowNumbers, to be written; peak, log_sum, dlse: pointers to (B, Hq, M), the last may be None.
+    """known: RowNumbers, written. peak, log_sum, dlse: pointers to (B, Hq, M), the last may be None.
 
-    A row that sees nothing gets a log2_sum of +inf, and with it weights of 0, without a mask.
+    A fully masked row gets a log2_sum of +inf, so that its weights are 0 without a mask.
     """
     tile, head = schedule(tl.program_id(0), tl.cdiv(M, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
     b = head // HEADS
     h = head % HEADS
     m = tile * BLOCK_M
-    rows = m + tl.arange(0, BLOCK_M)
+    rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    # [BLOCK_M, BLOCK_DV]
     o = load_rows(out, head_pointer(out, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
+    # [BLOCK_M, BLOCK_DV]
     do = load_rows(dout, head_pointer(dout, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
-    total = tl.sum(o * do, 1)
+    total = tl.sum(o * do, 1)  # [BLOCK_M]
     at = head.to(tl.int64) * M + rows
     if dlse is not None:
         total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)
     tl.store(known.delta + at, total, mask=rows < M)
     log = tl.load(log_sum + at, mask=rows < M, other=0.0)
-    log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
-    both = pair(tl.load(peak + at, mask=rows < M, other=0.0), log2_sum)
+    log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)  # [BLOCK_M]
+    both = pair(tl.load(peak + at, mask=rows < M, other=0.0), log2_sum)  # [BLOCK_M]
     tl.store(known.normaliser + at, both, mask=rows < M)
 
 
 class Keys(NamedTuple):
-    """A tile of keys at n, and what a step of its sweep over one head's rows asks for."""
+    """The context of dkdv_kernel's sweep: a tile of keys at n, and all that a step over one head's rows reads."""
 
-    k: Any
-    v: Any
+    k: Any  # [BLOCK_N, BLOCK_D]
+    v: Any  # [BLOCK_N, BLOCK_DV]
     n: Any
     q: View
     q_head: Any
@@ -150,11 +159,11 @@ class Keys(NamedTuple):
 
 @triton.jit
 def issue_rows(c, m, MASKED: tl.constexpr):
-    """k q^T and v dout^T, [BLOCK_N, BLOCK_M], the tiles they came from, and the rows' numbers."""
-    rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)
-    q = load_rows(c.q, c.q_head, m, rows, c.plane.BLOCK_M, c.D, c.BLOCK_D)
-    do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)
-    # Read before the products: what is read after a wait for one waits with it, and the exponentials need these.
+    """k q^T and v dout^T [BLOCK_N, BLOCK_M], the tiles q and dout, and the numbers of the rows."""
+    rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)  # [BLOCK_M]
+    q = load_rows(c.q, c.q_head, m, rows, c.plane.BLOCK_M, c.D, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    # Loaded before the products: a load after the wait for a product would delay the exponentials that need it.
     at = m + tl.arange(0, c.plane.BLOCK_M)
     if MASKED:
         peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, at < c.plane.at.M)
@@ -165,28 +174,28 @@ def issue_rows(c, m, MASKED: tl.constexpr):
 
 @triton.jit
 def absorb_rows(c, state, issued, m, MASKED: tl.constexpr):
-    """Add what the rows of the tile at m send to the keys."""
-    dk, dv, columns = state
+    """Add the contributions of the tile of rows at m to dk, dv and the column sums of dx."""
+    dk, dv, columns = state  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV], [BLOCK_N]
     s, dp, q, do, peak, log2_sum, delta = issued
-    t = saturation(c.plane, s)
-    see = visible(c.reach, c.plane, m, c.n, MASKED, True)
-    p = weights(c.plane, s, t, peak[None, :], log2_sum[None, :], see, m, c.n, True)
-    kept = dropped(c.plane, m, c.n, True)
+    t = saturation(c.plane, s)  # [BLOCK_N, BLOCK_M]
+    see = visible(c.reach, c.plane, m, c.n, MASKED, True)  # [BLOCK_N, BLOCK_M]
+    p = weights(c.plane, s, t, peak[None, :], log2_sum[None, :], see, m, c.n, True)  # [BLOCK_N, BLOCK_M]
+    kept = dropped(c.plane, m, c.n, True)  # [BLOCK_N, BLOCK_M]
     if c.gradients.dv is not None:
         if kept is None:
             sent = p
         else:
             sent = tl.where(kept, p, 0.0)
-        dv = dot(sent.to(do.dtype), do, dv, c.PRECISION)
+        dv = dot(sent.to(do.dtype), do, dv, c.PRECISION)  # [BLOCK_N, BLOCK_DV]
     if (c.gradients.dk is not None) or (c.gradients.sums is not None):
-        dx = score_gradient(c.plane, p, dp, delta[None, :], kept)
+        dx = score_gradient(c.plane, p, dp, delta[None, :], kept)  # [BLOCK_N, BLOCK_M]
         if c.gradients.sums is not None:
             columns += tl.sum(dx, 1)
         if c.gradients.dk is not None:
-            du = backward(c.plane, dx, t)
+            du = backward(c.plane, dx, t)  # [BLOCK_N, BLOCK_M]
             if c.plane.score.scale.pointer:
-                du *= c.plane.own.scale  # it may differ between the heads of a group
-            dk = dot(du.to(q.dtype), q, dk, c.PRECISION)
+                du *= c.plane.own.scale  # may differ between the heads of a group
+            dk = dot(du.to(q.dtype), q, dk, c.PRECISION)  # [BLOCK_N, BLOCK_D]
     return dk, dv, columns
 
 
@@ -196,19 +205,19 @@ def dkdv_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """known: RowNumbers, None for a sigmoid; span: of keys over rows. HEADS and BATCHED_HEADS count key-value heads.
-    Keys nobody sees get zeros.
+    """known: RowNumbers, None for a sigmoid. span: transposed, of keys over rows. HEADS, BATCHED_HEADS: of keys and
+    values. Keys that no row sees get zeros.
 
-    Under a causal mask the first keys take longest.
+    The first keys come first: under a causal mask they take longest.
     """
     at = owner(ragged, tl.program_id(0), tl.cdiv(N, BLOCK_N), M, N, HEADS, BATCHED_HEADS, WAVE, False)
     n = at.tile * BLOCK_N
-    keys = n + tl.arange(0, BLOCK_N)
-    lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)
+    keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)  # [BLOCK_N]
     seen = lo < hi
     reach = visit(lo, hi, at.M, BLOCK_M)
-    k_tile = load_rows(k, start_pointer(k, at, at.h, at.key), n, seen, BLOCK_N, D, BLOCK_D)
-    v_tile = load_rows(v, start_pointer(v, at, at.h, at.key), n, seen, BLOCK_N, DV, BLOCK_DV)
+    k_tile = load_rows(k, start_pointer(k, at, at.h, at.key), n, seen, BLOCK_N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_tile = load_rows(v, start_pointer(v, at, at.h, at.key), n, seen, BLOCK_N, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for index in range(GROUP):
@@ -243,14 +252,14 @@ def dkdv_kernel(
 
 
 class Rows(NamedTuple):
-    """A tile of query rows at m, and what a step of its sweep over the keys asks for."""
+    """The context of dq_kernel's sweep: a tile of query rows at m, and all that a step over the keys reads."""
 
-    q: Any
-    do: Any
+    q: Any  # [BLOCK_M, BLOCK_D]
+    do: Any  # [BLOCK_M, BLOCK_DV]
     m: Any
-    peak: Any
-    log2_sum: Any
-    delta: Any
+    peak: Any  # [BLOCK_M]
+    log2_sum: Any  # [BLOCK_M]
+    delta: Any  # [BLOCK_M]
     k: View
     k_head: Any
     v: View
@@ -268,25 +277,26 @@ class Rows(NamedTuple):
 
 @triton.jit
 def issue_keys(c, n, MASKED: tl.constexpr):
-    """q k^T and dout v^T, [BLOCK_M, BLOCK_N], and the keys."""
-    keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
-    k = load_rows(c.k, c.k_head, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
-    v = load_rows(c.v, c.v_head, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
+    """q k^T and dout v^T [BLOCK_M, BLOCK_N], and the tile of keys."""
+    keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)  # [BLOCK_N]
+    k = load_rows(c.k, c.k_head, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(c.v, c.v_head, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     return products(c.q, k, c.PRECISION), products(c.do, v, c.PRECISION), k
 
 
 @triton.jit
 def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
-    """Add what the keys of the tile at n send to the rows."""
-    dq, caps, slopes, sums = state
+    """Add the contributions of the tile of keys at n to dq and the row sums; store dx as the gradient of a dense
+    bias."""
+    dq, caps, slopes, sums = state  # [BLOCK_M, BLOCK_D], then [BLOCK_M] each
     s, dp, k = issued
-    t = saturation(c.plane, s)
-    see = visible(c.reach, c.plane, c.m, n, MASKED, False)
-    p = weights(c.plane, s, t, c.peak[:, None], c.log2_sum[:, None], see, c.m, n, False)
-    dx = score_gradient(c.plane, p, dp, c.delta[:, None], dropped(c.plane, c.m, n, False))
+    t = saturation(c.plane, s)  # [BLOCK_M, BLOCK_N]
+    see = visible(c.reach, c.plane, c.m, n, MASKED, False)  # [BLOCK_M, BLOCK_N]
+    p = weights(c.plane, s, t, c.peak[:, None], c.log2_sum[:, None], see, c.m, n, False)  # [BLOCK_M, BLOCK_N]
+    dx = score_gradient(c.plane, p, dp, c.delta[:, None], dropped(c.plane, c.m, n, False))  # [BLOCK_M, BLOCK_N]
     if c.gradients.bias is not None:
-        i, j = positions(c.plane, c.m, n, False)
-        ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, c.m, n, False)
+        i, j = positions(c.plane, c.m, n, False)  # [BLOCK_M, 1], [1, BLOCK_N]
+        ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, c.m, n, False)  # [BLOCK_M, BLOCK_N]
         tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=(i < c.plane.at.M) & (j < c.plane.at.N))
     if c.gradients.sums is not None:
         sums += tl.sum(dx, 1)
@@ -295,7 +305,7 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
     if c.gradients.softcap is not None:
         caps += tl.sum(softcap_gradient(c.plane, dx, s, t), 1)
     if (c.gradients.dq is not None) or (c.gradients.scale is not None):
-        dq = dot(backward(c.plane, dx, t).to(k.dtype), k, dq, c.PRECISION)
+        dq = dot(backward(c.plane, dx, t).to(k.dtype), k, dq, c.PRECISION)  # [BLOCK_M, BLOCK_D]
     return dq, caps, slopes, sums
 
 
@@ -305,20 +315,23 @@ def dq_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What sums over the keys: dq, each row's share of the scalar gradients, and dx itself for a dense bias."""
+    """Everything that is a sum over keys: dq and each row's part of the gradients of scale, softcap and slopes. Also
+    stores dx as the gradient of a dense bias."""
     at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
     m = at.tile * BLOCK_M
-    rows = m + tl.arange(0, BLOCK_M)
-    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)
+    rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)  # [BLOCK_M]
     reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
     own = parameters(score, mask, at.b, at.h)
-    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)
+    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_DV]
     do_tile = load_rows(dout, start_pointer(dout, at, at.h, at.row), m, rows < at.M, BLOCK_M, DV, BLOCK_DV)
-    peak, log2_sum, delta = row_numbers(known, at, rows, lo < hi)
+    peak, log2_sum, delta = row_numbers(known, at, rows, lo < hi)  # [BLOCK_M]
     bias_head = None
     if gradients.bias is not None:
         bias_head = head_pointer(gradients.bias, at.b, at.h)
     zeros = tl.zeros([BLOCK_M], tl.float32)
+    # [BLOCK_M, BLOCK_D], then [BLOCK_M] each
     dq, caps, slopes, sums = sweep(
         issue_keys, absorb_keys,
         Rows(
@@ -351,26 +364,26 @@ def dbias_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dbias: View (1 or B, 1 or Hq, M, N). Adds dx over the batches and heads that share a tile, in order.
+    """dbias: View (1 or B, 1 or Hq, M, N). Adds dx over the batch entries and heads that share a tile, in order.
 
-    ROWS, KEYS: those that q and k have in memory: M and N, or of all sequences together.
+    ROWS, KEYS: extents of q and k in memory: M and N, or the totals of a packed batch.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     tile, own = schedule(tl.program_id(0), tiles, BIAS_BATCH * BIAS_HEADS, BIAS_BATCH * BIAS_HEADS)
     m = tile // tl.cdiv(N, BLOCK_N) * BLOCK_M
     n = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    rows = m + tl.arange(0, BLOCK_M)
-    keys = n + tl.arange(0, BLOCK_N)
+    rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     shared_heads = HEADS // BIAS_HEADS
     for sharer in tl.range(0, BATCH // BIAS_BATCH * shared_heads):
         b = own // BIAS_HEADS + sharer // shared_heads
         at = place(ragged, b, own % BIAS_HEADS + sharer % shared_heads, tile, ROWS, KEYS, HEADS)
-        lo, hi = interval(span, b, rows, at.M, at.N, at.shift)
+        lo, hi = interval(span, b, rows, at.M, at.N, at.shift)  # [BLOCK_M]
         reach = visit(lo, hi, at.N, BLOCK_N)
         visits = 1
         if ragged is not None:
-            visits = tl.minimum(reach.total, 1)  # far behind a sequence's end there is no memory to read
+            visits = tl.minimum(reach.total, 1)  # there may be no memory that far past a sequence's end
         for _ in tl.range(0, visits):
             total += tile_gradient(
                 q, k, v, dout, row_numbers(known, at, rows, lo < hi),
@@ -378,6 +391,7 @@ def dbias_kernel(
                 Reach(span, lo, hi, reach, pattern(span, b, at.h, rows, at.M, at.shift)), m, n,
                 GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
+    # [BLOCK_M, BLOCK_N]
     ptrs = pair_pointers(
         dbias, head_pointer(dbias, own // BIAS_HEADS, own % BIAS_HEADS), m, n, M, N, BLOCK_M, BLOCK_N, False
     )
@@ -390,20 +404,25 @@ def tile_gradient(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile of one head, [BLOCK_M, BLOCK_N]; known: its rows' numbers."""
-    rows = m + tl.arange(0, plane.BLOCK_M) < plane.at.M
+    """dx [BLOCK_M, BLOCK_N] of one tile of one head. known: the numbers of its rows, as from row_numbers."""
+    rows = m + tl.arange(0, plane.BLOCK_M) < plane.at.M  # [BLOCK_M]
     h = plane.at.h
-    keys = live(reach, n, plane.BLOCK_N, True)
+    keys = live(reach, n, plane.BLOCK_N, True)  # [BLOCK_N]
+    # [BLOCK_M, BLOCK_D]
     q_tile = load_rows(q, start_pointer(q, plane.at, h, plane.at.row), m, rows, plane.BLOCK_M, D, BLOCK_D)
+    # [BLOCK_N, BLOCK_D]
     k_tile = load_rows(k, start_pointer(k, plane.at, h // GROUP, plane.at.key), n, keys, plane.BLOCK_N, D, BLOCK_D)
+    # [BLOCK_N, BLOCK_DV]
     v_tile = load_rows(v, start_pointer(v, plane.at, h // GROUP, plane.at.key), n, keys, plane.BLOCK_N, DV, BLOCK_DV)
+    # [BLOCK_M, BLOCK_DV]
     do_tile = load_rows(dout, start_pointer(dout, plane.at, h, plane.at.row), m, rows, plane.BLOCK_M, DV, BLOCK_DV)
     if plane.score.additive is not None:
-        s = additive(plane, m, n, False)
+        s = additive(plane, m, n, False)  # [BLOCK_M, BLOCK_N]
     else:
-        s = products(q_tile, k_tile, PRECISION)
-    dp = products(do_tile, v_tile, PRECISION)
-    see = visible(reach, plane, m, n, True, False)
-    peak, log2_sum, delta = known
+        s = products(q_tile, k_tile, PRECISION)  # [BLOCK_M, BLOCK_N]
+    dp = products(do_tile, v_tile, PRECISION)  # [BLOCK_M, BLOCK_N]
+    see = visible(reach, plane, m, n, True, False)  # [BLOCK_M, BLOCK_N]
+    peak, log2_sum, delta = known  # [BLOCK_M] each
+    # [BLOCK_M, BLOCK_N]
     p = weights(plane, s, saturation(plane, s), peak[:, None], log2_sum[:, None], see, m, n, False)
     return score_gradient(plane, p, dp, delta[:, None], dropped(plane, m, n, False))

@@ -1,11 +1,11 @@
-"""Decoding: softmax(scores) v over a cache of keys and values, for a few queries of each sequence.
+"""Decoding: softmax(scores) v over a cache of keys and values, for a few queries per sequence (split-KV).
 
-The sweep is the forward's. The query heads of a key-value head are packed into rows, so a tile of keys is read once for
-all of them: row r is query r // GROUP of head r % GROUP of the group. The keys of a sequence are cut into parts that
-run side by side; each leaves the state of its own keys (see types.Parts), without the sink, for combine.py. Parts of
-which a sequence is too short are not run and not read: `cut` tells both kernels which these are.
+The sweep is the forward's. The query heads of a key-value head are packed into rows, so that a tile of keys is read
+once for all of them: row r is query r // GROUP of head r % GROUP of the group. The keys of a sequence are cut into
+parts, which run in parallel. Each part writes the state of its own keys (types.Parts), without the sink, and combine.py
+merges them. A short sequence has fewer parts; `cut` tells both kernels how many.
 
-Grid (B * Hkv x parts x tiles of BLOCK_M packed rows). lse is a natural logarithm.
+Grid: (B * Hkv x parts x tiles of BLOCK_M packed rows), flat. Scores are in base 2, lse is a natural logarithm.
 """
 
 import triton
@@ -21,7 +21,7 @@ from .spans import Pattern, Reach, Visit, interval, sweep, visit
 
 @triton.jit
 def length_of(sequences, b, N):
-    """How many keys sequence b has; N is what there is room for."""
+    """The number of keys of sequence b, new ones included. N: the cache's capacity."""
     if sequences.lengths is None:
         return N
     else:
@@ -30,7 +30,8 @@ def length_of(sequences, b, N):
 
 @triton.jit
 def keys_of(sequences, pages, b):
-    """(home, entry): the row of the cache where sequence b lies; or, of pages, where its row of their table begins."""
+    """(home, entry) of sequence b: its row in the cache; and in a paged cache, the offset of its row in the page
+    table."""
     home = b
     if sequences.index is not None:
         home = tl.load(sequences.index + b)
@@ -54,8 +55,8 @@ def first_key(sequences, span, b, length, M):
 
 @triton.jit
 def cut(first, length, PARTS, LEAST, BLOCK: tl.constexpr):
-    """(begin, size, count): the keys from a multiple of BLOCK on, in `count` parts of `size` keys, as even as whole
-    tiles and LEAST keys a part allow. No more than PARTS; none where there is no key."""
+    """(begin, size, count): the keys from `begin` on, a multiple of BLOCK, in `count` parts of `size` keys. The parts
+    are as even as whole tiles and at least LEAST keys per part allow. count <= PARTS, and 0 without keys."""
     begin = first // BLOCK * BLOCK
     keys = tl.maximum(length - begin, 0)
     size = tl.maximum(tl.cdiv(tl.cdiv(keys, PARTS), BLOCK) * BLOCK, LEAST)
@@ -64,7 +65,7 @@ def cut(first, length, PARTS, LEAST, BLOCK: tl.constexpr):
 
 @triton.jit
 def of_rows(x, b, heads):
-    """A Scalar for each row of packed heads, [BLOCK_M, 1], or one number for all."""
+    """A Scalar as [BLOCK_M, 1], one number per packed row; or a number, if all heads share it."""
     if x.pointer:
         return tl.load(x.value + b * number(x.strides[0]) + heads * number(x.strides[1])).to(tl.float32)[:, None]
     else:
@@ -73,7 +74,7 @@ def of_rows(x, b, heads):
 
 @triton.jit
 def before_tree(span, found, trunk, BLOCK: tl.constexpr):
-    """The visit in which the tiles that a tree reaches into are partial."""
+    """The visit in which the tiles that reach into the tree are partial."""
     if span.tree is None:
         return found
     else:
@@ -84,7 +85,7 @@ def before_tree(span, found, trunk, BLOCK: tl.constexpr):
 
 @triton.jit
 def tree_rows(span, b, query, M):
-    """Pointers to each row's part of the tree; 0 where there is none."""
+    """Pointers [BLOCK_M] to each row's part of the tree; 0 without one."""
     if span.tree is None:
         return 0
     else:
@@ -98,8 +99,8 @@ def decode_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, out: View (B, Hq, M, ..); k, v: View (C, Hkv, N, ..), or of pages; lse, sink: pointers (B, Hq, M) and (Hq,).
-    With parts, out, lse and sink are left to combine.py."""
+    """q, out: Views (B, Hq, M, ..). k, v: Views (C, Hkv, N, ..), or of pages. lse: pointer (B, Hq, M); sink: pointer
+    (Hq,). If there are parts, combine.py writes out and lse and reads sink."""
     tiles = tl.cdiv(M * GROUP, BLOCK_M)
     turn = tl.program_id(0)
     tile = turn % tiles
@@ -110,16 +111,16 @@ def decode_kernel(
     length = length_of(sequences, b, N)
     first = first_key(sequences, span, b, length, M)
     begin, size, count = cut(first, length, PARTS, LEAST, BLOCK_N)
-    if parts is not None:  # noqa: SIM102 - the one is known to the compiler, the other is not
+    if parts is not None:  # noqa: SIM102 - only the outer one is known at compile time
         if part >= count:
             return
 
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = rows < M * GROUP
-    query = rows // GROUP
-    heads = h * GROUP + rows % GROUP
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    live = rows < M * GROUP  # [BLOCK_M]
+    query = rows // GROUP  # [BLOCK_M]
+    heads = h * GROUP + rows % GROUP  # [BLOCK_M]
     shift = length - M
-    lo, hi = interval(span, b, query, M, length, shift)
+    lo, hi = interval(span, b, query, M, length, shift)  # [BLOCK_M]
     lo = tl.maximum(lo, tl.maximum(first, begin + part * size))
     hi = tl.minimum(hi, begin + (part + 1) * size)
     reach = before_tree(span, visit(lo, hi, length, BLOCK_N), shift, BLOCK_N)
@@ -137,8 +138,9 @@ def decode_kernel(
     if score.folds:
         scale *= factor
 
-    q_tile = load_whole(packed_rows(q, b, h * GROUP, rows, GROUP, BLOCK_D), live, D, BLOCK_D)
+    q_tile = load_whole(packed_rows(q, b, h * GROUP, rows, GROUP, BLOCK_D), live, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     # The context is built inside the call: an assignment would turn the constants in it into run-time values.
+    # [BLOCK_M], [BLOCK_M], [BLOCK_M, BLOCK_DV]
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
@@ -153,19 +155,19 @@ def decode_kernel(
         init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP,
     )  # fmt: skip
 
-    columns = (tl.arange(0, BLOCK_DV) < DV)[None, :]
+    columns = (tl.arange(0, BLOCK_DV) < DV)[None, :]  # [1, BLOCK_DV]
     if parts is None:
         logit = None
         if sink is not None:
             logit = tl.load(sink + heads).to(tl.float32)
-        out_tile, lse_tile, _, _ = finish(m_i, l_i, acc, scale, logit, lo < hi)
-        own = (b.to(tl.int64) * (KV_HEADS * GROUP) + heads) * M + query
-        ptrs = packed_rows(out, b, h * GROUP, rows, GROUP, BLOCK_DV)
+        out_tile, lse_tile, _, _ = finish(m_i, l_i, acc, scale, logit, lo < hi)  # [BLOCK_M, BLOCK_DV], [BLOCK_M]
+        own = (b.to(tl.int64) * (KV_HEADS * GROUP) + heads) * M + query  # [BLOCK_M]
+        ptrs = packed_rows(out, b, h * GROUP, rows, GROUP, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         tl.store(lse + own, lse_tile, mask=live)
         tl.store(ptrs, out_tile.to(out.ptr.dtype.element_ty), mask=live[:, None] & columns)
     else:
-        acc, peak, total = partial(m_i, l_i, acc, scale, lo < hi)
-        own = (head.to(tl.int64) * PARTS + part) * (M * GROUP) + rows
+        acc, peak, total = partial(m_i, l_i, acc, scale, lo < hi)  # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
+        own = (head.to(tl.int64) * PARTS + part) * (M * GROUP) + rows  # [BLOCK_M]
         tl.store(parts.peak + own, peak, mask=live)
         tl.store(parts.sum + own, total, mask=live)
         tl.store(parts.acc + own[:, None] * DV + tl.arange(0, BLOCK_DV)[None, :], acc, mask=live[:, None] & columns)

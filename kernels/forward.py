@@ -1,7 +1,23 @@
-"""Forward: out = softmax(scores) v and lse, one pass over the keys with the scores in registers; or sigmoid(scores) v.
+"""Forward: out = softmax(scores) v and lse, in one pass over the keys, or out = sigmoid(scores) v.
 
-Grid (tiles of BLOCK_M rows x B * Hq). What is saved for the backward is the maximum of each row and the log of its sum
-of weights, apart: see types.Normaliser. Inside, scores are in base 2, so that exp2 is all that an exponential costs.
+    s = q k^T or w . tanh(q + k)    x = modifiers(s)    p = exp(x - m), m the running maximum    out = (p v) / sum(p)
+
+Grid: (tiles of BLOCK_M rows x B * Hq), flat. Scores inside the kernels are in base 2: they are multiplied by log2(e),
+so that an exponential is a single exp2. lse is a natural logarithm.
+
+Saved for the backward: the maximum of each row and the log of its sum of weights, as two numbers (types.Normaliser).
+
+Reading order. Each file answers one question:
+
+- types: which tuples does the host pass?
+- memory: where does row n live, and which tile does a program compute?
+- spans: which keys may a row see, and which tiles does a program visit? `sweep` is the one loop.
+- scores, then modifiers: how similar are q and k?
+- softmax: what is accumulated?
+- forward: the kernel, and the two steps of its sweep, `issue` and `absorb`. backward, decode, statistics and additive
+  have the same form.
+
+hopper_*.py are the same kernels for sm_90 in Gluon.
 """
 
 from typing import Any, NamedTuple
@@ -19,9 +35,9 @@ from .types import View
 
 
 class Rows(NamedTuple):
-    """A tile of query rows at m, and what a step of its sweep over the keys, of their head h, asks for."""
+    """The context of the forward's sweep: a tile of query rows at m, and all that a step over keys of head h reads."""
 
-    q: Any
+    q: Any  # [BLOCK_M, BLOCK_D]
     m: Any
     k: View
     k_head: Any
@@ -33,7 +49,7 @@ class Rows(NamedTuple):
     h: Any
     plane: Plane
     reach: Reach
-    factor: Any
+    factor: Any  # to base 2: scores times this
     D: Any
     DV: Any
     BLOCK_D: Any
@@ -43,36 +59,38 @@ class Rows(NamedTuple):
 
 @triton.jit
 def issue(c, n, MASKED: tl.constexpr):
-    """The products of the keys at n, [BLOCK_M, BLOCK_N]."""
+    """The products [BLOCK_M, BLOCK_N] of the rows with the keys from n on."""
     if c.plane.score.additive is not None:
         return additive(c.plane, c.m, n, False)
     else:
-        keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
+        keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)  # [BLOCK_N]
+        # [BLOCK_N, BLOCK_D]
         k = load_tile(c.k, c.k_head, c.k_box, c.pages, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
         return products(c.q, k, c.PRECISION)
 
 
 @triton.jit
 def absorb(c, state, s, n, MASKED: tl.constexpr):
-    """Weigh the values of the tile at n."""
-    m_i, l_i, acc = state
+    """Add the tile of keys at n to the state: turn products s into weights, and accumulate the values."""
+    m_i, l_i, acc = state  # [BLOCK_M], [BLOCK_M], [BLOCK_M, BLOCK_DV]
     if c.plane.score.folds:
-        x = s
+        x = s  # [BLOCK_M, BLOCK_N]
     else:
-        x = value(c.plane, s, saturation(c.plane, s), c.m, n, False)
-    see = visible(c.reach, c.plane, c.m, n, MASKED, False)
+        x = value(c.plane, s, saturation(c.plane, s), c.m, n, False)  # [BLOCK_M, BLOCK_N]
+    see = visible(c.reach, c.plane, c.m, n, MASKED, False)  # [BLOCK_M, BLOCK_N]
     if c.plane.score.sigmoid:
-        p = sigmoid(x)
+        p = sigmoid(x)  # [BLOCK_M, BLOCK_N]
         if see is not None:
             p = tl.where(see, p, 0.0)
     else:
-        p, alpha, m_i, l_i = update(m_i, l_i, x, see, c.factor)
+        p, alpha, m_i, l_i = update(m_i, l_i, x, see, c.factor)  # [BLOCK_M, BLOCK_N], [BLOCK_M], ...
         acc *= alpha[:, None]
     if c.plane.dropout is not None:
         p = tl.where(keep(c.plane, c.m, n, False), p, 0.0)
-    keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)
+    keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)  # [BLOCK_N]
+    # [BLOCK_N, BLOCK_DV]
     v = load_tile(c.v, c.v_head, c.v_box, c.pages, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
-    acc = dot(p.to(v.dtype), v, acc, c.PRECISION)
+    acc = dot(p.to(v.dtype), v, acc, c.PRECISION)  # [BLOCK_M, BLOCK_DV]
     return m_i, l_i, acc
 
 
@@ -82,20 +100,21 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out, mask: View; normaliser: a Normaliser, None for a sigmoid; sink: pointer (Hq,); k_box, v_box: tensor
-    descriptors, or None. Under a causal mask the last rows take longest."""
+    """q, k, v, out, mask: Views; normaliser: a Normaliser, None for a sigmoid; sink: pointer (Hq,); k_box, v_box: TMA
+    descriptors, or None. The last rows come first: under a causal mask they take longest."""
     at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
     m = at.tile * BLOCK_M
-    rows = m + tl.arange(0, BLOCK_M)
-    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)
+    rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)  # [BLOCK_M]
     reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
 
     own = parameters(score, mask, at.b, at.h)
-    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)
+    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     scale = tl.full([], 1.0, tl.float32)
     if score.folds:
         scale *= own.scale
     # The context is built inside the call: an assignment would turn the constants in it into run-time values.
+    # [BLOCK_M], [BLOCK_M], [BLOCK_M, BLOCK_DV]
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
@@ -112,8 +131,9 @@ def forward_kernel(
     if sink is not None:
         logit = tl.load(sink + at.h).to(tl.float32)
     if score.sigmoid:
-        out_tile = acc
+        out_tile = acc  # [BLOCK_M, BLOCK_DV]
     else:
+        # [BLOCK_M, BLOCK_DV], then [BLOCK_M] each
         out_tile, lse, peak, log_sum = finish(m_i, l_i, acc, scale, logit, lo < hi)
         store_normaliser(normaliser, row_base(at) + rows, lse, peak, log_sum, rows < at.M)
     if dropout is not None:

@@ -1,8 +1,8 @@
-"""What the Gluon kernels for sm_90 share: names, barriers of a ring, who computes which tile, and inline assembly.
+"""Shared by the Gluon kernels for sm_90: mbarriers, TMA copies, tile ranges, and inline assembly.
 
-A partition is a group of warps that runs its own function; partitions meet only at mbarriers. Phases come from running
-counts, which every partition keeps for itself and never resets, so that a persistent program's rings go on from one
-tile to the next.
+A partition is a group of warps with its own function. Partitions synchronise through mbarriers only. Each partition
+counts the stages that it has used and never resets its count, so the phases of a ring of buffers continue from one tile
+of a persistent program to the next: use number `count` is stage count % STAGES, phase count // STAGES & 1.
 """
 
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ from .memory import number
 
 
 class Visit(NamedTuple):
-    """The tiles that a program visits, from `origin` on: `head` partial ones, `full` full ones, and partial ones again,
-    `total` in all, which is at least one."""
+    """The tiles that a program visits, from `origin` on: `head` partial ones, `full` full ones, then the other partial
+    ones; `total` in all, at least one."""
 
     origin: Any
     head: Any
@@ -28,7 +28,7 @@ class Visit(NamedTuple):
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT mbarriers, whose phase ends with so many arrivals."""
+    """COUNT mbarriers whose phase completes after ARRIVALS arrivals."""
     found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(found.index(i), count=ARRIVALS)
@@ -37,14 +37,14 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def fetch(descriptor, coordinates, full, slot):
-    """Copy a box into shared memory; `full` ends its phase when all of it has landed."""
+    """Copy a box to shared memory with TMA; the phase of `full` completes when all of it has arrived."""
     mbarrier.expect(full, descriptor.block_type.nbytes)
     tma.async_copy_global_to_shared(descriptor, coordinates, full, slot)
 
 
 @gluon.jit
 def visit(span, first_row, last_row, limit, BLOCK: gl.constexpr):
-    """The tiles of size BLOCK, below limit, that rows from the first to the last, both included, may see."""
+    """The tiles of BLOCK, below limit, that rows first_row to last_row, both included, may see."""
     first = 0
     last = limit
     full_first = 0
@@ -56,7 +56,7 @@ def visit(span, first_row, last_row, limit, BLOCK: gl.constexpr):
         last = gl.minimum(last, last_row + number(span.right) + 1)
         full_last = gl.minimum(full_last, first_row + number(span.right) + 1)
     origin = gl.minimum(first, limit - 1) // BLOCK * BLOCK
-    # Rows that see nothing visit one tile, of which they see nothing.
+    # Fully masked rows visit one tile, fully masked.
     total = gl.maximum(gl.cdiv(gl.maximum(last - origin, 0), BLOCK), 1)
     begin = gl.cdiv(full_first, BLOCK)
     full = gl.maximum(gl.maximum(full_last, 0) // BLOCK - begin, 0)
@@ -68,7 +68,7 @@ def visit(span, first_row, last_row, limit, BLOCK: gl.constexpr):
 
 @gluon.jit
 def tile_start(seen, i, BLOCK: gl.constexpr):
-    """The first index of the i-th tile that is visited: the partial ones of both ends, then the full ones."""
+    """The first index of the i-th visited tile: the partial ones of both ends come first, then the full ones."""
     partial = seen.total - seen.full
     place = i + seen.full
     if i < seen.head:
@@ -80,9 +80,10 @@ def tile_start(seen, i, BLOCK: gl.constexpr):
 
 @gluon.jit
 def pin(x):
-    """x, known to the assembler to be needed here: it would else move what makes x behind the next wait for a product.
+    """x, forced to be computed before this point: the assembler would otherwise move its computation after the next
+    wait for a matrix product.
 
-    The sleep is never taken: no sum of weights is +inf where the weights are at most 1.
+    The sleep never runs: a sum of weights that are at most 1 is not +inf.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.eq.f32 p, $1, 0f7f800000; @p nanosleep.u32 1; mov.b32 $0, $1; }",
@@ -91,7 +92,7 @@ def pin(x):
 
 
 def _look(n):
-    """Assembly that moves n registers to themselves, after a look at all of them, and its operands."""
+    """Assembly that reads n registers and moves each to itself, and its operand constraints."""
     look = f"or.b32 t, ${n}, ${n + 1}; " + " ".join(
         f"lop3.b32 t, t, ${i}, ${i + 1}, 0xfe;" for i in range(n + 2, 2 * n, 2)
     )
@@ -108,7 +109,7 @@ LOOK_32_OPERANDS: gl.constexpr = gl.constexpr(_look(32)[1])
 
 @gluon.jit
 def pin_all(x):
-    """The same for each element of x, 32 of them at a time; half an instruction for each register."""
+    """The same for every element of x, 32 at a time; half an instruction per register."""
     if x.dtype == gl.float32:
         return gl.inline_asm_elementwise(LOOK_32, LOOK_32_OPERANDS, [x], dtype=x.dtype, is_pure=False, pack=32)
     else:
@@ -117,7 +118,7 @@ def pin_all(x):
 
 @builtin
 def reduce_add(descriptor, coordinates, slot, _semantic=None):
-    """Add a box in shared memory to global memory, at some later time; Gluon has no name for it yet."""
+    """Add a box in shared memory to global memory, asynchronously. Gluon has no function for this yet."""
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     add = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(add, descriptor.handle, coordinates, slot.handle)
@@ -125,8 +126,8 @@ def reduce_add(descriptor, coordinates, slot, _semantic=None):
 
 @gluon.jit
 def bulk_wait():
-    """Wait until all that this thread's copies and additions write to global memory can be seen; tma.store_wait waits
-    only until they have read shared memory."""
+    """Wait until the global writes of this thread's copies and additions are visible; tma.store_wait waits only until
+    they have read shared memory."""
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -134,8 +135,8 @@ def bulk_wait():
 
 @gluon.jit
 def store_release(pointer, value):
-    """By a partition of one warp, in the thread that issues its copies: what this has waited for can be seen by who
-    acquires value."""
+    """Store value with release semantics, from the thread that issues the copies of a one-warp partition: all that this
+    thread has waited for is visible to a thread that acquires value."""
     gl.inline_asm_elementwise(
         "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p st.release.gpu.global.u32 [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r", [pointer, value], dtype=gl.int32, is_pure=False, pack=1,
@@ -144,7 +145,7 @@ def store_release(pointer, value):
 
 @gluon.jit
 def wait_for(pointer, value):
-    """By a partition of one warp: wait until memory holds value, and acquire it."""
+    """Spin until memory holds value, with acquire semantics. For a partition of one warp."""
     gl.inline_asm_elementwise(
         """{ .reg .pred p; .reg .b32 t;
         AGAIN: ld.acquire.gpu.global.u32 t, [$1]; setp.ne.u32 p, t, $2; @p bra.uni AGAIN;

@@ -1,14 +1,15 @@
-"""Backward for sm_90 in Gluon: dq, dk and dv in one pass over the keys, with five products a tile.
+"""Backward for sm_90 in Gluon: dq, dk and dv in one pass over the keys, with five matrix products per tile.
 
-A program owns two tiles of keys and sweeps over the rows that see them, for each query head of its group. One producer
-warp copies rows into shared memory; two consumers, groups of four warps with one tile of keys each, compute
+A program works on two tiles of keys and sweeps over the rows that see them, for each query head of its group. One
+producer warp copies rows to shared memory; two consumers, warpgroups with one tile of keys each, compute
 
     s = k q^T    dp = v dout^T - delta    p = exp2((s - peak) * factor - log2_sum)    ds = p * dp
     dv += p dout    dk += ds q
 
-transposed, so that p and ds enter the next products from registers. dq needs the ds of both, so they leave it in shared
-memory, and each computes its half of ds k, which TMA adds to a float32 accumulator in global memory: in whatever order,
-or, ORDERED, in the order of tickets, which is the same on every run. The exponentials run beside the product dp.
+These are transposed, [KEYS, BLOCK_M], so that p and ds enter the next products from registers. dq needs the ds of both
+consumers: they leave it in shared memory, and each computes half of ds k. A fourth partition adds the halves to a
+float32 accumulator in global memory with TMA: in any order or, if ORDERED, in the order of tickets, which makes the
+result deterministic. The exponentials overlap with the product dp.
 
 Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 """
@@ -38,26 +39,27 @@ def hopper_prepare_kernel(
     out, dout, peak, log_sum, dlse, known, total, M, FIRST, LAST, LEAD, ROWS, HEADS, BATCHED_HEADS,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """known: RowBoxes of (B * Hq, ROWS) with row 0 at LEAD, to be written; zeros in the accumulator of dq.
+    """known: RowBoxes of (B * Hq, ROWS), with row 0 at LEAD, written. total: View, the accumulator of dq, zeroed.
 
-    peak, log_sum, dlse: pointers to (B, Hq, M), as the forward left the first two; the last may be None. Whatever is no
-    row from FIRST to LAST gets a log2_sum of +inf and 0, and with them weights and gradients of 0, so that the
-    sweeps need no mask for the ends of their tiles.
+    peak, log_sum, dlse: pointers to (B, Hq, M); the first two from the forward, the last may be None. Entries outside
+    of rows FIRST to LAST get a log2_sum of +inf and a delta of 0, hence weights and gradients of 0, so that the sweeps
+    need no mask for the ends of their tiles.
     """
     tile, head = schedule(tl.program_id(0), tl.cdiv(ROWS, BLOCK_M), BATCHED_HEADS, BATCHED_HEADS)
     b = head // HEADS
     h = head % HEADS
     start = tile * BLOCK_M - LEAD
-    rows = start + tl.arange(0, BLOCK_M)
+    rows = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     seeing = (rows >= FIRST) & (rows < LAST)
-    o = load_rows(out, head_pointer(out, b, h), start, seeing, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    o = load_rows(out, head_pointer(out, b, h), start, seeing, BLOCK_M, D, BLOCK_D).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_D]
     do = load_rows(dout, head_pointer(dout, b, h), start, seeing, BLOCK_M, D, BLOCK_D).to(tl.float32)
-    found = tl.sum(o * do, 1)
+    found = tl.sum(o * do, 1)  # [BLOCK_M]
     at = head.to(tl.int64) * M + rows
     if dlse is not None:
         found -= tl.load(dlse + at, mask=seeing, other=0.0).to(tl.float32)
     log = tl.load(log_sum + at, mask=seeing, other=float("-inf"))
-    log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
+    log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)  # [BLOCK_M]
     to = head.to(tl.int64) * ROWS + LEAD + rows
     inside = rows < ROWS - LEAD
     tl.store(known.peak + to, tl.load(peak + at, mask=seeing, other=0.0), mask=inside)
@@ -76,14 +78,17 @@ def hopper_finish_kernel(
     b = head // HEADS
     h = head % HEADS
     m = tile * BLOCK_M
-    live = m + tl.arange(0, BLOCK_M) < M
-    x = load_rows(total, head_pointer(total, b, h), m, live, BLOCK_M, D, BLOCK_D)
+    live = m + tl.arange(0, BLOCK_M) < M  # [BLOCK_M]
+    x = load_rows(total, head_pointer(total, b, h), m, live, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     store_rows(dq, head_pointer(dq, b, h), m, live, x * scale, BLOCK_M, D, BLOCK_D)
 
 
 class Problem(NamedTuple):
-    """What every partition knows. span: of keys over rows. HEADS, BATCHED_HEADS: of keys. ROWS, LEAD: where the
-    numbers of rows lie. ticket: the program's. Constants from GROUP on; KEYS: of one of a program's TILES of keys."""
+    """What every partition reads. From GROUP on all are constants.
+
+    span: transposed, of keys over rows. HEADS, BATCHED_HEADS: of keys. ROWS, LEAD: layout of the row numbers. ticket:
+    the program's. KEYS: keys per tile; TILES: tiles of keys per program.
+    """
 
     span: Span
     M: Any
@@ -106,8 +111,8 @@ class Problem(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A program's: keys from n on of a head, b and h or both as one number, and the rows that see them, in whole tiles;
-    those from full_first to full_last need no mask."""
+    """A program's work: keys from n on of head (b, h), or `head` = b * HEADS + h, and the rows first to last that see
+    them, in whole tiles. Rows full_first to full_last need no mask."""
 
     n: Any
     b: Any
@@ -120,19 +125,19 @@ class Task(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: k, v and sums of dq by consumer; q, dout and what is known of rows, by stage; ds twice for each
-    consumer; the numbers of a tile's rows; and the barriers that say when each is full or empty."""
+    """Shared memory: k, v and the sums of dq per consumer; q, dout and row numbers per stage; ds twice per consumer;
+    order, the row indices 0, 1, ... of a tile; and mbarriers for full and empty buffers."""
 
-    k: Any
-    v: Any
-    dq: Any
-    q: Any
-    peak: Any
-    log2_sum: Any
-    do: Any
-    delta: Any
-    ds: Any
-    order: Any
+    k: Any  # [2, 1, 1, KEYS, D]
+    v: Any  # [2, 1, 1, KEYS, D]
+    dq: Any  # [2, 1, rows, columns] of half a tile
+    q: Any  # [STAGES, 1, 1, BLOCK_M, D]
+    peak: Any  # [STAGES, BLOCK_M]
+    log2_sum: Any  # [STAGES, BLOCK_M]
+    do: Any  # [STAGES, 1, 1, BLOCK_M, D]
+    delta: Any  # [STAGES, BLOCK_M]
+    ds: Any  # [4, KEYS, BLOCK_M]
+    order: Any  # [BLOCK_M]
     k_full: Any
     v_full: Any
     full: Any
@@ -144,12 +149,12 @@ class Shared(NamedTuple):
 
 @gluon.jit
 def assignment(p):
-    """The Task of this program. Each key is seen by some row."""
+    """The Task of this program. Every key is seen by some row."""
     KEYS: gl.constexpr = p.TILES * p.KEYS
     tiles = gl.cdiv(p.N, KEYS)
     tile, head = schedule(p.ticket, tiles, p.BATCHED_HEADS, p.WAVE)
     if p.ORDERED:
-        tile = tiles - 1 - tile  # under a causal mask the shortest sweeps first, and nobody waits for long
+        tile = tiles - 1 - tile  # under a causal mask the shortest sweeps first, for short waits
     n = tile * KEYS
     last_key = gl.minimum(n + KEYS, p.N) - 1
     first = 0
@@ -163,7 +168,7 @@ def assignment(p):
         last = gl.minimum(last, last_key + number(p.span.right) + 1)
         full_last = gl.minimum(full_last, n + number(p.span.right) + 1)
     if n + KEYS > p.N:
-        full_last = 0  # keys that do not exist must not reach dq
+        full_last = 0  # keys past the end must not reach dq
     return Task(
         n,
         head // p.HEADS,
@@ -178,7 +183,7 @@ def assignment(p):
 
 @gluon.jit
 def produce(p, shared, q, k, v, dout, peak, log2_sum, delta):
-    """Copy what the consumers will ask for, as soon as there is room."""
+    """The producer: copy q, dout and row numbers as soon as their buffers are free."""
     t = assignment(p)
     for g in gl.static_range(p.TILES):
         fetch(k, [t.b, t.h, t.n + g * p.KEYS, 0], shared.k_full.index(0), shared.k.index(g))
@@ -202,12 +207,12 @@ def produce(p, shared, q, k, v, dout, peak, log2_sum, delta):
 
 @gluon.jit
 def visible(p, order, n, m):
-    """The mask predicate, [KEYS, BLOCK_M], of keys from n and rows from m; order: 0, 1, 2 ... [1, BLOCK_M]."""
-    j = n + gl.arange(0, p.KEYS, gl.SliceLayout(1, order.type.layout))
-    stop = gl.where(j < p.N, p.BLOCK_M, 0)
+    """The mask predicate [KEYS, BLOCK_M] of keys from n and rows from m. order: 0, 1, 2 ... as [1, BLOCK_M]."""
+    j = n + gl.arange(0, p.KEYS, gl.SliceLayout(1, order.type.layout))  # [KEYS]
+    stop = gl.where(j < p.N, p.BLOCK_M, 0)  # [KEYS]
     if p.span.right is not None:
         stop = gl.minimum(stop, j + (number(p.span.right) + 1 - m))
-    see = order < stop[:, None]
+    see = order < stop[:, None]  # [KEYS, BLOCK_M]
     if p.span.left is not None:
         see = see & (order >= (j + (number(p.span.left) - m))[:, None])
     return see
@@ -215,43 +220,45 @@ def visible(p, order, n, m):
 
 @gluon.jit
 def prepare(p, shared, count):
-    """-delta of the count-th rows, once they are there: where the accumulator of dp begins, which costs one subtraction
-    less for each element between this product and the next. Before any product is in flight, or else it waits for it.
+    """-delta [KEYS, BLOCK_M] of the count-th rows, after waiting for them: the initial accumulator of dp.
+
+    This saves a subtraction per element between dp and the next product. Call it before any product is in flight;
+    otherwise it waits for the product.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
     stage = count % p.STAGES
     mbarrier.wait(shared.full.index(stage), count // p.STAGES & 1)
-    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
+    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
     return pin_all(zeros - shared.delta.index(stage).load(gl.SliceLayout(0, S))[None, :])
 
 
 @gluon.jit
 def scores(p, shared, g: gl.constexpr, count):
-    """Issue k q^T [KEYS, BLOCK_M] of the count-th rows."""
+    """Issue k q^T [KEYS, BLOCK_M] with the count-th rows."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
-    q = shared.q.index(count % p.STAGES).reshape([p.BLOCK_M, p.D])
-    # A zero that the compiler does not know: else it keeps the addresses of k, v and dq in registers from tile to tile.
-    k = shared.k.index(g + (count >> 30)).reshape([p.KEYS, p.D])
-    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
+    q = shared.q.index(count % p.STAGES).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+    # count >> 30 is 0, but not at compile time: else addresses of k, v and dq stay in registers across tiles.
+    k = shared.k.index(g + (count >> 30)).reshape([p.KEYS, p.D])  # [KEYS, D]
+    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
     return warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def weigh(p, t, shared, g: gl.constexpr, count, m, s, less):
-    """(p, dp) of the count-th rows, at m, the exponentials beside the product."""
+    """(p, dp) [KEYS, BLOCK_M] of the count-th rows, at m; the exponentials overlap with the product."""
     COLUMN: gl.constexpr = gl.SliceLayout(0, less.type.layout)
     stage = count % p.STAGES
     n = t.n + g * p.KEYS
     partial = (m < t.full_first) | (m >= t.full_last)
-    do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])
-    v = shared.v.index(g + (count >> 30)).reshape([p.KEYS, p.D])
-    dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)
+    do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+    v = shared.v.index(g + (count >> 30)).reshape([p.KEYS, p.D])  # [KEYS, D]
+    dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)  # [KEYS, BLOCK_M]
     s = warpgroup_mma_wait(1, deps=(s,))
-    # Where the mask costs fewer registers depends on how many rows a tile has.
+    # The cheaper place for the mask, in registers, depends on BLOCK_M.
     if p.BLOCK_M > p.KEYS:  # noqa: SIM102
         if partial:
             s = gl.where(visible(p, shared.order.load(COLUMN).to(gl.int32)[None, :], n, m), s, float("-inf"))
-    # peak first, as in backward.py.
+    # [KEYS, BLOCK_M]; peak first, as in backward.py.
     w = s - shared.peak.index(stage).load(COLUMN)[None, :]
     w = gl.exp2(w * p.factor - shared.log2_sum.index(stage).load(COLUMN)[None, :])
     if p.BLOCK_M <= p.KEYS:  # noqa: SIM102
@@ -263,32 +270,33 @@ def weigh(p, t, shared, g: gl.constexpr, count, m, s, less):
 
 @gluon.jit
 def spread(p, shared, g: gl.constexpr, count, w, dp, dk, dv):
-    """What follows from p and dp of the count-th rows: (dk, dv), with dk still in flight; and dq, which both tiles of
-    keys send to this consumer's half of the rows, for the partition that adds it up."""
+    """Use p and dp of the count-th rows: returns (dk, dv), with dk still in flight, and hands this consumer's half of
+    the rows' dq, summed over both tiles of keys, to the partition that adds it."""
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
     ROWS: gl.constexpr = shared.dq.shape[2]
     WIDTH: gl.constexpr = shared.dq.shape[3]
     T: gl.constexpr = shared.q.dtype
     stage = count % p.STAGES
     half = count & 1
-    ds = (w * dp).to(T)
+    ds = (w * dp).to(T)  # [KEYS, BLOCK_M]
     shared.ds.index(half * 2 + g).store(ds)
     fence_async_shared()
     mbarrier.arrive(shared.ds_full.index(half), count=1)
-    do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])
-    dv = warpgroup_mma(gl.convert_layout(w.to(T), gl.DotOperandLayout(0, A, 2)), do, dv, is_async=True)
+    do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+    dv = warpgroup_mma(gl.convert_layout(w.to(T), gl.DotOperandLayout(0, A, 2)), do, dv, is_async=True)  # [KEYS, D]
     mbarrier.wait(shared.ds_full.index(half), count // 2 & 1)
+    # [ROWS, WIDTH]
     dq = gl.zeros((ROWS, WIDTH), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
     for x in gl.static_range(2):
-        a = shared.ds.index(half * 2 + x)
-        b = shared.k.index(x + (count >> 30)).reshape([p.KEYS, p.D])
-        if ROWS == p.BLOCK_M:  # both take all rows of the tile, and half of their columns each
+        a = shared.ds.index(half * 2 + x)  # [KEYS, BLOCK_M]
+        b = shared.k.index(x + (count >> 30)).reshape([p.KEYS, p.D])  # [KEYS, D]
+        if ROWS == p.BLOCK_M:  # each consumer takes all rows of the tile and half of the columns
             b = b.slice(g * WIDTH, WIDTH, 1)
         else:
             a = a.slice(g * ROWS, ROWS, 1)
         dq = warpgroup_mma(a.permute([1, 0]), b, dq, use_acc=x > 0, is_async=True)
-    q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])
-    dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)
+    q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+    dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)  # [KEYS, D]
     dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
     mbarrier.wait(shared.dq_empty.index(g), (count & 1) ^ 1)
     shared.dq.index(g + (count >> 30)).reshape([ROWS, WIDTH]).store(dq)
@@ -299,7 +307,7 @@ def spread(p, shared, g: gl.constexpr, count, w, dp, dk, dv):
 
 @gluon.jit
 def advance(p, t, m):
-    """The rows after those at m: the next tile, or the first one of the next head."""
+    """The next tile of rows after m, or the first one of the next head."""
     m += p.BLOCK_M
     if m == t.last:
         m = t.first
@@ -312,33 +320,33 @@ def consume(p, shared, dk_out, dv_out, scale, g: gl.constexpr):
     t = assignment(p)
     mbarrier.wait(shared.k_full.index(0), 0)
     mbarrier.wait(shared.v_full.index(g), 0)
-    dk = gl.zeros((p.KEYS, p.D), gl.float32, A)
-    dv = gl.zeros((p.KEYS, p.D), gl.float32, A)
+    dk = gl.zeros((p.KEYS, p.D), gl.float32, A)  # [KEYS, D]
+    dv = gl.zeros((p.KEYS, p.D), gl.float32, A)  # [KEYS, D]
     m = t.first
     tiles = (t.last - t.first) // p.BLOCK_M * p.GROUP
     if p.OVERLAP:
-        # The scores of the next tile are issued behind dk of this one; nothing is in flight where the loop ends.
-        less = prepare(p, shared, 0)
-        w, dp = weigh(p, t, shared, g, 0, m, scores(p, shared, g, 0), less)
+        # The scores of the next tile are issued after dk of this one; nothing is in flight at the end of the loop.
+        less = prepare(p, shared, 0)  # [KEYS, BLOCK_M]
+        w, dp = weigh(p, t, shared, g, 0, m, scores(p, shared, g, 0), less)  # [KEYS, BLOCK_M]
         for count in range(tiles - 1):
             m = advance(p, t, m)
             dk, dv = spread(p, shared, g, count, w, dp, dk, dv)
-            less = prepare(p, shared, count + 1)
-            s = scores(p, shared, g, count + 1)
+            less = prepare(p, shared, count + 1)  # [KEYS, BLOCK_M]
+            s = scores(p, shared, g, count + 1)  # [KEYS, BLOCK_M]
             dk = warpgroup_mma_wait(1, deps=(dk,))
             mbarrier.arrive(shared.empty.index(count % p.STAGES), count=1)
-            w, dp = weigh(p, t, shared, g, count + 1, m, s, less)
+            w, dp = weigh(p, t, shared, g, count + 1, m, s, less)  # [KEYS, BLOCK_M]
         dk, dv = spread(p, shared, g, tiles - 1, w, dp, dk, dv)
         dk = warpgroup_mma_wait(0, deps=(dk,))
     else:
         for count in range(tiles):
-            less = prepare(p, shared, count)
-            w, dp = weigh(p, t, shared, g, count, m, scores(p, shared, g, count), less)
+            less = prepare(p, shared, count)  # [KEYS, BLOCK_M]
+            w, dp = weigh(p, t, shared, g, count, m, scores(p, shared, g, count), less)  # [KEYS, BLOCK_M]
             dk, dv = spread(p, shared, g, count, w, dp, dk, dv)
             dk = warpgroup_mma_wait(0, deps=(dk,))
             mbarrier.arrive(shared.empty.index(count % p.STAGES), count=1)
             m = advance(p, t, m)
-    # Nobody else reads this tile of v, and this consumer no more.
+    # This consumer alone reads this tile of v, and has finished: reuse its memory.
     tile = shared.v.index(g)
     tile.reshape([p.KEYS, p.D]).store(dv.to(shared.v.dtype))
     fence_async_shared()
@@ -352,7 +360,8 @@ def consume(p, shared, dk_out, dv_out, scale, g: gl.constexpr):
 
 @gluon.jit
 def add(p, shared, sums, turns):
-    """Add each tile of dq to those of other programs: in any order, or when it is this program's turn."""
+    """The partition that adds each tile of dq to the accumulator: in any order or, if ORDERED, when it is this
+    program's turn."""
     t = assignment(p)
     ROWS: gl.constexpr = sums.block_type.shape[1]
     WIDTH: gl.constexpr = sums.block_type.shape[2]
@@ -383,7 +392,7 @@ def add(p, shared, sums, turns):
 
 @gluon.jit
 def turn_of(p, t, m):
-    """How many programs add to the tile of dq at m before this one. Those with later keys do."""
+    """How many programs add to the tile of dq at m before this one: those with later keys."""
     last = p.N - 1
     if p.span.left is not None:
         last = gl.minimum(last, m + p.BLOCK_M - 1 - number(p.span.left))
@@ -392,7 +401,7 @@ def turn_of(p, t, m):
 
 @gluon.jit
 def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale):
-    """Start the partitions. Constants inside of tuples live on as arguments only, so this is a function."""
+    """Start the partitions. A function of its own, because constants inside of tuples survive only as arguments."""
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -412,10 +421,11 @@ def hopper_backward_kernel(
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """Descriptors of boxes: q, dout (B, Hq, M, D) of BLOCK_M rows; k, v, dk, dv (B, Hkv, N, D) of one consumer's keys;
-    peak, log2_sum, delta (B * Hq * ROWS) of BLOCK_M, with a head's row 0 at LEAD; sums (B * Hq, M, D) of one consumer's
-    half of a tile. turns: int32 zeros, one for the ticket and one for each tile of rows, or None. HEADS, BATCHED_HEADS
-    count heads of keys.
+    """TMA descriptors: q, dout (B, Hq, M, D), boxes of BLOCK_M rows; k, v, dk, dv (B, Hkv, N, D), boxes of one
+    consumer's keys; peak, log2_sum, delta (B * Hq * ROWS), boxes of BLOCK_M, with a head's row 0 at LEAD; sums (B * Hq,
+    M, D), boxes of one consumer's half of a tile.
+
+    turns: pointer to int32 zeros, the ticket and one counter per tile of rows, or None. HEADS, BATCHED_HEADS: of keys.
     """
     BLOCK_M: gl.constexpr = q.block_type.shape[2]
     D: gl.constexpr = q.block_type.shape[3]

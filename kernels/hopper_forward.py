@@ -1,9 +1,10 @@
-"""Forward for sm_90 in Gluon: the kernel of forward.py, cut so that the tensor cores never wait for the softmax.
+"""Forward for sm_90 in Gluon: the kernel of forward.py, warp-specialised so that matrix products overlap with the
+softmax.
 
-A persistent program of one producer warp and two or three consumers, groups of four warps with ROWS rows each. The
-producer copies q, k and v into shared memory; keys and values stand in a ring of STAGES. A consumer issues the scores
-of the next tile, then the weighted sum of this one, and computes the softmax while both are in flight; consumers take
-turns in issuing, so that one's softmax runs beside the others' products.
+A persistent program has one producer warp and two or three consumers, warpgroups with ROWS rows each. The producer
+copies q, k and v to shared memory with TMA; keys and values use a ring of STAGES buffers. A consumer issues the scores
+of the next tile, then p v of this one, and computes the softmax while both are in flight. With PING, consumers
+alternate in issuing products, so that the softmax of one overlaps with the products of the others.
 
 Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 """
@@ -29,8 +30,11 @@ from .types import Span
 
 
 class Plan(NamedTuple):
-    """What every partition knows. From GROUP on all are constants: query heads per key-value head; the rows of one
-    consumer; PING: consumers take turns; OWN_OUT, UNPACKED: see the kernel."""
+    """What every partition reads. From GROUP on all are constants.
+
+    GROUP: query heads per key-value head. ROWS: rows per consumer. PING: consumers alternate in issuing products.
+    OWN_OUT, UNPACKED: see the kernel.
+    """
 
     span: Span
     M: Any
@@ -50,13 +54,13 @@ class Plan(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: q and out by consumer, k and v by stage, and the barriers that say when each is full or empty;
-    turn: whose turn it is to issue products."""
+    """Shared memory: q and out per consumer, k and v per stage, and mbarriers for full and empty buffers. turn: an
+    mbarrier per consumer, completed when it may issue products."""
 
-    q: Any
-    k: Any
-    v: Any
-    out: Any
+    q: Any  # [CONSUMERS, 1, 1, ROWS, D]
+    k: Any  # [STAGES, 1, 1, BLOCK_N, D]
+    v: Any  # [STAGES, 1, 1, BLOCK_N, D]
+    out: Any  # [CONSUMERS, 1, 1, ROWS, D]
     q_full: Any
     q_empty: Any
     k_full: Any
@@ -67,7 +71,7 @@ class Shared(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A consumer's tile of the program's `turn`: rows from m on, and what scores them."""
+    """A consumer's tile in the program's round `turn`: rows from m on, and the parameters of their scores."""
 
     m: Any
     turn: Any
@@ -78,8 +82,8 @@ class Tile(NamedTuple):
 
 @gluon.jit
 def assignment(p, turn):
-    """(m, b, h, visited tiles) of a program's turn. Every other round runs backwards, so that who begins with a long
-    tile goes on with a short one."""
+    """(m, b, h, visited tiles) of a program's round `turn`. Every second round is reversed, so that a program that got
+    a long tile gets a short one next."""
     ROWS: gl.constexpr = p.ROWS * p.CONSUMERS
     programs = gl.num_programs(0)
     place = gl.program_id(0)
@@ -87,14 +91,14 @@ def assignment(p, turn):
         place = programs - 1 - place
     tiles = gl.cdiv(p.M, ROWS)
     tile, head = schedule(turn * programs + place, tiles, p.BATCHED_HEADS, p.WAVE)
-    m = (tiles - 1 - tile) * ROWS  # under a causal mask the last rows take longest
+    m = (tiles - 1 - tile) * ROWS  # last rows first: under a causal mask they take longest
     last = gl.minimum(m + ROWS, p.M) - 1
     return m, head // p.HEADS, head % p.HEADS, visit(p.span, m, last, p.N, p.BLOCK_N)
 
 
 @gluon.jit
 def turns(p):
-    """How many tiles this program computes."""
+    """The number of tiles of this program."""
     ROWS: gl.constexpr = p.ROWS * p.CONSUMERS
     total = gl.cdiv(p.M, ROWS) * p.BATCHED_HEADS
     programs = gl.num_programs(0)
@@ -109,7 +113,7 @@ def turns(p):
 
 @gluon.jit
 def produce(p, q, k, v, shared):
-    """Copy what the consumers will ask for, as soon as there is room: the first scores need q and the first keys."""
+    """The producer: copy q, k and v as soon as their buffers are free. The first scores need q and the first keys."""
     count = 0
     for turn in range(turns(p)):
         m, b, h, seen = assignment(p, turn)
@@ -133,24 +137,24 @@ def produce(p, q, k, v, shared):
 
 @gluon.jit
 def scores(p, shared, group, count, S: gl.constexpr):
-    """Issue q k^T [ROWS, BLOCK_N] of the count-th keys, once they are there."""
+    """Issue q k^T [ROWS, BLOCK_N] with the count-th keys, after waiting for them."""
     stage = count % p.STAGES
     mbarrier.wait(shared.k_full.index(stage), count // p.STAGES & 1)
-    q = shared.q.index(group).reshape([p.ROWS, p.D])
-    k = shared.k.index(stage).reshape([p.BLOCK_N, p.D]).permute([1, 0])
-    zeros = gl.zeros((p.ROWS, p.BLOCK_N), gl.float32, S)
+    q = shared.q.index(group).reshape([p.ROWS, p.D])  # [ROWS, D]
+    k = shared.k.index(stage).reshape([p.BLOCK_N, p.D]).permute([1, 0])  # [D, BLOCK_N]
+    zeros = gl.zeros((p.ROWS, p.BLOCK_N), gl.float32, S)  # [ROWS, BLOCK_N]
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def operand(e, ACC: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights e as the first operand of a product, in registers."""
+    """Weights e [ROWS, BLOCK_N] as the first operand of a product, in registers."""
     return gl.convert_layout(e, gl.DotOperandLayout(0, ACC, 2)).to(DTYPE)
 
 
 @gluon.jit
 def packed(p, e, ACC: gl.constexpr, DTYPE: gl.constexpr, NOW: gl.constexpr):
-    """The operand, made as soon as the weights are or, if UNPACKED, by the step that multiplies them."""
+    """The operand: converted when the weights are computed or, if UNPACKED, by the step that multiplies them."""
     if NOW == p.UNPACKED:
         return e
     else:
@@ -159,7 +163,7 @@ def packed(p, e, ACC: gl.constexpr, DTYPE: gl.constexpr, NOW: gl.constexpr):
 
 @gluon.jit
 def averages(p, shared, weights, acc, count):
-    """Issue acc + weights v [ROWS, D] of the count-th values, once they are there."""
+    """Issue acc + weights v [ROWS, D] with the count-th values, after waiting for them."""
     stage = count % p.STAGES
     mbarrier.wait(shared.v_full.index(stage), count // p.STAGES & 1)
     return warpgroup_mma(weights, shared.v.index(stage).reshape([p.BLOCK_N, p.D]), acc, is_async=True)
@@ -167,25 +171,25 @@ def averages(p, shared, weights, acc, count):
 
 @gluon.jit
 def bias_tile(p, tile, n, S: gl.constexpr):
-    """The bias of scores at keys from n on, to be asked for before the scores are waited for; 0 where there is none."""
+    """The bias of the scores at keys n, loaded before the wait for the scores; 0 without a bias."""
     if tile.plane.score.bias is None:
         return 0
     else:
-        # Beyond the edge the last row and key again, so that a load needs no mask; those scores are never used.
-        i = gl.minimum(gl.arange(0, p.ROWS, gl.SliceLayout(1, S)), p.M - 1 - tile.m)[:, None]
-        j = gl.minimum(gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S)), p.N - 1 - n)[None, :]
+        # Beyond the edge repeat the last row and key, so that a load needs no mask; those scores are never used.
+        i = gl.minimum(gl.arange(0, p.ROWS, gl.SliceLayout(1, S)), p.M - 1 - tile.m)[:, None]  # [ROWS, 1]
+        j = gl.minimum(gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S)), p.N - 1 - n)[None, :]  # [1, BLOCK_N]
         return gl.load(pointers(tile.plane.score.bias, tile.plane.own.bias, tile.m, n, i, j))
 
 
 @gluon.jit
 def weigh(p, tile, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
-    """(weights, alpha, m_i, l_i) of scores s at keys from n on; see softmax.update."""
+    """(weights, alpha, m_i, l_i) of scores s at keys n; see softmax.update."""
     S: gl.constexpr = s.type.layout
-    i = gl.arange(0, p.ROWS, gl.SliceLayout(1, S))[:, None]
-    j = gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S))[None, :]
-    x = s
+    i = gl.arange(0, p.ROWS, gl.SliceLayout(1, S))[:, None]  # [ROWS, 1]
+    j = gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S))[None, :]  # [1, BLOCK_N]
+    x = s  # [ROWS, BLOCK_N]
     if not tile.plane.score.folds:
-        x = capped(tile.plane, s, saturation(tile.plane, s))
+        x = capped(tile.plane, s, saturation(tile.plane, s))  # [ROWS, BLOCK_N]
         if tile.plane.score.bias is not None:
             x += bias.to(gl.float32)
         if tile.plane.score.slopes is not None:
@@ -194,6 +198,7 @@ def weigh(p, tile, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
     if MASKED:
         i += tile.m
         j += n
+        # [ROWS, BLOCK_N]
         allowed = j < p.N
         if p.span.left is not None:
             allowed = allowed & (j >= i + number(p.span.left))
@@ -204,21 +209,22 @@ def weigh(p, tile, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
 
 @gluon.jit
 def step(p, shared, tile, count, n, state, MASKED: gl.constexpr):
-    """The scores of the count-th keys, at n, beside the weighted sum of the values before them."""
-    m_i, l_i, acc, e = state
+    """One iteration: the scores of the count-th keys, at n, while p v of the values before them is in flight."""
+    m_i, l_i, acc, e = state  # [ROWS], [ROWS], [ROWS, D], [ROWS, BLOCK_N]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_N, 16])
     ACC: gl.constexpr = acc.type.layout
-    weights = packed(p, e, ACC, shared.v.dtype, False)
+    weights = packed(p, e, ACC, shared.v.dtype, False)  # [ROWS, BLOCK_N]
     if p.PING:
-        mbarrier.wait(shared.turn.index(tile.group), (count - 1 - tile.turn) & 1)  # of the program's steps before this
-    bias = bias_tile(p, tile, n, S)
-    s = scores(p, shared, tile.group, count, S)
-    o = averages(p, shared, weights, acc, count - 1)
+        # The phase counts this consumer's steps: all but the first of each tile, which does not wait.
+        mbarrier.wait(shared.turn.index(tile.group), (count - 1 - tile.turn) & 1)
+    bias = bias_tile(p, tile, n, S)  # [ROWS, BLOCK_N]
+    s = scores(p, shared, tile.group, count, S)  # [ROWS, BLOCK_N]
+    o = averages(p, shared, weights, acc, count - 1)  # [ROWS, D]
     if p.PING:
         mbarrier.arrive(shared.turn.index((tile.group + 1) % p.CONSUMERS), count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(shared.k_empty.index(count % p.STAGES), count=1)
-    e, alpha, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, n, MASKED)
+    e, alpha, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, n, MASKED)  # [ROWS, BLOCK_N], then [ROWS] each
     l_i = pin(l_i)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(shared.v_empty.index((count - 1) % p.STAGES), count=1)
@@ -228,18 +234,18 @@ def step(p, shared, tile, count, n, state, MASKED: gl.constexpr):
 
 @gluon.jit
 def attend(p, shared, tile, seen, count):
-    """(m_i, l_i, acc) of a tile's rows over all keys that it visits; count of keys and values have gone before."""
+    """(m_i, l_i, acc) of a tile's rows over all keys that it visits. count: keys and values used by earlier tiles."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
     mbarrier.wait(shared.q_full.index(tile.group), tile.turn & 1)
     begin = tile_start(seen, 0, p.BLOCK_N)
     bias = bias_tile(p, tile, begin, S)
-    s = warpgroup_mma_wait(0, deps=(scores(p, shared, tile.group, count, S),))
+    s = warpgroup_mma_wait(0, deps=(scores(p, shared, tile.group, count, S),))  # [ROWS, BLOCK_N]
     mbarrier.arrive(shared.k_empty.index(count % p.STAGES), count=1)
     m_i = gl.full((p.ROWS,), LOWEST, gl.float32, gl.SliceLayout(1, S))
     l_i = gl.zeros((p.ROWS,), gl.float32, gl.SliceLayout(1, S))
-    e, _, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, begin, True)
-    acc = gl.zeros((p.ROWS, p.D), gl.float32, ACC)
+    e, _, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, begin, True)  # [ROWS, BLOCK_N], then [ROWS] each
+    acc = gl.zeros((p.ROWS, p.D), gl.float32, ACC)  # [ROWS, D]
     state = m_i, l_i, acc, packed(p, e, ACC, shared.v.dtype, True)
     partial = gl.maximum(seen.total - seen.full, 1)
     for i in range(1, partial):
@@ -257,7 +263,7 @@ def attend(p, shared, tile, seen, count):
 
 @gluon.jit
 def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
-    """Rows m + group * ROWS of every tile of this program."""
+    """A consumer: rows m + group * ROWS of every tile of this program."""
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16]))
     count = 0
     for turn in range(turns(p)):
@@ -269,6 +275,7 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         if score.folds:
             scale = own.scale
         # The context is built inside the call: an assignment would turn the constants in it into run-time values.
+        # [ROWS], [ROWS], [ROWS, D]
         m_i, l_i, acc = attend(
             p, shared,
             Tile(
@@ -279,7 +286,7 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         )  # fmt: skip
         count += seen.total
 
-        rows = m + gl.arange(0, p.ROWS, ROW)
+        rows = m + gl.arange(0, p.ROWS, ROW)  # [ROWS]
         some = rows < p.M
         if p.span.left is not None:
             some = some & (rows + number(p.span.left) < p.N)
@@ -288,12 +295,13 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         logit = None
         if sink is not None:
             logit = gl.load(sink + h).to(gl.float32)
+        # [ROWS, D], then [ROWS] each
         found, lse, peak, log_sum = finish(
             gl.convert_layout(m_i, ROW), gl.convert_layout(l_i, ROW), acc, scale, logit, some
         )
         store_normaliser(normaliser, row_base(at) + rows, lse, peak, log_sum, rows < p.M)
         if p.OWN_OUT:
-            tma.store_wait(0)  # of the tile before
+            tma.store_wait(0)  # the previous tile's store
         slot = shared.out.index(group)
         slot.reshape([p.ROWS, p.D]).store(found.to(shared.out.dtype))
         fence_async_shared()
@@ -306,7 +314,7 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
 
 @gluon.jit
 def specialize(p, q, k, v, out, normaliser, score, sink):
-    """Allocate, and start the partitions."""
+    """Allocate shared memory and start the partitions."""
     q_tiles = gl.allocate_shared_memory(q.dtype, [p.CONSUMERS, 1, 1, p.ROWS, p.D], q.layout)
     out_tiles = q_tiles
     if p.OWN_OUT:
@@ -321,7 +329,7 @@ def specialize(p, q, k, v, out, normaliser, score, sink):
     )  # fmt: skip
     fence_async_shared()
     if p.PING:
-        mbarrier.arrive(shared.turn.index(0), count=1)  # the first consumer begins
+        mbarrier.arrive(shared.turn.index(0), count=1)  # the first consumer may start
     if p.CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -349,10 +357,13 @@ def hopper_forward_kernel(
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING: gl.constexpr, OWN_OUT: gl.constexpr,
     UNPACKED: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out: descriptors of (B, H, S, D), with boxes of one consumer's rows, or of BLOCK_N keys. normaliser: a
-    Normaliser; sink: pointer (Hq,). OWN_OUT: out has shared memory of its own; else it takes the place of q. UNPACKED:
-    weights live from one step to the next in float32. In half precision they cost two instructions each, which the
-    assembler spends on taking pairs apart and putting them together; float32 costs registers."""
+    """q, k, v, out: TMA descriptors of (B, H, S, D), with boxes of one consumer's rows (q, out) or of BLOCK_N keys (k,
+    v). normaliser: a Normaliser. sink: pointer (Hq,).
+
+    OWN_OUT: out has its own shared memory, else it reuses that of q. UNPACKED: weights stay in float32 from one step to
+    the next, which costs registers; in half precision they cost two instructions each, because the assembler unpacks
+    and repacks the pairs.
+    """
     specialize(
         Plan(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, GROUP, CONSUMERS, q.block_type.shape[2],

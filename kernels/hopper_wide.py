@@ -1,8 +1,8 @@
-"""Backward for sm_90 in Gluon at head dims of which one consumer's registers hold either dk or dv.
+"""Backward for sm_90 in Gluon for head dims at which one consumer's registers hold either dk or dv, not both.
 
-As hopper_backward.py, but a program owns one tile of keys, and its consumers share the work otherwise: one has dv and
-dq, the other ds and dk. Both compute the scores, so that three products fall to each. The exponentials of the first run
-beside the sum for dv of the tile before, those of the second beside the product dp.
+As hopper_backward.py, but a program works on one tile of keys, and its consumers divide the work by output: one
+computes dv and dq, the other ds and dk. Both compute the scores, so each has three products. The exponentials of the
+first overlap with the product for dv of the previous tile, those of the second with the product dp.
 """
 
 from typing import Any, NamedTuple
@@ -22,19 +22,19 @@ from .hopper_backward import Problem, add, advance, assignment, produce, visible
 
 
 class Shared(NamedTuple):
-    """Shared memory: k and v; one box of dq; q, dout and what is known of rows, by stage; ds twice; the indices of a
-    tile's rows; and the barriers that say when each is full or empty."""
+    """Shared memory: k and v; one box of dq; q, dout and row numbers per stage; ds twice; order, the row indices 0, 1,
+    ... of a tile; and mbarriers for full and empty buffers."""
 
-    k: Any
-    v: Any
-    dq: Any
-    q: Any
-    peak: Any
-    log2_sum: Any
-    do: Any
-    delta: Any
-    ds: Any
-    order: Any
+    k: Any  # [1, 1, 1, KEYS, D]
+    v: Any  # [1, 1, 1, KEYS, D]
+    dq: Any  # [1, 1, BLOCK_M, WIDTH]
+    q: Any  # [STAGES, 1, 1, BLOCK_M, D]
+    peak: Any  # [STAGES, BLOCK_M]
+    log2_sum: Any  # [STAGES, BLOCK_M]
+    do: Any  # [STAGES, 1, 1, BLOCK_M, D]
+    delta: Any  # [STAGES, BLOCK_M]
+    ds: Any  # [2, KEYS, BLOCK_M]
+    order: Any  # [BLOCK_M]
     k_full: Any
     v_full: Any
     full: Any
@@ -47,19 +47,19 @@ class Shared(NamedTuple):
 
 @gluon.jit
 def scores(p, shared, count):
-    """Issue k q^T [KEYS, BLOCK_M] of the count-th rows, which are there."""
+    """Issue k q^T [KEYS, BLOCK_M] with the count-th rows, which have arrived."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
-    q = shared.q.index(count % p.STAGES).reshape([p.BLOCK_M, p.D])
-    k = shared.k.index(count >> 30).reshape([p.KEYS, p.D])  # 0, but the compiler does not know
+    q = shared.q.index(count % p.STAGES).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+    k = shared.k.index(count >> 30).reshape([p.KEYS, p.D])  # 0, but not at compile time
     zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
     return warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def weigh(p, t, shared, s, count, m, partial):
-    """The weights of scores s with the count-th rows, at m."""
+    """The weights [KEYS, BLOCK_M] of scores s with the count-th rows, at m."""
     COLUMN: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    w = s - shared.peak.index(count % p.STAGES).load(COLUMN)[None, :]
+    w = s - shared.peak.index(count % p.STAGES).load(COLUMN)[None, :]  # [KEYS, BLOCK_M]
     w = gl.exp2(w * p.factor - shared.log2_sum.index(count % p.STAGES).load(COLUMN)[None, :])
     if partial:
         w = gl.where(visible(p, shared.order.load(COLUMN).to(gl.int32)[None, :], t.n, m), w, 0.0)
@@ -68,7 +68,7 @@ def weigh(p, t, shared, s, count, m, partial):
 
 @gluon.jit
 def hand_in(p, shared, dq, count):
-    """Leave a box of dq for the partition that adds it up; count: of boxes so far."""
+    """Hand a box of dq to the partition that adds it. count: boxes so far."""
     mbarrier.wait(shared.dq_empty.index(0), (count & 1) ^ 1)
     shared.dq.index(count >> 30).reshape([p.BLOCK_M, shared.dq.shape[3]]).store(dq)
     fence_async_shared()
@@ -82,8 +82,9 @@ def spread(p, shared, count):
     BOXES: gl.constexpr = p.D // WIDTH
     half = count & 1
     mbarrier.wait(shared.ds_full.index(half), count // 2 & 1)
-    ds = shared.ds.index(half).permute([1, 0])
-    k = shared.k.index(count >> 30).reshape([p.KEYS, p.D])
+    ds = shared.ds.index(half).permute([1, 0])  # [BLOCK_M, KEYS]
+    k = shared.k.index(count >> 30).reshape([p.KEYS, p.D])  # [KEYS, D]
+    # [BLOCK_M, WIDTH]
     zeros = gl.zeros((p.BLOCK_M, WIDTH), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
     for x in gl.static_range(BOXES):
         dq = warpgroup_mma(ds, k.slice(x * WIDTH, WIDTH, 1), zeros, use_acc=False, is_async=True)
@@ -95,26 +96,26 @@ def spread(p, shared, count):
 
 @gluon.jit
 def sum_values(p, t, shared, dv_out):
-    """The consumer that has dv, and dq."""
+    """The consumer that computes dv and dq."""
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
     T: gl.constexpr = shared.v.dtype
-    dv = gl.zeros((p.KEYS, p.D), gl.float32, A)
+    dv = gl.zeros((p.KEYS, p.D), gl.float32, A)  # [KEYS, D]
     mbarrier.wait(shared.k_full.index(0), 0)
     mbarrier.wait(shared.full.index(0), 0)
     m = t.first
-    s = scores(p, shared, 0)
+    s = scores(p, shared, 0)  # [KEYS, BLOCK_M]
     s = warpgroup_mma_wait(0, deps=(s,))
-    w = weigh(p, t, shared, s, 0, m, (m < t.full_first) | (m >= t.full_last))
+    w = weigh(p, t, shared, s, 0, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
     weights = gl.convert_layout(w.to(T), gl.DotOperandLayout(0, A, 2))
     tiles = (t.last - t.first) // p.BLOCK_M * p.GROUP
     for count in range(1, tiles):
         m = advance(p, t, m)
         mbarrier.wait(shared.full.index(count % p.STAGES), count // p.STAGES & 1)
-        s = scores(p, shared, count)
-        do = shared.do.index((count - 1) % p.STAGES).reshape([p.BLOCK_M, p.D])
+        s = scores(p, shared, count)  # [KEYS, BLOCK_M]
+        do = shared.do.index((count - 1) % p.STAGES).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
         sent = warpgroup_mma(weights, do, dv, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
-        w = weigh(p, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))
+        w = weigh(p, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
         packed = pin_all(w.to(T))
         dv = warpgroup_mma_wait(0, deps=(sent,))
         mbarrier.arrive(shared.empty.index((count - 1) % p.STAGES), count=1)
@@ -122,7 +123,7 @@ def sum_values(p, t, shared, dv_out):
         spread(p, shared, count - 1)
     dv = warpgroup_mma(weights, shared.do.index((tiles - 1) % p.STAGES).reshape([p.BLOCK_M, p.D]), dv)
     spread(p, shared, tiles - 1)
-    # The last ds is there, so nobody reads v any more.
+    # The last ds is complete, so v is no longer read: reuse its memory.
     tile = shared.v.index(0)
     tile.reshape([p.KEYS, p.D]).store(dv.to(T))
     fence_async_shared()
@@ -132,12 +133,12 @@ def sum_values(p, t, shared, dv_out):
 
 @gluon.jit
 def sum_keys(p, t, shared, dk_out, scale):
-    """The consumer that has dk, and makes ds."""
+    """The consumer that computes ds and dk."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
     T: gl.constexpr = shared.k.dtype
-    dk = gl.zeros((p.KEYS, p.D), gl.float32, A)
-    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
+    dk = gl.zeros((p.KEYS, p.D), gl.float32, A)  # [KEYS, D]
+    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
     mbarrier.wait(shared.k_full.index(0), 0)
     mbarrier.wait(shared.v_full.index(0), 0)
     m = t.first
@@ -146,26 +147,26 @@ def sum_keys(p, t, shared, dk_out, scale):
         stage = count % p.STAGES
         half = count & 1
         mbarrier.wait(shared.full.index(stage), count // p.STAGES & 1)
-        less = pin_all(zeros - shared.delta.index(stage).load(gl.SliceLayout(0, S))[None, :])
-        s = scores(p, shared, count)
-        v = shared.v.index(count >> 30).reshape([p.KEYS, p.D])
-        do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])
-        dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)
+        less = pin_all(zeros - shared.delta.index(stage).load(gl.SliceLayout(0, S))[None, :])  # [KEYS, BLOCK_M]
+        s = scores(p, shared, count)  # [KEYS, BLOCK_M]
+        v = shared.v.index(count >> 30).reshape([p.KEYS, p.D])  # [KEYS, D]
+        do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+        dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)  # [KEYS, BLOCK_M]
         s = warpgroup_mma_wait(1, deps=(s,))
-        w = weigh(p, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))
+        w = weigh(p, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
         w = pin_all(w)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        ds = (w * dp).to(T)
+        ds = (w * dp).to(T)  # [KEYS, BLOCK_M]
         mbarrier.wait(shared.ds_empty.index(half), (count // 2 & 1) ^ 1)
         shared.ds.index(half).store(ds)
         fence_async_shared()
         mbarrier.arrive(shared.ds_full.index(half), count=1)
-        q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])
+        q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
         dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         mbarrier.arrive(shared.empty.index(stage), count=1)
         m = advance(p, t, m)
-    # The last dq is done, so nobody reads k any more.
+    # The last dq is complete, so k is no longer read: reuse its memory.
     mbarrier.wait(shared.ds_empty.index((tiles - 1) & 1), (tiles - 1) // 2 & 1)
     tile = shared.k.index(0)
     tile.reshape([p.KEYS, p.D]).store((dk * scale).to(T))
@@ -206,15 +207,14 @@ def hopper_backward_kernel(
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """See the kernel of this name in hopper_backward.py; sums: boxes of all rows of a tile and some columns.
-    It knows one order of issue, whatever OVERLAP says.
-    """
+    """See the kernel of this name in hopper_backward.py. sums: boxes of all rows of a tile and some columns. OVERLAP
+    has no effect: there is one order of issue."""
     BLOCK_M: gl.constexpr = q.block_type.shape[2]
     D: gl.constexpr = q.block_type.shape[3]
     KEYS: gl.constexpr = k.block_type.shape[2]
     WIDTH: gl.constexpr = sums.block_type.shape[2]
     T: gl.constexpr = q.dtype
-    gl.static_assert(STAGES > 1)  # the scores of a tile are issued before the sum for dv of the one before is done
+    gl.static_assert(STAGES > 1)  # scores of a tile are issued before dv of the previous one is complete
     ticket = gl.program_id(0)
     if ORDERED:
         ticket = gl.atomic_add(turns, 1)

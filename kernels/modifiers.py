@@ -1,11 +1,11 @@
-"""From a product to a score: scale, softcap, bias, ALiBi, in this order; then, on the weights, dropout.
+"""From a product to a score: scale, softcap, bias, ALiBi, in this order; then dropout, which applies to weights.
 
     u = product * scale      y = cap * tanh(u / cap)      x = y + bias - slope * |i + offset - j|
 
-or, where rows and keys have terms of their own and there is no softcap, y = u + row term + key term.
+With terms of rows and keys (and no softcap), y = u + row term + key term.
 
-Each modifier stands here with its value, its derivative and the gradient of its parameter. A tile is at row m and key
-n of a Plane, and TRANSPOSED makes it [BLOCK_N, BLOCK_M]; the same lines serve both.
+Each modifier has its value, its derivative and the gradient of its parameter here. A tile is at row m and key n of a
+Plane: [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M] if TRANSPOSED.
 """
 
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from .types import Score
 
 
 class Parameters(NamedTuple):
-    """One head's parameters, in registers; bias and mask point to the head's plane. Of rows in which heads are packed
-    scale and slope are [BLOCK_M, 1], and so is position, where each row stands."""
+    """One head's parameters. scale, cap, slope: numbers, or scale and slope [BLOCK_M, 1] if heads are packed into rows;
+    position: then the position of each row, [BLOCK_M, 1]. bias, mask, weights: pointers to the head's data."""
 
     scale: Any
     cap: Any
@@ -32,7 +32,7 @@ class Parameters(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """The scores of one head, and what makes them."""
+    """The score matrix of one head: everything that `value` and its derivatives read."""
 
     score: Score
     own: Parameters
@@ -45,9 +45,9 @@ class Plane(NamedTuple):
 
 @triton.jit
 def parameters(score, mask, b, h):
-    """What the head (b, h) needs of a Score and a bool mask; zeros, not None, for what is absent.
+    """The Parameters of head (b, h), from a Score and a bool mask; zeros, not None, for those that are absent.
 
-    A function must not return None beside values, nor spell `return None`: triton 3.6 refuses both.
+    triton 3.6 accepts neither a tuple of values and None, nor the statement `return None`.
     """
     cap = 0.0
     slope = 0.0
@@ -69,7 +69,8 @@ def parameters(score, mask, b, h):
 
 @triton.jit
 def positions(plane, m, n, TRANSPOSED: tl.constexpr):
-    """Row and key indices of the tile, shaped to broadcast."""
+    """Row and key indices of the tile, shaped to broadcast: [BLOCK_M, 1] and [1, BLOCK_N], or [1, BLOCK_M] and
+    [BLOCK_N, 1]."""
     if TRANSPOSED:
         return (m + tl.arange(0, plane.BLOCK_M))[None, :], (n + tl.arange(0, plane.BLOCK_N))[:, None]
     else:
@@ -78,14 +79,14 @@ def positions(plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def tile_pointers(view, start, plane, m, n, TRANSPOSED: tl.constexpr):
-    """To the tile of something (M, N)."""
+    """Pointers to the tile at (m, n) of a View of (M, N)."""
     return pair_pointers(view, start, m, n, plane.at.M, plane.at.N, plane.BLOCK_M, plane.BLOCK_N, TRANSPOSED)
 
 
 @triton.jit
 def distance(plane, m, n, TRANSPOSED: tl.constexpr):
-    """|i + offset - j| in float32; without an offset, rows say where they stand."""
-    i, j = positions(plane, 0, 0, TRANSPOSED)
+    """|i + offset - j| of the tile, in float32. Without an offset, rows carry their own positions."""
+    i, j = positions(plane, 0, 0, TRANSPOSED)  # [BLOCK_M, 1], [1, BLOCK_N]
     if plane.score.offset is None:
         return tl.abs((plane.own.position - n - j).to(tl.float32))
     else:
@@ -94,9 +95,9 @@ def distance(plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def apart(plane, m, n, i, j):
-    """|row + offset - key| in float32, of rows m + i and keys n + j: i and j are tensors that broadcast.
+    """|row + offset - key| in float32, for rows m + i and keys n + j; i and j are tensors that broadcast.
 
-    The tile's distance is one number and becomes a float once; what is left are small whole numbers, exact in float32.
+    The distance between the tile's corners is converted to float once; i and j are small integers, exact in float32.
     """
     far = 1.0 * (m - n + number(plane.score.offset) + plane.at.shift)
     return tl.abs((far + i.to(tl.float32)) - j.to(tl.float32))
@@ -104,20 +105,20 @@ def apart(plane, m, n, i, j):
 
 @triton.jit
 def saturation(plane, s):
-    """tanh(u / cap) of products s, or s where there is no softcap."""
+    """t = tanh(u / cap) of products s; s itself without a softcap."""
     if plane.score.softcap is None:
         return s
     else:
-        return tanh(s * (plane.own.scale / plane.own.cap))
+        return tanh(s * (plane.own.scale / plane.own.cap))  # [BLOCK_M, BLOCK_N]
 
 
 @triton.jit
 def value(plane, s, t, m, n, TRANSPOSED: tl.constexpr):
-    """x of products s, with t = saturation(s)."""
-    x = capped(plane, s, t)
+    """The scores x of products s, given t = saturation(s)."""
+    x = capped(plane, s, t)  # [BLOCK_M, BLOCK_N]
     if plane.score.rows is not None:
-        i, j = positions(plane, m, n, TRANSPOSED)
-        row, key = tl.minimum(i, plane.at.M - 1), tl.minimum(j, plane.at.N - 1)  # beyond the edge nothing is used
+        i, j = positions(plane, m, n, TRANSPOSED)  # [BLOCK_M, 1], [1, BLOCK_N]
+        row, key = tl.minimum(i, plane.at.M - 1), tl.minimum(j, plane.at.N - 1)  # scores beyond the edge are not used
         x += tl.load(plane.score.rows + row_base(plane.at) + row)
         x += tl.load(plane.score.keys + key_base(plane.at) + key)
     if plane.score.bias is not None:
@@ -129,7 +130,7 @@ def value(plane, s, t, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def capped(plane, s, t):
-    """y of products s, with t = saturation(s)."""
+    """y of products s, given t = saturation(s)."""
     if plane.score.softcap is None:
         return s * plane.own.scale
     else:
@@ -138,7 +139,7 @@ def capped(plane, s, t):
 
 @triton.jit
 def backward(plane, dx, t):
-    """du, given dx."""
+    """du, given dx and t."""
     if plane.score.softcap is None:
         return dx
     else:
@@ -147,34 +148,36 @@ def backward(plane, dx, t):
 
 @triton.jit
 def softcap_gradient(plane, dx, s, t):
-    """d cap, a summand for each element."""
+    """The gradient of cap, one term per element."""
     return dx * (t - s * (plane.own.scale / plane.own.cap) * (1.0 - t * t))
 
 
 @triton.jit
 def slope_gradient(plane, dx, m, n, TRANSPOSED: tl.constexpr):
-    """d slope, a summand for each element."""
+    """The gradient of slope, one term per element."""
     return -dx * distance(plane, m, n, TRANSPOSED)
 
 
 @triton.jit
 def allowed(plane, m, n, TRANSPOSED: tl.constexpr):
-    """The bool mask's tile."""
+    """The tile of the bool mask."""
     return tl.load(tile_pointers(plane.mask, plane.own.mask, plane, m, n, TRANSPOSED)) != 0
 
 
 @triton.jit
 def keep(plane, m, n, TRANSPOSED: tl.constexpr):
-    """Which weights of the tile live; see `fused_attn.spec.Dropout`.
+    """The tile of dropout's mask: which weights are kept; see `Dropout` of the package for the definition.
 
-    One call of Philox serves rows i and i + 8 and keys j and j + 8, which lie in one thread of an accumulator.
+    One call of Philox gives the words of rows i and i + 8 and keys j and j + 8, which one thread of an accumulator
+    holds.
     """
+    # [BLOCK_M / 2], [BLOCK_N / 2]
     i, j = (m + every_other_eight(plane.BLOCK_M)), (n + every_other_eight(plane.BLOCK_N))
     if TRANSPOSED:
         rows, cols = i[None, :], j[:, None]
     else:
         rows, cols = i[:, None], j[None, :]
-    zero = (rows * 0 + cols * 0).to(tl.uint32)
+    zero = (rows * 0 + cols * 0).to(tl.uint32)  # [BLOCK_M / 2, BLOCK_N / 2], as w0 to w3 are
     w0, w1, w2, w3 = tl.philox(
         tl.load(plane.dropout.rng),
         zero + cols.to(tl.uint32),
@@ -195,7 +198,7 @@ def keep(plane, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def every_other_eight(BLOCK: tl.constexpr):
-    """0..7, 16..23, 32..39, ...: [BLOCK / 2]."""
+    """[BLOCK / 2]: 0..7, 16..23, 32..39, ..."""
     r = tl.arange(0, BLOCK // 2)
     return r // 8 * 16 + r % 8
 
@@ -207,9 +210,9 @@ def alive(word, threshold):
 
 @triton.jit
 def interleave(x, right, below, both):
-    """Four [R, C] -> [2 R, 2 C], by eights: right takes the odd eights of columns, below those of rows."""
+    """Four tiles [R, C] -> [2 R, 2 C] in runs of eight: `right` fills every second run of columns, `below` of rows."""
     R: tl.constexpr = x.shape[0] // 8
     C: tl.constexpr = x.shape[1] // 8
-    tile = tl.join(tl.join(x, right), tl.join(below, both))  # [R * 8, C * 8, 2 of columns, 2 of rows]
+    tile = tl.join(tl.join(x, right), tl.join(below, both))  # [R * 8, C * 8, 2 (columns), 2 (rows)]
     tile = tl.permute(tl.reshape(tile, (R, 8, C, 8, 2, 2)), (0, 5, 1, 2, 4, 3))
     return tl.reshape(tile, (R * 16, C * 16))

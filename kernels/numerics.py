@@ -9,7 +9,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b, plus acc unless it is None, in float32. PRECISION speaks of float32 operands only."""
+    """a @ b in float32, plus acc unless it is None. PRECISION applies to float32 operands only."""
     if acc is None:
         return tl.dot(a, b, input_precision=PRECISION)
     else:
@@ -18,7 +18,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def pair(high, low):
-    """Two float32 as one int64: what is read together costs half the instructions in one piece."""
+    """Pack two float32 into one int64, to read both with one load."""
     bits = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | bits
 
@@ -39,13 +39,13 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)); the exponential may overflow, and then it is 0."""
+    """1 / (1 + exp(-x)). The exponential may overflow to inf, which gives 0."""
     return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit
 def reciprocal(x, FAST: tl.constexpr):
-    """1 / x; FAST takes what NVIDIA's special-function unit gives, to about one part in 2**23, in one instruction."""
+    """1 / x. FAST: NVIDIA's approximate instruction, with a relative error of about 2**-23."""
     if FAST:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1

@@ -1,9 +1,12 @@
-"""How alike q and k are: the dot product, or w . tanh(q + k). Modifiers (modifiers.py) make its value a score.
+"""How similar are q and k: the dot product, or w . tanh(q + k). Modifiers (modifiers.py) turn this product into a
+score.
 
-An additive product goes feature by feature over a tile, two at a time. Directly, tanh(q + k); or, where every |q| and
-|k| of the tile is at most SAFE, by the identity tanh(q + k) = (a - 2) / a with a = 1 + exp(2 q) exp(2 k), in which two
-features share one reciprocal, of a b: half the special-function work. Beyond SAFE a b could overflow, and a clamp would
-be wrong (q = 15 with k = -14.5 is no saturation), so such tiles take tanh.
+An additive product is summed feature by feature over a tile, two features at a time. There are two ways:
+
+- tanh(q + k) directly.
+- tanh(q + k) = (a - 2) / a with a = 1 + exp(2 q) exp(2 k). Two features a, b share one reciprocal, that of a b, which
+  halves the special-function instructions. This needs |q|, |k| <= SAFE in the tile: beyond it a b may overflow, and
+  clamping would be wrong (q = 15 with k = -14.5 does not saturate).
 """
 
 import triton
@@ -12,55 +15,57 @@ import triton.language as tl
 from .memory import number
 from .numerics import dot, reciprocal, tanh
 
-PEAKS: tl.constexpr = tl.constexpr(16)  # rows to a peak, and to a block of a pitch
-GAP: tl.constexpr = tl.constexpr(256)  # rows of zeros behind a sequence; no tile is longer
+PEAKS: tl.constexpr = tl.constexpr(16)  # indices per peak, and per block of a pitch
+GAP: tl.constexpr = tl.constexpr(256)  # zeros after each sequence; no tile is longer
 SAFE: tl.constexpr = tl.constexpr(11.0)  # exp(4 * 2 * 11) < 2**127
 
 
 @triton.jit
 def products(q, k, PRECISION: tl.constexpr):
-    """q [BLOCK_M, BLOCK_D], k [BLOCK_N, BLOCK_D] -> [BLOCK_M, BLOCK_N]; swap them for the transpose."""
+    """q [BLOCK_M, BLOCK_D], k [BLOCK_N, BLOCK_D] -> [BLOCK_M, BLOCK_N]; swapped arguments give the transpose."""
     return dot(q, tl.trans(k), None, PRECISION)
 
 
 @triton.jit
 def pitch(blocks):
-    """Elements from one feature to the next, of a code of blocks of PEAKS."""
+    """Elements between two features, decoded from a number of blocks of PEAKS."""
     return number(blocks) * PEAKS
 
 
 @triton.jit
 def room(at, start):
-    """Where the features of a sequence begin, that begins at start in q or k: in memory of its own, zeros behind its
-    end, so that a tile that runs over it meets nothing of the next one. 0 in a batch, where start and b - batch are."""
+    """Index where the features of a sequence begin, given that it begins at start in q or k. Each sequence has zeros
+    after its end, so that a tile that extends past the end reads nothing of the next one. 0 in a dense batch, where
+    start and b - batch are 0."""
     return (tl.cdiv(start, PEAKS) + (at.b - at.batch) * (GAP // PEAKS + 1)) * PEAKS
 
 
 @triton.jit
 def query_features(plane, base, m):
-    """To feature 0 of row m, in memory laid out as q's features are."""
+    """Pointer to feature 0 of row m, in the layout of q's features."""
     head = plane.at.home.to(tl.int64) * plane.score.additive.features
     return base + (head * pitch(plane.score.additive.q_pitch) + room(plane.at, plane.at.row)) + m
 
 
 @triton.jit
 def key_features(plane, base, n):
-    """To feature 0 of key n, in memory laid out as k's features are."""
+    """Pointer to feature 0 of key n, in the layout of k's features."""
     head = (plane.at.home // plane.score.additive.group).to(tl.int64) * plane.score.additive.features
     return base + (head * pitch(plane.score.additive.k_pitch) + room(plane.at, plane.at.key)) + n
 
 
 @triton.jit
 def peak(base, blocks, head, start, BLOCK: tl.constexpr):
-    """The largest |feature| of a tile. NaN may be skipped: it makes NaN of either way."""
-    at = start // PEAKS + tl.arange(0, BLOCK // PEAKS)
+    """The largest |feature| of a tile. It may skip NaN: both ways give NaN then."""
+    at = start // PEAKS + tl.arange(0, BLOCK // PEAKS)  # [BLOCK / PEAKS]
+    # [BLOCK / PEAKS]
     found = tl.load(base + head.to(tl.int64) * number(blocks) + at, mask=at < number(blocks), other=0.0)
     return tl.max(found, 0)
 
 
 @triton.jit
 def paired(plane, m, n):
-    """Whether the tile at (m, n) may take the identity."""
+    """True if the tile at (m, n) may use exponentials."""
     q = peak(
         plane.score.additive.q_peaks,
         plane.score.additive.q_pitch,
@@ -80,9 +85,9 @@ def paired(plane, m, n):
 
 @triton.jit
 def feature_pair(plane, q, k, TRANSPOSED: tl.constexpr):
-    """A feature of the tile's queries and of its keys, from pointers to the first ones, shaped to broadcast."""
-    q = tl.load(q + tl.arange(0, plane.BLOCK_M))
-    k = tl.load(k + tl.arange(0, plane.BLOCK_N))
+    """One feature of the tile's queries and keys, from pointers to their first ones, shaped to broadcast."""
+    q = tl.load(q + tl.arange(0, plane.BLOCK_M))  # [BLOCK_M]
+    k = tl.load(k + tl.arange(0, plane.BLOCK_N))  # [BLOCK_N]
     if TRANSPOSED:
         return q[None, :], k[:, None]
     else:
@@ -92,22 +97,22 @@ def feature_pair(plane, q, k, TRANSPOSED: tl.constexpr):
 @triton.jit
 def halves(plane, q, k, TRANSPOSED: tl.constexpr):
     """(a, b) = 1 + exp(2 q) exp(2 k) of two features, from pointers to the exponentials."""
-    q0, k0 = feature_pair(plane, q, k, TRANSPOSED)
+    q0, k0 = feature_pair(plane, q, k, TRANSPOSED)  # [BLOCK_M, 1], [1, BLOCK_N]
     q1, k1 = feature_pair(plane, *following(plane, q, k, 1), TRANSPOSED)
-    return q0 * k0 + 1.0, q1 * k1 + 1.0
+    return q0 * k0 + 1.0, q1 * k1 + 1.0  # [BLOCK_M, BLOCK_N] each
 
 
 @triton.jit
 def tanhs(plane, q, k, TRANSPOSED: tl.constexpr):
     """tanh(q + k) of two features."""
-    q0, k0 = feature_pair(plane, q, k, TRANSPOSED)
+    q0, k0 = feature_pair(plane, q, k, TRANSPOSED)  # [BLOCK_M, 1], [1, BLOCK_N]
     q1, k1 = feature_pair(plane, *following(plane, q, k, 1), TRANSPOSED)
-    return tanh(q0 + k0), tanh(q1 + k1)
+    return tanh(q0 + k0), tanh(q1 + k1)  # [BLOCK_M, BLOCK_N] each
 
 
 @triton.jit
 def following(plane, q, k, FEATURES: tl.constexpr):
-    """The pointers so many features further on."""
+    """The pointers, FEATURES features further on."""
     return (
         q + FEATURES * pitch(plane.score.additive.q_pitch),
         k + FEATURES * pitch(plane.score.additive.k_pitch),
@@ -116,7 +121,7 @@ def following(plane, q, k, FEATURES: tl.constexpr):
 
 @triton.jit
 def first_features(plane, m, n, PAIRED: tl.constexpr):
-    """Pointers to feature 0 of the queries and of the keys of the tile at (m, n), exponentials if PAIRED."""
+    """Pointers to feature 0 of the queries and keys of the tile at (m, n); to exponentials if PAIRED."""
     if PAIRED:
         return (
             query_features(plane, plane.score.additive.q_exp, m),
@@ -128,7 +133,7 @@ def first_features(plane, m, n, PAIRED: tl.constexpr):
 
 @triton.jit
 def feature_sum(plane, m, n, PAIRED: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """w . tanh(q + k) of the tile at (m, n)."""
+    """w . tanh(q + k) of the tile at (m, n), [BLOCK_M, BLOCK_N] or its transpose."""
     q, k = first_features(plane, m, n, PAIRED)
     w = plane.own.weights
     if TRANSPOSED:
@@ -138,12 +143,12 @@ def feature_sum(plane, m, n, PAIRED: tl.constexpr, TRANSPOSED: tl.constexpr):
     for _ in tl.range(0, plane.score.additive.features, 2):
         w0, w1 = tl.load(w), tl.load(w + 1)
         if PAIRED:
-            # w0 (a - 2) / a + w1 (b - 2) / b, in seven operations and one reciprocal for the two.
-            a, b = halves(plane, q, k, TRANSPOSED)
+            # w0 (a - 2) / a + w1 (b - 2) / b with one reciprocal.
+            a, b = halves(plane, q, k, TRANSPOSED)  # [BLOCK_M, BLOCK_N]
             ab = a * b
             s += ((w0 + w1) * ab + (b * (-2.0 * w0) + a * (-2.0 * w1))) * reciprocal(ab, plane.score.additive.fast)
         else:
-            x, y = tanhs(plane, q, k, TRANSPOSED)
+            x, y = tanhs(plane, q, k, TRANSPOSED)  # [BLOCK_M, BLOCK_N]
             s += w0 * x + w1 * y
         q, k = following(plane, q, k, 2)
         w += 2
@@ -152,7 +157,7 @@ def feature_sum(plane, m, n, PAIRED: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def additive(plane, m, n, TRANSPOSED: tl.constexpr):
-    """The products of the tile at (m, n). Features of what lies past the ends, or is never seen, are zeros."""
+    """The products of the tile at (m, n). Features past the ends, and those that no row sees, are zeros."""
     if plane.score.additive.pairs:
         if paired(plane, m, n):
             s = feature_sum(plane, m, n, True, TRANSPOSED)

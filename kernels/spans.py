@@ -1,8 +1,9 @@
-"""How far an index may look: its interval, the tiles that are visited, and the one loop over them.
+"""Which keys may a row see: intervals, the tiles that a program visits, and the one loop over them.
 
-A program owns a tile of indices and sweeps over tiles of the other side: rows over keys, or, transposed, keys over
-rows. Tiles that every live index sees whole need no mask; those at both ends of the interval do. Where what an index
-sees is no interval, a table made by the host says which tiles are visited.
+A program works on a tile of indices x and sweeps over tiles of the other side, y: rows over keys, or, transposed, keys
+over rows. A tile is full if every x that sees anything sees all of it; it then needs no mask. The others are partial.
+In an interval, partial tiles lie at both ends. Where visibility is no interval, a block mask from the host
+(types.Table) lists the tiles.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ from .types import Span
 
 
 class Visit(NamedTuple):
-    """The tiles that a program visits, from index `origin` on: `head` partial ones, `full` full ones, and partial ones
-    again, `total` in all. first and last bound what any index of the program sees. table: a pointer to the tiles where
-    they are listed, `head` partial and `full` full ones."""
+    """The tiles that a program visits, as ordinals 0 to total.
+
+    Without a table: from index `origin` on, `head` partial tiles, `full` full ones, and the other partial ones. With a
+    table: a pointer to the indices of `head` partial and `full` full tiles. first, last: no x of the program sees y
+    outside of [first, last).
+    """
 
     origin: Any
     head: Any
@@ -30,33 +34,35 @@ class Visit(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """What tells, beside the intervals, whom a program's indices see: near [BLOCK], from where on they see all; ids
-    [BLOCK], and a pointer to the others'; blocks [BLOCK], pointers to their rows of blocks; tree [BLOCK], pointers to
-    their rows of a tree, which begins behind y = trunk."""
+    """Visibility beside the intervals; zeros for parts that are absent.
 
-    near: Any
-    ids: Any
-    others: Any
-    blocks: Any
-    tree: Any
+    near: where the window of each x begins, beside sinks. ids: of each x; others: pointer to the ids of y. blocks:
+    pointers to each x's row of blocks. tree: pointers to each x's row of a tree, whose first column is y = trunk.
+    """
+
+    near: Any  # [BLOCK]
+    ids: Any  # [BLOCK]
+    others: Any  # pointer
+    blocks: Any  # [BLOCK] pointers
+    tree: Any  # [BLOCK] pointers
     trunk: Any
 
 
 class Reach(NamedTuple):
-    """How far the indices of a program look: their intervals [BLOCK], the tiles these make it visit, and a pattern."""
+    """What the indices x of a program see: intervals lo <= y < hi, a pattern, and the tiles to visit."""
 
     span: Span
-    lo: Any
-    hi: Any
+    lo: Any  # [BLOCK]
+    hi: Any  # [BLOCK]
     visit: Visit
     pattern: Pattern
 
 
 @triton.jit
 def interval(span, b, index, length, limit, shift):
-    """lo, hi [BLOCK]: index sees lo <= y < hi. An index that sees nothing, or lies past length, has lo >= hi.
+    """lo, hi [BLOCK]: index x sees lo <= y < hi. If x sees nothing or lies past length, lo >= hi.
 
-    shift: how much further right the diagonal lies than the span says.
+    limit: the length of the other side. shift: added to the span's offsets.
     """
     lo = index * 0
     hi = tl.where(index < length, limit, 0)
@@ -65,10 +71,10 @@ def interval(span, b, index, length, limit, shift):
     if span.right is not None:
         hi = tl.minimum(hi, index + (shift + number(span.right) + 1))
     if span.lo is not None:
-        ptrs = span.lo.ptr + b.to(tl.int64) * number(span.lo.stride) + index
+        ptrs = span.lo.ptr + b.to(tl.int64) * number(span.lo.stride) + index  # [BLOCK]
         lo = tl.maximum(lo, tl.load(ptrs, mask=index < length, other=0))
     if span.hi is not None:
-        ptrs = span.hi.ptr + b.to(tl.int64) * number(span.hi.stride) + index
+        ptrs = span.hi.ptr + b.to(tl.int64) * number(span.hi.stride) + index  # [BLOCK]
         hi = tl.minimum(hi, tl.load(ptrs, mask=index < length, other=0))
     if span.sinks is not None:
         lo = tl.where(lo < number(span.sinks), lo, tl.maximum(lo, index + (shift + number(span.left))))
@@ -77,8 +83,8 @@ def interval(span, b, index, length, limit, shift):
 
 @triton.jit
 def visit(lo, hi, limit, BLOCK: tl.constexpr):
-    """The tiles of size BLOCK that the intervals reach. Indices that see nothing have no say."""
-    some = lo < hi
+    """The tiles of BLOCK that intervals [BLOCK] reach. Indices that see nothing do not count."""
+    some = lo < hi  # [BLOCK]
     first = tl.min(tl.where(some, lo, limit))
     last = tl.max(tl.where(some, hi, 0))
     origin = first // BLOCK * BLOCK
@@ -92,7 +98,7 @@ def visit(lo, hi, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def listed(span, reach, at):
-    """The visit of the program that owns a tile, by the table if there is one."""
+    """The visit of the program at a tile: that of the table, if there is one."""
     if span.table is None:
         return reach
     else:
@@ -106,50 +112,51 @@ def listed(span, reach, at):
 
 @triton.jit
 def pattern(span, b, h, index, length, shift):
-    """What else decides whom index sees; zeros, not None, for what is absent."""
+    """The Pattern of indices x [BLOCK]: zeros, not None, for parts that are absent."""
     near = 0
     ids = 0
     others = 0
     blocks = 0
     if span.sinks is not None:
-        near = index + (shift + number(span.left))
+        near = index + (shift + number(span.left))  # [BLOCK]
     if span.ids is not None:
         ptrs = span.ids.ptr + b.to(tl.int64) * number(span.ids.stride) + index
-        ids = tl.load(ptrs, mask=index < length, other=0)
+        ids = tl.load(ptrs, mask=index < length, other=0)  # [BLOCK]
         others = span.others.ptr + b.to(tl.int64) * number(span.others.stride)
     if span.blocks is not None:
-        own = tl.minimum(index, length - 1) // number(span.blocks.sizes[0])
+        own = tl.minimum(index, length - 1) // number(span.blocks.sizes[0])  # [BLOCK]
         head = b.to(tl.int64) * number(span.blocks.strides[0]) + h.to(tl.int64) * number(span.blocks.strides[1])
-        blocks = span.blocks.ptr + head + own.to(tl.int64) * number(span.blocks.strides[2])
+        blocks = span.blocks.ptr + head + own.to(tl.int64) * number(span.blocks.strides[2])  # [BLOCK]
     return Pattern(near, ids, others, blocks, 0, 0)
 
 
 @triton.jit
 def sees(reach, y):
-    """The mask predicate, [BLOCK, len(y)]."""
+    """The mask predicate [BLOCK, len(y)]."""
     if (reach.span.left is None) and (reach.span.lo is None):
-        see = y[None, :] < reach.hi[:, None]
+        see = y[None, :] < reach.hi[:, None]  # [BLOCK, len(y)]
     else:
-        see = (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])
-    inside = y < reach.visit.last
+        see = (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])  # [BLOCK, len(y)]
+    inside = y < reach.visit.last  # [len(y)]
     if reach.span.sinks is not None:
         see &= (y < number(reach.span.sinks))[None, :] | (y[None, :] >= reach.pattern.near[:, None])
     if reach.span.ids is not None:
         see &= reach.pattern.ids[:, None] == tl.load(reach.pattern.others + y, mask=inside, other=0)[None, :]
     if reach.span.blocks is not None:
-        block = (tl.where(inside, y, 0) // number(reach.span.blocks.sizes[1])).to(tl.int64)
+        block = (tl.where(inside, y, 0) // number(reach.span.blocks.sizes[1])).to(tl.int64)  # [len(y)]
+        # [BLOCK, len(y)]
         ptrs = reach.pattern.blocks[:, None] + (block * number(reach.span.blocks.strides[3]))[None, :]
         see &= tl.load(ptrs) != 0
     if reach.span.tree is not None:
-        leaf = y - reach.pattern.trunk
-        ptrs = reach.pattern.tree[:, None] + (leaf * number(reach.span.tree.strides[2]))[None, :]
+        leaf = y - reach.pattern.trunk  # [len(y)]
+        ptrs = reach.pattern.tree[:, None] + (leaf * number(reach.span.tree.strides[2]))[None, :]  # [BLOCK, len(y)]
         see &= tl.load(ptrs, mask=(inside & (leaf >= 0))[None, :], other=1) != 0
     return see
 
 
 @triton.jit
 def apart(span):
-    """Whether every y between the first and the last one that a program sees is seen: numbers alone bound it."""
+    """True if the visible range is contiguous and bounded by scalars only, so that [first, last) is exact."""
     return (
         (span.lo is None)
         and (span.hi is None)
@@ -161,14 +168,14 @@ def apart(span):
 
 @triton.jit
 def live(reach, start, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Which y of the tile some index of the program sees; nothing else may reach a product, for it may be NaN.
+    """[BLOCK]: the y of the tile that some x of the program sees; None in a full tile.
 
-    None in a full tile.
+    The others must not reach a matrix product: their memory may hold NaN, and 0 * NaN is NaN.
     """
     if not MASKED:
         return
     else:
-        y = start + tl.arange(0, BLOCK)
+        y = start + tl.arange(0, BLOCK)  # [BLOCK]
         if apart(reach.span):
             return (y >= reach.visit.first) & (y < reach.visit.last)
         else:
@@ -177,11 +184,12 @@ def live(reach, start, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def visible(reach, plane, m, n, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The predicate of the tile at (m, n), the bool mask included; None where every row sees every key."""
+    """The predicate of the tile at (m, n), the bool mask included: [BLOCK_M, BLOCK_N], or its transpose. None if every
+    row sees every key."""
     if TRANSPOSED:
-        y = m + tl.arange(0, plane.BLOCK_M)
+        y = m + tl.arange(0, plane.BLOCK_M)  # [BLOCK_M]
     else:
-        y = n + tl.arange(0, plane.BLOCK_N)
+        y = n + tl.arange(0, plane.BLOCK_N)  # [BLOCK_N]
     if plane.mask is None:
         if MASKED:
             return sees(reach, y)
@@ -196,7 +204,7 @@ def visible(reach, plane, m, n, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def partial_tile(span, visit, ordinal, BLOCK: tl.constexpr):
-    """The first index of one of the partial tiles."""
+    """The first index of a partial tile."""
     if span.table is None:
         return visit.origin + (ordinal + tl.where(ordinal < visit.head, 0, visit.full)) * BLOCK
     else:
@@ -205,7 +213,7 @@ def partial_tile(span, visit, ordinal, BLOCK: tl.constexpr):
 
 @triton.jit
 def full_tile(span, visit, begin, ordinal, BLOCK: tl.constexpr):
-    """The first index of one of the full tiles, which stand one behind another from begin on unless they are listed."""
+    """The first index of a full tile. Without a table full tiles are contiguous, from begin on."""
     if span.table is None:
         return begin + ordinal * BLOCK
     else:
@@ -214,7 +222,7 @@ def full_tile(span, visit, begin, ordinal, BLOCK: tl.constexpr):
 
 @triton.jit
 def following_tile(span, visit, start, ordinal, BLOCK: tl.constexpr):
-    """The first index of the full tile behind the one of that ordinal, at start."""
+    """The first index of the full tile after the one with that ordinal, which is at start."""
     if span.table is None:
         return start + BLOCK
     else:
@@ -223,11 +231,13 @@ def following_tile(span, visit, start, ordinal, BLOCK: tl.constexpr):
 
 @triton.jit
 def sweep(issue: tl.constexpr, absorb: tl.constexpr, context, state, visit, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
-    """Visit the partial tiles of both ends, then the full ones.
+    """Visit the partial tiles, then the full ones.
 
-    issue(context, start, MASKED) -> products loads a tile and starts its matrix products;
-    absorb(context, state, products, start, MASKED) -> state does the rest. AHEAD issues the products of the next full
-    tile before this one is absorbed, so that exponentials run while a product is in flight.
+    - issue(context, start, MASKED) -> products: load a tile and start its matrix products.
+    - absorb(context, state, products, start, MASKED) -> state: the rest of the tile's work.
+
+    AHEAD: issue the products of the next full tile before this one is absorbed, so that exponentials overlap with
+    matrix products.
     """
     for ordinal in tl.range(0, visit.total - visit.full):
         start = partial_tile(context.reach.span, visit, ordinal, BLOCK)

@@ -1,16 +1,16 @@
-"""Statistics of the weights, in memory linear in length, and the weights of chosen rows. See `fused_attn.statistics`.
+"""Statistics of the weights, in memory linear in length, and the weights of chosen rows. See `attention_stats`.
 
-Three kernels. The row-major one, grid (tiles of BLOCK_M rows x B * Hq), sweeps over the keys with a running maximum m,
-the sum l of weights exp(x - m), their sum t times how far their scores lie below the maximum, and the largest scores:
+- row_statistics_kernel, grid (tiles of BLOCK_M rows x B * Hq): sweeps over the keys with a running maximum m, the sum l
+  of weights exp(x - m), the sum t of weights times (m - x), and the largest scores.
+- key_mass_kernel, grid (tiles of BLOCK_N keys x B * Hq): adds exp(x - shift) / d over the rows.
+- map_kernel, grid (tiles with chosen rows x B * chosen heads): sweeps once for shift and d, and once to store weights.
 
-    entropy = (t + l (shift - m + log d)) / d       d = l + exp(sink - shift), all relative to the larger of m and sink
+    entropy = (t + l (shift - m + log d)) / d       d = l + exp(sink - shift), relative to shift = max(m, sink)
 
-The key-major one, grid (tiles of BLOCK_N keys x B * Hq), adds up exp(x - shift) / d over the rows. The third owns a
-tile with chosen rows, sweeps once for shift and d and once to store. Scores here are natural logits, and what is known
-of a row is (B, Hq, M) float32.
+Scores here are natural logits. Row numbers are float32 (B, Hq, M).
 
-A score and its key travel as one int64 whose order is that of the scores and, among equals, that of the keys from the
-last to the first: no two are alike, so the largest can be taken out one by one.
+A score and its key are packed into one int64, ordered by score, and among equal scores from the last key to the first.
+No two are equal, so the largest can be removed one at a time.
 """
 
 from typing import Any, NamedTuple
@@ -27,17 +27,18 @@ from .softmax import init, update
 from .spans import Reach, interval, listed, live, pattern, sweep, visible, visit
 from .types import Found, View
 
-NAN: tl.constexpr = tl.constexpr(0x7FC00000)  # as int32: above every number
-LAST: tl.constexpr = tl.constexpr(2**31 - 1)  # no key is further
-NOTHING: tl.constexpr = tl.constexpr(-(2**63))  # less than any score with its key
-NO_SCORE: tl.constexpr = tl.constexpr(-(2**31))  # in the place of a score: less than -inf
+NAN: tl.constexpr = tl.constexpr(0x7FC00000)  # as int32; above every number
+LAST: tl.constexpr = tl.constexpr(2**31 - 1)  # no key is larger
+NOTHING: tl.constexpr = tl.constexpr(-(2**63))  # less than any packed score
+NO_SCORE: tl.constexpr = tl.constexpr(-(2**31))  # in place of a score; less than -inf
 FAR: tl.constexpr = tl.constexpr(1000.0)  # exp(-FAR) is 0, and FAR times 0 is 0
 
 
 class Rows(NamedTuple):
-    """A tile of query rows at m, and what a step of its sweep over the keys, of their head h, asks for."""
+    """The context of row_statistics_kernel's sweep: a tile of query rows at m, and all that a step over keys of head h
+    reads."""
 
-    q: Any
+    q: Any  # [BLOCK_M, BLOCK_D]
     m: Any
     k: View
     k_head: Any
@@ -47,7 +48,7 @@ class Rows(NamedTuple):
     plane: Plane
     reach: Reach
     found: Found
-    bound: Any
+    bound: Any  # [BLOCK_M]
     D: Any
     BLOCK_D: Any
     PRECISION: Any
@@ -56,7 +57,7 @@ class Rows(NamedTuple):
 @triton.jit
 def logits(plane, s, see, m, n, TRANSPOSED: tl.constexpr):
     """The scores of products s; -inf where a row may not see a key."""
-    x = value(plane, s, saturation(plane, s), m, n, TRANSPOSED)
+    x = value(plane, s, saturation(plane, s), m, n, TRANSPOSED)  # [BLOCK_M, BLOCK_N]
     if see is not None:
         x = tl.where(see, x, float("-inf"))
     return x
@@ -64,11 +65,11 @@ def logits(plane, s, see, m, n, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def share(plane, x, shift, part):
-    """Weights of scores x, from their row's shift and 1 / d; 0 where x is -inf, in a row of NaN too."""
+    """Weights of scores x, given shift and 1 / d of their rows. 0 where x is -inf, even in a row of NaN."""
     if plane.score.sigmoid:
-        p = sigmoid(x)
+        p = sigmoid(x)  # [BLOCK_M, BLOCK_N]
     else:
-        p = tl.exp2((x - shift) * LOG2E) * part
+        p = tl.exp2((x - shift) * LOG2E) * part  # [BLOCK_M, BLOCK_N]
     return tl.where(x == float("-inf"), 0.0, p)
 
 
@@ -77,47 +78,48 @@ def share(plane, x, shift, part):
 
 @triton.jit
 def packed(x, n):
-    """Scores [BLOCK_M, BLOCK_N] of the keys from n on as int64; NOTHING for -inf."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # one zero
-    order = tl.where(x != x, NAN, bits ^ ((bits >> 31) & LAST))
-    keys = LAST - n - tl.arange(0, x.shape[1])
+    """Scores [BLOCK_M, BLOCK_N] with their keys, from n on, as int64; NOTHING for -inf."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
+    order = tl.where(x != x, NAN, bits ^ ((bits >> 31) & LAST))  # [BLOCK_M, BLOCK_N]
+    keys = LAST - n - tl.arange(0, x.shape[1])  # [BLOCK_N]
     return tl.where(x == float("-inf"), NOTHING, (order.to(tl.int64) << 32) + keys[None, :].to(tl.int64))
 
 
 @triton.jit
 def unpacked(best):
-    """(score, key); -inf and -1 in the place of nothing."""
-    order = (best >> 32).to(tl.int32)
+    """(score, key); -inf and -1 for NOTHING."""
+    order = (best >> 32).to(tl.int32)  # [BLOCK_M, BLOCK_K]
     bits = order ^ ((order >> 31) & LAST)
     missing = order == NO_SCORE
-    x = tl.where(missing, float("-inf"), bits.to(tl.float32, bitcast=True))
+    x = tl.where(missing, float("-inf"), bits.to(tl.float32, bitcast=True))  # [BLOCK_M, BLOCK_K]
     return x, tl.where(missing, -1, LAST - (best & LAST).to(tl.int32))
 
 
 @triton.jit
 def nobody(BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_M, BLOCK_K] of no score, no two alike."""
+    """[BLOCK_M, BLOCK_K] of distinct empty entries."""
     return tl.zeros([BLOCK_M, BLOCK_K], tl.int64) + (NOTHING + 1) + tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
 
 
 @triton.jit
 def admit(best, keys):
-    """What is above the least of best [BLOCK_M, BLOCK_K] takes its place, as long as a row has some."""
-    least, most = tl.min(best, 1), tl.max(keys, 1)
+    """Merge keys [BLOCK_M, BLOCK_N] into best [BLOCK_M, BLOCK_K]: while a row has an entry above the least of its best,
+    that entry replaces it."""
+    least, most = tl.min(best, 1), tl.max(keys, 1)  # [BLOCK_M]
     while tl.max((most > least).to(tl.int32), 0) > 0:
         best = tl.where((best == least[:, None]) & (most > least)[:, None], most[:, None], best)
         keys = tl.where(keys == most[:, None], NOTHING, keys)
-        least, most = tl.min(best, 1), tl.max(keys, 1)
+        least, most = tl.min(best, 1), tl.max(keys, 1)  # [BLOCK_M]
     return best
 
 
 @triton.jit
 def descending(best, BLOCK_K: tl.constexpr):
-    """Each row in order."""
+    """Sort each row in descending order."""
     found = best
-    slots = tl.arange(0, BLOCK_K)[None, :]
+    slots = tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
     for slot in tl.range(0, BLOCK_K):
-        most = tl.max(best, 1)[:, None]
+        most = tl.max(best, 1)[:, None]  # [BLOCK_M, 1]
         found = tl.where(slots == slot, most, found)
         best = tl.where(best == most, NOTHING, best)
     return found
@@ -128,21 +130,21 @@ def descending(best, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def observe(c, state, s, n, MASKED: tl.constexpr):
-    """Remember the keys of the tile at n."""
-    m_i, l_i, t_i, top, nan, best = state
-    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    """Add the tile of keys at n to the state."""
+    m_i, l_i, t_i, top, nan, best = state  # [BLOCK_M] each, but best [BLOCK_M, BLOCK_K]
+    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)  # [BLOCK_M, BLOCK_N]
     if c.found.max_logit is not None:
         top = tl.maximum(top, tl.max(x, 1))
         nan = tl.maximum(nan, tl.max((x != x).to(tl.int32), 1))
     if c.found.indices is not None:
-        keys = packed(x, n)
+        keys = packed(x, n)  # [BLOCK_M, BLOCK_N]
         if c.bound is not None:
             keys = tl.where(keys < c.bound[:, None], keys, NOTHING)
         best = admit(best, keys)
     if c.found.weighs:
-        p, alpha, peak, total = update(m_i, l_i, x, None, LOG2E)
+        p, alpha, peak, total = update(m_i, l_i, x, None, LOG2E)  # [BLOCK_M, BLOCK_N], then [BLOCK_M] each
         if c.found.entropy is not None:
-            rise = tl.where(l_i == 0.0, 0.0, (peak - m_i) * l_i)
+            rise = tl.where(l_i == 0.0, 0.0, (peak - m_i) * l_i)  # [BLOCK_M]
             t_i = alpha * (t_i + rise) + tl.sum(p * tl.minimum(peak[:, None] - x, FAR), 1)
         m_i, l_i = peak, total
     return m_i, l_i, t_i, top, nan, best
@@ -150,8 +152,8 @@ def observe(c, state, s, n, MASKED: tl.constexpr):
 
 @triton.jit
 def denominator(m_i, l_i, sink, h):
-    """(c, shift, d): the row's maximum, -inf where it has seen nothing; what the others are relative to; and the sum of
-    all weights, a sink's too."""
+    """(c, shift, d) [BLOCK_M]: the row maximum, -inf if the row has seen nothing; the reference of exponentials, the
+    larger of c and the sink; and the sum of all weights exp(x - shift), the sink's included."""
     c = tl.where(l_i == 0.0, float("-inf"), m_i)
     top = c
     if sink is not None:
@@ -170,11 +172,11 @@ def row_statistics_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, mask: View; sink: pointer (Hq,); found: Found. Places FIRST to FIRST + BLOCK_K of TOP are written."""
+    """q, k, mask: Views; sink: pointer (Hq,); found: Found. Writes ranks FIRST to FIRST + BLOCK_K of TOP."""
     at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
     m = at.tile * BLOCK_M
-    rows = m + tl.arange(0, BLOCK_M)
-    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)
+    rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)  # [BLOCK_M]
     reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
     mine = row_base(at) + rows
     inside = rows < at.M
@@ -183,9 +185,10 @@ def row_statistics_kernel(
         bound = tl.load(found.bound + mine, mask=inside, other=0)
 
     own = parameters(score, mask, at.b, at.h)
-    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, inside, BLOCK_M, D, BLOCK_D)
+    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, inside, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     m_i, l_i, _ = init(BLOCK_M, 1)
     zero = tl.zeros([BLOCK_M], tl.float32)
+    # [BLOCK_M] each, but best [BLOCK_M, BLOCK_K]
     m_i, l_i, t_i, top, nan, best = sweep(
         issue, observe,
         Rows(
@@ -198,7 +201,7 @@ def row_statistics_kernel(
         reach, BLOCK_N, False,
     )  # fmt: skip
 
-    # In a full tile rows that see nothing have had no mask.
+    # Full tiles have no mask, so rows that see nothing have accumulated too.
     some = lo < hi
     if found.max_logit is not None:
         top = tl.where(nan > 0, float("nan"), top)
@@ -218,12 +221,13 @@ def row_statistics_kernel(
             tl.store(found.part + mine, part, mask=inside)
     if found.indices is not None:
         best = descending(best, BLOCK_K)
-        x, key = unpacked(best)
+        x, key = unpacked(best)  # [BLOCK_M, BLOCK_K]
         x = tl.where(some[:, None], x, float("-inf"))
-        slots = FIRST + tl.arange(0, BLOCK_K)[None, :]
-        places = mine[:, None] * TOP + slots
-        wanted = inside[:, None] & (slots < TOP)
+        slots = FIRST + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
+        places = mine[:, None] * TOP + slots  # [BLOCK_M, BLOCK_K]
+        wanted = inside[:, None] & (slots < TOP)  # [BLOCK_M, BLOCK_K]
         tl.store(found.indices + places, tl.where(some[:, None], key, -1).to(tl.int64), mask=wanted)
+        # [BLOCK_M, BLOCK_K]
         p = share(Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N), x, shift[:, None], part[:, None])
         tl.store(found.weights + places, p, mask=wanted)
         if found.next is not None:
@@ -234,9 +238,9 @@ def row_statistics_kernel(
 
 
 class Keys(NamedTuple):
-    """A tile of keys at n, and what a step of its sweep over one head's rows asks for."""
+    """The context of key_mass_kernel's sweep: a tile of keys at n, and all that a step over one head's rows reads."""
 
-    k: Any
+    k: Any  # [BLOCK_N, BLOCK_D]
     n: Any
     q: View
     q_head: Any
@@ -251,7 +255,7 @@ class Keys(NamedTuple):
 
 @triton.jit
 def issue_rows(c, m, MASKED: tl.constexpr):
-    """The products of the rows at m, [BLOCK_N, BLOCK_M]."""
+    """The products [BLOCK_N, BLOCK_M] of the keys with the rows at m."""
     if c.plane.score.additive is not None:
         return additive(c.plane, m, c.n, True)
     else:
@@ -261,12 +265,12 @@ def issue_rows(c, m, MASKED: tl.constexpr):
 
 @triton.jit
 def collect(c, mass, s, m, MASKED: tl.constexpr):
-    """Add what the rows of the tile at m give to the keys."""
-    x = logits(c.plane, s, visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)
+    """Add the weights of the tile of rows at m to the keys' sums."""
+    x = logits(c.plane, s, visible(c.reach, c.plane, m, c.n, MASKED, True), m, c.n, True)  # [BLOCK_N, BLOCK_M]
     shift = tl.zeros([c.plane.BLOCK_M], tl.float32)
     part = shift
     if c.shift is not None:
-        rows = m + tl.arange(0, c.plane.BLOCK_M)
+        rows = m + tl.arange(0, c.plane.BLOCK_M)  # [BLOCK_M]
         at = row_base(c.plane.at) + rows
         shift = tl.load(c.shift + at, mask=rows < c.plane.at.M, other=0.0)
         part = tl.load(c.part + at, mask=rows < c.plane.at.M, other=0.0)
@@ -279,14 +283,17 @@ def key_mass_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """span: of keys over rows. shift, part: pointers (B, Hq, M), None for a sigmoid; key_mass: pointer (B, Hq, N)."""
+    """span: transposed, of keys over rows. shift, part: pointers (B, Hq, M), None for a sigmoid. key_mass: pointer (B,
+    Hq, N)."""
     at = owner(ragged, tl.program_id(0), tl.cdiv(N, BLOCK_N), M, N, HEADS, BATCHED_HEADS, WAVE, False)
     n = at.tile * BLOCK_N  # under a causal mask the first keys take longest
-    keys = n + tl.arange(0, BLOCK_N)
-    lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)
+    keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)  # [BLOCK_N]
     seen = lo < hi
     reach = listed(span, visit(lo, hi, at.M, BLOCK_M), at)
+    # [BLOCK_N, BLOCK_D]
     k_tile = load_rows(k, start_pointer(k, at, at.h // GROUP, at.key), n, seen, BLOCK_N, D, BLOCK_D)
+    # [BLOCK_N]
     mass = sweep(
         issue_rows, collect,
         Keys(
@@ -303,9 +310,10 @@ def key_mass_kernel(
 
 
 class Shown(NamedTuple):
-    """A tile of rows at m, their shift and part, where their weights go, and what a step of the sweep asks for."""
+    """The context of map_kernel's sweeps: a tile of rows at m, their shift and 1 / d, the pointers to their weights,
+    and all that a step over the keys reads."""
 
-    q: Any
+    q: Any  # [BLOCK_M, BLOCK_D]
     m: Any
     k: View
     k_head: Any
@@ -314,10 +322,10 @@ class Shown(NamedTuple):
     h: Any
     plane: Plane
     reach: Reach
-    shift: Any
-    part: Any
-    ptrs: Any
-    chosen: Any
+    shift: Any  # [BLOCK_M]
+    part: Any  # [BLOCK_M]
+    ptrs: Any  # [BLOCK_M]
+    chosen: Any  # [BLOCK_M]
     D: Any
     BLOCK_D: Any
     PRECISION: Any
@@ -325,10 +333,10 @@ class Shown(NamedTuple):
 
 @triton.jit
 def show(c, state, s, n, MASKED: tl.constexpr):
-    """Store the weights of the tile at n."""
-    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
-    p = share(c.plane, x, c.shift[:, None], c.part[:, None])
-    cols = tl.arange(0, c.plane.BLOCK_N)[None, :]
+    """Store the weights of the tile of keys at n."""
+    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)  # [BLOCK_M, BLOCK_N]
+    p = share(c.plane, x, c.shift[:, None], c.part[:, None])  # [BLOCK_M, BLOCK_N]
+    cols = tl.arange(0, c.plane.BLOCK_N)[None, :]  # [1, BLOCK_N]
     tl.store(c.ptrs[:, None] + (n + cols), p, mask=c.chosen[:, None] & (cols < c.plane.at.N - n))
     return state
 
@@ -339,24 +347,26 @@ def map_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """tiles, slots, heads: int32 pointers (TILES,), (TILES, BLOCK_M), (SHOWN_HEADS,): the tiles that hold chosen rows,
-    which row of out (B, SHOWN_HEADS, SHOWN_ROWS, N) each of their rows is, -1 for none, and which heads are shown."""
+    """out: pointer (B, SHOWN_HEADS, SHOWN_ROWS, N). tiles: int32 pointer (TILES,), the tiles that hold chosen rows.
+    slots: (TILES, BLOCK_M), which row of out each row of a tile is, -1 for none. heads: (SHOWN_HEADS,), the chosen
+    heads."""
     turn = tl.program_id(0) % TILES
     shown = tl.program_id(0) // TILES  # in B x SHOWN_HEADS
     h = tl.load(heads + shown % SHOWN_HEADS)
     at = place(None, shown // SHOWN_HEADS, h, tl.load(tiles + turn), M, N, HEADS)
     m = at.tile * BLOCK_M
-    slot = tl.load(slots + turn * BLOCK_M + tl.arange(0, BLOCK_M))
-    rows = m + tl.arange(0, BLOCK_M)
-    lo, hi = interval(span, at.b, rows, M, N, at.shift)
+    slot = tl.load(slots + turn * BLOCK_M + tl.arange(0, BLOCK_M))  # [BLOCK_M]
+    rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    lo, hi = interval(span, at.b, rows, M, N, at.shift)  # [BLOCK_M]
     reach = listed(span, visit(lo, hi, N, BLOCK_N), at)
     own = parameters(score, mask, at.b, h)
-    q_tile = load_rows(q, start_pointer(q, at, h, at.row), m, rows < M, BLOCK_M, D, BLOCK_D)
+    q_tile = load_rows(q, start_pointer(q, at, h, at.row), m, rows < M, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     k_head = start_pointer(k, at, h // GROUP, at.key)
     shift = tl.zeros([BLOCK_M], tl.float32)
     part = shift
     if not score.sigmoid:
         m_i, l_i, _ = init(BLOCK_M, 1)
+        # [BLOCK_M]
         m_i, l_i = sweep(
             issue, weigh,
             Shown(
@@ -367,9 +377,9 @@ def map_kernel(
             ),
             (m_i, l_i), reach, BLOCK_N, False,
         )  # fmt: skip
-        c, shift, d = denominator(m_i, l_i, sink, h)
+        c, shift, d = denominator(m_i, l_i, sink, h)  # [BLOCK_M]
         part = tl.where(c == float("-inf"), 0.0, 1.0 / d)
-    ptrs = out + (shown.to(tl.int64) * SHOWN_ROWS + slot) * N
+    ptrs = out + (shown.to(tl.int64) * SHOWN_ROWS + slot) * N  # [BLOCK_M]
     sweep(
         issue, show,
         Shown(
@@ -384,8 +394,8 @@ def map_kernel(
 
 @triton.jit
 def weigh(c, state, s, n, MASKED: tl.constexpr):
-    """The maximum and the sum of weights, with the tile at n."""
+    """Add the tile of keys at n to the maximum and the sum of weights."""
     m_i, l_i = state
-    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)
+    x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)  # [BLOCK_M, BLOCK_N]
     _, _, m_i, l_i = update(m_i, l_i, x, None, LOG2E)
     return m_i, l_i

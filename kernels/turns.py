@@ -1,7 +1,7 @@
-"""Whose tile comes when, of sequences behind one another: a key for each turn, which `memory.owner` takes apart.
+"""Longest-first tile schedule for packed (varlen) batches: one sort key per program, decoded by `memory.owner`.
 
-A key holds how much a tile sees, the sequence and the tile, so that keys sorted downwards are turns with the longest
-first, and the kernels that take them need nothing else. Turns for which there is no tile have tile NONE of sequence 0.
+From the highest bits down, a key holds how many keys the tile sees, the sequence and the tile. Sorted in descending
+order, the longest tiles come first. Entries without a tile hold sequence 0 and tile NONE.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .memory import BITS, NONE, number
 
-GRAIN: tl.constexpr = tl.constexpr(64)  # keys that make a difference; 18 bits of them are 2**24 keys
+GRAIN: tl.constexpr = tl.constexpr(64)  # unit of the number of visible keys; 18 bits of it hold 2**24 keys
 MOST: tl.constexpr = tl.constexpr(2**18 - 1)
 
 
@@ -17,23 +17,26 @@ MOST: tl.constexpr = tl.constexpr(2**18 - 1)
 def turns_kernel(
     own, other, left, right, aligned, keys, TURNS, BATCH, BLOCK, CHUNK: tl.constexpr, SEQUENCES: tl.constexpr
 ):
-    """own, other: pointers to int32 (BATCH + 1), where the sequences begin whose tiles of BLOCK these are, and those
-    that they look at; left, right, aligned: as in Span and Ragged. keys: int64 (TURNS,). Grid: chunks of turns."""
-    turn = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    b = tl.zeros([CHUNK], tl.int32)
-    first = tl.zeros([CHUNK], tl.int32)
+    """own: pointer to int32 (BATCH + 1), cumulative lengths of the sequences whose tiles of BLOCK are scheduled; other:
+    of those that they attend to. left, right, aligned: as in Span and Ragged. keys: pointer to int64 (TURNS), written.
+
+    Grid: (chunks of CHUNK entries).
+    """
+    turn = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+    b = tl.zeros([CHUNK], tl.int32)  # [CHUNK], the sequence
+    first = tl.zeros([CHUNK], tl.int32)  # [CHUNK], tiles of the sequences before it
     total = BATCH * 0
     for start in tl.range(0, BATCH, SEQUENCES):
-        index = start + tl.arange(0, SEQUENCES)
-        begin = tl.load(own + index, mask=index < BATCH, other=0)
-        count = tl.cdiv(tl.load(own + index + 1, mask=index < BATCH, other=0) - begin, BLOCK)
-        ends = total + tl.cumsum(count, 0)
-        ended = (ends[None, :] <= turn[:, None]) & (index < BATCH)[None, :]
+        index = start + tl.arange(0, SEQUENCES)  # [SEQUENCES]
+        begin = tl.load(own + index, mask=index < BATCH, other=0)  # [SEQUENCES]
+        count = tl.cdiv(tl.load(own + index + 1, mask=index < BATCH, other=0) - begin, BLOCK)  # [SEQUENCES], tiles
+        ends = total + tl.cumsum(count, 0)  # [SEQUENCES]
+        ended = (ends[None, :] <= turn[:, None]) & (index < BATCH)[None, :]  # [CHUNK, SEQUENCES]
         b += tl.sum(ended.to(tl.int32), 1)
         first = tl.maximum(first, tl.max(tl.where(ended, ends[None, :], 0), 1))
         total += tl.sum(count, 0)
     b = tl.minimum(b, BATCH - 1)
-    tile = turn - first
+    tile = turn - first  # [CHUNK]
     length = tl.load(own + b + 1) - tl.load(own + b)
     limit = tl.load(other + b + 1) - tl.load(other + b)
     shift = (limit - length) * number(aligned)
@@ -43,6 +46,6 @@ def turns_kernel(
         lo = tl.maximum(tile * BLOCK + (shift + number(left)), 0)
     if right is not None:
         hi = tl.minimum(hi, tl.minimum(tile * BLOCK + BLOCK, length) + (shift + number(right)))
-    seen = tl.minimum(tl.cdiv(tl.maximum(hi - lo, 0), GRAIN), MOST)
-    key = (((seen.to(tl.int64) << BITS) + b) << BITS) + tile
+    seen = tl.minimum(tl.cdiv(tl.maximum(hi - lo, 0), GRAIN), MOST)  # [CHUNK]
+    key = (((seen.to(tl.int64) << BITS) + b) << BITS) + tile  # [CHUNK]
     tl.store(keys + turn, tl.where(turn < total, key, NONE), mask=turn < TURNS)

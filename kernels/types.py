@@ -1,23 +1,26 @@
-"""The nouns that cross the border between host and device.
+"""The tuples that the host passes to the kernels.
 
-What is absent is None, and vanishes at compile time. Two faults of triton 3.6 shape these tuples. It cannot tell if a
-tuple `is None` when there is a None inside, so View, Scalar, Vector and Dropout hold none. And it forgets the constants
-of a tuple inside a tuple, unless a constant follows in the outer one, so what holds Views ends in a constant.
+An absent option is None and vanishes at compile time. Integers travel encoded, as 4 * x + 3, and `memory.number`
+decodes them. The reason: Triton specialises the integers of a tuple on being 1 and on divisibility by 16, whatever the
+kernel's do_not_specialize says, so a stride that depends on a length would compile anew for each length. 4 * x + 3 is
+never 1 and never divisible.
 
-Triton specialises the integers of a tuple on being 1 and on divisibility by 16, whatever the kernel's own marks say,
-so a length that shows in a stride would compile anew. Integers here therefore travel as codes, 4 * x + 3: never 1,
-never divisible, for every x. `memory.number` reads them.
+Two faults of triton 3.6 shape these tuples:
+- `x is None` is wrong for a tuple with a None inside, so View, Scalar, Vector and Dropout hold none.
+- The constants of a nested tuple are lost unless a constant follows in the outer one, so tuples that hold Views end in
+  a constant.
 """
 
 from typing import Any, NamedTuple
 
 
 class View(NamedTuple):
-    """A tensor (batch, head, row, column). strides: one code a dim, in `unit` elements.
+    """A tensor (batch, head, row, column).
 
-    unit: elements in 16 bytes where the pointer and every stride allow it, else 1; the kernel multiplies, which is how
-    the compiler learns that rows are aligned. rows: 0 where all are the same one, else 1. columns: 0 likewise, 1 where
-    they are adjacent, 2 where they are apart. wide: offsets inside a tile need int64.
+    strides: one per dimension, encoded, in units of `unit` elements. unit: the elements in 16 bytes if the pointer and
+    every stride allow it, else 1; the kernel multiplies by it, which tells the compiler that rows are aligned.
+    rows: 0 if the stride of rows is 0, else 1. columns: 0 if their stride is 0, 1 if they are contiguous, 2 if they are
+    strided. wide: offsets inside a tile need int64.
     """
 
     ptr: Any
@@ -29,7 +32,7 @@ class View(NamedTuple):
 
 
 class Scalar(NamedTuple):
-    """A number; or, when pointer, a pointer to numbers, with the codes of its batch and head strides."""
+    """A number, or, if `pointer`, a pointer to one number per (batch, head). strides: of batch and head, encoded."""
 
     value: Any
     strides: tuple
@@ -37,14 +40,14 @@ class Scalar(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """int32 (batch, index), with the code of its batch stride."""
+    """int32 (batch, index). stride: of the batch, encoded."""
 
     ptr: Any
     stride: Any
 
 
 class Blocks(NamedTuple):
-    """bool (batch, head, block of x, block of y), with the codes of its strides and of the two sizes of a block."""
+    """bool (batch, head, block of x, block of y). strides, sizes (of a block, in x and in y): encoded."""
 
     ptr: Any
     strides: tuple
@@ -52,25 +55,30 @@ class Blocks(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """bool (batch, row, key), with the codes of its strides."""
+    """bool (batch, row, key). strides: encoded."""
 
     ptr: Any
     strides: tuple
 
 
 class Table(NamedTuple):
-    """int32 (batch, head, tile of x, 2 + tiles of y), with the codes of three strides: how many tiles of y are partial,
-    how many are full, and which: the partial ones first. Where a kernel visits all tiles in order, what each is
-    instead: 0 where it is not visited."""
+    """A block mask: int32 (batch, head, tile of x, 2 + tiles of y). strides: the first three, encoded.
+
+    For each tile of x: the number of partial tiles of y, the number of full ones, then their indices, the partial ones
+    first. A kernel that goes through all tiles in order gets one flag per tile instead of indices: 0 means skip.
+    """
 
     ptr: Any
     strides: tuple
 
 
 class Ragged(NamedTuple):
-    """Sequences behind one another. q, k: pointers to int32 (B + 1), where each begins and the last one ends. turns: to
-    int64 keys of whose tile comes when, which every head takes; see turns.py. aligned: the code of 1 where each one's
-    diagonal ends at its last row and key, else of 0."""
+    """A packed (varlen) batch: all sequences in one batch entry, one after another.
+
+    q, k: pointers to int32 (B + 1), cumulative lengths of queries and keys. turns: pointer to the tile schedule, int64
+    sort keys shared by all heads; see turns.py. aligned: 1 if the diagonal of each sequence ends at its last row and
+    key (bottom right), else 0; encoded.
+    """
 
     q: Any
     k: Any
@@ -79,12 +87,13 @@ class Ragged(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Index x may see y where x + left <= y <= x + right and lo[x] <= y < hi[x]; see `fused_attn.Mask`.
+    """Index x may attend to y if x + left <= y <= x + right and lo[x] <= y < hi[x]; see `fused_attn.Mask`.
 
-    sinks: y below it may be seen whatever left says. ids, others: Vectors of x's and of y's ids, which must be equal;
-    blocks: Blocks that must be allowed; table: which tiles to visit; tree: a Tree, which of the last M keys a row sees,
-    where decoding asks. x is a row and y a key; for the key-major kernel
-    the host passes the transpose, with x a key and y a row.
+    x is a query and y a key. For key-major kernels the host passes the transpose: x is a key and y a query.
+
+    left, right, sinks: encoded integers; y < sinks is visible whatever left says. lo, hi: Vectors. ids, others: Vectors
+    of the ids of x and of y, which must be equal. blocks: Blocks, which must be true. table: a Table of the tiles to
+    visit. tree: a Tree, which of the last M keys a row sees; decoding only.
     """
 
     left: Any = None
@@ -100,12 +109,13 @@ class Span(NamedTuple):
 
 
 class Additive(NamedTuple):
-    """What additive scores are made of. Features are float32 (heads, features, index): a row of memory for each.
+    """The operands of an additive score. Features are float32 (heads, features, index), so each one is contiguous.
 
-    weights: pointer to (Hq or 1, features); stride: the code of that of its heads. q, k: pointers to the features of
-    queries and keys, rows `pitch` blocks of 16 apart, a code; q_exp, k_exp: to exp(2 q) and exp(2 k) likewise; q_peaks,
-    k_peaks: to the largest |feature| of each block of 16. features: their count, made even by one of zeros. pairs: the
-    exponentials are there. group: query heads for a key-value head. fast: reciprocals are the hardware's.
+    weights: pointer to (Hq or 1, features); stride: of its heads, encoded.
+    q, k: pointers to the features of queries and keys; q_exp, k_exp: to exp(2 q) and exp(2 k) in the same layout.
+    q_peaks, k_peaks: pointers to the largest |feature| of each block of 16 indices. q_pitch, k_pitch: from one feature
+    to the next, in blocks of 16, encoded. features: their count, made even by a feature of zeros. pairs: the
+    exponentials are there. group: query heads per key-value head. fast: use the hardware's approximate reciprocal.
     """
 
     weights: Any
@@ -125,13 +135,12 @@ class Additive(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What turns a product into a score: scale, softcap, bias (a View), ALiBi slopes and the diagonal they see; and
-    rows and keys, pointers to float32 (B, Hq, M) and (B, Hq, N), added to the product times the scale. additive: what
-    the product is made of where it is no dot product. offset is also None where rows know where they stand.
+    """How a product becomes a score: scale, softcap, bias (a View), ALiBi slopes and the offset of their diagonal.
 
-    sigmoid: what turns a score into a weight is a sigmoid, not a softmax. folds: the scale is known to be positive and
-    finite, and nothing follows it, so the largest product is the largest score, and the kernels multiply inside the
-    exponential.
+    offset: encoded, or None if rows carry their own positions. rows, keys: pointers to float32 (B, Hq, M) and
+    (B, Hq, N), added to product * scale. additive: an Additive, or None for dot products. sigmoid: a weight is
+    sigmoid(score) instead of a softmax. folds: the scale is positive and finite and no modifier follows it, so the
+    largest product is the largest score, and the kernels multiply by the scale inside the exponential.
     """
 
     scale: Scalar
@@ -147,7 +156,8 @@ class Score(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Where keys lie: int32 (batch, entry), with the code of its batch stride, names a page of `size` keys for each."""
+    """The page table of a paged cache: int32 (batch, entry), each entry a page of `size` keys. stride: of the batch,
+    encoded."""
 
     ptr: Any
     stride: Any
@@ -155,8 +165,11 @@ class Pages(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """What each sequence of a batch has in a cache, pointers to int32 (batch,) or None: lengths, its keys, to which
-    `added`, a code, come; index, which row of the cache it has; leftpad, its first key."""
+    """The sequences of a cache, pointers to int32 (batch,) or None.
+
+    lengths: keys in the cache, without the `added` new ones (encoded). index: the row of the cache. leftpad: the first
+    key that is no padding.
+    """
 
     lengths: Any
     index: Any
@@ -165,8 +178,11 @@ class Sequences(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Pointers to the states of parts of the keys, float32: acc (batch * Hkv, part, row, column), values summed with
-    weights exp(score - peak); and, (.., row), peak, the part's largest score, a natural logit, and the weights' sum."""
+    """Partial states of split-KV decoding, pointers to float32.
+
+    acc (batch * Hkv, part, row, column): the sum of exp(score - peak) v. peak, sum (batch * Hkv, part, row): the part's
+    largest score, a natural logit, and the sum of exp(score - peak).
+    """
 
     acc: Any
     peak: Any
@@ -174,7 +190,10 @@ class Parts(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """cos and sin, Views (1, 1, position, half) of so many positions, a code, for the first 2 * half dims."""
+    """cos, sin: Views (1, 1, position, half), of `positions` (encoded) positions, for the first 2 * half dims.
+
+    interleaved: dims 2 d and 2 d + 1 are a pair; else d and d + half are.
+    """
 
     cos: Any
     sin: Any
@@ -184,7 +203,8 @@ class Rotary(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """rng: pointer to int64 seed and offset. threshold: of the 32-bit word, less 2**31. rescale: of a survivor."""
+    """rng: pointer to int64 seed and offset. threshold: a weight is kept if its 32-bit word, less 2**31, is at least
+    this. rescale: the factor of kept weights."""
 
     rng: Any
     threshold: Any
@@ -192,10 +212,13 @@ class Dropout(NamedTuple):
 
 
 class Normaliser(NamedTuple):
-    """Where the forward leaves what it knows of each row's denominator, pointers to (B, Hq, M) float32: lse, its
-    natural log; and what lse is the sum of, apart, for the backward: peak, the largest score, in the units in which the
-    loop compares scores (products where the scale is folded into the exponential), and log_sum, the natural log of the
-    sum of exp(score - peak), the sink included. A row that sees nothing has peak 0."""
+    """What the forward writes about each row's denominator, pointers to float32 (B, Hq, M).
+
+    lse: its natural log, the sink included. peak, log_sum: the two numbers whose sum is lse, kept apart for the
+    backward. peak is the largest score, in the units in which the loop compares scores (unscaled products if the scale
+    is folded into the exponential); log_sum is the natural log of the sum of exp(score - peak), the sink included.
+    A fully masked row has peak 0.
+    """
 
     lse: Any
     peak: Any
@@ -203,16 +226,18 @@ class Normaliser(NamedTuple):
 
 
 class RowNumbers(NamedTuple):
-    """What the backward knows of each row, pointers to (B, Hq, M). normaliser: two float32 in an int64, see
-    `numerics.pair`: peak, as the forward left it, and log_sum in base 2, +inf for a row that sees nothing; delta:
-    float32, what is subtracted from the gradient of a weight."""
+    """What the backward reads of each row, pointers to (B, Hq, M).
+
+    normaliser: int64, two float32 (see `numerics.pair`): peak, as the forward wrote it, and log_sum in base 2, +inf for
+    a fully masked row. delta: float32, subtracted from the gradient of a weight.
+    """
 
     normaliser: Any
     delta: Any
 
 
 class RowBoxes(NamedTuple):
-    """The same for sm_90, which copies each in boxes: pointers to float32."""
+    """The same for sm_90, where TMA copies each in boxes: pointers to float32."""
 
     peak: Any
     log2_sum: Any
@@ -220,7 +245,7 @@ class RowBoxes(NamedTuple):
 
 
 class KeyGradients(NamedTuple):
-    """What the key-major kernel is asked for. dk, dv: View. sums: pointer to column sums of dx (B, Hq, N) float32."""
+    """Outputs asked of dkdv_kernel. dk, dv: Views. sums: pointer to column sums of dx, float32 (B, Hq, N)."""
 
     dk: Any = None
     dv: Any = None
@@ -229,13 +254,15 @@ class KeyGradients(NamedTuple):
 
 
 class AdditiveGradients(NamedTuple):
-    """What the backward of additive scores is asked for.
+    """Outputs asked of the backward of additive scores, and its scratch memory.
 
-    dv, bias: View, the second dense. columns, scale, softcap, slopes: pointers to column sums (B, Hq, N), of dx and of
-    what it gives those parameters. rows: pointer to row sums of dx (B, Hq, M), zeros before. dq, dk: pointers to
-    features like those of q and k, zeros before; dw: to (B * Hq, tiles of keys, features), zeros before; stage: to
-    (programs, features, BLOCK_M), for one tile's part of dq. ticket: the next program's number; turns:
-    for each head and tile of rows, the tile of keys that may add to it. Both are zeros before.
+    dv, bias: Views, the second dense. columns, scale, softcap, slopes: pointers to (B, Hq, N), column sums of dx and of
+    the gradients of these parameters. rows: pointer to row sums of dx (B, Hq, M). dq, dk: pointers to features in the
+    layout of those of q and k. dw: pointer to (B * Hq, tiles of keys, features). rows, dq, dk and dw start as zeros.
+
+    ticket: pointer to the next program's ticket. turns: pointer to one counter per head and tile of rows, the tile of
+    keys that may add to it next. Both start as zeros. stage: pointer to (programs, features, BLOCK_M), the part of dq
+    that comes from one tile.
     """
 
     ticket: Any
@@ -255,8 +282,8 @@ class AdditiveGradients(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What the row-major kernel is asked for. dq, bias: View, the second dense. The others: pointers to row sums,
-    `sums` to those of dx itself."""
+    """Outputs asked of dq_kernel. dq, bias: Views, the second dense. The others: pointers to row sums (B, Hq, M);
+    `sums` is that of dx itself."""
 
     dq: Any = None
     bias: Any = None
@@ -268,9 +295,12 @@ class RowGradients(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the row-major statistics kernel is asked for: pointers to (B, Hq, M), float32. shift and part are what the
-    key-major kernel weighs with; indices (int64) and weights are (B, Hq, M, k). bound, int64: only what is less is
-    ranked; next: the bound of who ranks on. weighs: whether anything asks for weights, which a sigmoid has without."""
+    """Outputs asked of row_statistics_kernel: pointers to float32 (B, Hq, M) unless noted.
+
+    max_logit, entropy. shift, part: what key_mass_kernel needs to compute weights. indices (int64), weights:
+    (B, Hq, M, k), the largest weights and their keys. bound: int64; only scores below it are ranked. next: int64, the
+    bound for the next round. weighs: some output needs a softmax's denominator.
+    """
 
     max_logit: Any = None
     entropy: Any = None
