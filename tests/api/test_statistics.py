@@ -32,6 +32,7 @@ from fused_attn.launch import portable
 from fused_attn.spec import Statistics
 from fused_attn.statistics import leading
 from fused_attn.tuning import Config
+from tests.backends.test_parity import varies_memory
 
 BACKENDS = ("reference", "tiled", "triton")
 ALL = {"key_mass": True, "entropy": True, "max_logit": True, "top_k": 3}
@@ -88,11 +89,14 @@ JUDGED = [
 
 @pytest.mark.parametrize(("name", "dtype"), JUDGED)
 def test_every_case(name: str, dtype: torch.dtype) -> None:
-    """Each backend that takes the case, which only float64 stops. Most cases are interpreted in larger tiles."""
+    """Each backend that takes the case; only float64 is refused. Most cases are interpreted in larger tiles.
+
+    The reference is its own oracle: it is judged only where its inputs differ from the oracle's dense ones.
+    """
     core, large = "core" in CASES[name].tags, Config(128, 128, 1, 1)
     seen = witness.Witness(name, dtype, top_k=5 if core else 2)
     scope = {} if core else {"row_statistics": large, "key_mass": large, "map": Config(32, 128, 1, 1)}
-    for backend in BACKENDS:
+    for backend in BACKENDS if varies_memory(CASES[name]) or dtype in HALF else BACKENDS[1:]:
         if reasons := testing.why_not(name, backend, dtype):
             with pytest.raises(BackendError, match=re.escape(reasons[0])):
                 seen.check(backend)
@@ -260,7 +264,7 @@ def test_one_nan_score(backend: str) -> None:
 
 @pytest.mark.parametrize("shape", ((0, 2, 5, 7), (2, 0, 5, 7), (2, 3, 0, 7), (2, 3, 5, 0)))
 def test_empty(backend: str, shape: tuple[int, ...]) -> None:
-    """CHECKLIST 12."""
+    """A batch, heads, queries or keys of 0: zeros and -inf."""
     b, h, m, n = shape
     q, k = randn(b, h, m, 16), randn(b, h, n, 16)
     got = attention_stats(q, k, **ALL | {"top_k": min(n, 3)}, backend=backend)
