@@ -1,7 +1,7 @@
-"""Writes the README's figures from the raw results, and nothing else does: no number there is typed by hand.
+"""Writes the documents' figures from the raw results, and nothing else does: no number there is typed by hand.
 
-python -m bench.report             rewrite the parts of README.md between <!-- name --> and <!-- /name -->
-python -m bench.report --check     exit with an error where README.md is not what the results say
+python -m bench.report             rewrite what stands between <!-- name --> and <!-- /name --> in README.md and docs/
+python -m bench.report --check     exit with an error where a document is not what the results say
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench import ROOT, support
+from bench import ROOT, labels, support
 from bench.harness import memory as meter
 from bench.harness import table
 from bench.harness.samples import ADDITIVE, EVERYDAY, GRID, MODIFIED
 
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 DIRECTIONS = ("forward", "forward+backward")
 STEPS = ("decode", "decode_paged")
+SLOW = 0.97  # a case below it is listed
+HEADLINE = ("causal", "window_causal", "segments_causal", "bias_1hmn", "softcap", "padding_bool_b11n", "one_query_300")
 PEERS = {"naive": "whole matrices", "flex": "FlexAttention", "torch": "torch's own"}
 
 
@@ -41,9 +42,11 @@ def _machine(result: dict[str, Any], part: str) -> str:
 
 
 def _ran(rows: list[table.Row]) -> str:
-    """Where rows of the benchmark's table are from."""
-    places = {f"{table.processors(x)}, torch {x['torch']}, commit {x['commit'][:10]}" for x in rows}
-    return "; ".join(sorted(places))
+    """Where rows of the benchmark's table are from: the commits by machine."""
+    places: dict[str, set[str]] = {}
+    for x in rows:
+        places.setdefault(f"{table.processors(x)}, torch {x['torch']}", set()).add(x["commit"][:10])
+    return "; ".join(f"{name}, commit {' and '.join(sorted(places[name]))}" for name in sorted(places))
 
 
 def _spread(x: table.Row | None) -> str:
@@ -71,7 +74,7 @@ def everyday() -> str:
     columns = [(n, d) for n in sorted({x["threads"] for x in rows}) for d in DIRECTIONS]
     if not rows:
         return "Not measured yet."
-    body = [[f"`{name}`", *(_spread(found.get((name, *c))) for c in columns)] for name in EVERYDAY]
+    body = [[labels.CASES[name], *(_spread(found.get((name, *c))) for c in columns)] for name in EVERYDAY]
     headings = [f"{d}, {n} thread{'s' * (n > 1)}" for n, d in columns]
     return f"{markdown(['', *headings], body)}\n\n{_ran(rows)}."
 
@@ -82,8 +85,8 @@ def modifiers() -> str:
     found = {(x["case"], x["against"], x["direction"]): x for x in rows}
     columns = [c for c in ((p, d) for p in PEERS for d in DIRECTIONS) if any(c == key[1:] for key in found)]
     names = dict.fromkeys(x["case"] for x in rows)
-    body = [[f"`{name}`", *(_spread(found.get((name, *c))) for c in columns)] for name in names]
-    headings = [f"÷ {PEERS[p]}, {direction}" for p, direction in columns]
+    body = [[labels.CASES[name], *(_spread(found.get((name, *c))) for c in columns)] for name in names]
+    headings = [f"vs {PEERS[p]}, {direction}" for p, direction in columns]
     return f"{markdown(['', *headings], body)}\n\n{_ran(rows)}."
 
 
@@ -100,7 +103,7 @@ def additive() -> str:
         own, eager = (held.get((name, direction)) for name in ("tiled", "naive"))
         shown = [f"{own:.1f}", f"{eager:.0f}", f"{100 * own / eager:.1f}%"] if own and eager else ["", "", ""]
         rows.append([direction, speed[direction], *shown])
-    headings = ["", "speed ÷ eager", "MiB, `tiled`", "MiB, eager", "of eager"]
+    headings = ["", "speed vs eager", "MiB, `tiled`", "MiB, eager", "memory of eager's"]
     x = fast[0]
     sizes = f"length {x['length']}, {x['heads']} heads of {x['dim']}"
     return f"{markdown(headings, rows)}\n\n{sizes[0].upper()}{sizes[1:]}. {_ran([*fast, *peaks])}."
@@ -115,10 +118,10 @@ def memory() -> str:
     rows = [x for x in _peaks() if x["case"] == meter.CASE]
     found = {(x["provider"], x["direction"], x["length"]): f"{x['value'] / 2**20:.1f}" for x in rows}
     lengths = sorted({x["length"] for x in rows})
-    labels = {"tiled": "`tiled`", "naive": "whole matrices"}
+    titles = {"tiled": "`tiled`", "naive": "whole matrices"}
     body = [
-        [f"{label}, {direction}", *(found.get((name, direction, n), "") for n in lengths)]
-        for name, label in labels.items()
+        [f"{title}, {direction}", *(found.get((name, direction, n), "") for n in lengths)]
+        for name, title in titles.items()
         for direction in DIRECTIONS
     ]
     return f"{markdown(['MiB', *map(str, lengths)], body)}\n\n{_ran(rows)}."
@@ -128,14 +131,14 @@ def ragged() -> str:
     """A ragged batch, packed, against padded calls of torch's own function."""
     rows = [x for x in table.read(RESULTS / "ragged.csv") if x["case"] == "ragged" and x["metric"] == "speedup"]
     found = {(x["provider"], x["direction"], x["threads"], x["against"]): x for x in rows}
-    labels = {"padded": "masked", "unmasked": "unmasked"}
-    columns = [(n, name) for n in sorted({x["threads"] for x in rows}) for name in labels]
+    titles = {"padded": "masked", "unmasked": "unmasked"}
+    columns = [(n, name) for n in sorted({x["threads"] for x in rows}) for name in titles]
     body = [
         [f"`{name}`, {direction}", *(_spread(found[(name, direction, *c)]) for c in columns)]
         for name in dict.fromkeys(x["provider"] for x in rows)
         for direction in DIRECTIONS
     ]
-    headings = [f"÷ {labels[name]}, {n} thread{'s' * (n > 1)}" for n, name in columns]
+    headings = [f"vs {titles[name]}, {n} thread{'s' * (n > 1)}" for n, name in columns]
     x = rows[0]
     fill = f"{100 * float(table.options(x)['fill']):.0f}%"
     sizes = f"{x['batch']} sequences of at most {x['length']}, together {fill} of the padded batch, {x['heads']} heads"
@@ -148,8 +151,8 @@ def decoding() -> str:
     most, held = max(x["length"] for x in rows), table.held(rows)
     blocks = []
     for title, of, size, chosen in (
-        ("keys", f"room for {most}", lambda x: x["length"], [x for x in rows if table.room(x) == most]),
-        ("room", f"{held} keys", table.room, [x for x in rows if x["length"] == held]),
+        ("keys", f"capacity {most}", lambda x: x["length"], [x for x in rows if table.room(x) == most]),
+        ("capacity", f"{held} keys", table.room, [x for x in rows if x["length"] == held]),
     ):
         lines: dict[str, dict[int, str]] = {}
         for x in chosen:
@@ -175,9 +178,9 @@ def host() -> str:
         for state, x in states.items()
     ]
     return (
-        f"{markdown(['host time of a call', 'µs', '÷ an empty operator'], rows)}\n\n{_machine(result, 'overhead')}.\n\n"
+        f"{markdown(['host time of a call', 'µs', '× an empty operator'], rows)}\n\n{_machine(result, 'overhead')}.\n\n"
         f"Kernels compiled over {compiled['lengths']} unseen lengths: {counts}. {_machine(result, 'compilations')}.\n\n"
-        f"{markdown(['first call of a process', 's', 's of processors', 'of them imports'], first)}\n\n"
+        f"{markdown(['first call of a process', 's', 'CPU s', 'of them imports'], first)}\n\n"
         f"{_machine(result, 'first')}."
     )
 
@@ -201,20 +204,19 @@ def features() -> str:
     answers = support.read()
     alone = {name: _alone(answers, name) for name in support.BACKENDS}
     rows = []
-    for factor, values in support.FACTORS.items():
-        found = [[x for x in values if (factor, x) in alone[name]] for name in support.BACKENDS]
-        cells = ("all" if len(taken) == len(values) else ", ".join(taken) for taken in found)
-        rows.append([factor, ", ".join(values), *cells])
+    for factor, names in support.FACTORS.items():
+        present = {x: title for x in names if (title := labels.value(factor, x)) is not None}
+        found = [[t for x, t in present.items() if (factor, x) in alone[name]] for name in support.BACKENDS]
+        cells = ("all" if len(t) == len(present) else ", ".join(t) or "none" for t in found)
+        rows.append([labels.FACTORS[factor], ", ".join(present.values()), *cells])
     nowhere = [pair for pair, said in answers.items() if support.YES not in said.values()]
-    lines = [markdown(["", "can be", *(f"`{name}`" for name in support.BACKENDS)], rows), ""]
-    lines.append(f"Refused together by every backend: {_listed(nowhere)}.")
+    lines = [markdown(["", "values", *(f"`{name}`" for name in support.BACKENDS)], rows), ""]
+    lines += ["Combinations that no backend takes:", *_listed(nowhere), ""]
     for name, own in alone.items():
         refused = [pair for pair, said in answers.items() if said[name] != support.YES and set(pair) <= own]
         if more := [pair for pair in refused if pair not in nowhere]:
-            lines.append(f"By `{name}` also: {_listed(more)}.")
-    counts = (f"`{name}` {sum(x[name] == support.YES for x in answers.values())}" for name in support.BACKENDS)
-    lines.append(f"Taken of {len(answers)} pairs: {', '.join(counts)}.")
-    return "\n".join(lines)
+            lines += [f"Combinations that `{name}` alone does not take:", *_listed(more), ""]
+    return "\n".join(lines).rstrip()
 
 
 def _alone(answers: dict[support.Pair, dict[str, str]], backend: str) -> set[support.Feature]:
@@ -222,32 +224,63 @@ def _alone(answers: dict[support.Pair, dict[str, str]], backend: str) -> set[sup
     return {x for pair, said in answers.items() if said[backend] == support.YES for x in pair}
 
 
-def _listed(pairs: Iterable[support.Pair]) -> str:
-    return ", ".join(" with ".join(f"`{factor}={value}`" for factor, value in pair) for pair in pairs)
+def _listed(pairs: Iterable[support.Pair]) -> list[str]:
+    return [f"- {' with '.join(labels.feature(*x) for x in pair)}" for pair in pairs]
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    x.__name__: x for x in (features, plain, everyday, modifiers, additive, memory, ragged, decoding, host, static)
+def headline() -> str:
+    """Some speeds of one thread, for the README: each case at its longest, against torch where torch has it."""
+    rows = [x for x in _speedups() if x["threads"] == 1 and x["case"] in HEADLINE]
+    body, shown = [], []
+    for case in HEADLINE:
+        of = [x for x in rows if x["case"] == case]
+        peer = "torch" if any(x["against"] == "torch" for x in of) else "naive"
+        longest = max(x["length"] for x in of)
+        chosen = {x["direction"]: x for x in of if x["against"] == peer and x["length"] == longest}
+        shown += chosen.values()
+        size = f", {longest} tokens" if longest > 1 else ""
+        body.append([labels.CASES[case] + size, PEERS[peer], *(f"{chosen[d]['value']:.2f}" for d in DIRECTIONS)])
+    return f"{markdown(['speed on a CPU; larger is better', 'beside', *DIRECTIONS], body)}\n\nMedians. {_ran(shown)}."
+
+
+def slower() -> str:
+    """Every case that is slower than a peer, the slowest first."""
+    rows = sorted((x for x in _speedups() if x["value"] < SLOW), key=lambda x: x["value"])
+    body = [
+        [labels.CASES[x["case"]], x["direction"], str(x["length"]), str(x["threads"]), PEERS[x["against"]], _spread(x)]
+        for x in rows
+    ]
+    headings = ["case", "direction", "queries", "threads", "beside", "speed"]
+    return f"{markdown(headings, body)}\n\n{_ran(rows)}."
+
+
+# The parts of each document.
+DOCUMENTS: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (headline,),
+    "docs/guide.md": (features,),
+    "docs/benchmarks.md": (slower, everyday, plain, modifiers, additive, memory, ragged, decoding, host, static),
 }
 
 
-def rewritten(text: str) -> str:
-    """The README with every part replaced."""
-    for name, part in PARTS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        body = part()
-        text, count = pattern.subn(lambda m, body=body: m[1] + body + m[2], text)
+def rewritten(name: str) -> str:
+    """A document with every part replaced."""
+    text = (ROOT / name).read_text()
+    for part in DOCUMENTS[name]:
+        title, body = part.__name__, part()
+        pattern = re.compile(rf"(<!-- {title} -->\n).*?(<!-- /{title} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
         if count != 1:
-            raise SystemExit(f"README.md: <!-- {name} --> stands there {count} times, and once is needed")
+            raise SystemExit(f"{name}: <!-- {title} --> stands there {count} times, and once is needed")
     return text
 
 
 def main() -> int:
-    before = README.read_text()
-    after = rewritten(before)
+    stale = [name for name in DOCUMENTS if rewritten(name) != (ROOT / name).read_text()]
     if "--check" in sys.argv:
-        return int(before != after)
-    README.write_text(after)
+        print("\n".join(stale))
+        return int(bool(stale))
+    for name in stale:
+        (ROOT / name).write_text(rewritten(name))
     return 0
 
 
