@@ -1,4 +1,4 @@
-# `make demo` and `make test` are the first two commands of README.md; the others serve whoever works on the code.
+# `make demo` and `make test` are README.md's commands; the others serve work on the code.
 .PHONY: demo test nightly lint mutants static bench gpu
 .DELETE_ON_ERROR:
 
@@ -40,7 +40,7 @@ mutants: $(VENV)/test.stamp
 static: $(VENV)/test.stamp
 	PYTHONPATH=$(VENV)/triton36 $(RUN) -m bench.static
 
-# Ours and every peer on this machine, what a call costs its host, pictures; and the README's figures of them.
+# Ours and every peer on this machine, what a call costs its host, pictures; and the documents' figures of them.
 bench: $(VENV)/test.stamp
 	$(RUN) -m bench.run --device cpu
 	$(RUN) -m bench.ragged

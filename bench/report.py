@@ -22,7 +22,7 @@ RESULTS = ROOT / "bench" / "results"
 DIRECTIONS = ("forward", "forward+backward")
 STEPS = ("decode", "decode_paged")
 SLOW = 0.97  # a case below it is listed
-HEADLINE = ("causal", "window_causal", "segments_causal", "bias_1hmn", "softcap", "padding_bool_b11n", "one_query_300")
+HEADLINE = ("causal", "window_causal", "bias_1hmn", "softcap", "padding_bool_b11n", "one_query_300")
 PEERS = {"naive": "whole matrices", "flex": "FlexAttention", "torch": "torch's own"}
 
 

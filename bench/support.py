@@ -1,6 +1,6 @@
 """Which features go together, and on which backends: every pair of them, as binding and each `why_not` say.
 
-    python -m bench.support            bench/results/support.csv, from which bench.report writes README's part
+    python -m bench.support            bench/results/support.csv, from which bench.report writes the guide's part
 
 No kernel runs. tests/bench/test_support.py checks the answers: its rows hold every pair that a backend takes, and each
 row is held to the tolerance rule, forward and every gradient. A GPU is not needed either: `triton` is asked as its

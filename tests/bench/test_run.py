@@ -339,7 +339,7 @@ def test_peers_of_packed_sequences_say_what_they_lack() -> None:
 
 
 def test_ragged_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row of the table, what README says of it, and the picture."""
+    """Every row of the table, what the documents say of it, and the picture."""
     path, before = tmp_path / "ragged.csv", torch.get_num_threads()
     assert ragged.main(["--tiny", "--threads", "1", "--out", str(path)]) == 0 and torch.get_num_threads() == before
     rows = table.read(path)

@@ -113,7 +113,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 @needs_a_builder
 def test_sdist_is_a_checkout_and_builds_the_same_wheel(wheel: Path, checkout: Path, tmp_path: Path) -> None:
-    for name in ("bench", "examples", "tests"):
+    for name in ("bench", "docs", "examples", "tests"):
         shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".ci/run", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in", "Makefile",
                  "constraints.txt", "constraints-oldest.txt"):  # fmt: skip
