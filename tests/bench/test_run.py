@@ -357,9 +357,9 @@ def test_ragged_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     speed = {x["against"]: x for x in about(rows, provider="tiled", metric="speedup", direction="forward")}
     assert [f"{speed[name]['value']:.2f} (" in line for name in ("padded", "unmasked")] == [True, True]
     said = report.decoding().splitlines()
-    assert "| keys | 8 | 40 | 256 |" in said and "| room | 256 | 512 | 768 |" in said
+    assert "| keys | 8 | 40 | 256 |" in said and "| capacity | 256 | 512 | 768 |" in said
     assert any(x.startswith("| pages of 4, ms, 8 keys |") for x in said)
-    (line,) = (x for x in said if x.startswith("| dense, ms, room for 256 |"))
+    (line,) = (x for x in said if x.startswith("| dense, ms, capacity 256 |"))
     (shown,) = about(rows, case="decode", length=40, metric="ms")
     assert f" {shown['value']:.2f} " in line
     pytest.importorskip("matplotlib")
