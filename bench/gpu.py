@@ -183,8 +183,9 @@ def summary(record: dict[str, Any]) -> str:
             lines.append(f"  {x['part']:8} {x['name']:32} {x['speedup']:.3f} times as fast as the chosen one")
         if x["part"] == "costs" and "cold" in x:
             lines.append(
-                f"  {x['name']}: {x['cold']['forward_s']:.2f} s forward, {x['cold']['forward_backward_s']:.2f} s with"
-                f" backward; warm cache {x['warm']['forward_backward_s']:.2f} s"
+                f"  {x['name']}: {x['cold']['forward']['clock']:.2f} s forward,"
+                f" {x['cold']['forward+backward']['clock']:.2f} s with backward;"
+                f" warm cache {x['warm']['forward+backward']['clock']:.2f} s"
             )
     lines += ratios(cases)
     lines += timing_table([x for x in cases if x["part"] == "timing" and "providers" in x])

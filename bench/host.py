@@ -1,24 +1,23 @@
-"""What a call costs on the host, and what it compiles: with a driver that knows its target and never launches.
+"""CPU overhead per call with the kernel launch stubbed out. Repeated shapes hit a cache; a new sequence length takes
+the slow path.
 
-    python -m bench.host overhead 2000      microseconds per call against an empty operator, as JSON
-    python -m bench.host compilations 100   kernels compiled over that many unseen lengths, as JSON
-    python -m bench.host first 3            seconds of a process's first call, cold and warm, as JSON: best of 3
+    python -m bench.host overhead 2000      microseconds per call, and the ratio to an empty operator, as JSON
+    python -m bench.host compilations 100   kernels compiled for that many new sequence lengths, as JSON
+    python -m bench.host first 3            seconds of a process's first call, cold and warm: the best of 3, as JSON
 
-CPU tensors stand in for the device's. Everything before the driver's own launch is the real thing: the public call,
-dispatch, the operator, autograd, views, the binding of arguments, cache keys, and the lookups of launcher and stream.
-Interpreted and compiled kernels cannot share a process, so this one sets TRITON_INTERPRET=0.
+CPU tensors stand in for GPU tensors. Everything up to the driver's launch is real: the public call, dispatch, the
+operator, autograd, views, argument binding, cache keys, and the lookup of launcher and stream. Interpreted and compiled
+kernels cannot share a process, so this module sets TRITON_INTERPRET=0.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fused_attn
-from bench import ROOT
+from bench.harness import first_call
 from fused_attn.launch import hopper, portable
 
 ARCH = "sm_90"
@@ -40,7 +39,7 @@ SHAPE = (2, 8, 1024, 64)  # B, H, S, D
 
 
 class Utilities:
-    """What Triton asks of a driver when it loads a kernel."""
+    """The driver functions that Triton calls to load a kernel."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 * 1024}
@@ -50,7 +49,7 @@ class Utilities:
 
 
 class Driver:
-    """A machine that has one device of the target and drops every launch."""
+    """A driver with one device of the target architecture; launches do nothing."""
 
     utils = Utilities()
 
@@ -74,10 +73,10 @@ class Driver:
 
 
 def pretend() -> None:
-    """From here on a CPU tensor is a tensor on the target, for the backends that launch kernels."""
+    """Install the stub driver, and let the Triton and Hopper backends accept CPU tensors."""
     driver.set_active(Driver())
     portable.architecture = lambda device: ARCH
-    portable.interpreted = lambda: True  # the one reason against CPU tensors
+    portable.interpreted = lambda: True  # else the backend refuses CPU tensors
     hopper._machine = lambda device: []
     hopper._multiprocessors = lambda device: 132
 
@@ -91,7 +90,7 @@ def _inputs(m: int, n: int, requires_grad: bool = False, dtype: torch.dtype = to
 
 
 def _empty_operator() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Operators of three arguments that allocate forward's and backward's outputs and do nothing else."""
+    """Operators that allocate the outputs of the forward and of the backward, and do nothing else."""
     library = torch.library.Library("fused_attn_empty", "DEF")
     library.define("forward(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
     library.define("backward(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)")
@@ -106,7 +105,7 @@ def _empty_operator() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 class _Empty(torch.autograd.Function):
-    """What torch asks of any derivative: it saves what attention saves, and its backward allocates three gradients."""
+    """The autograd cost of any Function: it saves the tensors that attention saves and allocates three gradients."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +121,7 @@ class _Empty(torch.autograd.Function):
 
 NOTHING = "an empty Function through torch.autograd.grad"
 THROUGH = "backward through torch.autograd.grad"
-# Each subject, and the empty operator that it is measured by.
+# Each measured call, and the empty operator that it is divided by.
 SUBJECTS = {
     "inference": "empty forward",
     "autograd forward": "empty forward",
@@ -135,11 +134,11 @@ SUBJECTS = {
 
 
 def overhead(calls: int, rounds: int = 300) -> dict[str, Any]:
-    """Microseconds a call: the least of many interleaved rounds, because others on the machine only ever add.
+    """Microseconds per call: the minimum over interleaved rounds, because other processes only ever add time.
 
-    "backward" is what is ours of a pass through torch.autograd.grad: less an empty Function's, which allocates the same
-    gradients, plus the operator that does. A call counts as it is in a loop, after others like it; an unseen length has
-    none before it. Encoding TMA descriptors is the driver's launch and not counted.
+    "backward" is torch.autograd.grad, minus the same for an empty Function with the same gradients, plus the operator
+    that allocates them. Calls are repeated, so all but "unseen length" hit the cache. Encoding TMA descriptors belongs
+    to the launch and is not counted.
     """
     from torch.utils.benchmark import Timer
 
@@ -186,7 +185,7 @@ def overhead(calls: int, rounds: int = 300) -> dict[str, Any]:
 
 
 def _options(name: str, b: int, h: int, m: int, n: int) -> dict[str, Any]:
-    """The arguments of one kind of call at one pair of lengths; their strides depend on the lengths."""
+    """Arguments of one kind of call for lengths m and n; tensor strides depend on the lengths."""
     made: dict[str, Callable[[], dict[str, Any]]] = {
         "plain": dict,
         "causal": lambda: {"causal": True, "alignment": "bottom_right"},
@@ -203,7 +202,7 @@ KINDS = ("plain", "causal", "window", "lengths", "mask", "bias", "lse")
 
 
 def _unseen(count: int) -> Iterator[tuple[int, int]]:
-    """Pairs of lengths: 1, multiples of 16 and anything between."""
+    """Pairs of lengths: 1, multiples of 16, and others."""
     draw = random.Random(0)
     for i in range(count):
         m, n = (draw.choice((1, 16 * draw.randint(1, 64), draw.randint(2, 1024))) for _ in range(2))
@@ -211,14 +210,14 @@ def _unseen(count: int) -> Iterator[tuple[int, int]]:
 
 
 def compilations(count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
-    """How many kernels warm-up calls of each kind compile, and how many `count` further lengths add.
+    """Kernels compiled by the warm-up calls of each kind, and by calls with `count` new lengths.
 
-    A length is called as often as it takes to be replayed, forward and backward.
+    Each length is called often enough to be served from the launch cache, forward and backward.
     """
     pretend()
     made: list[str] = []
 
-    # Triton itself reports every kernel that it compiles or reads from its cache, whoever asked for it.
+    # Triton calls the listener for every kernel that it compiles or reads from its cache.
     def reported(*, src: Any, **_: Any) -> None:
         made.append(src.name)
 
@@ -253,52 +252,34 @@ def compilations(count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- first call
 
 
-# torch is there already; everything else that a first call imports belongs to it.
-FIRST = """
-import os, sys, time, torch
-began, spent = time.perf_counter(), sum(os.times()[:4])
-from bench import host
-imported = sum(os.times()[:4])
-host.first_call(sys.argv[1] == "forward+backward")
-print(time.perf_counter() - began, sum(os.times()[:4]) - spent, imported - spent)
-"""
-
-
-def first_call(backward: bool) -> None:
-    """What a process does first."""
-    pretend()
-    inputs = _inputs(SHAPE[2], SHAPE[2], requires_grad=backward)
-    out = fused_attn.attention(*inputs, causal=True, backend="triton")
-    if backward:
-        out.sum().backward()
+SETUP = "from bench import host; host.pretend()"
 
 
 def first(count: int) -> dict[str, Any]:
-    """Seconds of the first call in a process that has imported torch: imports, compilation to machine code, launches.
-
-    Cold: nothing is cached. Warm: another process compiled the same kernels before. The least of `count` processes: on
-    the clock; of processors, the assembler's included, to which others on the machine add little; and what of these
-    went into importing triton and fused_attn.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name in ("forward", "forward+backward"):
-        seconds: dict[str, list[list[float]]] = {"cold": [], "warm": []}
-        for _ in range(count):
-            with tempfile.TemporaryDirectory(prefix="fused_attn_first_") as directory:
-                for state in seconds.values():
-                    environ = os.environ | {"TRITON_CACHE_DIR": directory}
-                    done = subprocess.run(
-                        [sys.executable, "-c", FIRST, name],
-                        cwd=ROOT, env=environ, capture_output=True, text=True, check=True,
-                    )  # fmt: skip
-                    state.append([float(x) for x in done.stdout.split()])
-        found[name] = {
-            state: dict(zip(("clock", "processor", "imports"), map(min, zip(*rows, strict=True)), strict=True))
-            for state, rows in seconds.items()
+    """Seconds of the first call of a process, imports and compilation to machine code included; the best of `count`."""
+    runs = [first_call.measured(SETUP) for _ in range(count)]
+    seconds = {
+        direction: {
+            state: {x: min(run[state][direction][x] for run in runs) for x in first_call.FIGURES}
+            for state in first_call.STATES
         }
-    return {"triton": triton.__version__, "processes": count, "seconds": found}
+        for direction in first_call.DIRECTIONS
+    }
+    return {"triton": triton.__version__, "processes": count, "seconds": seconds}
+
+
+PARTS = {"overhead": overhead, "compilations": compilations, "first": first}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("count", type=int, help="calls of each kind, lengths, or processes")
+    args = parser.parse_args()
+    print(json.dumps(PARTS[args.part](args.count)))
 
 
 if __name__ == "__main__":
-    part, count = sys.argv[1], int(sys.argv[2])
-    print(json.dumps({"overhead": overhead, "compilations": compilations, "first": first}[part](count)))
+    main()

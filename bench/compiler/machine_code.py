@@ -12,6 +12,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
+import networkx as nx
+
 SASS_LABEL = re.compile(r"\s*(\.L_x_\d+):")
 SASS_LINE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
 SASS_TARGET = re.compile(r"(\.L_x_\d+)")
@@ -167,20 +169,13 @@ class Listing:
         if not self.instructions:
             return []
         blocks, successors = self._blocks()
-        dominators = _dominators(successors)
-        predecessors: dict[int, set[int]] = defaultdict(set)
-        for b in dominators:
-            for s in successors[b]:
-                predecessors[s].add(b)
-        members: dict[int, set[int]] = {}
-        for b in dominators:
-            for head in successors[b]:
-                if head in dominators[b]:
-                    inside, stack = members.setdefault(head, {head}), [b]
-                    while stack:
-                        if (x := stack.pop()) not in inside:
-                            inside.add(x)
-                            stack.extend(predecessors[x])
+        graph, tree = nx.DiGraph(dict(enumerate(successors))), nx.DiGraph({0: []})
+        tree.add_edges_from((parent, b) for b, parent in nx.immediate_dominators(graph, 0).items() if b)
+        members = {}
+        for head in tree:
+            dominated = graph.subgraph({head} | nx.descendants(tree, head))
+            if dominated.in_degree(head):
+                members[head] = {head} | nx.ancestors(dominated, head)
         found = []
         for head in sorted(members):
             inside = members[head]
@@ -223,37 +218,3 @@ class Listing:
     @property
     def local(self) -> int:
         return sum(x.is_local for x in self.instructions)
-
-
-def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:
-    """For every block that can be reached from block 0, the blocks that each path to it must pass."""
-    order, seen = [], set()
-
-    def visit(root: int) -> None:
-        stack = [(root, iter(successors[root]))]
-        seen.add(root)
-        while stack:
-            rest = stack[-1][1]
-            step = next((s for s in rest if s not in seen), None)
-            if step is None:
-                order.append(stack.pop()[0])
-            else:
-                seen.add(step)
-                stack.append((step, iter(successors[step])))
-
-    visit(0)
-    order.reverse()
-    predecessors: dict[int, list[int]] = defaultdict(list)
-    for b in order:
-        for s in successors[b]:
-            predecessors[s].append(b)
-    dominators = {b: set(order) for b in order}
-    dominators[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for b in order[1:]:
-            new = set.intersection(*(dominators[p] for p in predecessors[b])) | {b}
-            if new != dominators[b]:
-                dominators[b], changed = new, True
-    return dominators

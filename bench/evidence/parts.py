@@ -8,11 +8,7 @@ return what the record keeps, or raise. A case is measured, alone on the device,
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -21,12 +17,11 @@ from typing import Any
 import torch
 
 import fused_attn
-from bench import ROOT
 from bench.evidence.configs import Configs, Overlap, Tune
 from bench.evidence.decoding import Steps
 from bench.evidence.ragged import RaggedBatches
 from bench.evidence.setting import Listed, Setting, bits, compared, judged, poisoned, seconds, throughputs, verify
-from bench.harness import providers
+from bench.harness import first_call, providers
 from bench.harness.packed import ragged_case
 from bench.harness.providers import ours
 from bench.harness.samples import ADDITIVE, MODIFIED, Sample, heavy_tail, sized
@@ -159,33 +154,7 @@ class Costs:
             if any("refused" in found[direction] for direction in providers.DIRECTIONS):
                 raise RuntimeError(f"ours did not run: {found}")
             return {"input_bytes": inputs, "beyond": found}
-        dtype = str(s.half).removeprefix("torch.")
-        with tempfile.TemporaryDirectory() as cache:
-            environ = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-c", FIRST_CALL, s.device, dtype, str(d)]
-            found = {}
-            for state in ("cold", "warm"):
-                done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=ROOT)
-                if done.returncode:
-                    raise RuntimeError(f"{state}: {done.stderr[-2000:]}")
-                found[state] = json.loads(done.stdout.splitlines()[-1])
-        return found
-
-
-FIRST_CALL = """
-import json, sys, time
-import torch, fused_attn
-device, dtype, d = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
-settle = torch.cuda.synchronize if device == "cuda" else lambda: None
-q, k, v = (torch.randn(1, 2, 64, d, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
-(q @ k.mT).sum().item()
-settle(); began = time.perf_counter()
-out = fused_attn.attention(q, k, v, causal=True, backend="triton")
-settle(); forward = time.perf_counter()
-torch.autograd.grad(out.sum(), (q, k, v))
-settle(); both = time.perf_counter()
-print(json.dumps({"forward_s": forward - began, "forward_backward_s": both - began}))
-"""
+        return first_call.measured(device=s.device, dtype=str(s.half).removeprefix("torch."), d=d)
 
 
 class Timing:
