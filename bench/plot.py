@@ -1,17 +1,15 @@
-"""Draws tables of bench.run: throughput, speed by modifier, memory, and a roofline. Measures nothing.
+"""Plots of the tables that bench.run and bench.ragged write. Nothing is measured here.
 
-    python -m bench.plot                        bench/results/cpu.csv, into pictures beside it
-    python -m bench.plot bench/results/ragged.csv    a step of decoding, by keys and by room
-    python -m bench.plot FILE... [--out STEM]   some tables as one; pictures are named STEM_throughput.png and so on
+    python -m bench.plot                             plots of bench/results/cpu.csv, saved beside it
+    python -m bench.plot bench/results/ragged.csv    a decoding step, by number of keys and by cache capacity
+    python -m bench.plot FILE... [--out STEM]        several tables as one, saved as STEM_throughput.png and so on
 
-A picture whose figures the tables do not hold is not drawn.
+A plot is skipped if the tables hold no data for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,268 +18,195 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+import pandas as pd
+import seaborn
+import seaborn.objects as so
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from bench.harness import table
 from bench.harness.clock import DIRECTIONS
 from bench.harness.providers import OURS
 from bench.harness.samples import ADDITIVE, GRID, MODIFIED
-from bench.harness.table import Row
 
-# Ours in blues, torch's in warm colours, whole matrices in black; an unknown provider is grey.
+# Blue for fused_attn, warm colours for torch, black for naive, grey for an unknown provider.
 STYLES = {
     "fused_attn": ("#1f5fa8", "o"), "hopper": ("#0b2f5e", "D"), "hopper unordered": ("#4a6fa5", "d"),
-    "triton": ("#1f5fa8", "o"), "tiled": ("#7fa7d1", "s"),
-    "sdpa": ("#4f86c6", "v"), "reference": ("#b9cde4", "x"), "torch": ("#d1742f", "^"), "cudnn": ("#5b8c2a", "^"),
-    "flash": ("#d1742f", "<"), "efficient": ("#c9a227", ">"), "math": ("#a58a6f", "+"), "flex": ("#8e4fa8", "P"),
-    "naive": ("#333333", "x"), "sage": ("#c2477f", "*"), "cudnn_frontend": ("#2f8c78", "1"),
-    "xformers": ("#7a7a2a", "2"),
+    "triton": ("#1f5fa8", "o"), "tiled": ("#7fa7d1", "s"), "sdpa": ("#4f86c6", "v"), "reference": ("#b9cde4", "x"),
+    "torch": ("#d1742f", "^"), "cudnn": ("#5b8c2a", "^"), "flash": ("#d1742f", "<"), "efficient": ("#c9a227", ">"),
+    "math": ("#a58a6f", "+"), "flex": ("#8e4fa8", "P"), "naive": ("#333333", "x"), "sage": ("#c2477f", "*"),
+    "cudnn_frontend": ("#2f8c78", "1"), "xformers": ("#7a7a2a", "2"),
 }  # fmt: skip
 LABELS = {
-    "hopper": "fused_attn, hopper", "hopper unordered": "fused_attn, hopper, unordered",
-    "triton": "fused_attn, triton", "tiled": "fused_attn, tiled", "sdpa": "fused_attn, sdpa",
-    "torch": "torch's own", "flex": "FlexAttention", "naive": "whole matrices",
+    **{name: f"fused_attn, {name}" for name in ("hopper", "hopper unordered", "triton", "tiled", "sdpa")},
+    "torch": "torch SDPA", "flex": "FlexAttention", "naive": "naive",
 }  # fmt: skip
+PLACE = ["case", "provider", "direction", "length", "dim"]  # identifies a measurement
 
 
-def look(provider: str) -> dict[str, str]:
-    colour, marker = STYLES.get(provider, ("#888888", "."))
-    return {"color": colour, "marker": marker, "label": LABELS.get(provider, provider)}
+def framed(rows: list[table.Row]) -> pd.DataFrame:
+    found = pd.DataFrame(rows, columns=table.COLUMNS)
+    return found.assign(label=found.provider.map(lambda x: LABELS.get(x, x)))
 
 
-def picked(rows: Iterable[Row], **wanted: object) -> list[Row]:
-    return [x for x in rows if all(x.get(name) == value for name, value in wanted.items())]
-
-
-def several(rows: Iterable[Row], column: str) -> list:
-    """A column's values, in the order of their first rows."""
-    return list(dict.fromkeys(x[column] for x in rows if column in x))
-
-
-def directions_of(rows: Iterable[Row]) -> list[str]:
-    """The directions to draw: forward and backward where both were timed alone, else what there is."""
-    found = [x for x in DIRECTIONS if x in several(rows, "direction")]
-    return found[:2] if len(found) == 3 else found
-
-
-def key(label: str, **style: Any) -> Line2D:
-    """An entry of a legend that stands for a colour, a marker or a stroke alone."""
-    return Line2D([], [], **{"color": "#555555", "ls": "", "ms": 5, "label": label, **style})
+def with_directions(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of forward and backward if both were timed, else all rows."""
+    split = set(DIRECTIONS[:2]) <= set(rows.direction)
+    return rows[rows.direction.isin(DIRECTIONS[:2])] if split else rows
 
 
 def unit(largest: float) -> tuple[float, str]:
-    """What TFLOP/s are multiplied by to be read easily, and what they are called then."""
+    """The factor from TFLOP/s to the unit of an axis, and the unit's name."""
     return (1.0, "TFLOP/s") if largest >= 1.0 else (1000.0, "GFLOP/s")
 
 
-def caption(rows: list[Row]) -> str:
-    """Where the figures are from: device, versions, commit."""
+def caption(rows: pd.DataFrame) -> str:
+    """Device, versions and commit."""
     found = []
-    for x in rows:
+    for x in rows.drop_duplicates(["device", "threads", "commit"]).to_dict("records"):
         changed = " (modified)" if x["modified"] == "True" else ""
-        versions = "".join(f", {name} {x[name]}" for name in ("triton", "cudnn", "driver") if name in x and "cuda" in x)
-        where = f"{table.processors(x)}, torch {x['torch']}{versions}"
-        found.append(f"{where}, commit {x['commit'][:10]}{changed}")
-    return "; ".join(dict.fromkeys(found))
+        names = ("torch", "triton", "cudnn", "driver") if pd.notna(x["cuda"]) else ("torch",)
+        versions = [f"{name} {x[name]}" for name in names if pd.notna(x[name])]
+        found.append(f"{', '.join([table.processors(x), *versions])}, commit {x['commit'][:10]}{changed}")
+    return "\n".join(dict.fromkeys(found))
 
 
-def lengths_axis(axes: Axes, lengths: list[int]) -> None:
-    axes.set_xscale("log")
-    axes.set_xticks(lengths, [f"{x // 1024}k" if x >= 1024 and x % 1024 == 0 else str(x) for x in lengths])
-    axes.minorticks_off()
+def looks(rows: pd.DataFrame) -> dict[str, Any]:
+    """Scales for the colours and markers of providers."""
+    styles = {x.label: STYLES.get(x.provider, ("#888888", ".")) for x in rows.itertuples()}
+    colours, markers = ({name: style[i] for name, style in styles.items()} for i in (0, 1))
+    return {"color": so.Nominal(colours, order=list(styles)), "marker": so.Nominal(markers, order=list(styles))}
 
 
-def throughput(rows: list[Row]) -> Figure | None:
-    """TFLOP/s over length, a column for each head dim and mask, a row for each direction, and the matmul above."""
-    found = [x for x in picked(rows, metric="tflops") if x["case"] in GRID]
-    if not found:
-        return None
-    directions, columns = directions_of(found), [(d, c) for d in sorted(several(found, "dim")) for c in GRID]
-    columns = [(d, c) for d, c in columns if picked(found, dim=d, case=c)]
-    top = statistics.median(x["value"] for x in picked(rows, case="matmul"))
-    factor, name = unit(max(top, *(x["value"] for x in found)))
-    size = (3.6 * len(columns) + 1.2, 2.7 * len(directions) + 1.1)
-    figure, grid = plt.subplots(
-        len(directions), len(columns), figsize=size, layout="constrained", squeeze=False, sharey=True
-    )
-    for line, direction in zip(grid, directions, strict=True):
-        for axes, (dim, case) in zip(line, columns, strict=True):
-            panel = picked(found, direction=direction, dim=dim, case=case)
-            for provider in several(panel, "provider"):
-                points = sorted(picked(panel, provider=provider), key=lambda x: x["length"])
-                middle, low, high = ([factor * x[part] for x in points] for part in ("value", "low", "high"))
-                places = [x["length"] for x in points]
-                axes.plot(places, middle, lw=1.4, ms=5, **look(provider))
-                axes.fill_between(places, low, high, color=look(provider)["color"], alpha=0.12, lw=0)
-            axes.axhline(factor * top, color="#999999", ls="--", lw=1, label="matmul")
-            mask = "causal" if case == "causal" else "full"
-            axes.set_title(f"{direction}, D {dim}, {mask}", fontsize=9)
-            lengths_axis(axes, sorted(several(panel, "length")))
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.25)
-            axes.tick_params(labelsize=8)
-        line[0].set_ylabel(name, fontsize=9)
-    for axes in grid[-1]:
-        axes.set_xlabel("sequence length", fontsize=9)
-    handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * len(columns), fontsize=8)
-    note = f"{several(found, 'dtype')[0]}, median of {found[0]['samples']} rounds (shade: 10th to 90th percentile)"
-    figure.supxlabel(f"{note}\n{caption(found)}", fontsize=7)
+def log(ticks: Iterable[float] | None = None, **options: Any) -> so.Continuous:
+    scale = so.Continuous(trans="log").tick(**options if ticks is None else {"at": sorted(set(ticks)), "minor": 0})
+    return scale.label(like=lambda x, _: f"{x / 1024:g}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}")
+
+
+def drawn(plot: so.Plot, size: tuple[float, float], note: str, **labels: str) -> Figure:
+    figure = plt.figure(figsize=size, layout="constrained")
+    theme = seaborn.axes_style("whitegrid") | seaborn.plotting_context("paper") | {"grid.alpha": 0.4}
+    plot.label(**{"color": "", "marker": "", "linestyle": "", "fill": ""} | labels).theme(theme).on(figure).plot()
+    figure.supxlabel(note, fontsize=7)
+    for legend in figure.legends:
+        legend.set_bbox_to_anchor((1, 0.5))
     return figure
 
 
-def speed(rows: list[Row]) -> Figure | None:
-    """How many times faster than whole matrices, by modifier and direction."""
-    found = [x for x in picked(rows, metric="speedup", against="naive") if x["case"] in MODIFIED]
-    found = [x for x in found if x["provider"] != "tiled"] if picked(found, provider="fused_attn") else found
-    if not found:
+def throughput(rows: pd.DataFrame) -> Figure | None:
+    """TFLOP/s by length, a column for each head dim and mask, a row for each direction, and the rate of a matmul."""
+    found = with_directions(rows[(rows.metric == "tflops") & rows.case.isin(GRID)])
+    if found.empty:
         return None
-    directions, cases, providers = directions_of(found), several(found, "case"), several(found, "provider")
-    cases.sort(key=lambda case: -max(x["value"] for x in found if x["case"] == case))
-    size = (4.2 * len(directions) + 1.2, 0.17 * len(providers) * len(cases) + 1.9)
-    figure, grid = plt.subplots(1, len(directions), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    thick = 0.8 / len(providers)
-    for axes, direction in zip(grid[0], directions, strict=True):
-        for n, provider in enumerate(providers):
-            chosen = {x["case"]: x for x in picked(found, direction=direction, provider=provider)}
-            places = [i + thick * (n - (len(providers) - 1) / 2) for i, case in enumerate(cases) if case in chosen]
-            bars = [chosen[case] for case in cases if case in chosen]
-            if not bars:
-                continue
-            values = [x["value"] for x in bars]
-            spread = [[x["value"] - x["low"] for x in bars], [x["high"] - x["value"] for x in bars]]
-            drawn = axes.barh(
-                places, values, thick * 0.92, xerr=spread, color=look(provider)["color"], label=look(provider)["label"],
-                error_kw={"lw": 0.8},
-            )  # fmt: skip
-            axes.bar_label(drawn, [f"{x:.1f}" for x in values], fontsize=7, padding=2)
+    top = rows[(rows.case == "matmul") & rows.threads.isin(found.threads)].value.median()
+    factor, name = unit(max(top, found.value.max()))
+    panels = found.case.map({"plain": "full"}).fillna(found.case) + found.dim.map(", D {:.0f}".format)
+    found = found.assign(panel=panels, **{x: factor * found[x] for x in ("value", "low", "high")})
+    size = (3.6 * panels.nunique() + 1.6, 2.7 * found.direction.nunique() + 1)
+    note = f"{found.dtype.iloc[0]}, median of {found.samples.iloc[0]:.0f} rounds (shade: 10th to 90th percentile)"
+    figure = drawn(
+        so.Plot(found, "length", "value", color="label", marker="label", ymin="low", ymax="high")
+        .facet("panel", "direction").add(so.Line()).add(so.Band(alpha=0.12), legend=False)
+        .scale(x=log(found.length), **looks(found)).limit(y=(0, 1.05 * max(factor * top, found.high.max()))),
+        size, f"{note}\ndashed: matmul. {caption(found)}", x="sequence length", y=name,
+    )  # fmt: skip
+    for axes in figure.axes:
+        axes.axhline(factor * top, color="#999999", ls="--", lw=1)
+    return figure
+
+
+def speed(rows: pd.DataFrame) -> Figure | None:
+    """Speedup over the naive implementation, by modifier and direction."""
+    found = with_directions(rows[(rows.metric == "speedup") & (rows.against == "naive") & rows.case.isin(MODIFIED)])
+    if "fused_attn" in set(found.provider):
+        found = found[found.provider != "tiled"]
+    if found.empty:
+        return None
+    cases = found.groupby("case").value.max().sort_values(ascending=False).index.tolist()
+    x, dodge = found.iloc[0], so.Dodge(by=["color"])
+    note = f"{x['dtype']}, B {x.batch:.0f}, length {x.length:.0f}, {x.heads:.0f} heads of {x.dim:.0f}"
+    figure = drawn(
+        so.Plot(found.assign(text=found.value.map("  {:.1f}".format)), "value", "case", color="label")
+        .facet("direction").add(so.Bar(alpha=1, edgewidth=0), dodge, orient="y")
+        .add(so.Range(color="k", linewidth=0.8), dodge, orient="y", xmin="low", xmax="high", legend=False)
+        .add(so.Text(color="k", halign="left", fontsize=7), dodge, orient="y", text="text", x="high", legend=False)
+        .scale(y=so.Nominal(order=cases), color=looks(found)["color"]).limit(x=(0, 1.1 * found.high.max())),
+        (4.2 * found.direction.nunique() + 1.6, 0.17 * found.label.nunique() * len(cases) + 1.6),
+        f"{note} (whiskers: 10th to 90th percentile of rounds)\n{caption(found)}", x="speedup over naive", y="",
+    )  # fmt: skip
+    for axes in figure.axes:
         axes.axvline(1, color="black", lw=0.8)
-        axes.set_title(direction, fontsize=10)
-        axes.set_xlabel("times the speed of whole matrices", fontsize=9)
-        axes.margins(x=0.12)
-        axes.grid(axis="x", alpha=0.25)
-    grid[0][0].set_yticks(range(len(cases)), cases, fontsize=8)
-    grid[0][0].invert_yaxis()
-    handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
-    x = found[0]
-    note = f"{x['dtype']}, B {x['batch']}, length {x['length']}, {x['heads']} heads of {x['dim']}"
-    figure.supxlabel(f"{note} (whiskers: 10th to 90th percentile of rounds)\n{caption(found)}", fontsize=7)
     return figure
 
 
-def memory(rows: list[Row]) -> Figure | None:
-    """Peak memory of one call beyond its inputs, both axes logarithmic: a line of slope one is linear."""
-    found = [x for x in picked(rows, metric="peak_bytes") if x["value"] > 0]
-    cases = several(found, "case")
-    if not cases:
+def memory(rows: pd.DataFrame) -> Figure | None:
+    """Peak memory of one call beyond its inputs, on log axes: a line of slope one is linear."""
+    found = rows[(rows.metric == "peak_bytes") & (rows.value > 0)]
+    if found.empty:
         return None
-    case = max(cases, key=lambda name: len(several(picked(found, case=name), "length")))
-    found = picked(found, case=case, dim=picked(found, case=case)[0]["dim"])
-    figure, axes = plt.subplots(figsize=(7.8, 4.6), layout="constrained")
-    directions, providers = directions_of(found), several(found, "provider")
-    strokes = dict(zip(directions, ("-", "--", ":"), strict=False))
-    for provider, direction in itertools.product(providers, directions):
-        points = sorted(picked(found, provider=provider, direction=direction), key=lambda x: x["length"])
-        style = look(provider) | {"ls": strokes[direction]}
-        axes.plot([x["length"] for x in points], [x["value"] / 2**20 for x in points], **style)
-    axes.set_yscale("log")
-    lengths_axis(axes, sorted(several(found, "length")))
-    axes.set(xlabel="sequence length", ylabel="MiB at the peak, beyond the inputs")
-    x = found[0]
-    axes.set_title(f"Peak memory of one call: {case}, {x['heads']} heads of {x['dim']}, {x['dtype']}", fontsize=10)
-    axes.grid(alpha=0.3)
-    handles = [key(x, ls=strokes[x]) for x in directions] + [key(**look(x)) for x in providers]
-    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.supxlabel(caption(found), fontsize=7)
-    return figure
+    case = found.groupby("case", sort=False).length.nunique().idxmax()
+    found = found[found.case == case]
+    found = with_directions(found[found.dim == found.dim.iloc[0]])
+    x = found.iloc[0]
+    strokes = dict(zip(found.direction.unique(), ("-", "--", ":"), strict=False))
+    return drawn(
+        so.Plot(found.assign(mib=found.value / 2**20), "length", "mib", color="label", marker="label")
+        .add(so.Line(), linestyle="direction")
+        .scale(x=log(found.length), y=log(), linestyle=strokes, **looks(found)),
+        (7.8, 4.6), f"{case}, {x.heads:.0f} heads of {x.dim:.0f}, {x['dtype']}\n{caption(found)}",
+        x="sequence length", y="peak memory beyond the inputs, MiB",
+    )  # fmt: skip
 
 
-def roofline(rows: list[Row]) -> Figure | None:
-    """Throughput by arithmetic intensity, under what a copy and a matmul reach on the same machine."""
-    copies, tops = picked(rows, case="copy"), picked(rows, case="matmul")
-    points = [x for x in picked(rows, metric="intensity") if x["provider"] in ("fused_attn", *OURS, "torch")]
-    points = [x for x in points if x["case"] not in ADDITIVE]  # whose operations are not those of a product
-    if not (copies and tops and points):
+def roofline(rows: pd.DataFrame) -> Figure | None:
+    """Throughput by arithmetic intensity, below the rates of a copy and of a matmul on the same machine."""
+    rows = rows[rows.threads == rows.threads.min()]  # the rates hold for one number of threads
+    tops, copies = (rows[rows.case == name] for name in ("matmul", "copy"))
+    # The operations of additive scores are not those of a product.
+    found = with_directions(rows[rows.provider.isin(["fused_attn", *OURS, "torch"]) & ~rows.case.isin(ADDITIVE)])
+    wide = found.pivot_table("value", [*PLACE, "label"], "metric").reset_index()
+    if tops.empty or copies.empty or not {"intensity", "tflops"} <= set(wide):
         return None
-    top, rate = (statistics.median(x["value"] for x in y) for y in (tops, copies))  # TFLOP/s, GB/s
+    top, rate = tops.value.median(), copies.value.median()  # TFLOP/s, GB/s
     factor, name = unit(top)
-    figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
-    where = ("case", "provider", "direction", "length", "dim")
-    fast = [x for x in picked(rows, metric="tflops") if all(name in x for name in where)]
-    speeds = {tuple(x[name] for name in where): x["value"] for x in fast}
-    xs = [x["value"] for x in points]
-    knee = top / rate * 1000
-    left, right = min(knee, *xs) / 4, max(knee, *xs) * 2
-    roof = [left, knee, right]
-    axes.plot(roof, [factor * min(top, rate * x / 1000) for x in roof], color="#999999", lw=1.5)
-    for text, place, shift in (
-        (f"matmul, {factor * top:.0f} {name}", (knee, factor * top), (4, 5)),
-        (f"copy, {rate:.0f} GB/s", (left, factor * rate * left / 1000), (14, 2)),
-    ):
-        axes.annotate(text, place, xytext=shift, textcoords="offset points", fontsize=8, color="#666666")
-    markers = {"full": "o", "causal": "^", "other": "s"}
-    directions, providers = directions_of(points), several(points, "provider")
-    for x in points:
-        place = tuple(x[name] for name in where)
-        if place not in speeds or x["direction"] not in directions:
-            continue
-        colour, kind = look(x["provider"])["color"], {"plain": "full", "causal": "causal"}.get(x["case"], "other")
-        axes.scatter(
-            x["value"], factor * speeds[place], s=26, marker=markers[kind], edgecolors=colour,
-            facecolors=colour if x["direction"] == "forward" else "none",
-        )  # fmt: skip
-    handles = [key(look(x)["label"], color=look(x)["color"], marker="o") for x in providers]
-    handles += [key(x, marker=markers[x]) for x in markers]
-    handles += [key(x, marker="o", mfc=None if x == "forward" else "none") for x in directions]
-    axes.set(xscale="log", yscale="log", ylabel=name)
-    for axis, steps in ((axes.xaxis, (1,)), (axes.yaxis, (1, 2, 5))):
-        axis.set_major_locator(LogLocator(subs=steps))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("arithmetic intensity: operations a byte of operands and results", fontsize=9)
-    axes.set_title(f"Roofline, {points[0]['dtype']}", fontsize=10)
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.supxlabel(caption(points), fontsize=7)
+    kind = wide.case.map({"plain": "full", "causal": "causal"}).fillna("other")
+    shapes = {"marker": {"full": "o", "causal": "^", "other": "s"}, "fill": {x: x == "forward" for x in DIRECTIONS}}
+    figure = drawn(
+        so.Plot(wide.assign(rate=factor * wide.tflops, kind=kind), "intensity", "rate", color="label")
+        .add(so.Dot(pointsize=5), marker="kind", fill="direction")
+        .scale(x=log(), y=log(), color=looks(wide)["color"], **shapes),
+        (7.6, 4.8), f"{found.dtype.iloc[0]}. Line: a copy at {rate:.0f} GB/s, a matmul at {factor * top:.0f} {name}\n"
+        + caption(found), x="arithmetic intensity: operations per byte of operands and results", y=name,
+    )  # fmt: skip
+    knee = 1000 * top / rate
+    roof = [min(knee, wide.intensity.min()) / 2, knee, max(knee, wide.intensity.max()) * 2]
+    figure.axes[0].plot(roof, [factor * min(top, rate * x / 1000) for x in roof], color="#999999", lw=1.5)
     return figure
 
 
-def decoding(rows: list[Row]) -> Figure | None:
-    """A step of decoding: by the keys in a cache of one size, and by the size of a cache with as many keys."""
-    found = [x for x in picked(rows, metric="ms") if x["case"].startswith("decode")]
-    if not found:
+def decoding(rows: pd.DataFrame) -> Figure | None:
+    """A decoding step, by the number of keys in a cache of one capacity, and by capacity for one number of keys."""
+    found = rows[(rows.metric == "ms") & rows.case.isin(["decode", "decode_paged"])]
+    if found.empty:
         return None
-    most, held = max(several(found, "length")), table.held(found)
-    figure, grid = plt.subplots(1, 2, figsize=(9.4, 4.0), layout="constrained", sharey=True)
-    panels = (
-        (f"keys in a cache with room for {most}", [x for x in found if table.room(x) == most], lambda x: x["length"]),
-        (f"room of a cache with {held} keys", [x for x in found if x["length"] == held], table.room),
-    )
-    colours = {"decode": ("#1f5fa8", "o", "dense"), "decode_paged": ("#d1742f", "s", "in pages")}
-    for axes, (title, panel, place) in zip(grid, panels, strict=True):
-        for case, (colour, marker, label) in colours.items():
-            points = sorted(picked(panel, case=case), key=place)
-            places = [place(x) for x in points]
-            middle, low, high = ([x[part] for x in points] for part in ("value", "low", "high"))
-            axes.plot(places, middle, lw=1.4, ms=5, color=colour, marker=marker, label=label)
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
-        axes.set_xlabel(title, fontsize=9)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.25)
-    grid[0].set_ylabel("ms a step", fontsize=9)
-    grid[0].legend(fontsize=8)
-    x = found[0]
-    note = f"{x['batch']} sequences, {x['heads']} query heads, {x['kv_heads']} of keys, of {x['dim']}, {x['dtype']}"
-    figure.supxlabel(f"{note} (shade: 10th to 90th percentile)\n{caption(found)}", fontsize=7)
-    return figure
+    steps = found.to_dict("records")
+    most, held = found.length.max(), table.held(steps)
+    found = found.assign(room=[table.room(x) for x in steps], cache=found.case.map({"decode": "dense"}).fillna("paged"))
+    panels = {
+        f"by keys, capacity {most:.0f}": found[found.room == most].assign(size=lambda x: x.length),
+        f"by capacity, {held:.0f} keys": found[found.length == held].assign(size=lambda x: x.room),
+    }
+    x = found.iloc[0]
+    note = f"{x.batch:.0f} sequences, {x.heads:.0f} query heads, {x.kv_heads:.0f} KV heads of {x.dim:.0f}, {x['dtype']}"
+    colours, markers = {"dense": "#1f5fa8", "paged": "#d1742f"}, {"dense": "o", "paged": "s"}
+    return drawn(
+        so.Plot(pd.concat(panels, names=["panel", "row"]).reset_index(), "size", "value", color="cache", marker="cache")
+        .facet("panel").share(x=False).add(so.Line()).add(so.Band(alpha=0.15), ymin="low", ymax="high", legend=False)
+        .scale(color=colours, marker=markers).limit(x=(0, None), y=(0, None)),
+        (9.4, 4.0), f"{note} (shade: 10th to 90th percentile)\n{caption(found)}", x="keys", y="ms per step",
+    )  # fmt: skip
 
 
-PICTURES: dict[str, Callable[[list[Row]], Figure | None]] = {
+PICTURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
     x.__name__: x for x in (throughput, speed, memory, roofline, decoding)
 }
 
@@ -291,14 +216,14 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", nargs="*", type=Path, default=[table.RESULTS / "cpu.csv"], metavar="FILE")
-    parser.add_argument("--out", type=Path, metavar="STEM", help="the first table's name without its ending")
+    parser.add_argument("--out", type=Path, metavar="STEM", help="default: the first table's path without suffix")
     args = parser.parse_args(argv)
-    rows = table.read(*args.tables)
+    rows = framed(table.read(*args.tables))
     stem = args.out or args.tables[0].with_suffix("")
     for name, draw in PICTURES.items():
         if (figure := draw(rows)) is not None:
             target = stem.with_name(f"{stem.name}_{name}.png")
-            figure.savefig(target, dpi=150)
+            figure.savefig(target, dpi=150, bbox_inches="tight")
             plt.close(figure)
             print(target)
     return 0
