@@ -23,7 +23,7 @@ DIRECTIONS = ("forward", "forward+backward")
 STEPS = ("decode", "decode_paged")
 SLOW = 0.97  # a case below it is listed
 HEADLINE = ("causal", "window_causal", "bias_1hmn", "softcap", "padding_bool_b11n", "one_query_300")
-PEERS = {"naive": "whole matrices", "flex": "FlexAttention", "torch": "torch's own"}
+PEERS = {"naive": "eager", "flex": "FlexAttention", "torch": "torch SDPA"}
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -118,7 +118,7 @@ def memory() -> str:
     rows = [x for x in _peaks() if x["case"] == meter.CASE]
     found = {(x["provider"], x["direction"], x["length"]): f"{x['value'] / 2**20:.1f}" for x in rows}
     lengths = sorted({x["length"] for x in rows})
-    titles = {"tiled": "`tiled`", "naive": "whole matrices"}
+    titles = {"tiled": "`tiled`", "naive": "eager"}
     body = [
         [f"{title}, {direction}", *(found.get((name, direction, n), "") for n in lengths)]
         for name, title in titles.items()
@@ -240,7 +240,7 @@ def headline() -> str:
         shown += chosen.values()
         size = f", {longest} tokens" if longest > 1 else ""
         body.append([labels.CASES[case] + size, PEERS[peer], *(f"{chosen[d]['value']:.2f}" for d in DIRECTIONS)])
-    return f"{markdown(['speed on a CPU; larger is better', 'beside', *DIRECTIONS], body)}\n\nMedians. {_ran(shown)}."
+    return f"{markdown(['case', 'relative to', *DIRECTIONS], body)}\n\nMedians. {_ran(shown)}."
 
 
 def slower() -> str:
@@ -250,7 +250,7 @@ def slower() -> str:
         [labels.CASES[x["case"]], x["direction"], str(x["length"]), str(x["threads"]), PEERS[x["against"]], _spread(x)]
         for x in rows
     ]
-    headings = ["case", "direction", "queries", "threads", "beside", "speed"]
+    headings = ["case", "direction", "queries", "threads", "relative to", "speed"]
     return f"{markdown(headings, body)}\n\n{_ran(rows)}."
 
 
