@@ -215,7 +215,11 @@ def features() -> str:
     for name, own in alone.items():
         refused = [pair for pair, said in answers.items() if said[name] != support.YES and set(pair) <= own]
         if more := [pair for pair in refused if pair not in nowhere]:
-            lines += [f"Combinations that `{name}` alone does not take:", *_listed(more), ""]
+            lines += [
+                f"Combinations that `{name}` does not take, though it takes each feature by itself:",
+                *_listed(more),
+                "",
+            ]
     return "\n".join(lines).rstrip()
 
 
