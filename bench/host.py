@@ -32,7 +32,7 @@ from triton.runtime import driver
 
 import fused_attn
 from bench.harness import first_call
-from fused_attn.launch import hopper, portable
+from fused_attn.backends.triton import hopper, settings
 
 ARCH = "sm_90"
 SHAPE = (2, 8, 1024, 64)  # B, H, S, D
@@ -75,8 +75,8 @@ class Driver:
 def pretend() -> None:
     """Install the stub driver, and let the Triton and Hopper backends accept CPU tensors."""
     driver.set_active(Driver())
-    portable.architecture = lambda device: ARCH
-    portable.interpreted = lambda: True  # else the backend refuses CPU tensors
+    settings.architecture = lambda device: ARCH
+    settings.interpreted = lambda: True  # else the backend refuses CPU tensors
     hopper._machine = lambda device: []
     hopper._multiprocessors = lambda device: 132
 

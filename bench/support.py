@@ -20,9 +20,10 @@ from unittest import mock
 import torch
 
 from bench.harness.table import RESULTS
-from fused_attn import dispatch, testing
-from fused_attn.launch import hopper
-from fused_attn.spec import DTYPES, NORMALIZERS
+from fused_attn import testing
+from fused_attn.backends.triton import hopper
+from fused_attn.runtime import dispatch
+from fused_attn.spec.problem import DTYPES, NORMALIZERS
 from fused_attn.testing import Case
 
 TABLE = RESULTS / "support.csv"

@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import as_float
-from .description import Description
-from .ragged import places
-from .spec import Problem, check_parameter, describe, ordered_like
-from .tiles import reached
+from .spec.checks import as_float
+from .spec.description import Description
+from .spec.problem import Problem, check_parameter, describe, ordered_like
+from .spec.ragged import places
+from .spec.reach import reached
 
 SHORTEST = 1e-6  # norms below it count as it
 LARGE = 64.0  # of q in float16

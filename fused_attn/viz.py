@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import as_int, describe
+from .spec.checks import as_int, describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,9 @@ import torch
 
 import fused_attn
 from fused_attn import __main__ as command
-from fused_attn import dispatch, testing, tiled
+from fused_attn import testing
+from fused_attn.backends.tiled import attention
+from fused_attn.runtime import dispatch
 from tests import ROOT
 
 CPU = torch.device("cpu")
@@ -54,12 +56,12 @@ def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) ->
 
 @pytest.mark.usefixtures("short")
 def test_a_wrong_gradient_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    backward = tiled.backward
+    backward = attention.backward
 
     def wrong(*args: Any) -> dict[str, torch.Tensor]:
         return {name: x * 1.001 if name == "k" else x for name, x in backward(*args).items()}
 
-    monkeypatch.setattr(tiled, "backward", wrong)
+    monkeypatch.setattr(attention, "backward", wrong)
     code, printed = run(monkeypatch, capsys)
     assert code == 1
     assert "A BACKEND IS WRONG" in printed

@@ -48,8 +48,7 @@ class Compiler:
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
 
-        import fused_attn.launch
-        from fused_attn.launch import hopper, portable
+        from fused_attn.backends.triton import hopper, launcher, settings
 
         knobs.nvidia.dump_ptxas_log = True
         compiler = self
@@ -72,8 +71,8 @@ class Compiler:
                 return torch.device("cpu")
 
         driver.set_active(Driver())
-        fused_attn.launch.launch = self._warmup
-        portable.architecture = lambda device: self.arch
+        launcher.launch = self._warmup
+        settings.architecture = lambda device: self.arch
         hopper._multiprocessors = lambda device: 132
         self.arch = "sm_90"
         self.wanted: frozenset[str] | None = None

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.compiler import decoding
-from fused_attn.bind import bind
-from fused_attn.launch.statistics import ADDITIVE
+from fused_attn.api.bind import bind
+from fused_attn.backends.triton.statistics import ADDITIVE
 from fused_attn.scores import Additive, Distance
-from fused_attn.spec import Mask, Problem, Ragged
+from fused_attn.spec.problem import Mask, Problem, Ragged
 from fused_attn.tuning import Config, config, override
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -97,7 +97,7 @@ class Case:
 
     def launcher(self, configs: dict[str, dict[str, Any]]) -> Callable[[], Any]:
         """A call of the launch path; configs overrides what the tables say, by kernel."""
-        from fused_attn.launch import hopper, portable
+        from fused_attn.backends.triton import hopper, portable
 
         scope = {kernel: Config.from_row(row) for kernel, row in configs.items()}
         if self.direction in decoding.DIRECTIONS:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn.cached import Cache, Decode, Rotary
+from fused_attn.spec.decoding import Cache, Decode, Rotary
 from fused_attn.tuning import Config, config, override
 
 DIRECTIONS = ("decode", "append")
@@ -45,7 +45,7 @@ def kernels(direction: str, feature: str) -> tuple[str, ...]:
 
 def chosen(arch: str, dtype: torch.dtype, d: int, feature: str) -> Config:
     """The configuration with the tiles that the launch makes of it."""
-    from fused_attn.launch import decode
+    from fused_attn.backends.triton import decode
 
     said = FEATURES[feature]
     c = config("decode", arch, dtype, d, d, rich="tree" in said)
@@ -55,7 +55,7 @@ def chosen(arch: str, dtype: torch.dtype, d: int, feature: str) -> Config:
 
 
 def launcher(direction: str, dtype: torch.dtype, d: int, feature: str, scope: dict[str, Config]) -> Callable[[], Any]:
-    from fused_attn.launch import decode
+    from fused_attn.backends.triton import decode
 
     asked = _call(dtype, d, **FEATURES[feature])
     new = torch.zeros(BATCH, 1, KV_HEADS, d, dtype=dtype)

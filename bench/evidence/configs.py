@@ -13,7 +13,7 @@ from bench.evidence.setting import Listed, Refused, Setting, compared, judged, s
 from bench.harness import providers
 from bench.harness.providers import Provider, ours
 from fused_attn import tuning
-from fused_attn.launch import hopper, portable
+from fused_attn.backends.triton import hopper, portable
 from fused_attn.testing import CASES, Case
 from fused_attn.tuning import Config
 from fused_attn.tuning.select import KERNELS, table

@@ -25,8 +25,8 @@ from bench.harness import first_call, providers
 from bench.harness.packed import ragged_case
 from bench.harness.providers import ours
 from bench.harness.samples import ADDITIVE, MODIFIED, Sample, heavy_tail, sized
-from fused_attn import testing, witness
-from fused_attn.testing import CASES, Case
+from fused_attn import testing
+from fused_attn.testing import CASES, Case, statistics
 
 
 class Parity:
@@ -84,7 +84,7 @@ class Seeing(Parity):
 
     def check(self, s: Setting, case: str, dtype: str, backend: str = "triton") -> dict[str, Any]:
         with poisoned():
-            found = witness.check_statistics(
+            found = statistics.check_statistics(
                 self.all_cases(s)[case], backend, getattr(torch, dtype), device=s.device, top_k=40
             )
         return {"rows": {name: asdict(row) for name, row in found.rows.items()}}

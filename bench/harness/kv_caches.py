@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import reference, testing
-from fused_attn.absolutes import absolutes
-from fused_attn.cached import Cache, Decode
+from fused_attn import testing
+from fused_attn.backends import reference
+from fused_attn.spec.decoding import Cache, Decode
+from fused_attn.testing.absolute_sums import absolutes
 
 
 def caches(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.harness.providers import Call, Provider
 from bench.harness.samples import Sample
-from fused_attn.ragged import padded, places
+from fused_attn.spec.ragged import padded, places
 from fused_attn.testing import Case
 
 

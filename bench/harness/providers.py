@@ -21,9 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fused_attn
 from bench.harness.clock import directed, milliseconds
 from bench.harness.samples import Sample
-from fused_attn import ops, tuning
+from fused_attn import tuning
+from fused_attn.runtime import ops
 from fused_attn.scores import Distance
-from fused_attn.spec import Problem
+from fused_attn.spec.problem import Problem
 
 OURS = {"triton": "triton", "hopper": "hopper", "hopper unordered": "hopper"}  # providers and their backends
 KERNELS = {"triton": ("forward", "dkdv", "dq"), "hopper": ("hopper_forward", "hopper_backward")}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fused_attn import testing
 from fused_attn.scores import Additive
-from fused_attn.spec import Problem
+from fused_attn.spec.problem import Problem
 from fused_attn.testing import CASES, Case, Inputs
 
 GRID = ("plain", "causal")  # timed at every length and head dim

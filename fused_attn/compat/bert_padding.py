@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import as_int, check_integers, describe, readable
+from ..spec.checks import as_int, check_integers, describe, readable
 
 __all__ = [
     "index_first_axis",

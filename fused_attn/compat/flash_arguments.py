@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import as_float, as_int, as_int32, check_starts, describe, readable
-from ..spec import Dropout
+from ..spec.checks import as_float, as_int, as_int32, check_starts, describe, readable
+from ..spec.problem import Dropout
 
 
 def scores(

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..api import attention
-from ..checks import as_bool, as_int, as_starts
-from ..decode import attention_decode
-from ..spec import describe
-from ..underived import underived
-from ..varlen import attention_varlen
+from ..api.attention import attention
+from ..api.decode import attention_decode
+from ..api.varlen import attention_varlen
+from ..runtime.no_derivative import underived
+from ..spec.checks import as_bool, as_int, as_starts
+from ..spec.problem import describe
 from . import flash_arguments as arguments
 from .flash_errors import as_flash_attn
 from .flash_pages import over_pages

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .. import keywords
+from ..api import keywords
 
 NAMES = {"page_table": "block_table", "k_new": "k", "v_new": "v"}  # ours, and what is said there
 FIRST = {"scale": "softmax_scale"}  # the same, where an error begins with it

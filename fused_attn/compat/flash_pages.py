@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import as_int, describe
-from ..decode import attention_decode
-from ..ragged import places
+from ..api.decode import attention_decode
+from ..spec.checks import as_int, describe
+from ..spec.ragged import places
 from . import flash_arguments as arguments
 
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..api import attention
-from ..checks import as_int, as_starts, describe
-from ..ragged import places
-from ..underived import underived
-from ..varlen import attention_varlen
+from ..api.attention import attention
+from ..api.varlen import attention_varlen
+from ..runtime.no_derivative import underived
+from ..spec.checks import as_int, as_starts, describe
+from ..spec.ragged import places
 from . import flash_arguments as arguments
 from .flash_errors import as_flash_attn
 from .flash_pages import over_pages

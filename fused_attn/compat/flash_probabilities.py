@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..seeing import attention_map
-from ..spec import Dropout
+from ..api.statistics import attention_map
+from ..spec.problem import Dropout
 
 
 def dense_weights(q: Tensor, k: Tensor, dropout: Dropout | None, words: dict[str, Any]) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..api import attention
+from ..api.attention import attention
 from . import bert_padding, flash_attn
 
 if importlib.util.find_spec("transformers") is None:

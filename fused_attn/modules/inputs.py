@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import as_bool, as_int, describe, one_of
+from ..spec.checks import as_bool, as_int, describe, one_of
 
 
 class InputError(ValueError, AssertionError, RuntimeError):

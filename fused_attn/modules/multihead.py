@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..api import attention
-from ..checks import as_float
-from ..masks import Mask
+from ..api.attention import attention
+from ..spec.checks import as_float
+from ..spec.masks import Mask
 from .inputs import InputError, as_flag, check_inputs, check_mask, checked_sizes, mask_and_bias, not_scriptable
 from .weights import attention_weights
 

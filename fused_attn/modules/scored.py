@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..api import attention
-from ..checks import as_bool, as_float
+from ..api.attention import attention
 from ..scores import Additive, Bilinear, Cosine, Score
+from ..spec.checks import as_bool, as_float
 from .inputs import check_inputs, check_mask, checked_sizes, mask_and_bias, not_scriptable
 from .weights import attention_weights
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..api import attention
-from ..seeing import weights_of
-from ..spec import Dropout
-from ..transforms import transform_of, vjp
+from ..api.attention import attention
+from ..api.statistics import weights_of
+from ..spec.problem import Dropout
+from ..spec.transforms import transform_of, vjp
 
 COLUMNS = 128  # of the identity in one pass, and the most keys for which that pass is taken
 WIDE = 512  # the same where each pass keeps its M x N scores, to be differentiated again; the widest that kernels take

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..spec import HALF
+from ..spec.problem import HALF
 from .config import Config, overridden
 
 KERNELS = ("forward", "dkdv", "dq", "dbias", "delta", "additive_forward", "additive_backward")

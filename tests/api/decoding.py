@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import Mask, attention_decode, reference, testing
-from fused_attn.absolutes import absolutes
-from fused_attn.bind import bind
-from fused_attn.spec import Problem
+from fused_attn import Mask, attention_decode, testing
+from fused_attn.api.bind import bind
+from fused_attn.backends import reference
+from fused_attn.spec.problem import Problem
+from fused_attn.testing.absolute_sums import absolutes
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
 from fused_attn import BackendError, attention_decode
-from fused_attn.launch import decode as decoding
-from fused_attn.launch import portable
+from fused_attn.backends.triton import decode as decoding
+from fused_attn.backends.triton import portable
 from tests import ROOT
 from tests.api.decoding import Call, Given
 from tests.runtime.compilations import COMPILATIONS
@@ -302,10 +302,10 @@ def test_bytes_of_a_window(loaded: list[Any]) -> None:
 COUNTER = (
     COMPILATIONS
     + """
-from fused_attn.cached import Cache, Decode, Rotary
-from fused_attn.launch import decode
+from fused_attn.spec.problem.decoding import Cache, Decode, Rotary
+from fused_attn.backends.triton import decode, settings
 
-portable.multiprocessors = lambda device: 132
+settings.multiprocessors = lambda device: 132
 z = lambda *shape, dtype=torch.float16: torch.zeros(shape, dtype=dtype)
 counts = []
 for b, room, added in json.loads(sys.argv[1]):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import fused_attn
-from fused_attn import attention_decode, cached
+from fused_attn import attention_decode
 from fused_attn.compat.flash_attn import flash_attn_with_kvcache
-from fused_attn.storage import overlap, overlaps_itself
+from fused_attn.spec import decoding
+from fused_attn.spec.storage import overlap, overlaps_itself
 
 ALL = ("reference", "tiled", "triton")
 B, N, HEADS, D, PAGE = 3, 8, 2, 8, 4
@@ -102,7 +103,7 @@ def expanded(name: str) -> tuple[Tensor, Tensor]:
 def test_memory(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from strides and addresses, so also where index tensors are not read."""
     k, v = expanded(name)
-    monkeypatch.setattr(cached, "readable", lambda x: False)
+    monkeypatch.setattr(decoding, "readable", lambda x: False)
     with pytest.raises(ValueError, match=f"{'k_cache' if name[0] == 'k' else 'v_cache'}: expected memory of its own"):
         call(k, v, ints(0, 1, 2), backend=backend)
     assert not k.any()
@@ -131,7 +132,7 @@ def test_through_flash_attn() -> None:
 def test_on_a_device_it_is_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     k, v = torch.zeros(2, B, N, HEADS, D)
     words = {"cache_batch_idx": ints(1, 1, 0)}
-    monkeypatch.setattr(cached, "readable", lambda x: fused_attn.checks._debugging.get())
+    monkeypatch.setattr(decoding, "readable", lambda x: fused_attn.spec.problem.checks._debugging.get())
     call(k, v, ints(0, 1, 2), **words)
     with fused_attn.debug(), pytest.raises(ValueError, match="cache_batch_idx"):
         call(k, v, ints(0, 1, 2), **words)

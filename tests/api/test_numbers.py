@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn.checks import as_bool, as_float, as_int
+from fused_attn.spec.checks import as_bool, as_float, as_int
 
 
 class Index:

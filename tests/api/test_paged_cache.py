@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from fused_attn import CacheFullError, PagedKVCache, attention_decode
-from fused_attn import cache as room
+from fused_attn.api import paged_cache as room
 
 LAYERS, PAGES, HEADS, D, DV = 2, 12, 2, 4, 3
 

@@ -14,23 +14,16 @@ from torch import Tensor
 
 import fused_attn
 from bench.harness import memory
-from fused_attn import (
-    BackendError,
-    Mask,
-    attention_map,
-    attention_stats,
-    ops,
-    reference,
-    testing,
-    tiles,
-    tuning,
-    witness,
-)
-from fused_attn.bind import bind
-from fused_attn.cases import CASES, Case
-from fused_attn.launch import portable
-from fused_attn.spec import Statistics
-from fused_attn.statistics import leading
+from fused_attn import BackendError, Mask, attention_map, attention_stats, testing, tuning
+from fused_attn.api.bind import bind
+from fused_attn.backends import reference
+from fused_attn.backends.tiled import tiles
+from fused_attn.backends.tiled.statistics import leading
+from fused_attn.backends.triton import portable
+from fused_attn.runtime import ops
+from fused_attn.spec.problem import Statistics
+from fused_attn.testing import statistics
+from fused_attn.testing.cases import CASES, Case
 from fused_attn.tuning import Config
 from tests.backends.test_parity import varies_memory
 
@@ -94,7 +87,7 @@ def test_every_case(name: str, dtype: torch.dtype) -> None:
     The reference is its own oracle: it is judged only where its inputs differ from the oracle's dense ones.
     """
     core, large = "core" in CASES[name].tags, Config(128, 128, 1, 1)
-    seen = witness.Witness(name, dtype, top_k=5 if core else 2)
+    seen = statistics.Witness(name, dtype, top_k=5 if core else 2)
     scope = {} if core else {"row_statistics": large, "key_mass": large, "map": Config(32, 128, 1, 1)}
     for backend in BACKENDS if varies_memory(CASES[name]) or dtype in HALF else BACKENDS[1:]:
         if reasons := testing.why_not(name, backend, dtype):
@@ -109,8 +102,8 @@ def test_every_case(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ("key_mass", "entropy", "max_logit", "top_k_indices", "top_k_weights", "map"))
 def test_a_small_fault_is_seen(name: str) -> None:
     """One part in two thousand of one element, or one place next to the right one."""
-    seen = witness.Witness("plain")
-    words = {x: y for x, y in seen.inputs.kwargs.items() if x not in witness.OF_OUT} | {"backend": "reference"}
+    seen = statistics.Witness("plain")
+    words = {x: y for x, y in seen.inputs.kwargs.items() if x not in statistics.OF_OUT} | {"backend": "reference"}
     q, k, _ = seen.inputs.qkv
     got = attention_stats(q, k, **seen.asked, **words)._asdict()
     got["map"] = attention_map(q, k, rows=seen.rows, heads=seen.heads, **words)
@@ -123,7 +116,7 @@ def test_a_small_fault_is_seen(name: str) -> None:
 
 
 def test_most_places_are_beyond_doubt() -> None:
-    assert witness.check_statistics("plain", "tiled").rows["top_k_indices"].error < 0.01
+    assert statistics.check_statistics("plain", "tiled").rows["top_k_indices"].error < 0.01
 
 
 # --------------------------------------------------------------------------------------------------- ties and places

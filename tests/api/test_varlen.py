@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import Mask, attention, attention_varlen, checks, scores, testing
-from fused_attn.ragged import padded, places, sums
-from fused_attn.spec import Problem, Ragged
+from fused_attn import Mask, attention, attention_varlen, scores, testing
+from fused_attn.spec import checks
+from fused_attn.spec.problem import Problem, Ragged
+from fused_attn.spec.ragged import padded, places, sums
 from tests.layers import Largest
 
 BACKENDS = ("triton", "tiled", "reference")
@@ -159,8 +160,8 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if reasons := testing.why_not("ragged", "triton"):
         pytest.skip(reasons[0])
     monkeypatch.setattr(checks, "readable", lambda x: False)
-    monkeypatch.setattr(fused_attn.varlen, "readable", lambda x: False)
-    monkeypatch.setattr(fused_attn.launch, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(fused_attn.api.attention.varlen, "readable", lambda x: False)
+    monkeypatch.setattr(fused_attn.backends.triton.launcher, "launch", lambda *args, **options: None)
 
 
 LONGEST = {"max_seqlen_q": 40, "max_seqlen_k": 70}
@@ -280,7 +281,7 @@ def problem(lengths: Any, span: Any = None, alignment: str = "bottom_right") -> 
     q, k, v, *cuts = packed(lengths, 1, 1, 4, grad=False)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     ragged = Ragged(*cuts, q.shape[2], k.shape[2], alignment)
-    return Problem(q, k, v, 1.0, span=span or fused_attn.spec.Span(), ragged=ragged)
+    return Problem(q, k, v, 1.0, span=span or fused_attn.spec.problem.problem.Span(), ragged=ragged)
 
 
 def unpacked(keys: Tensor) -> list[list[int]]:
@@ -298,8 +299,8 @@ SPANS = st.sampled_from([(None, None), (None, 0), (-3, 5), (2, None), (-20, 0)])
 def test_every_tile_has_one_turn_and_the_longest_come_first(
     lengths: Any, block: int, by_keys: bool, bounds: Any, alignment: str
 ) -> None:
-    owners = pytest.importorskip("fused_attn.launch.owners")
-    span = fused_attn.spec.Span(*bounds)
+    owners = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
+    span = fused_attn.spec.problem.problem.Span(*bounds)
     p = problem(lengths, span, alignment)
     turns = unpacked(owners.turns(p, block, by_keys).turns)
     assert len(turns) * 3 == owners.programs(p, block, 3, by_keys)
@@ -324,9 +325,9 @@ def test_every_tile_has_one_turn_and_the_longest_come_first(
 
 def test_one_long_sequence_does_not_begin_last() -> None:
     """Turns taken by whichever of 16 programs is free end within a tenth of the best that there is."""
-    owners = pytest.importorskip("fused_attn.launch.owners")
+    owners = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
     lengths = [(n, n) for n in [40] * 50 + [1500] + [40] * 50 + [700]]
-    p = problem(lengths, fused_attn.spec.Span(right=0))
+    p = problem(lengths, fused_attn.spec.problem.problem.Span(right=0))
     work = [min(lengths[b][1], (i + 1) * 64) for b, i in unpacked(owners.turns(p, 64).turns) if i >= 0]
     free = [0] * 16
     for x in work:

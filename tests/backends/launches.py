@@ -29,8 +29,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fused_attn
 from bench import host
-from fused_attn import calls, launch, testing, tuning
-from fused_attn.launch import cache, hopper, portable, replay
+from fused_attn import testing, tuning
+from fused_attn.backends.triton import hopper, launch_cache, launcher, portable, recording, settings
+from fused_attn.runtime import call_cache
 from fused_attn.tuning import Config
 
 LAUNCHES: list[Launch] = []
@@ -50,7 +51,7 @@ class Launch:
                 return own.get(x.data_ptr(), "made"), x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0
             if isinstance(x, tuple):
                 return tuple(map(seen, x))
-            if isinstance(x, cache.DESCRIPTORS):
+            if isinstance(x, launch_cache.DESCRIPTORS):
                 return seen(x.base), x.shape, x.strides, x.block_shape, x.padding
             return x.value if isinstance(x, constexpr) else x
 
@@ -100,8 +101,8 @@ class Machine:
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(triton.compiler, "compile", compiled)
-    monkeypatch.setattr(portable, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(portable, "interpreted", lambda: True)
+    monkeypatch.setattr(settings, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(settings, "interpreted", lambda: True)
     monkeypatch.setattr(hopper, "_machine", lambda device: [])
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
     found = Machine()
@@ -109,7 +110,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     for kernels in (*vars(portable._device_code()).values(), *vars(hopper._device_code()).values()):
         if isinstance(kernels, jit.JITFunction):
             kernels.device_caches.clear()
-    for remembered in (cache._compiled, calls._calls, LAUNCHES):
+    for remembered in (launch_cache._compiled, call_cache._calls, LAUNCHES):
         remembered.clear()
     yield found
 
@@ -139,14 +140,14 @@ def launched(work: Callable[[], Any], *known: Tensor | None) -> list[Any]:
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each replay that was asked for took place, from now on."""
     asked: list[bool] = []
-    real = replay.Replay.__call__
+    real = recording.Replay.__call__
 
     def call(self: Any, given: Any) -> Any:
         found = real(self, given)
         asked.append(found is not None)
         return found
 
-    monkeypatch.setattr(replay.Replay, "__call__", call)
+    monkeypatch.setattr(recording.Replay, "__call__", call)
     return asked
 
 
@@ -311,7 +312,7 @@ def test_a_changed_call_is_another_call(name: str) -> None:
     """After a call has been recorded, one that differs launches what it launches where nothing is remembered."""
     changed, options = CHANGES[name](warm())
     after = [launched(lambda: attention(*changed, **options), *changed) for _ in range(5)]
-    for remembered in (cache._compiled, calls._calls):
+    for remembered in (launch_cache._compiled, call_cache._calls):
         remembered.clear()
     expected = launched(lambda: attention(*changed, **options), *changed)
     assert all(x == expected for x in after)
@@ -452,10 +453,10 @@ def test_debugging_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert debugged[0] is not usual[0]
 
 
-def test_who_replaces_the_seam_sees_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_replaces_the_launcher_sees_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = warm()
     seen = []
-    monkeypatch.setattr(launch, "launch", lambda kernel, *args, **options: seen.append(kernel))
+    monkeypatch.setattr(launcher, "launch", lambda kernel, *args, **options: seen.append(kernel))
     assert not launched(lambda: attention(*x))
     assert len(seen) == 1
 
@@ -518,12 +519,12 @@ def test_nothing_stays_alive() -> None:
 
 
 def test_the_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "LIMIT", 3)
-    monkeypatch.setattr(cache, "LIMIT", 3)
+    monkeypatch.setattr(call_cache, "LIMIT", 3)
+    monkeypatch.setattr(launch_cache, "LIMIT", 3)
     for n in range(1, 12):
         for _ in range(4):
             attention(*tensors(n=n, d=16 * n))
-        assert len(calls._calls) <= 3 and len(cache._compiled) <= 3
+        assert len(call_cache._calls) <= 3 and len(launch_cache._compiled) <= 3
 
 
 def test_what_differs_has_another_key() -> None:
@@ -552,7 +553,7 @@ def test_what_differs_has_another_key() -> None:
         x = torch.nn.Parameter(x, requires_grad=False) if parameter else x
         x = x.requires_grad_() if grad else x
         with around():
-            return calls._key((x,), ())
+            return call_cache._key((x,), ())
 
     alike = 0
     for _ in range(3000):
@@ -625,7 +626,7 @@ def launches_of_everything() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]
     """Each kernel of the package with the arguments of real calls."""
     seen: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch", lambda kernel, grid, *args, **options: seen.append((kernel, args, options)))
+        patch.setattr(launcher, "launch", lambda kernel, grid, *args, **options: seen.append((kernel, args, options)))
         for name in ("everything", "bias_1hmn", "dropout", "lengths", "gqa_window"):
             if name in testing.CASES:
                 p = testing.make_inputs(name, torch.float16).problem()
@@ -652,7 +653,7 @@ def test_equal_signatures_are_equal_to_the_binder(target: GPUTarget, machine: Ma
                 n: draw.random.choice((x, 1, True, 16)) if draw.random.random() < 0.05 else x
                 for n, x in options.items()
             }
-            ours = cache.signature(kernel, changed, words, 0)
+            ours = launch_cache.signature(kernel, changed, words, 0)
             if ours is None:
                 unknown += 1
                 continue
@@ -682,16 +683,18 @@ def test_every_kind_of_argument_against_the_binder(target: GPUTarget) -> None:
         for padding in (("zero", "nan") if x.is_floating_point() else ("zero",))
     ]  # fmt: skip
     values += [
-        cache.GluonDescriptor(x, [n, 16], [16, 1], [rows, 16], gl.NVMMASharedLayout(swizzle, 8 * x.element_size(), 2))
+        launch_cache.GluonDescriptor(
+            x, [n, 16], [16, 1], [rows, 16], gl.NVMMASharedLayout(swizzle, 8 * x.element_size(), 2)
+        )
         for x in draw.memory.values() if x.element_size() > 1 for n in (3, 4) for rows in (8, 16)
         for swizzle in (0, 32)
     ]  # fmt: skip
     classes: dict[Any, Any] = {}
     for x in values:
         theirs = str(jit.native_specialize_impl(backend, x, False, True, True))
-        assert classes.setdefault(cache.classify(x, target.backend == "hip"), theirs) == theirs, x
-    with pytest.raises(cache.Unknown):
-        cache.classify((1, object()))
+        assert classes.setdefault(launch_cache.classify(x, target.backend == "hip"), theirs) == theirs, x
+    with pytest.raises(launch_cache.Unknown):
+        launch_cache.classify((1, object()))
 
 
 def test_unknown_arguments_go_to_the_binder() -> None:
@@ -701,9 +704,9 @@ def test_unknown_arguments_go_to_the_binder() -> None:
         pass
 
     kernel = portable._device_code().delta
-    assert cache.signature(kernel, (Strange(),), {"DV": 1, "BLOCK_DV": 1, "BLOCK_M": 1}, 0) is None
-    recorder = replay.Recorder((), ())
-    with pytest.raises(replay.NotKept):
+    assert launch_cache.signature(kernel, (Strange(),), {"DV": 1, "BLOCK_DV": 1, "BLOCK_M": 1}, 0) is None
+    recorder = recording.Recorder((), ())
+    with pytest.raises(recording.NotKept):
         recorder.launched(None, kernel, 1, (Strange(),), {})
 
 
@@ -719,9 +722,9 @@ def test_work_that_does_more_than_launch_is_not_kept() -> None:
         yield lambda x: (q,)
 
     for work in works():
-        _, kept = replay.record(work, (q,))
+        _, kept = recording.record(work, (q,))
         assert kept is not None and kept((q,)) is None
-    results, kept = replay.record(lambda x: (torch.empty_like(x), x.new_empty_strided((3, 2), (1, 3))), (q,))
+    results, kept = recording.record(lambda x: (torch.empty_like(x), x.new_empty_strided((3, 2), (1, 3))), (q,))
     again = kept((q,))
     for x, y in zip(results, again, strict=True):
         assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype) and x.data_ptr() != y.data_ptr()

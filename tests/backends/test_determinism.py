@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fused_attn import testing
-from fused_attn.cases import LEAVES, SCORE_CASES, Case
+from fused_attn.testing.cases import LEAVES, SCORE_CASES, Case
 
 ALL: dict[str, Any] = {
     "b": 2, "hq": 2, "hkv": 1, "m": 70, "n": 40, "causal": True, "alignment": "bottom_right", "dropout_p": 0.2,

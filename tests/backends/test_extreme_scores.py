@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fused_attn import attention_decode, attention_map, attention_stats, testing
-from fused_attn.cases import Case
-from fused_attn.launch import hopper
+from fused_attn.backends.triton import hopper
+from fused_attn.testing.cases import Case
 from fused_attn.tuning import Config, override
 
 BACKENDS = ("reference", "tiled", "triton")

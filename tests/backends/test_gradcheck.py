@@ -12,7 +12,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fused_attn
 from fused_attn import testing
-from fused_attn.cases import EVERYTHING, Case
+from fused_attn.testing.cases import EVERYTHING, Case
 
 SMALL = {"hq": 2, "m": 4, "n": 5, "d": 3, "dv": 2}
 CASES = {

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_attn
 from fused_attn import attention, testing
-from fused_attn.cases import CASES, Case
+from fused_attn.testing.cases import CASES, Case
 from tests import ROOT
 
 LINEAR = ("triton", "tiled")  # backends of linear memory
@@ -323,7 +323,7 @@ def test_line_21_one_gradient_alone(backend: str, name: str) -> None:
     available(backend)
     case = replace(CASES[name], m=35, hq=2)
     one = testing.run_public(testing.make_inputs(case), backend)
-    every = testing.run_public(testing.make_inputs(replace(case, needs=fused_attn.cases.LEAVES)), backend)
+    every = testing.run_public(testing.make_inputs(replace(case, needs=fused_attn.testing.cases.LEAVES)), backend)
     assert {"out", case.needs[0]} == one.keys()
     assert torch.equal(one[case.needs[0]], every[case.needs[0]])
 
@@ -448,8 +448,7 @@ def test_line_27_an_exact_answer(backend: str, dtype: torch.dtype) -> None:
 def test_line_30_many_heads() -> None:
     """Line 30: B * H above 65535, the limit of a grid's second and third axis: programs count along the first."""
     available("triton")
-    from fused_attn import launch
-    from fused_attn.launch import portable
+    from fused_attn.backends.triton import launcher, portable
 
     grids: list[tuple[int, ...]] = []
 
@@ -458,11 +457,11 @@ def test_line_30_many_heads() -> None:
             grids.append(grid)
             return lambda *args, **options: None
 
-    real = launch.launch
+    real = launcher.launch
     q = torch.zeros(3, 30000, 2, 16)
     p = testing.Inputs(Case("wide"), {"q": q, "k": q, "v": q}, {}, {}, None, None).problem()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch", lambda kernel, *args, **options: real(Recorder(), *args, **options))
+        patch.setattr(launcher, "launch", lambda kernel, *args, **options: real(Recorder(), *args, **options))
         out, lse, *normaliser = portable.forward(p)
         portable.backward(p, out, *normaliser, q, lse, frozenset("qkv"))
     assert len(grids) >= 3
@@ -480,7 +479,7 @@ import mmap
 from dataclasses import replace
 import torch
 from fused_attn import testing
-from fused_attn.cases import Case
+from fused_attn.testing.cases import Case
 
 def far(x, dim):
     # x again, its rows along one dim 2**30 elements apart, in memory that is committed only where it is touched.

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fused_attn import calls, testing
-from fused_attn.cases import Case
+from fused_attn import testing
+from fused_attn.runtime import call_cache
+from fused_attn.testing.cases import Case
 from tests import ROOT
 
 pytest.importorskip("triton")
@@ -31,18 +32,18 @@ REPLAYED = (
 @pytest.mark.parametrize("case", REPLAYED, ids=lambda case: case.name)
 def test_replays_by_value(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that is recorded, and two that are replayed on other numbers: each within its budget."""
-    from fused_attn.launch import replay
+    from fused_attn.backends.triton import recording
 
     replayed: list[bool] = []
-    real = replay.Replay.__call__
+    real = recording.Replay.__call__
 
     def call(self: Any, given: Any) -> Any:
         found = real(self, given)
         replayed.append(found is not None)
         return found
 
-    monkeypatch.setattr(replay.Replay, "__call__", call)
-    calls._calls.clear()
+    monkeypatch.setattr(recording.Replay, "__call__", call)
+    call_cache._calls.clear()
     for seed in range(5):
         testing.check_parity(case, "triton", torch.float32, seed=seed)
     assert sum(replayed) >= 2

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 import fused_attn
-from fused_attn import Mask, api, attention, attention_varlen, calls, pieces, testing, torch_kernel
+from fused_attn import Mask, attention, attention_varlen, testing
+from fused_attn.api import attention as api
+from fused_attn.backends.sdpa import kernel, pieces
+from fused_attn.runtime import call_cache
 from fused_attn.testing import Case
 
 HALF = (torch.float16, torch.bfloat16)
@@ -65,8 +68,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(q.shape[0] * q.shape[2] * k.shape[2])
         return inner(q, k, *rest, **more)
 
-    inner = torch_kernel._forward
-    monkeypatch.setattr(torch_kernel, "_forward", spy)
+    inner = kernel._forward
+    monkeypatch.setattr(kernel, "_forward", spy)
     return found
 
 
@@ -225,8 +228,8 @@ def test_a_mask_in_vector_instructions(dtype: torch.dtype) -> None:
     dense = torch.rand(2, 1, 65, 70) > 0.5
     odd = torch.randint(0, 3, (2, 1, 65, 70), dtype=torch.uint8).view(torch.bool)
     for mask in (dense, dense.mT, dense.expand(2, 3, 65, 70), odd):
-        assert mask.numel() > torch_kernel.FEW
-        added = torch_kernel.additive_mask(mask, None, dtype)
+        assert mask.numel() > kernel.FEW
+        added = kernel.additive_mask(mask, None, dtype)
         assert torch.equal(
             added, torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask.view(torch.uint8) == 0, -math.inf)
         )
@@ -340,7 +343,7 @@ def test_repeated_calls_read_their_buffer(
         first = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         return [out, *first, *torch.autograd.grad(sum(y.sum() for y in first), x)]
 
-    calls._calls.clear()
+    call_cache._calls.clear()
     for step, own in enumerate(((33, 20), (33, 20), (33, 20), (5, 33), (5, 33), (0, 7), (19, 19), (33, 1))):
         lengths.copy_(torch.tensor(own))
         if how != "lengths":
@@ -350,7 +353,7 @@ def test_repeated_calls_read_their_buffer(
         found = call(x)
         assert len(bound) == (step < 2)
         with monkeypatch.context() as alone:
-            alone.setattr(calls, "_calls", {})
+            alone.setattr(call_cache, "_calls", {})
             assert all(map(torch.equal, found, call(x)))
     if how == "lengths":
         lengths.fill_(34)

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from fused_attn import Mask, attention, testing, tiles
-from fused_attn.bind import bind
-from fused_attn.cases import CASES
+from fused_attn import Mask, attention, testing
+from fused_attn.api.bind import bind
+from fused_attn.backends.tiled import tiles
+from fused_attn.testing.cases import CASES
 
 
 def shares(b: int, n: int, mask: Mask | None, heads: int = 2) -> list[tiles.Share]:

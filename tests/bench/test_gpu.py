@@ -29,7 +29,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 from tests import interpreter
 interpreter.install()
 from bench import gpu
-from fused_attn.launch import portable
+from fused_attn.backends.triton import portable
 {change}
 if __name__ == "__main__":
     sys.exit(gpu.main())

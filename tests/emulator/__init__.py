@@ -1,7 +1,7 @@
 """Gluon kernels for sm_90 on the CPU: their numbers, and their protocol.
 
     with emulated(seed=3):
-        out, lse, peak, log_sum = fused_attn.launch.hopper.forward(problem)
+        out, lse, peak, log_sum = fused_attn.backends.triton.hopper.forward(problem)
 
 takes the place of the launch. The source of a kernel runs as it stands, in namespaces in which the device language
 means what `language.py` says. Partitions and programs interleave at random, and what is asynchronous happens late, all
@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gluon_language
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.jit import KernelInterface
 
-import fused_attn.launch as seam
+from fused_attn.backends.triton import launcher
 
 from . import language
 from .copies import Descriptor
@@ -183,13 +183,13 @@ def emulated(
     for some functions, see `mutations.py`.
     """
     emulation = Emulation(seed, deadline, ordered, codes or {})
-    launch = seam.launch
+    launch = launcher.launch
 
     def instead(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
         (emulation.launch if _runs_here(kernel) else launch)(kernel, grid, *args, **options)
 
-    seam.launch = instead
+    launcher.launch = instead
     try:
         yield emulation
     finally:
-        seam.launch = launch
+        launcher.launch = launch

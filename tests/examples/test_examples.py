@@ -82,7 +82,15 @@ def test_gpt(
 ) -> None:
     """With windows longer than a tile of keys, so that the running maximum moves."""
     monkeypatch.setattr(gpt, "read", lambda: corpus)
-    sizes = [*SMALL, "--context", fused_attn.tiles.KEYS + 88, "--steps", 50, "--out", tmp_path / "new" / "pictures"]
+    sizes = [
+        *SMALL,
+        "--context",
+        fused_attn.backends.tiled.tiles.KEYS + 88,
+        "--steps",
+        50,
+        "--out",
+        tmp_path / "new" / "pictures",
+    ]
     assert gpt.main(list(map(str, sizes))) == 0
     said = capsys.readouterr().out
     assert verdict(said, "first 20 losses") == verdict(said, "last loss") == ["ok"]

@@ -15,14 +15,14 @@ from torch import Tensor
 
 import fused_attn
 from fused_attn import scores, testing
-from fused_attn.cases import Case
+from fused_attn.testing.cases import Case
 
 pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
-from fused_attn.launch import additive as launch
-from fused_attn.launch import portable
+from fused_attn.backends.triton import additive as launch
+from fused_attn.backends.triton import portable
 from fused_attn.tuning import Config, override
 
 SMALL = {"score": "additive", "parameter": "hd", "d": 4, "m": 25, "n": 41}

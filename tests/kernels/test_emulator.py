@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-import fused_attn.launch as seam
+from fused_attn.backends.triton import launcher
 from tests.emulator import Fault, emulated
 from tests.emulator.language import bulk_wait, load_acquire, reduce_add, store_release, wait_for
 from tests.emulator.mutations import mutations
@@ -46,7 +46,7 @@ def launch(
     kernel: Any, grid: int, *args: Any, seed: int = 0, deadline: int = 20000, ordered: bool = False, **constants: Any
 ) -> Any:
     with emulated(seed, deadline=deadline, ordered=ordered) as emulation:
-        seam.launch(kernel, grid, *args, **constants)
+        launcher.launch(kernel, grid, *args, **constants)
     return emulation.machines[0]
 
 
@@ -223,7 +223,7 @@ def test_mutations_of_a_pipeline() -> None:
         try:
             for seed in range(8):
                 with emulated(seed, deadline=20000, codes=mutation.codes()):
-                    seam.launch(pipeline, 1, *args, 5, BREAK="")
+                    launcher.launch(pipeline, 1, *args, 5, BREAK="")
         except Fault:
             continue
         survivors.append(mutation.text)
@@ -459,7 +459,7 @@ def test_reads_before_writes(seed: int) -> None:
     sums = torch.zeros(1)
     flag = torch.zeros(1, dtype=torch.int32)
     with emulated(seed):
-        seam.launch(passes_on, 2, torch.ones(16), sums, flag, ORDER=True)
+        launcher.launch(passes_on, 2, torch.ones(16), sums, flag, ORDER=True)
     assert sums == 16
 
 
@@ -568,7 +568,7 @@ def plain(out):
 
 def test_other_kernels_go_where_they_went() -> None:
     out = torch.zeros(16, dtype=torch.int32)
-    before = seam.launch
+    before = launcher.launch
     with emulated() as emulation:
-        seam.launch(plain, 1, out)
-    assert out.tolist() == list(range(16)) and not emulation.machines and seam.launch is before
+        launcher.launch(plain, 1, out)
+    assert out.tolist() == list(range(16)) and not emulation.machines and launcher.launch is before

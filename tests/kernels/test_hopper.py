@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from fused_attn import testing
-from fused_attn.launch import hopper
+from fused_attn.backends.triton import hopper
 from fused_attn.testing import CASES, Case
 from fused_attn.tuning import Config, override
 from fused_attn.tuning.select import table

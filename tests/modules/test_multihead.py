@@ -15,12 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attn import modules
-from fused_attn.modules import (
-    MultiheadAttention,
-    inputs,
-    multihead,
-    scored,
-)
+from fused_attn.modules import MultiheadAttention, inputs, multihead, scored
 from fused_attn.modules import weights as weights_room
 from tests.layers import (
     B,

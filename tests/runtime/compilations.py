@@ -6,8 +6,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from fused_attn import testing
-from fused_attn.cases import Case
-from fused_attn.launch import portable
+from fused_attn.testing.cases import Case
+from fused_attn.backends.triton import portable, statistics
 
 class Driver:
     # As much of a GPU as the launch path asks for.

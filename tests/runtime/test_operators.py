@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
-from fused_attn import Mask, attention, ops, scores, testing
-from fused_attn.cases import CASES, Case
-from fused_attn.recipes import MEMORIES
-from fused_attn.spec import DIFFERENTIABLE
+from fused_attn import Mask, attention, scores, testing
+from fused_attn.runtime import ops
+from fused_attn.spec.problem import DIFFERENTIABLE
+from fused_attn.testing.cases import CASES, Case
+from fused_attn.testing.inputs import MEMORIES
 from tests import ROOT
 from tests.runtime.compilations import COMPILATIONS
 
@@ -109,7 +110,7 @@ def test_line_32_fake_is_as_real(backend: str, memory: str, dtype: torch.dtype) 
     grads = torch.ops.fused_attn.backward(*flat, real[0], *real[2:], inputs.dout, None, needs)
     for x, y in zip((*real, *grads), (*fake, *fake_grads), strict=True):
         assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
-    order = fused_attn.spec.memory_order
+    order = fused_attn.spec.problem.problem.memory_order
     assert order(real[0]) == order(p.empty_out())
     if memory not in ("transposed", "strided"):
         assert order(real[0]) == order(p.q)
@@ -144,8 +145,8 @@ for name, fields, steps in json.loads(sys.argv[1]):
         out, _, *normaliser = portable.forward(p)
         portable.backward(p, out, *normaliser, torch.empty_like(out), None, frozenset(p.tensors()))
         if name in ("plain", "lengths"):
-            portable.statistics(p, True, True, True, 1)
-            portable.weights(p, [0, p.shape[2] - 1], [0])
+            statistics.statistics(p, True, True, True, 1)
+            statistics.weights(p, [0, p.shape[2] - 1], [0])
         counts[name].append(len(compiled) - before)
 print(json.dumps(counts))
 """
@@ -424,7 +425,7 @@ def test_the_same_bits_every_time(backend: str) -> None:
     first, second = (testing.run_public(inputs, backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     x = torch.zeros(1, 1, 2, 4)
-    from fused_attn.bind import bind
+    from fused_attn.api.bind import bind
 
     assert bind(x, x, x).deterministic and not bind(x, x, x, deterministic=False).deterministic
     torch.use_deterministic_algorithms(True)

@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 
 import fused_attn
 from fused_attn import attention, attention_varlen, scaled_dot_product_attention, scores, testing
-from fused_attn.cases import CASES, LEAVES
 from fused_attn.compat import flash_attn
+from fused_attn.testing.cases import CASES, LEAVES
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning", "ignore:The PyTorch API of nested tensors"

@@ -174,7 +174,7 @@ def test_a_false_promise(ids: tuple[Tensor, Tensor | None]) -> None:
 
 def test_ids_on_a_device_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, the default is right for all ids; a promise is believed, and checked under `debug`."""
-    monkeypatch.setattr("fused_attn.conditions.readable", lambda x: fused_attn.checks._debugging.get())
+    monkeypatch.setattr("fused_attn.spec.conditions.readable", lambda x: fused_attn.spec.checks._debugging.get())
     assert Mask.segments(FIRST).resolve(SHAPE)[1] is not None
     assert Mask.segments(FIRST, sorted=True).resolve(SHAPE)[1] is None
     assert Mask.segments(SECOND, sorted=True).resolve(SHAPE)[1] is None

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_attn
-from fused_attn import Mask, masks, tiles
-from fused_attn.bind import bind
-from fused_attn.spec import Problem
+from fused_attn import Mask
+from fused_attn.api.bind import bind
+from fused_attn.backends.tiled import tiles
+from fused_attn.spec import masks
+from fused_attn.spec.problem import Problem
 from fused_attn.tuning import Config, override
 
 Shape = tuple[int, int, int, int]
@@ -188,7 +190,7 @@ def test_tables(drawn: tuple[Mask, Shape], sizes: tuple[int, int]) -> None:
     """Every pair that is visible lies in a tile that is visited, full tiles are, none comes twice, tails are partial;
     and for one kind of pattern alone, no tile is visited for nothing."""
     pytest.importorskip("triton")
-    from fused_attn.launch import visits
+    from fused_attn.backends.triton import block_mask
 
     mask, shape = drawn
     p, c = problem(mask, shape), Config(*sizes, 1, 1)
@@ -198,14 +200,14 @@ def test_tables(drawn: tuple[Mask, Shape], sizes: tuple[int, int]) -> None:
     seen = p.visible(torch.arange(m), torch.arange(n)).expand(shape)
     start, stop = p.span.bounds(torch.arange(m), n)
     exact = p.pattern is None or (p.pattern.q_ids is None and p.span.unbounded)
-    for transposed, span in ((False, visits.rows(p, c)), (True, visits.keys(p, c))):
+    for transposed, span in ((False, block_mask.rows(p, c)), (True, block_mask.keys(p, c))):
         grid = seen.mT if transposed else seen
         own, other = (n, m) if transposed else (m, n)
         size, across = sizes[::-1] if transposed else sizes
         lo, hi = (span.lo.ptr, span.hi.ptr) if transposed else (start, stop)
         live = (lo < hi).expand(b, -1)
         assert bool((grid.any(-1) <= live[:, None]).all())
-        kinds = visits.keys(p, c, kinds=True).table if transposed else None
+        kinds = block_mask.keys(p, c, kinds=True).table if transposed else None
         for z, y, tile in itertools.product(range(b), range(h), range(-(-own // size))):
             width = -(-other // across)
             partial, full = listed(span.table, tile, width, z, y)

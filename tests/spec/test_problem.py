@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 
-from fused_attn import Mask, state
-from fused_attn.bind import bind
-from fused_attn.cases import CASES, make_inputs
-from fused_attn.spec import Dropout, Span, check_broadcastable, diagonal_offset, memory_order
+from fused_attn import Mask
+from fused_attn.api.bind import bind
+from fused_attn.spec import state
+from fused_attn.spec.problem import Dropout, Span, check_broadcastable, diagonal_offset, memory_order
+from fused_attn.testing.cases import CASES, make_inputs
 
 SHAPES = ((2, 1, 7, 7), (2, 1, 5, 9), (2, 1, 9, 5), (2, 1, 1, 6), (2, 1, 6, 1))
 SIDES = ("top_left", "bottom_right")

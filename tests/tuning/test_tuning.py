@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn import launch, tuning
-from fused_attn.launch import hopper
+from fused_attn import tuning
+from fused_attn.backends.triton import hopper, launcher
 from fused_attn.tuning import Config
 
 pytest.importorskip("triton")
@@ -21,13 +21,13 @@ pytest.importorskip("triton")
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, int]]]:
     """(kernel, BLOCK_M, BLOCK_N) of every launch."""
     seen: list[tuple[str, int, int]] = []
-    real = launch.launch
+    real = launcher.launch
 
     def record(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
         seen.append((kernel.fn.__name__, options.get("BLOCK_M", 0), options.get("BLOCK_N", 0)))
         real(kernel, grid, *args, **options)
 
-    monkeypatch.setattr(launch, "launch", record)
+    monkeypatch.setattr(launcher, "launch", record)
     yield seen
 
 

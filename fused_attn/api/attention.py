@@ -1,0 +1,381 @@
+"""The public calls: bind the arguments, dispatch the problem, shape the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..runtime import call_cache, dispatch
+from ..spec import state
+from ..spec.checks import as_bool, axes_advice, check_choice, is_integers, one_of
+from ..spec.problem import Mask, describe
+from . import keywords, nested
+from .bind import autocast, bind, check_qkv, no_autocast
+from .varlen import bind_packed
+
+LAYOUTS = ("bhsd", "bshd")
+
+
+@keywords.closed
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *extra: NoReturn,
+    score: Any = "dot",
+    scale: float | Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    normalizer: str = "softmax",
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in one pass over the keys: softmax(score(q, k)) averages v.
+
+    With P_ij = exp(s_ij) / (sum_j exp(s_ij) + exp(sink)), out_i = sum_j P_ij v_j and lse_i is the natural log of the
+    denominator. The score is, in this order,
+    s_ij = softcap(scale * score(q_i, k_j)) + bias_ij - slope * |i + offset - j|, and -inf where the mask forbids.
+    Vaswani et al., "Attention is all you need", 2017; Dao, "FlashAttention-2", 2023.
+
+    Args:
+        q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). float16, bfloat16, float32; float64 on `tiled` and
+            `reference`. Any strides. Jagged nested tensors are taken too: then q is (B, Hq, j, D), as torch has it,
+            k and v share their lengths, alignment is that of each sequence (None only where q shares them too), and
+            tensor masks and bias are refused.
+        k: (B, Hkv, N, D); Hkv divides Hq, and query head h reads head h // (Hq // Hkv). A bilinear score lets D differ.
+        v: (B, Hkv, N, Dv).
+        score: how alike q_i and k_j are: "dot", q_i . k_j; or `scores.Bilinear(w)`, `scores.Cosine(t)`,
+            `scores.Distance(h)`, `scores.Additive(w)`, whose parameters may need gradients.
+        scale: multiplies the score; when None, D ** -0.5 for "dot" and Bilinear and 1 for the others. A float, or a
+            tensor () or (Hq,) that may need a gradient.
+        mask: bool, True = may attend, broadcastable to (B, Hq, M, N); or a `Mask`.
+        causal: row i sees keys j <= i + offset.
+        window: (left, right) keys around the diagonal that a row sees; None is unbounded.
+        alignment: where the diagonal j = i + offset lies: "top_left" (offset 0) or "bottom_right" (N - M). Needed
+            where M != N and causal, window or alibi_slopes is used.
+        bias: added to the scores, broadcastable to (B, Hq, M, N). Its gradient has its own shape.
+        alibi_slopes: (Hq,) or (B, Hq). Press et al., "Train short, test long", 2022.
+        softcap: c > 0 makes a score c * tanh(s / c); a float or a 0-d tensor. Not with Distance.
+        sink: (Hq,) logits that join each row's denominator and no value. Xiao et al., "Efficient streaming language
+            models with attention sinks", 2024.
+        dropout_p: probability that a weight is dropped, in [0, 1]; survivors are scaled by 1 / (1 - p).
+        seed: pins the dropout mask: an int or a 0-d integer tensor. None draws one from the device's generator.
+        normalizer: "softmax"; "softmax1", whose denominator has a 1 more (a sink of 0), so that a row may attend to
+            nothing; or "sigmoid", P_ij = 1 / (1 + exp(-s_ij)), without a denominator. Miller, "Attention is off by
+            one", 2023; Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attention", 2024.
+        layout: of q, k, v and out: "bhsd" or "bshd". mask, bias and lse are heads-first in both.
+        return_lse: also return lse (B, Hq, M), float32 (float64 for float64), differentiable. Not with "sigmoid".
+        deterministic: None and True give the same bits run to run; False allows a faster unordered backward.
+        backend: "hopper", "triton", "sdpa", "tiled" or "reference"; None takes the first that can run the call. An
+            explicit choice never falls back. The environment variable FUSED_ATTN_BACKEND counts as explicit; it is read
+            at each call, and what torch.compile made is traced again when it has changed. Inside
+            torch.nn.attention.sdpa_kernel, which chooses among torch's own kernels, "sdpa" is left out on CUDA where
+            those that need no memory for the scores are disabled; nothing else depends on it.
+
+    Returns:
+        out (B, Hq, M, Dv) (or bshd) in q's dtype, its memory order following q's; or (out, lse). A row that may see
+        nothing gives zeros and lse -inf. Jagged in, jagged out, with q's offsets; lse is (B, Hq, j). Both may be
+        changed in place (out += residual): backward reads out, and computes it again if it was changed.
+
+    Derivatives: `tiled` and `reference` can be differentiated any number of times, forward and backward, and under
+    torch.func. `triton` and `hopper` have first derivatives; TransformError where another is asked of them.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name. BackendError: the backend asked for cannot run this; every
+        reason is listed. NotImplementedError: not built yet.
+
+    >>> import torch, fused_attn
+    >>> q, k, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
+    >>> fused_attn.attention(q, k, v, causal=True, softcap=30.0).shape
+    torch.Size([2, 8, 128, 64])
+    """
+    if extra or unknown:
+        keywords.check(attention, unknown, extra)
+    lse: Any
+    call = call_cache.find(
+        (q, k, v, mask, bias, alibi_slopes, sink),
+        (layout, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer, return_lse,
+         deterministic),
+        backend,
+    )  # fmt: skip
+    found = None
+    if call is not None and call.known:
+        swapped = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if layout == "bshd" else (q, k, v)
+        found = call((*swapped, mask, bias, alibi_slopes, sink))
+    if found is not None:
+        out, lse = found
+    elif nested.is_nested(q, k, v):
+        return nested.attention(
+            q, k, v, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
+            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
+            normalizer=normalizer, layout=layout, return_lse=return_lse, deterministic=deterministic, backend=backend,
+        )  # fmt: skip
+    else:
+        heads = heads_first(q, k, v, layout, score)
+        with no_autocast(q):
+            problem = bind(
+                *heads, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment,
+                bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
+                normalizer=normalizer, return_lse=return_lse, deterministic=deterministic,
+            )  # fmt: skip
+            name, problem = dispatch.choose(problem, backend)
+            out, lse = dispatch.run(problem, name)
+        if (
+            call is not None
+            and not call.known
+            and all(x.dtype == y.dtype for x, y in zip(heads, (q, k, v), strict=True))
+        ):
+            call.learn((*heads, mask, bias, alibi_slopes, sink), problem, name)
+    out = out.transpose(1, 2) if layout == "bshd" else out
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bhsd", backend: str | None = None, **options: Any
+) -> dispatch.Explanation:
+    """Which backend `attention` would take for this call, and every reason why the ones before it cannot.
+
+    Takes the arguments of `attention`, or, with cu_seqlens_q, those of `attention_varlen`. Computes no attention and
+    draws no random number.
+
+    >>> import torch, fused_attn
+    >>> x = torch.randn(1, 2, 16, 8)
+    >>> fused_attn.explain(x, x, x, sink=torch.zeros(2)).backend
+    'tiled'
+    """
+    packed = [options.pop(x, None) for x in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
+    keywords.check(attention, options, caller="explain")
+    if options.get("seed") is None:
+        options["seed"] = 0  # none is drawn
+    if any(x is not None for x in packed):
+        return dispatch.explain(bind_packed(q, k, v, *packed, **options), backend)
+    heads = heads_first(q, k, v, layout, options.get("score", "dot"))
+    return dispatch.explain(bind(*heads, **options), backend)
+
+
+def heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
+    check_choice("layout", layout, LAYOUTS)
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v, layout, score)
+    return (q, k, v) if layout == "bhsd" else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+
+def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd") -> tuple[Tensor, Tensor]:
+    """Join attention over disjoint sets of keys: (out, lse) as if all keys had been seen at once. Differentiable.
+
+    outs: tensors (B, H, M, Dv), or (B, M, H, Dv) with layout "bshd"; lses: as many (B, H, M), natural logs, computed
+    without a sink. The shares are as accurate as the lses: a float32 lse of 1e6 is known to 0.03.
+
+    >>> import torch, fused_attn
+    >>> q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
+    >>> halves = [fused_attn.attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(8), slice(8, 16))]
+    >>> out, lse = fused_attn.merge_states([h[0] for h in halves], [h[1] for h in halves])
+    >>> torch.testing.assert_close(out, fused_attn.attention(q, k, v))
+    """
+    check_choice("layout", layout, LAYOUTS)
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, (list, tuple)) or not all(isinstance(x, Tensor) for x in given):
+            raise TypeError(f"{name}: expected a list of tensors, got {describe(given)}")
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"lses: expected one for each of the {len(outs)} outs (at least one), got {len(lses)}")
+    swap = layout == "bshd"
+    heads_first = [x.transpose(1, 2) if swap else x for x in outs]
+    for i, (x, lse) in enumerate(zip(heads_first, lses, strict=True)):
+        if x.shape != heads_first[0].shape or lse.shape != x.shape[:-1]:
+            raise ValueError(f"outs[{i}], lses[{i}]: shapes {tuple(outs[i].shape)}, {tuple(lse.shape)} do not fit")
+    out, lse = state.merge(heads_first, list(lses))
+    return (out.transpose(1, 2) if swap else out), lse
+
+
+@keywords.closed
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    enable_gqa: bool = False,
+    *,
+    softcap: float | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, with the modifiers that it lacks.
+
+    query (..., M, D), key (..., N, D), value (..., N, Dv) with leading dims that broadcast; any dim may be 0. With
+    enable_gqa the third last dim counts heads, and key's and value's must divide query's. attn_mask: bool (True = may
+    attend) or float (added), broadcastable to (..., M, N). is_causal, which excludes a mask, and window are aligned
+    top-left, as torch's. torch.nn.attention.sdpa_kernel changes no answer. A row that may see nothing
+    gives zeros. softcap, window, alibi_slopes, sink and backend mean what they mean in `attention`. Jagged nested
+    tensors (B, H, j, D) are taken too, without an attn_mask.
+
+    Returns (..., M, Dv). Raises TypeError and ValueError that name the argument.
+
+    >>> import torch, fused_attn
+    >>> x = torch.randn(2, 8, 128, 64)
+    >>> fused_attn.scaled_dot_product_attention(x, x, x, is_causal=True).shape
+    torch.Size([2, 8, 128, 64])
+    """
+    if unknown:
+        keywords.check(scaled_dot_product_attention, unknown)
+    allows = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    mask, bias = (attn_mask, None) if allows else (None, attn_mask)
+    given = (query, key, value, mask, bias, alibi_slopes, sink)
+    call = call_cache.find(given, ("sdpa", scale, is_causal, window, softcap, dropout_p, enable_gqa), backend)
+    found = call(given) if call is not None and call.known else None
+    if found is not None:
+        return found[0]
+    query, key, value = autocast(query, key, value)
+    if nested.is_nested(query, key, value):
+        return nested.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, softcap=softcap,
+            window=window, alibi_slopes=alibi_slopes, sink=sink, backend=backend,
+        )  # fmt: skip
+    check_qkv(query, key, value, "sdpa")
+    if as_bool("is_causal", is_causal) and attn_mask is not None:
+        raise ValueError("attn_mask: must be None when is_causal is True")
+    enable_gqa = as_bool("enable_gqa", enable_gqa)
+    if not query.shape[-1] or not value.shape[-1]:
+        q, k, v = (x if x.shape[-1] else F.pad(x, (0, 1)) for x in (query, key, value))
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap=softcap, window=window,
+            alibi_slopes=alibi_slopes, sink=sink, backend=backend,
+        )  # fmt: skip
+        return out[..., : value.shape[-1]]
+    lead = _lead(query, key, value, enable_gqa)
+    if enable_gqa and key.shape[-3] != value.shape[-3]:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    q, k, v = (_four_dims(x, lead, enable_gqa) for x in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = _four_dim_mask(attn_mask, query, (*lead, query.shape[-2], key.shape[-2]))
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    with no_autocast(q):
+        problem = bind(
+            q, k, v, scale=scale, mask=mask, causal=is_causal, window=window, alignment="top_left", bias=bias,
+            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
+        )  # fmt: skip
+        name, problem = dispatch.choose(problem, backend)
+        out, _ = dispatch.run(problem, name)
+    if call is not None and not call.known:
+        call.learn(given, problem, name)
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The leading dims of the answer: broadcast, but for the heads under enable_gqa, which are query's."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if enable_gqa and x.ndim < 3:
+            raise ValueError(f"{name}: enable_gqa needs at least 3 dimensions, got shape {tuple(x.shape)}")
+    tail = 3 if enable_gqa else 2
+    leads = [x.shape[:-tail] for x in (query, key, value)]
+    try:  # in Python, and slow: most often they are the same
+        lead = leads[0] if leads[0] == leads[1] == leads[2] else torch.broadcast_shapes(*leads)
+    except RuntimeError:
+        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("query", query), ("key", key), ("value", value)))
+        raise ValueError(f"query, key, value: leading dims do not broadcast: {shapes}") from None
+    if not enable_gqa:
+        return tuple(lead)
+    heads = query.shape[-3]
+    for name, x in (("key", key), ("value", value)):
+        if heads and (x.shape[-3] == 0 or heads % x.shape[-3]):
+            raise ValueError(f"{name}: {x.shape[-3]} key-value heads do not divide the {heads} query heads")
+    return (*lead, heads)
+
+
+def _four_dims(x: Tensor, lead: tuple[int, ...], enable_gqa: bool) -> Tensor:
+    """x as (B, H, length, dim): leading dims broadcast, the last of them the heads and the others folded into B."""
+    if enable_gqa:
+        lead = (*lead[:-1], x.shape[-3])
+    if x.shape[:-2] != lead:
+        x = x.expand(*lead, *x.shape[-2:])
+    if len(lead) > 2:
+        return x.reshape(_product(lead[:-1]), *x.shape[-3:])
+    return x if len(lead) == 2 else x[(None,) * (2 - len(lead))]
+
+
+def _product(sizes: Iterable[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """attn_mask as a 4-d view of the folded problem, its broadcast dims kept at size 1 wherever that is possible."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask: expected a tensor, got {describe(mask)}")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        advice = "; pass attn_mask != 0" if is_integers(mask) else ""
+        raise TypeError(f"attn_mask: expected bool, float32 or query's {query.dtype}, got {mask.dtype}{advice}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask: expected query's device {query.device}, got {mask.device}")
+    fits = mask.ndim <= len(shape) and all(
+        one_of(have, (1, want)) for have, want in zip(mask.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {shape}{axes_advice('attn_mask', mask, shape)}"
+        )
+    if mask.ndim == 4 == len(shape):
+        return mask
+    mask = mask[(None,) * (max(4, len(shape)) - mask.ndim)]
+    if _product(mask.shape[:-3]) == 1:
+        return mask.reshape(1, *mask.shape[-3:])
+    if mask.ndim == 4:
+        return mask
+    return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(_product(shape[:-3]), *mask.shape[-3:])
+
+
+def warmup(
+    shapes: Iterable[tuple[int, ...]],
+    *,
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    device: torch.device | str = "cuda",
+    backward: bool = True,
+    backend: str | None = None,
+    **options: Any,
+) -> None:
+    """Compile ahead of the first real call, by running the given problems once on random inputs.
+
+    shapes: of (B, Hq, Hkv, M, N, D) or (B, Hq, Hkv, M, N, D, Dv). Kernels do not depend on lengths, so one small
+    length serves all. options: as for `attention`, the same for every shape (causal, window, ...).
+
+    >>> import torch, fused_attn
+    >>> fused_attn.warmup([(1, 8, 2, 64, 64, 32)], dtypes=[torch.float32], device="cpu", causal=True)
+    """
+    backward = as_bool("backward", backward)
+    for shape in shapes:
+        if not isinstance(shape, (list, tuple)) or len(shape) not in (6, 7):
+            raise ValueError(f"shapes: expected (B, Hq, Hkv, M, N, D) or (..., D, Dv), got {describe(shape)}")
+        b, heads, kv_heads, m, n, d, dv = (*shape, shape[5])[:7]
+        for dtype in dtypes:
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"dtypes: expected torch's dtypes, got {describe(dtype)}")
+            q, k, v = (
+                torch.randn(size, dtype=dtype, device=device, requires_grad=backward)
+                for size in ((b, heads, m, d), (b, kv_heads, n, d), (b, kv_heads, n, dv))
+            )
+            result = attention(q, k, v, backend=backend, **options)
+            if backward:
+                (result[0] if isinstance(result, tuple) else result).sum().backward()

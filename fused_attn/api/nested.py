@@ -1,0 +1,130 @@
+"""Jagged nested tensors: their values and offsets as packed sequences, and the answer as one of them again.
+
+A jagged q is (B, Hq, j, D), as torch has it for attention (or (B, j, Hq, D) with layout "bshd"): j stands for lengths
+that differ from sequence to sequence, and is one number for tensors that share their offsets.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec.checks import check_choice, describe
+from ..spec.problem import Mask
+from .bind import check_qkv
+from .varlen import attention_varlen
+
+LAYOUTS = {"bhsd": 2, "bshd": 1}  # the jagged dim
+# torch (2.10 to 2.15) logs advice to itself at the first call of its public nested_tensor_from_jagged.
+logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing will" not in str(record.msg))
+
+
+def is_nested(*tensors: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.is_nested for x in tensors)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Tensor | Mask | None,
+    bias: Tensor | None,
+    layout: str,
+    return_lse: bool,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    **words: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fused_attn.attention` of jagged q, k and v: out with q's offsets, and lse (B, Hq, j) with the same.
+
+    k and v share their offsets, which may be others than q's; `alignment` is that of each sequence, and may be None
+    where q shares them too. A tensor mask and a bias are refused: they have no jagged form.
+    """
+    check_choice("layout", layout, tuple(LAYOUTS))
+    for name, x in zip(names, (q, k, v), strict=True):
+        _check(name, x, layout)
+    rows, keys, values = (x.shape[LAYOUTS[layout]] for x in (q, k, v))  # equal where offsets are shared
+    if keys != values:
+        raise ValueError(f"{names[2]}: expected {names[1]}'s offsets, lengths {keys}, got lengths {values}")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"{names[1]}: expected {names[0]}'s {q.shape[0]} sequences, got {k.shape[0]}")
+    if isinstance(mask, Tensor) or (isinstance(mask, Mask) and mask.remainder):
+        raise NotImplementedError("mask: a tensor mask has no jagged form; causal, window and Mask's others have")
+    if bias is not None:
+        raise NotImplementedError("bias: it has no jagged form; alibi_slopes has")
+    starts = q.offsets().int()
+    starts_k = starts if keys == rows else k.offsets().int()
+    packed_q, packed_k, packed_v = (_packed(x, layout) for x in (q, k, v))
+    longest_q, longest_k = (_longest(x, needed=mask is not None) for x in (q, k))
+    result: Any = attention_varlen(
+        packed_q, packed_k, packed_v, starts, starts_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, mask=mask,
+        return_lse=return_lse, **words,
+    )  # fmt: skip
+    if not return_lse:
+        return _jagged(result, q, layout)
+    out, lse = result
+    return _jagged(out, q, layout), _jagged(lse, q, "bhsd")
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    **words: Any,
+) -> Tensor:
+    """The SDPA door of jagged tensors (B, H, j, D), in autocast's dtype."""
+    names = ("query", "key", "value")
+    for name, x in zip(names, (query, key, value), strict=True):
+        _check(name, x, "bhsd")
+    check_qkv(query.values(), key.values(), value.values(), "sdpa")
+    if attn_mask is not None:
+        raise NotImplementedError("attn_mask: it has no jagged form; is_causal, window and alibi_slopes have")
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError(f"key: {key.shape[1]} heads beside query's {query.shape[1]} need enable_gqa")
+    out: Any = attention(
+        query, key, value, mask=None, bias=None, layout="bhsd", return_lse=False, names=names, causal=is_causal,
+        alignment="top_left", **words,
+    )  # fmt: skip
+    return out
+
+
+def _check(name: str, x: Any, layout: str) -> None:
+    """A jagged tensor, its dims in the layout's order, without holes."""
+    shape = "(B, H, j, D)" if layout == "bhsd" else "(B, j, H, D)"
+    if not isinstance(x, Tensor) or not x.is_nested:
+        raise TypeError(f"{name}: expected a jagged tensor as the others are, got {describe(x)}")
+    if x.layout != torch.jagged:
+        raise TypeError(f"{name}: expected a nested tensor of layout torch.jagged, got {x.layout}")
+    nested: Any = x
+    if x.ndim != 4 or nested._ragged_idx != LAYOUTS[layout]:
+        raise ValueError(f"{name}: expected shape {shape} with layout {layout!r}, got {tuple(x.shape)}")
+    if nested.lengths() is not None:
+        raise NotImplementedError(
+            f"{name}: a jagged tensor with holes (lengths beside offsets) is not taken; as (B, j, H, D), .contiguous()"
+            " packs it"
+        )
+
+
+def _longest(x: Any, needed: bool) -> int | None:
+    """The longest sequence: what is known without looking, or, once, by waiting for the device."""
+    return x._get_max_seqlen() if needed else x._maybe_max_seqlen
+
+
+def _packed(x: Tensor, layout: str) -> Tensor:
+    """(T, H, D), a view."""
+    return x.values().transpose(0, 1) if layout == "bhsd" else x.values()
+
+
+def _jagged(packed: Tensor, like: Any, layout: str) -> Tensor:
+    """packed (T, H, ...) with the offsets of like, in the layout."""
+    values = packed.transpose(0, 1) if layout == "bhsd" else packed
+    return torch.nested.nested_tensor_from_jagged(
+        values, like.offsets(), jagged_dim=LAYOUTS[layout],
+        min_seqlen=like._maybe_min_seqlen, max_seqlen=like._maybe_max_seqlen,
+    )  # fmt: skip

@@ -1,0 +1,235 @@
+"""What attention looks at: statistics of its weights, and the weights themselves for chosen rows and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..runtime import dispatch, ops
+from ..runtime.no_derivative import underived
+from ..spec.checks import as_bool, as_int, describe
+from ..spec.problem import Mask, Problem, Statistics
+from . import keywords
+from .attention import heads_first
+from .bind import bind, no_autocast
+from .varlen import bind_packed
+
+
+@keywords.closed
+def attention_stats(
+    q: Tensor,
+    k: Tensor,
+    *extra: NoReturn,
+    key_mass: bool = False,
+    entropy: bool = False,
+    max_logit: bool = False,
+    top_k: int = 0,
+    score: Any = "dot",
+    scale: float | Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | Tensor | None = None,
+    sink: Tensor | None = None,
+    normalizer: str = "softmax",
+    layout: str = "bhsd",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Statistics:
+    """Statistics of the attention weights, in memory linear in length: no (M, N) matrix is ever there.
+
+    With s_ij the scores of `attention` and P_ij its weights before dropout, P_ij = exp(s_ij) / (sum_j exp(s_ij) +
+    exp(sink)), or sigmoid(s_ij), and 0 wherever s_ij is -inf:
+
+        key_mass_j   = sum_i P_ij
+        entropy_i    = -sum_j P_ij log P_ij, in nats, over the keys: what a sink or softmax1 takes is not among them
+        max_logit_i  = max_j s_ij
+        top_k        = the top_k largest s_ij of each row, the largest first, of equals the first key first
+
+    Args:
+        q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). k: (B, Hkv, N, D). As in `attention`.
+        key_mass, entropy, max_logit: what is asked for. entropy is refused with normalizer "sigmoid", whose weights are
+            no distribution.
+        top_k: how many keys of each row; 0 for none, at most N.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: q (Tq, Hq, D) and k (Tk, Hkv, D) are packed sequences,
+            as in `attention_varlen`. Every statistic then has (T, Hq) where it has (B, Hq, M) or (B, Hq, N), and a
+            place is an index in its own sequence.
+        The other keywords are those of `attention`. Dropout changes no statistic.
+        backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
+
+    Returns:
+        A named tuple of float32 tensors, computed in float64 where q is float64; None for what was not asked for.
+        key_mass (B, Hq, N), entropy (B, Hq, M), max_logit (B, Hq, M), top_k_indices (int64) and top_k_weights
+        (B, Hq, M, top_k). A row that sees fewer than top_k keys has index -1 and weight 0 in the places that are left;
+        one that may see nothing has entropy 0 and max_logit -inf. A NaN score makes NaN of its row's max_logit, entropy
+        and weights, and so of the mass of every key that the row sees; it ranks above every number.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name; BackendError as in `attention`. Nothing here has a derivative:
+        backward through a result raises NotImplementedError.
+
+    >>> import torch, fused_attn
+    >>> q, k = torch.randn(2, 8, 128, 64), torch.randn(2, 2, 128, 64)
+    >>> stats = fused_attn.attention_stats(q, k, causal=True, entropy=True, top_k=3)
+    >>> stats.entropy.shape, stats.top_k_indices[0, 0, 0].tolist()
+    (torch.Size([2, 8, 128]), [0, -1, -1])
+    """
+    if extra or unknown:
+        keywords.check(attention_stats, unknown, extra)
+    packed = None
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        packed = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError("max_seqlen_q, max_seqlen_k: speak of packed sequences, and cu_seqlens_q is None")
+    top_k = _checked_top_k(top_k, k, layout if packed is None else "packed")
+    entropy = as_bool("entropy", entropy)
+    if entropy and normalizer == "sigmoid":
+        raise ValueError('entropy: normalizer "sigmoid" has none, for its weights are no distribution')
+    asked = (as_bool("key_mass", key_mass), entropy, as_bool("max_logit", max_logit), top_k)
+
+    def find(name: str, p: Problem) -> tuple[Tensor | None, ...]:
+        if name == "reference":
+            return reference.statistics(p, *asked)
+        found = torch.ops.fused_attn.statistics(*ops.flatten(p, name), *asked)
+        return tuple(x if there else None for x, there in zip(found, (*asked, top_k), strict=True))
+
+    found = _look(
+        "attention_stats", find, q, k, layout, backend, score=score, scale=scale, mask=mask, causal=causal,
+        window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink,
+        normalizer=normalizer, packed=packed,
+    )  # fmt: skip
+    found = [x.float() if x is not None and x.is_floating_point() else x for x in found]
+    if packed is not None:
+        found = [None if x is None else x[0].transpose(0, 1) for x in found]
+    return Statistics(*found)
+
+
+@keywords.closed
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    *extra: NoReturn,
+    rows: Sequence[int] | Tensor | None = None,
+    heads: Sequence[int] | Tensor | None = None,
+    score: Any = "dot",
+    scale: float | Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | Tensor | None = None,
+    sink: Tensor | None = None,
+    normalizer: str = "softmax",
+    layout: str = "bhsd",
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Tensor:
+    """The attention weights of chosen rows and heads; memory grows with what is chosen, times N.
+
+    Args:
+        q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). k: (B, Hkv, N, D). As in `attention`.
+        rows: which queries, and heads: which query heads, each in the order given: ints from -M to M - 1 (-Hq to
+            Hq - 1), the negative ones counted from the end, or a 1-d tensor of such. None means all.
+        The other keywords are those of `attention`. The weights are those before dropout.
+        backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
+
+    Returns:
+        (B, len(heads), len(rows), N) float32, computed in float64 where q is float64; heads-first in every layout.
+        A row sums to 1, or to less beside a sink or softmax1; one that may see nothing is zeros. A NaN score makes NaN
+        of its row, but where the mask forbids.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name; BackendError as in `attention`. It has no derivative: backward
+        through it raises NotImplementedError.
+
+    >>> import torch, fused_attn
+    >>> q, k = torch.randn(2, 8, 128, 64), torch.randn(2, 2, 128, 64)
+    >>> weights = fused_attn.attention_map(q, k, rows=[0, -1], heads=[5], causal=True)
+    >>> weights.shape, weights[0, 0, 0, :3].tolist()
+    (torch.Size([2, 1, 2, 128]), [1.0, 0.0, 0.0])
+    """
+    if extra or unknown:
+        keywords.check(attention_map, unknown, extra)
+    found = weights_of(
+        q, k, rows, heads, layout, backend, score=score, scale=scale, mask=mask, causal=causal, window=window,
+        alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, normalizer=normalizer,
+    )  # fmt: skip
+    return found.float()
+
+
+def weights_of(
+    q: Tensor, k: Tensor, rows: Any = None, heads: Any = None, layout: str = "bhsd", backend: str | None = None,
+    **words: Any,
+) -> Tensor:  # fmt: skip
+    """`attention_map` in the dtype it is computed in: float64 where q is float64."""
+
+    def find(name: str, p: Problem) -> tuple[Tensor]:
+        chosen = _choice("rows", rows, p.shape[2]), _choice("heads", heads, p.shape[1])
+        if name == "reference":
+            return (reference.weights(p, *chosen),)
+        return (torch.ops.fused_attn.weights(*ops.flatten(p, name), *chosen),)
+
+    (found,) = _look("attention_map", find, q, k, layout, backend, **{"score": "dot"} | words)
+    return found
+
+
+def _look(
+    what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str | None, packed: Any = None, **words: Any
+) -> Any:
+    """What `find` finds by the backend that is chosen; it remembers that it has no derivative.
+
+    packed: starts and longest lengths of queries and keys, of packed sequences.
+    """
+    v = k[..., :1] if isinstance(k, Tensor) and k.ndim and not k.is_nested else k  # nobody looks at values
+    if packed is None:
+        heads = heads_first(q, k, v, layout, words["score"])
+        with no_autocast(q):
+            p = bind(*heads, **words)
+    else:
+        p = bind_packed(q, k, v, *packed, **words)
+    with torch.no_grad(), no_autocast(q):
+        name, form = dispatch.choose(p, backend, task="seeing")
+        found = find(name, form)
+    message = f"{what}: its results have no derivative; detach() them, or call it on q.detach()"
+    return underived(message, found, *p.tensors().values())
+
+
+def _checked_top_k(top_k: Any, k: Any, layout: str) -> int:
+    top_k = as_int("top_k", top_k)
+    if top_k < 0:
+        raise ValueError(f"top_k: must be >= 0, got {top_k}")
+    rank, dim = (3, 0) if layout == "packed" else (4, 1) if layout == "bshd" else (4, 2)
+    n = k.shape[dim] if isinstance(k, Tensor) and k.ndim == rank else top_k
+    if top_k > n:
+        raise ValueError(f"top_k: expected at most the {n} keys that there are, got {top_k}")
+    return top_k
+
+
+def _choice(name: str, chosen: Any, count: int) -> list[int]:
+    """Indices from 0 to count - 1, in the order chosen."""
+    if chosen is None:
+        return list(range(count))
+    if isinstance(chosen, Tensor):
+        if chosen.ndim != 1 or chosen.dtype == torch.bool or chosen.is_floating_point() or chosen.is_complex():
+            raise TypeError(f"{name}: expected a 1-d integer tensor, got {describe(chosen)}")
+        chosen = chosen.tolist()
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
+        raise TypeError(f"{name}: expected a sequence of ints or a tensor, got {describe(chosen)}")
+    chosen = [as_int(name, x, "a sequence of ints") for x in chosen]
+    for x in chosen:
+        if not -count <= x < count:
+            raise ValueError(f"{name}: expected indices from {-count} to {count - 1}, got {x}")
+    return [x + count if x < 0 else x for x in chosen]

@@ -1,0 +1,1 @@
+"""Implementations of attention, each with `why_not(problem)`: the reasons why it cannot run that problem."""

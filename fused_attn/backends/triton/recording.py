@@ -1,0 +1,197 @@
+"""A backend's work on tensors of one metadata, written down once: what it allocates and what it launches.
+
+A backend never looks at values, so two calls whose tensors agree in all but their contents do the same. `record` runs
+the work once under a mode that sees every operation of torch, and keeps it as a Python function in which only pointers
+are left open. Work that does more than allocate and launch cannot be kept, and is done again at every call.
+
+A replay asks what else launches depend on, each time, and refuses where it is not as it was: see
+`launch_cache.circumstances`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.language import constexpr
+
+from ...tuning.config import overrides
+from . import launch_cache, launcher
+
+Work = Callable[..., tuple[Tensor | None, ...]]
+
+aten = torch.ops.aten
+ALLOCATIONS = {
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+
+
+class NotKept(Exception):
+    """The work holds something beside allocations and launches of them and of its arguments."""
+
+
+class Recorder(TorchDispatchMode):
+    """Names for the tensors that a piece of work is given and makes, and its launches in order."""
+
+    def __init__(self, given: tuple[Tensor | None, ...], around: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.around = around
+        self.given = [f"given_{i}" for i in range(len(given))]
+        self.names = {id(x): name for x, name in zip(given, self.given, strict=True) if x is not None}
+        self.made: dict[str, Tensor] = {}
+        self.alive: list[Tensor] = []  # so that no id is used twice
+        self.constants: dict[str, Any] = {}
+        self.kernels: list[str] = []
+        self.launches: list[str] = []
+        self.why: str | None = None  # it cannot be kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = self.names.get(id(args[0])) if args and isinstance(args[0], Tensor) else None
+        if func in ALLOCATIONS:
+            self._note(result, f"made_{len(self.alive)}")
+        elif func is aten.detach.default and name is not None:
+            self._note(result, name)
+        else:
+            self.why = f"{func} is neither an allocation nor a launch"
+        return result
+
+    def _note(self, x: Tensor, name: str) -> None:
+        self.names[id(x)] = name
+        if not name.startswith("given"):
+            self.made[name] = x
+        self.alive.append(x)
+
+    def launch(self, kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Launch, and note it."""
+        with _disable_current_modes():
+            compiled = launch_cache.launch(kernel, grid, args, options)
+        if launch_cache.circumstances() != self.around:
+            self.why = "a launch on a device that was not the current one"
+            return
+        try:
+            self.launched(compiled, kernel, grid, args, options)
+        except NotKept as error:
+            self.why = str(error)
+
+    def launched(self, compiled: launch_cache.Compiled | None, kernel: Any, grid: int, args: Any, options: Any) -> None:
+        """One launch, as a line of Python: by its compiled kernel, or again through Triton where it does them all."""
+        if not launch_cache.CONSTANTS.issuperset(map(type, options.values())):
+            raise NotKept("an option that is not a plain constant")
+        if compiled is None:
+            self.launches.append(
+                f"launch({self._constant(kernel)}, {grid}, {self._open(args)}, {self._constant(options)})"
+            )
+            return
+        self.kernels.append(self._constant(kernel))
+        run, function, metadata = map(self._constant, (compiled.run, compiled.function, compiled.metadata))
+        # A launcher counts the items of a tuple and does not ask for its kind.
+        arguments = ", ".join(self._open(x, plain=True) for x in (*args, *compiled.constants))
+        self.launches.append(f"{run}({grid}, 1, 1, stream, {function}, {metadata}, None, None, None, {arguments})")
+
+    def _constant(self, x: Any) -> str:
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = x
+        return name
+
+    def _open(self, x: Any, plain: bool = False) -> str:
+        """An argument as an expression over the names of tensors; plain: tuples without names for their items."""
+        if isinstance(x, Tensor):
+            return self._name(x)
+        if isinstance(x, tuple) and not _plain(x):
+            inside = ", ".join(self._open(y, plain) for y in x)
+            return f"({inside},)" if plain or type(x) is tuple else f"{self._constant(type(x))}({inside})"
+        if type(x) in launch_cache.DESCRIPTORS:
+            rest = ", ".join(self._constant(getattr(x, field.name)) for field in fields(x) if field.name != "base")
+            return f"{self._constant(type(x))}({self._name(x.base)}, {rest})"
+        if not _plain(x):
+            raise NotKept(f"a {type(x).__name__}, which may hold a tensor")
+        return self._constant(x)
+
+    def _name(self, x: Tensor) -> str:
+        if id(x) not in self.names:
+            raise NotKept("a tensor that is neither given nor allocated")
+        return self.names[id(x)]
+
+    def written(self, results: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+        """The work as a function of the stream and the tensors given; it gives None where Triton would do otherwise."""
+        if self.why is not None:
+            raise NotKept(self.why)
+        lines = [f"def work(stream, {', '.join(self.given)}):"]
+        lines += [f"    if {kernel}.pre_run_hooks: return None" for kernel in self.kernels]
+        for name, x in self.made.items():
+            if x.layout != torch.strided or not _dense(x):
+                raise NotKept("an allocation that empty_strided does not make")
+            shape, strides = self._constant(tuple(x.shape)), self._constant(x.stride())
+            kind = f"dtype={self._constant(x.dtype)}, device={self._constant(x.device)}"
+            lines.append(f"    {name} = empty_strided({shape}, {strides}, {kind})")
+        if self.made:
+            lines.append(f"    if ({' | '.join(f'{name}.data_ptr()' for name in self.made)}) & 15: return None")
+        lines += [f"    {line}" for line in self.launches]
+        answers = [self._name(x) if x is not None else "None" for x in results]
+        lines.append(f"    return {', '.join(answers)},")
+        space = {"launch": launch_cache.launch, "empty_strided": torch.empty_strided, **self.constants}
+        exec("\n".join(lines), space)
+        return space["work"]
+
+
+def _plain(x: Any) -> bool:
+    """It holds no tensor."""
+    return all(map(_plain, x)) if isinstance(x, tuple) else type(x) in launch_cache.CONSTANTS or type(x) is constexpr
+
+
+def _dense(x: Tensor) -> bool:
+    return x.numel() * x.element_size() == x.untyped_storage().nbytes()
+
+
+def _around() -> tuple[Any, ...] | None:
+    """The circumstances of a replay: None where launches must take the long way."""
+    if launcher.launch is not launcher.LAUNCH or overrides():
+        return None
+    return launch_cache.circumstances()
+
+
+class Replay:
+    """Work that has been recorded, and the circumstances in which it was."""
+
+    __slots__ = ("around", "work")
+
+    def __init__(self, around: tuple[Any, ...], work: Callable[..., Any] | None) -> None:
+        self.around, self.work = around, work
+
+    def __call__(self, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        """The results for other tensors of the same metadata; None where it cannot be done this way now."""
+        around = self.around
+        if self.work is None or launcher.launch is not launcher.LAUNCH or overrides():
+            return None
+        if launch_cache.circumstances() != around:
+            return None
+        return self.work(around[0].get_current_stream(around[1]) if around else None, *given)
+
+
+def record(work: Work, given: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor | None, ...], Replay | None]:
+    """work(*given), and the same as a Replay, which refuses where the work cannot be kept; None: ask another time."""
+    around = _around()
+    if around is None:
+        return work(*given), None
+    # Of their own, so that one tensor given twice has two names.
+    given = tuple(None if x is None else x.detach() for x in given)
+    recorder = Recorder(given, around)
+    token = launcher.RECORDER.set(recorder)
+    try:
+        with recorder:
+            results = work(*given)
+    finally:
+        launcher.RECORDER.reset(token)
+    try:
+        return results, Replay(around, recorder.written(results))
+    except NotKept:
+        return results, Replay(around, None)

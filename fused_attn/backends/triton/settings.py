@@ -1,0 +1,75 @@
+"""Settings that launches of several kernels share: configuration, precision, how many heads run side by side."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from ...spec.problem import HALF, Problem
+from ...tuning import Config, architecture
+from ...tuning import config as select
+from ...tuning.select import padded
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+CACHE = 32 * 2**20  # bytes of keys and values that heads in flight together may hold
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which triton decides when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def precision(p: Problem) -> str:
+    """How float32 operands are multiplied; half precision does not ask."""
+    if p.q.dtype in HALF or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def with_modifiers(p: Problem) -> bool:
+    """Whether something beside the products wants registers in the loops."""
+    beside = (p.softcap, p.bias, p.slopes, p.row_terms, p.mask, p.dropout, p.span.lo, p.span.hi)
+    return p.sigmoid or p.tabled or any(x is not None for x in beside)
+
+
+def wave(p: Problem, heads: int) -> int:
+    """How many of B * heads heads run side by side: as many as have their keys and values in the cache together."""
+    b, _, _, n = p.shape
+    pair = n * (p.q.shape[3] + p.v.shape[3]) * p.q.element_size()
+    return max(1, min(b * heads, CACHE // pair * (heads // p.k.shape[1])))
+
+
+def config(kernel: str, p: Problem, rich: bool = False) -> Config:
+    dv = p.v.shape[3]
+    d = dv if kernel.startswith("additive") else p.q.shape[3]
+    return select(kernel, architecture(p.q.device), p.q.dtype, d, dv, rich=rich or with_modifiers(p))
+
+
+def constants(c: Config, p: Problem) -> dict[str, Any]:
+    """What a kernel that multiplies is compiled for, and how."""
+    return _constants_of(c, p.group, p.q.shape[3], p.v.shape[3], precision(p))
+
+
+@functools.lru_cache(1024)
+def _constants_of(c: Config, group: int, d: int, dv: int, precision: str) -> dict[str, Any]:
+    return {
+        "GROUP": group,
+        "D": d,
+        "DV": dv,
+        "BLOCK_D": padded(d),
+        "BLOCK_DV": padded(dv),
+        "BLOCK_M": c.BLOCK_M,
+        "BLOCK_N": c.BLOCK_N,
+        "PRECISION": precision,
+        "num_warps": c.num_warps,
+        "num_stages": c.num_stages,
+    }

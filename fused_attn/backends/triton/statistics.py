@@ -1,0 +1,140 @@
+"""The statistics kernels: allocate, choose a configuration, launch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spec.problem import Problem, Statistics
+from ...tuning import Config
+from ...tuning.config import overridden
+from ...tuning.select import padded
+from . import launcher, settings
+
+MOST = 32  # places ranked at once: of 64, sm_80 would spill some
+# Whose tiles are right for additive scores, which are bound by other things than products are.
+ADDITIVE = {"row_statistics": "additive_forward", "map": "additive_forward", "key_mass": "additive_backward"}
+
+
+@functools.cache
+def _kernels() -> tuple[Any, ...]:
+    """The row-major kernel, the key-major one, that of maps, and the host's and the device's nouns."""
+    from ...kernels import statistics, types
+    from . import additive, block_mask, tile_scheduler, views
+
+    rows, keys, maps = statistics.row_statistics_kernel, statistics.key_mass_kernel, statistics.map_kernel
+    return rows, keys, maps, views, block_mask, types, tile_scheduler, additive
+
+
+def _constants(c: Config, p: Problem) -> dict[str, Any]:
+    return {
+        "GROUP": p.group,
+        "D": p.q.shape[3],
+        "BLOCK_D": padded(p.q.shape[3]),
+        "BLOCK_M": c.BLOCK_M,
+        "BLOCK_N": c.BLOCK_N,
+        "PRECISION": settings.precision(p),
+        "num_warps": c.num_warps,
+        "num_stages": c.num_stages,
+    }
+
+
+def _tiles(kernel: str, p: Problem) -> Config:
+    """The configuration of a kernel; one that is pinned by its own name is taken whatever the score."""
+    return settings.config(kernel if p.w is None or overridden(kernel) else ADDITIVE[kernel], p)
+
+
+def _planes(p: Problem) -> tuple[Any, ...]:
+    """q, k, the score and the mask, as every one of them takes them."""
+    views, score = _kernels()[3], _kernels()[7].view(p)
+    return views.view(p.q), views.view(p.k), score, views.plane_view(p.mask, p.shape)
+
+
+def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
+    """What is asked for of a problem, under no_grad."""
+    found = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)
+    if p.empty:
+        return found
+    by_mass = key_mass and not p.sigmoid
+    shift, part = (p.q.new_empty(p.q.shape[:3], dtype=torch.float32) if by_mass else None for _ in range(2))
+    with torch.cuda.device_of(p.q):
+        planes = _planes(p)
+        if entropy or max_logit or top_k or by_mass:
+            _rows(p, planes, found, shift, part)
+        if key_mass:
+            _mass(p, planes, found.key_mass, shift, part)
+    return found
+
+
+def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor | None, part: Tensor | None) -> None:
+    kernel, _, _, views, block_mask, types, tile_scheduler, _ = _kernels()
+    (b, hq, _, _), (q, k, score, mask) = p.shape, planes
+    c = _tiles("row_statistics", p)
+    span, turns = block_mask.rows(p, c), tile_scheduler.turns(p, c.BLOCK_M)
+    top_k = 0 if found.top_k_indices is None else found.top_k_indices.shape[3]
+    # Where there are more places than a program ranks at once, further launches rank what is below the last of them.
+    size = max(2, min(MOST, c.BLOCK_N, 1 << (top_k - 1).bit_length())) if top_k else 2
+    bound, others = None, (found.max_logit, found.entropy, shift, part)
+    weighs = not p.sigmoid and (top_k > 0 or any(x is not None for x in others[1:]))
+    for first in range(0, max(1, top_k), size):
+        following = p.q.new_empty(p.q.shape[:3], dtype=torch.int64) if first + size < top_k else None
+        ranked = (found.top_k_indices, found.top_k_weights, bound, following)
+        launcher.launch(
+            kernel,
+            tile_scheduler.programs(p, c.BLOCK_M, hq),
+            *(q, k, score, span, mask),
+            None if p.sink is None else p.sink.contiguous(),
+            turns,
+            types.Found(*others, *ranked, views._booleans[weighs]),
+            *tile_scheduler.lengths(p),
+            *(hq, b * hq, settings.wave(p, hq), first, top_k),
+            **_constants(c, p),
+            BLOCK_K=size,
+        )
+        bound, others = following, (None, None, None, None)
+
+
+def _mass(
+    p: Problem, planes: tuple[Any, ...], key_mass: Tensor | None, shift: Tensor | None, part: Tensor | None
+) -> None:
+    _, kernel, _, _, block_mask, _, tile_scheduler, _ = _kernels()
+    (b, hq, _, _), (q, k, score, mask) = p.shape, planes
+    c = _tiles("key_mass", p)
+    launcher.launch(
+        kernel,
+        tile_scheduler.programs(p, c.BLOCK_N, hq, True),
+        *(q, k, score, block_mask.keys(p, c), mask),
+        *(shift, part, tile_scheduler.turns(p, c.BLOCK_N, True), key_mass),
+        *tile_scheduler.lengths(p),
+        *(hq, b * hq, settings.wave(p, hq)),
+        **_constants(c, p),
+    )
+
+
+def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
+    """(B, len(heads), len(rows), N), under no_grad."""
+    _, _, kernel, _, block_mask, *_ = _kernels()
+    b, hq, m, n = p.shape
+    once, back = torch.unique(torch.tensor(rows, dtype=torch.int64), return_inverse=True)
+    out = p.q.new_zeros((b, len(heads), len(once), n), dtype=torch.float32)
+    if out.numel():
+        c = _tiles("map", p)
+        tiles, place = torch.unique(once // c.BLOCK_M, return_inverse=True)
+        slots = torch.full((len(tiles), c.BLOCK_M), -1)
+        slots[place, once % c.BLOCK_M] = torch.arange(len(once))
+        chosen = (x.to(p.q.device, torch.int32) for x in (tiles, slots, torch.tensor(heads)))
+        with torch.cuda.device_of(p.q):
+            q, k, score, mask = _planes(p)
+            launcher.launch(
+                kernel,
+                len(tiles) * len(heads) * b,
+                *(q, k, score, block_mask.rows(p, c), mask),
+                None if p.sink is None else p.sink.contiguous(),
+                *(*chosen, out),
+                *(m, n, hq, len(once), len(heads), len(tiles)),
+                **_constants(c, p),
+            )
+    return out if once.tolist() == rows else out[:, :, back.to(out.device)]

@@ -1,0 +1,152 @@
+"""From tensors to the nouns of kernels/types.py: strides as codes, alignment, and the int64 decision."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...kernels.types import Additive, Dropout, Scalar, Score, Span, Vector, View
+from ...spec.problem import Problem
+from ...spec.problem import Span as Interval
+from ...tuning.select import padded
+
+# A tile is at most this long, so offsets inside it fit int32 up to a stride of 2**31 divided by it.
+LONGEST_TILE = 512
+FAR = 2**28
+
+
+def code(x: int) -> int:
+    """An integer whose class never changes: odd, and never 1. `memory.number` undoes it."""
+    return 4 * x + 3
+
+
+@functools.lru_cache(None, typed=True)
+def constant(x: Any) -> tl.constexpr:
+    return tl.constexpr(x)
+
+
+_constants = {n: constant(n) for n in (0, 1, 2, 4, 8, 16)}
+_booleans = {x: tl.constexpr(x) for x in (False, True)}
+
+
+def strides_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """A dim of size 1 gets the stride that costs no class of its own."""
+    return tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
+
+
+@functools.lru_cache(4096)
+def _layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], target: tuple[int, ...], size: int, aligned: bool
+) -> tuple[tuple[int, ...], Any, Any, Any, Any]:
+    """Every field of View but the pointer, for elements of `size` bytes; aligned speaks of the pointer."""
+    strides = strides_of(shape, strides)
+    rows = int(shape[2] == target[2])
+    adjacent = strides[3] == 1 or target[3] == 1
+    columns = 0 if shape[3] != target[3] else 1 if adjacent else 2
+    per = 16 // size
+    unit = per if aligned and columns == 1 and all(s % per == 0 for s in strides[:3]) else 1
+    wide = max(strides[2:]) * LONGEST_TILE >= 2**31
+    codes = tuple(code(s // unit) for s in strides)
+    return codes, _constants[unit], _constants[rows], _constants[columns], _booleans[wide]
+
+
+def view(x: Tensor) -> View:
+    """A tensor (B, H, rows, columns)."""
+    shape = x.shape
+    return View(x, *_layout(shape, x.stride(), shape, x.element_size(), x.data_ptr() % 16 == 0))
+
+
+def boxes(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """x in boxes of whole rows of one batch and head, for TMA; None where it cannot copy them.
+
+    What a box holds of other than x reads as zeros.
+    """
+    unit = view(x).unit.value
+    apart = [(n, s) for n, s in zip(x.shape[:3], x.stride(), strict=False)]
+    if unit * x.element_size() != 16 or any(n > 1 and s == 0 for n, s in apart):
+        return None
+    strides = [unit if n == 1 else s for n, s in apart]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[3])])
+
+
+def plane_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
+    """A tensor to read that broadcasts to `shape`, (B, H, M, N).
+
+    Its strides depend on lengths, and so would the alignment of its rows, for which kernels are compiled: where rows
+    are adjacent elements but not aligned, they are copied so that they are. Dims along which it is expanded stay so.
+    """
+    if x is None:
+        return None
+    size = x.element_size()
+    found = _layout(x.shape, x.stride(), shape, size, x.data_ptr() % 16 == 0)
+    if found[3].value == 1 and found[1].value * size < 16:
+        per = 16 // size
+        once = x[tuple(slice(None) if s else slice(1) for s in x.stride())]
+        roomy = once.new_empty((*once.shape[:3], -(-once.shape[3] // per) * per))[..., : once.shape[3]]
+        x = roomy.copy_(once).expand(x.shape)
+        found = _layout(x.shape, x.stride(), shape, size, x.data_ptr() % 16 == 0)
+    return View(x, *found)
+
+
+def plane_output(x: Tensor, shape: tuple[int, ...]) -> View:
+    """A tensor to write, with the strides that it has, and one class for all of them."""
+    return View(x, *_layout(x.shape, x.stride(), shape, x.element_size(), False))
+
+
+def scalar(x: float | Tensor) -> Scalar:
+    """A float, or a tensor (), (H,) or (B, H)."""
+    if not isinstance(x, Tensor):
+        return Scalar(float(x), (code(0), code(0)), _booleans[False])
+    return Scalar(x, tuple(code(s) for s in (0, 0, *strides_of(x.shape, x.stride()))[-2:]), _booleans[True])
+
+
+def vector(x: Tensor | None) -> Vector | None:
+    """int32 (B or 1, length)."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return Vector(x, code(0 if x.shape[0] == 1 else x.shape[1]))
+
+
+def _bound(x: int | None) -> int | None:
+    return None if x is None else code(max(-FAR, min(FAR, x)))
+
+
+def span(s: Interval) -> Span:
+    """Rows over keys."""
+    return Span(_bound(s.left), _bound(s.right), vector(s.lo), vector(s.hi), _bound(s.sinks or None))
+
+
+def transposed_span(s: Interval, n: int) -> Span:
+    """Keys over rows: j sees j - right <= i <= j - left, and the rows between its start and its stop."""
+    start, stop = s.columns(n)
+    left, right = (None if x is None else _bound(-x) for x in (s.right, s.left))
+    return Span(left, right, vector(start), vector(stop))
+
+
+def score(p: Problem, additive: Additive | None) -> Score:
+    """additive: see `launch.additive.score`."""
+    alone = all(x is None for x in (p.softcap, p.bias, p.slopes, p.row_terms)) and not p.sigmoid
+    return Score(
+        scalar(p.scale),
+        None if p.softcap is None else scalar(p.softcap),
+        plane_view(p.bias, p.shape),
+        None if p.slopes is None else scalar(p.slopes),
+        None if p.slopes is None else code(p.offset),
+        None if p.row_terms is None else p.row_terms.contiguous(),
+        None if p.key_terms is None else p.key_terms.contiguous(),
+        additive,
+        _booleans[p.sigmoid],
+        _booleans[alone and isinstance(p.scale, float) and 0 < p.scale < math.inf],
+    )
+
+
+def dropout(p: Problem) -> Dropout | None:
+    if p.dropout is None:
+        return None
+    return Dropout(p.dropout.rng.contiguous(), p.dropout.threshold - 2**31, p.dropout.rescale)

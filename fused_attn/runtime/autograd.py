@@ -1,0 +1,160 @@
+"""Derivatives of the operators: one Function for eager mode, and the same formula registered for compilers.
+
+What is saved for backward: the inputs, out, and the row maximum and the log of the sum apart, through
+`save_for_backward` alone, so that hooks can move them. An out that was changed in place is computed again.
+A backend that can also be written in plain autograd (it has `attention`) can be differentiated again; the others say
+that they cannot.
+"""
+
+from __future__ import annotations
+
+from contextvars import copy_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec.problem import DIFFERENTIABLE, Problem, TransformError
+from ..spec.transforms import Version, by_operations, transform_of_cotangents, vjp
+from . import ops
+
+
+def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the operator, with a derivative where one is wanted."""
+    args = ops.flatten(p, backend)
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        # Compilers and torch.jit.trace record the operator, which has the formula registered below.
+        return torch.ops.fused_attn.forward(*args)[:2]
+    if torch.is_grad_enabled() and any(_wants(x) for x in args[: len(DIFFERENTIABLE)]):
+        return _apply(*args)[:2]
+    return _forward(*args)[:2]
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator where nobody asks for its derivative, past the layer that would look for one."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fused_attn.forward(*args)
+
+
+def _wants(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, _, *normaliser = output
+    ctx.mark_non_differentiable(*normaliser)
+    ctx.save_for_backward(*inputs[: ops.TENSORS], out.data, *normaliser)
+    ctx.settings, ctx.version = inputs[ops.TENSORS :], Version(out)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *tensors, out, peak, log_sum = ctx.saved_tensors
+    if ctx.version.changed():
+        out, _lse, peak, log_sum = _forward(*tensors, *ctx.settings)
+    needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+    absent = (None,) * (len(tensors) + len(ctx.settings) - len(DIFFERENTIABLE))
+    if dout is None and dlse is None:
+        return (None,) * len(DIFFERENTIABLE) + absent
+    if dout is None:
+        dout = _zeros(out)
+    args = (*tensors, *ctx.settings)
+    if by_operations(dout, dlse):
+        grads = differentiable(args, (out, peak, log_sum), dout, dlse, needs)
+    else:
+        grads = torch.ops.fused_attn.backward(*args, out, peak, log_sum, dout, dlse, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + absent
+
+
+def _zeros(out: Tensor) -> Tensor:
+    """One zero in memory; nobody writes to it."""
+    return out.new_zeros(()).expand(out.shape)
+
+
+def differentiable(
+    args: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients that support double backward and forward mode, or raise when either is attempted.
+
+    saved: out, peak and log_sum.
+    """
+    backend, count = args[-1], len(DIFFERENTIABLE)
+    plain = getattr(ops.launcher(backend), "attention", None)
+    if plain is not None:
+        return vjp(lambda *x: plain(ops.rebuild((*x, *args[count:]))[0]), args[:count], needs, (dout, dlse))
+    transform = transform_of_cotangents(dout, dlse)
+    if transform is not None:
+        raise _once(backend, f"{transform} of the backward")
+    return _Once.apply(backend, *args, *saved, dout, dlse, needs)
+
+
+class Attention(torch.autograd.Function):
+    """Flat arguments of `ops.flatten` -> what the operator returns."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _setup_context(ctx, inputs, output)
+        ctx.context = copy_context()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        # On a GPU autograd has a thread of its own, which a scoped configuration would not reach.
+        return ctx.context.copy().run(_backward, ctx, dout, dlse)
+
+
+class _Once(torch.autograd.Function):
+    """The backward operator, differentiable once less than asked."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        ctx.backend = backend
+        return torch.ops.fused_attn.backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise _once(ctx.backend, "double backward")
+
+
+def _once(backend: str, transform: str) -> TransformError:
+    return TransformError(f'{transform} is not built for backend="{backend}"; backend="tiled" and "reference" have it')
+
+
+# `Function.apply` binds default arguments in Python at every call; the method below it does the same work without.
+# Under functorch it must not be used, and dispatch sends no transformed tensor here.
+_apply = super(torch.autograd.Function, Attention).apply
+
+
+class _Again(torch.autograd.Function):
+    """A call that has been made before: the `calls.Call` and its tensors -> (out, lse)."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse, *normaliser = call.forward(tensors)
+        ctx.save_for_backward(*tensors, out.data, *normaliser)
+        ctx.call, ctx.context, ctx.version = call, copy_context(), Version(out)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        if dout is None and dlse is None:
+            return (None,) * (1 + len(needs))
+        saved = ctx.saved_tensors
+        if ctx.version.changed():
+            tensors = saved[: len(needs)]
+            out, _, *normaliser = ctx.call.forward(tensors)
+            saved = (*tensors, out, *normaliser)
+        if dout is None:
+            dout = _zeros(saved[-3])
+        backward = ctx.call.again if by_operations(dout, dlse) else ctx.call.backward
+        return None, *ctx.context.copy().run(backward, (*saved, dout, dlse), needs)
+
+
+again = super(torch.autograd.Function, _Again).apply
+
+torch.library.register_autograd("fused_attn::forward", _backward, setup_context=_setup_context)

@@ -1,0 +1,246 @@
+"""Calls that have been made before: what binding and dispatch found out about them, by everything that they asked.
+
+A `Call` stands for all calls that agree in all but the contents of their tensors. The first is noted, the second is
+learned from, the third is recorded if its backend can be (`record`), and the others are replayed. What a call depends
+on beside its arguments, the state of torch, is part of its key. Where torch is compiling, tracing, transforming or
+watching, or a tensor is more than plain memory, nothing is looked up and the long way is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+
+# By name: a search of torch._C's thousands of names costs microseconds where its table is not in the cache.
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_deterministic_algorithms,
+    _get_float32_matmul_precision,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+from ..backends.sdpa.kernel import Repeated
+from ..spec.problem import DIFFERENTIABLE, Mask, Problem
+from . import autograd, environment, ops
+
+TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink")  # that a call may hold; scale and softcap as numbers
+PLAIN = {int, float, bool, str, tuple, type(None)}  # of tuples, what they hold is looked at
+LIMIT = 4096  # calls kept
+
+Given = tuple[Any, ...]  # tensors and None
+
+HIP = torch.version.hip is not None
+
+
+def _watched() -> bool:
+    """Whether torch transforms, traces or watches what is done."""
+    return (
+        forward_ad._current_level >= 0
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _is_tracing()
+        or _profiler_enabled()
+    )
+
+
+def _settings() -> tuple[Any, ...]:
+    """What else a call may depend on, wherever its tensors are."""
+    return (
+        is_grad_enabled(), is_inference_mode_enabled(), _get_deterministic_algorithms(), _get_float32_matmul_precision()
+    )  # fmt: skip
+
+
+def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Words, the state of torch, and all of the tensors but their contents; None where a tensor is not plain memory."""
+    if _watched():
+        return None
+    parts = [words, *_settings()]
+    try:
+        for x in tensors:
+            if x is None:
+                parts.append(None)
+                continue
+            if type(x) is not Tensor and type(x) is not Parameter:
+                return None
+            where = x.data_ptr()
+            if not where or x.is_neg():  # a wrapper has no memory; a view may be kept with its sign turned
+                return None
+            parts += x.shape, x.stride(), x.dtype, x.device, x.requires_grad, where & 15
+            if HIP:  # where short buffers are addressed by 32-bit offsets
+                parts.append(x.untyped_storage().nbytes() < 2**31)
+        if _is_any_autocast_enabled() and torch.is_autocast_enabled(tensors[0].device.type):
+            parts.append(torch.get_autocast_dtype(tensors[0].device.type))
+    except (AttributeError, RuntimeError):  # no q, or a tensor without strides or memory of its own
+        return None
+    return tuple(parts)
+
+
+def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | None:
+    """The call of these tensors and options; None at its first time, and where the long way is the only one.
+
+    words: the options, all but tensors and the backend; they are told apart by type as well, for 1 equals True.
+    """
+    if is_compiling():
+        return None
+    asked = backend or environment.read()
+    if type(tensors[3]) is Mask:
+        lengths = tensors[3].kv_lengths
+        if lengths is None:
+            return None
+        tensors = (*tensors[:3], lengths, *tensors[4:])
+        words = (*words, "Mask.lengths")
+    kinds = tuple(map(type, words))
+    if tuple in kinds:
+        words = tuple(y for x in words for y in (x if type(x) is tuple else (x,)))
+        kinds += tuple(map(type, words))
+    key = _key(tensors, (kinds, asked, words))
+    if key is None:
+        return None
+    try:
+        call = _calls.get(key)
+    except TypeError:  # an option that cannot be hashed
+        return None
+    if call is None and PLAIN.issuperset(kinds) and _recorded(asked, tensors[0]):
+        if len(_calls) >= LIMIT:
+            _calls.clear()
+        _calls[key] = Call()
+    return call
+
+
+def _recorded(asked: Any, q: Any) -> bool:
+    """Whether a backend, None where the package chooses, may make a call again."""
+    chosen = asked is None and isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")
+    return chosen or asked in ("hopper", "triton", "sdpa")
+
+
+class Call:
+    """All calls of one key. known: how it was bound is known, and by which backend it can be made again.
+
+    Of its tensors, in the order of `TENSORS`, it speaks without the absent ones at the end.
+    """
+
+    __slots__ = (
+        "_backward", "_forward", "backend", "count", "differentiable", "kernel", "known", "lengths", "settings",
+        "short",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.known = False
+        self.kernel: Repeated | None = None  # torch's own, where that is what computes it
+        self._forward: Any = None
+        self._backward: dict[tuple[Any, ...], Any] = {}
+
+    def learn(self, tensors: Given, p: Problem, backend: str) -> None:
+        """A call of this key was bound to p and went to that backend."""
+        self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
+        if backend == "sdpa":
+            self.lengths = isinstance(tensors[3], Mask)
+            given = (*tensors[:3], None, tensors[4]) if self.lengths else tensors[:5]
+            self.short = any(x is not None and x.ndim < 4 for x in given)
+            if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), given)) and not (self.lengths and self.short):
+                self.kernel = Repeated.of(p, self.lengths)
+            self.known = self.kernel is not None
+            return
+        if not hasattr(ops.launcher(backend) if backend in ops.LAUNCHERS else None, "record"):
+            return
+        flat = ops.flatten(p, backend)
+        self.backend, self.settings = backend, flat[ops.TENSORS :]
+        self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())
+        # Binding may have made tensors, from what is not known here.
+        self.known = all(x is y for x, y in zip(flat, self._flat(tensors), strict=True)) and not p.empty
+
+    def _flat(self, tensors: Given) -> tuple[Any, ...]:
+        """The operators' arguments, as `ops.flatten` gives them."""
+        all_of_them: Given = tensors + (None,) * (len(TENSORS) - len(tensors))
+        q, k, v, mask, bias, slopes, sink = all_of_them
+        absent = (None,) * (ops.TENSORS - 12)  # behind the mask
+        return q, k, v, None, None, bias, slopes, sink, None, None, None, mask, *absent, *self.settings
+
+    def __call__(self, tensors: Given) -> tuple[Tensor, Tensor | None] | None:
+        """(out, lse); None: these tensors hold something for which the call must be bound again."""
+        if self.kernel is not None:
+            q, k, v, mask, bias = map(_four_dims, tensors[:5]) if self.short else tensors[:5]
+            out = self.kernel(q, k, v, mask.kv_lengths if self.lengths else mask, bias)
+            if out is None:
+                return None
+            return out[(0,) * (4 - max(x.ndim for x in tensors[:3]))] if self.short else out, None
+        given = tensors[: self.count]
+        return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]
+
+    def forward(self, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(out, lse, peak, log_sum) without a derivative."""
+        found = None if self._forward is None else self._forward(given)
+        if found is not None:
+            return found
+        with torch.autocast(given[0].device.type, enabled=False):
+            if self._forward is not None:
+                return torch.ops.fused_attn.forward(*self._flat(given))
+            found, self._forward = ops.launcher(self.backend).record(self._work_forward, given)
+        return found
+
+    def _work_forward(self, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return ops.launcher(self.backend).forward(ops.rebuild(self._flat(given))[0])
+
+    def backward(self, given: Given, needs: tuple[bool, ...]) -> Given:
+        """The gradients that needs asks for. given: the tensors, out, peak, log_sum, dout, dlse."""
+        key = _key(given, needs)
+        replay = self._backward.get(key) if key is not None else None
+        found = None if replay is None else replay(given)
+        if found is not None:
+            return found
+        names = frozenset(name for name, need in zip(TENSORS, needs, strict=False) if need)
+        if key is None or replay is not None:
+            wanted = [name in names for name in DIFFERENTIABLE]
+            args = (*self._flat(given[: self.count]), *given[self.count :], wanted)
+            return self._shown(torch.ops.fused_attn.backward(*args), needs)
+
+        def work(*given: Any) -> Given:
+            p, _ = ops.rebuild(self._flat(given[: self.count]))
+            grads = ops.launcher(self.backend).backward(p, *given[self.count :], names)
+            return tuple(grads.get(name) for name in TENSORS[: self.count])
+
+        with torch.autocast(given[0].device.type, enabled=False):
+            found, replay = ops.launcher(self.backend).record(work, given)
+        if replay is not None:
+            if len(self._backward) >= LIMIT:
+                self._backward.clear()
+            self._backward[key] = replay
+        return found
+
+    def again(self, given: Given, needs: tuple[bool, ...]) -> Given:
+        """As `backward`, by operations that can be differentiated in their turn, or that say that they cannot."""
+        names = [name for name, need in zip(TENSORS, needs, strict=False) if need]
+        *saved, dout, dlse = given[self.count :]
+        wanted = [name in names for name in DIFFERENTIABLE]
+        flat = self._flat(given[: self.count])
+        return self._shown(autograd.differentiable(flat, tuple(saved), dout, dlse, wanted), needs)
+
+    def _shown(self, grads: Given, needs: tuple[bool, ...]) -> Given:
+        """Gradients in the order of DIFFERENTIABLE as those of the call's tensors."""
+        by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
+        return tuple(by_name[name] if need else None for name, need in zip(TENSORS, needs, strict=False))
+
+
+def _four_dims(x: Any) -> Any:
+    """With leading dims of 1; None is None."""
+    return x if x is None or x.ndim == 4 else x[(None,) * (4 - x.ndim)]
+
+
+def _is_view(bound: Tensor | None, given: Tensor | None) -> bool:
+    """Whether binding took a tensor as it is, or with leading dims of 1."""
+    if bound is given or bound is None or given is None or given.ndim >= 4:
+        return bound is given
+    return bound.data_ptr() == given.data_ptr() and tuple(bound.shape) == (1,) * (4 - given.ndim) + tuple(given.shape)
+
+
+_calls: dict[tuple[Any, ...], Call] = {}

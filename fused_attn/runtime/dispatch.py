@@ -1,0 +1,125 @@
+"""Which backend runs a problem: an ordered list, each with its reasons, and no fallback from an explicit choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..backends import reference, sdpa
+from ..backends.tiled import attention as tiled
+from ..spec.checks import check_choice
+from ..spec.problem import HALF, BackendError, Problem, TransformError
+from ..spec.transforms import transform_of, transforming
+from . import autograd, environment, ops
+
+BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
+ON_CPU = ("sdpa", "tiled", "reference")
+# What a backend may be asked for beside out, which these have, and what the others say.
+BESIDE = ("triton", "tiled", "reference")
+TASKS = {"seeing": "computes no statistics and no map", "decoding": "decodes from no cache"}
+PLAIN = {"sdpa": sdpa, "tiled": tiled, "reference": reference}  # backends made of torch's own differentiable ops
+for _name in ops.LAUNCHERS:
+    ops.launcher(_name)  # now, because a compiler that traces a call cannot import
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call (None: none can), and every reason why another does not."""
+
+    backend: str | None
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"]
+        for name, reasons in self.reasons.items():
+            lines += [f"  {name}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+def transformed(p: Problem) -> str | None:
+    """The transform of torch that these tensors are under, if any."""
+    return transform_of(p.tensors().values()) if transforming() else None
+
+
+def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: str = "") -> list[str]:
+    """Every reason why a backend cannot run p; by_name, when it was asked for explicitly; task: one of TASKS."""
+    if task and name not in BESIDE:
+        return [f"it {TASKS[task]}"]
+    if transform and (task or name not in ("tiled", "reference")):
+        # Alone, because what else there is may want to read tensors, which now stand for others.
+        return [f"{transform} is not built for {task or 'it'}"]
+    reasons = PLAIN[name].why_not(p) if name in PLAIN else ops.launcher(name).why_not(p)
+    if name == "hopper" and not by_name and not reasons:
+        reasons = ops.launcher(name).unproven(p)
+    if name == "triton" and not by_name and p.q.device.type == "cpu":
+        reasons = [*reasons, "on the CPU it is an interpreter, reached only by name"]
+    return reasons
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+
+
+def explain(p: Problem, backend: str | None = None) -> Explanation:
+    """The backend that runs p, and the reasons against those tried before it."""
+    return _explain(p, p.lower(), backend)
+
+
+def taken(name: str, p: Problem, lowered: Problem) -> Problem:
+    """Which form of a problem a backend takes."""
+    if name == "tiled" and _rounded(p):
+        return p.lower(wide=True)
+    return p if name == "reference" else lowered
+
+
+def _rounded(p: Problem) -> bool:
+    """Whether lowering rounds to half precision what `tiled`, which computes in float32, need not round."""
+    return p.score is not None and p.score.rewrites and p.q.dtype in HALF
+
+
+def _explain(
+    p: Problem, lowered: Problem, backend: str | None, task: str = "", names: tuple[str, ...] = BACKENDS
+) -> Explanation:
+    asked = backend or environment.backend
+    if asked is not None:
+        check_choice(
+            "backend" if backend else "FUSED_ATTN_BACKEND", asked, BACKENDS, "None or one of" if backend else "one of"
+        )
+    transform = transformed(p)
+    refused: dict[str, list[str]] = {}
+    for name in names if asked is None else (asked,):
+        reasons = why_not(name, p if name == "reference" else lowered, asked is not None, transform, task)
+        if name == "sdpa" and asked is None and p.q.device.type == "cpu" and _rounded(p):
+            reasons = [*reasons, f"what the score makes of q would be rounded to {p.q.dtype}; it runs by name"]
+        if not reasons:
+            return Explanation(name, refused)
+        refused[name] = reasons
+    return Explanation(None, refused)
+
+
+def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str, Problem]:
+    """The first backend that can run p, or the one asked for, and the form of p that it takes.
+
+    task: that can do one of TASKS, rather than compute out.
+    """
+    lowered = p.lower()
+    # Kernels take CPU tensors by name alone, and listing why costs more than the rest of a call.
+    choice = _explain(p, lowered, backend, task, BACKENDS if p.q.device.type != "cpu" else ON_CPU)
+    if choice.backend is None:
+        asked, reasons = next(reversed(choice.reasons.items()))
+        error = TransformError if transformed(p) else BackendError
+        chosen = "" if backend or environment.backend is None else ", which FUSED_ATTN_BACKEND chose,"
+        raise error(f"backend {asked!r}{chosen} cannot run this call: " + "; ".join(reasons))
+    return choice.backend, taken(choice.backend, p, lowered)
+
+
+def run(p: Problem, name: str) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) by the backend chosen."""
+    if name == "reference" or (name == "sdpa" and not (p.q.device.type == "cpu" and _tracing())):
+        out, lse = PLAIN[name].attention(p)
+        return autograd.attend(p, "tiled") if out is None else (out, lse)
+    if name == "tiled" and transformed(p):
+        return tiled.attention(p)
+    return autograd.attend(p, name)

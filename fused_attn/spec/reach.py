@@ -1,0 +1,56 @@
+"""Which keys some query may see: the others never matter, even as NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .masks import padded_span
+from .problem import Problem, Span
+from .ragged import Ragged, places
+
+
+def masked_by_tensors(p: Problem) -> bool:
+    """Whether tensors have a say in who sees whom, beside the mask."""
+    return p.span.lo is not None or p.span.hi is not None or p.pattern is not None
+
+
+def seen(p: Problem) -> tuple[Tensor, Tensor] | None:
+    """`reached`, where tensors say so; what numbers say, tiles skip by themselves."""
+    return reached(p) if masked_by_tensors(p) else None
+
+
+def reached(p: Problem) -> tuple[Tensor, Tensor]:
+    """bool (B or 1, 1, M, 1) and (B or 1, 1, N, 1): the rows that see a key by the span, and `Problem.reached`.
+
+    What is padding may hold NaN, and a product with a weight of zero would let it through. Of ragged sequences, packed
+    as these are.
+    """
+    if p.ragged is None:
+        rows, keys = _reached(p, p.span)
+    elif masked_by_tensors(p):
+        found = _reached(p, padded_span(p.span, p.ragged))
+        rows, keys = (
+            x.expand(p.ragged.batch, -1)[places(starts, like.shape[2])][None]
+            for x, starts, like in zip(found, (p.ragged.q, p.ragged.k), (p.q, p.k), strict=True)
+        )
+    else:
+        rows, keys = _reached_by_numbers(p, p.ragged)
+    return rows[:, None, :, None], keys[:, None, :, None]
+
+
+def _reached(p: Problem, span: Span) -> tuple[Tensor, Tensor]:
+    (m, n), device = p.shape[2:], p.q.device
+    lo, hi = span.bounds(torch.arange(m, device=device), n)
+    start, stop = span.seers(m, torch.arange(n, device=device))
+    return lo < hi, start < stop if p.pattern is None or p.empty else p.pattern.reaches(start, stop)
+
+
+def _reached_by_numbers(p: Problem, ragged: Ragged) -> tuple[Tensor, Tensor]:
+    """Row by row and key by key, for nothing is known of the longest."""
+    (bq, i), (bk, j) = places(ragged.q, p.q.shape[2]), places(ragged.k, p.k.shape[2])
+    offsets = ragged.offsets()
+    of_rows, of_keys = (offsets, offsets) if isinstance(offsets, int) else (offsets[bq, 0], offsets[bk, 0])
+    lo, hi = p.span.shifted(of_rows).bounds(i, p.shape[3])
+    start, stop = p.span.shifted(of_keys).seers(p.shape[2], j)
+    return lo < torch.minimum(hi, ragged.k.diff()[bq]), start < torch.minimum(stop, ragged.q.diff()[bk])

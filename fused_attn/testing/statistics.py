@@ -1,0 +1,172 @@
+"""Statistics and maps of the weights, held to the one tolerance rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..api.statistics import attention_map, attention_stats
+from ..backends import reference
+from ..spec.problem import Problem, Statistics
+from .absolute_sums import of_scores
+from .cases import Case, make_inputs
+from .parity import Parity, Row, allowed, assert_within_budget
+
+OF_OUT = ("dropout_p", "seed", "return_lse", "deterministic")  # keywords of `attention` that no weight depends on
+ROWS, HEADS = (-1, 0, 0), (-1, 0)  # of a map, with one row between them; twice the same, and out of order
+
+
+class Witness:
+    """A case and what its statistics and its map must be, of each of its sequences if it is ragged."""
+
+    def __init__(
+        self,
+        case: Case | str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        top_k: int = 7,
+        seed: int = 0,
+    ) -> None:
+        self.inputs, self.dtype = make_inputs(case, dtype, device, seed), dtype
+        _, heads, m, n = (self.inputs.case.sizes()[x] for x in "bhmn")
+        self.rows, self.heads = [m // 2, *ROWS] if m else [], list(HEADS) if heads else []
+        plain_dtype = torch.float32 if dtype == torch.float64 else dtype
+        exact, plain = (self.inputs.clean_problem(x) for x in (torch.float64, plain_dtype))
+        self.asked: dict[str, Any] = {
+            "key_mass": True,
+            "entropy": not exact.sigmoid,
+            "max_logit": True,
+            "top_k": min(top_k, n),
+        }
+        self.sequences, pairs = [], [(exact, plain)]
+        if exact.ragged is not None:
+            self.sequences = [one for one, _ in exact.sequences()]
+            pairs = [(x, y) for (_, x), (_, y) in zip(exact.sequences(), plain.sequences(), strict=True)]
+        with torch.no_grad():
+            self.judges = [_Judge(x, y, self.asked, plain_dtype) for x, y in pairs]
+            if not self.sequences:
+                self.map, self.plain_map = (
+                    reference.weights(p, self.rows, self.heads, own)
+                    for p, own in ((exact, torch.float64), (plain, plain_dtype))
+                )
+
+    def check(self, backend: str | None) -> Parity:
+        """The verdict on a backend; AssertionError says what is wrong, and what the backend raises passes through."""
+        words = {name: x for name, x in self.inputs.kwargs.items() if name not in OF_OUT} | {"backend": backend}
+        q, k, _, *starts = self.inputs.qkv
+        words |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=False))
+        got = attention_stats(q, k, **self.asked, **words)
+        weights = None if starts else attention_map(q, k, rows=self.rows, heads=self.heads, **words)
+        self.inputs.check_untouched()
+        case = self.inputs.case
+        try:
+            rows = self.judge(got)
+            return Parity(case, str(backend), self.dtype, rows if weights is None else rows | self.judge_map(weights))
+        except AssertionError as failure:
+            raise AssertionError(f"{case.name} on {backend} in {self.dtype}: {failure}") from None
+
+    def judge(self, got: Statistics) -> dict[str, Row]:
+        """The worst row of each statistic."""
+        if not self.sequences:
+            return self.judges[0].judge(got)
+        rows: dict[str, Row] = {}
+        whole = {name: None if x is None else x.transpose(0, 1)[None] for name, x in got._asdict().items()}
+        for one, judge in zip(self.sequences, self.judges, strict=True):
+            own = Statistics(**{name: None if x is None else one.part(name, x) for name, x in whole.items()})
+            for name, row in judge.judge(own).items():
+                rows[name] = max(rows.get(name, row), row, key=lambda x: x.share)
+        return rows
+
+    def judge_map(self, got: Tensor) -> dict[str, Row]:
+        found = _float32("map", got)
+        return {"map": assert_within_budget("map", found, self.map, self.plain_map, self.map, torch.float32)}
+
+
+class _Judge:
+    """What the statistics of one dense problem must be: the float64 oracle, plain PyTorch in dtype, and A."""
+
+    def __init__(self, exact: Problem, plain: Problem, asked: dict[str, Any], plain_dtype: torch.dtype) -> None:
+        self.top_k = min(asked["top_k"], exact.shape[3])
+        asked = asked | {"top_k": self.top_k}
+        self.scores = reference.scores(exact, torch.float64)
+        self.plain_scores = reference.scores(plain, plain_dtype)
+        self.terms = of_scores(exact).masked_fill(self.scores == -torch.inf, 0.0)
+        self.oracle = reference.statistics(exact, **asked, dtype=torch.float64)
+        self.plain = reference.statistics(plain, **asked, dtype=plain_dtype)
+        self.absolute = self._absolute(exact)
+
+    def _absolute(self, p: Problem) -> Statistics:
+        weights, lse = reference.shown(p, self.scores), reference.normalized(p, self.scores)[1]
+        depth = None
+        if not p.sigmoid:
+            depth = (weights * (lse.abs()[..., None] + self.scores.abs())).masked_fill(weights == 0, 0.0).sum(-1)
+        peak = self.terms.amax(-1) if p.shape[3] else self.scores.new_zeros(self.scores.shape[:3])
+        return Statistics(self.oracle.key_mass, depth, peak, None, self.oracle.top_k_weights)
+
+    def judge(self, got: Statistics) -> dict[str, Row]:
+        rows = {}
+        got = self._without_missing(got)
+        for name in Statistics._fields:
+            x = getattr(got, name)
+            if x is not None and x.is_floating_point():
+                oracle, plain, absolute = (getattr(column, name) for column in (self.oracle, self.plain, self.absolute))
+                rows[name] = assert_within_budget(name, _float32(name, x), oracle, plain, absolute, torch.float32)
+        if got.top_k_indices is not None:
+            rows["top_k_indices"] = self._check_places(got.top_k_indices)
+        return rows
+
+    def _check_places(self, got: Tensor) -> Row:
+        """The places are those of the largest scores, in order, wherever the budget of a score leaves no doubt.
+
+        The row's error is the share of places in doubt.
+        """
+        k, best = self.top_k, self.scores.sort(dim=-1, descending=True).values[..., : self.top_k + 1]
+        wanted: Any = self.oracle.top_k_indices
+        if got.shape != wanted.shape or got.dtype != torch.int64:
+            raise AssertionError(f"top_k_indices: {got.dtype} {tuple(got.shape)}, expected int64 {tuple(wanted.shape)}")
+        if not got.numel():
+            return Row(0.0, 0.0, 0.0)
+        missing = wanted == -1
+        if not torch.equal(got.eq(-1), missing):
+            raise AssertionError(f"top_k_indices: {int(got.eq(-1).sum())} are missing, expected {int(missing.sum())}")
+        ordered = torch.where(got == -1, -1 - torch.arange(k, device=got.device), got).sort(-1).values
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise AssertionError("top_k_indices: a row holds a key twice")
+        budget = allowed(self.scores, self.plain_scores, self.terms, torch.float32)
+        slack = 2 * budget.masked_fill(~self.scores.isfinite(), 0.0).amax(-1, keepdim=True)
+        found, own = self.scores.gather(-1, got.clamp_min(0)), best[..., :k]
+        close = ((found - own).abs() <= slack) | ~own.isfinite()
+        gaps = torch.nn.functional.pad(best, (1, 2 - best.shape[-1] + k), value=-torch.inf).diff(dim=-1).abs()
+        gaps[..., 0] = torch.inf
+        sure = (torch.minimum(gaps[..., :k], gaps[..., 1 : k + 1]) > slack) | ~own.isfinite()
+        wrong = ~missing & (~close | (sure & (got != wanted)))
+        if wrong.any():
+            where = tuple(wrong.nonzero()[0].tolist())
+            raise AssertionError(
+                f"top_k_indices: {got[where].item()}, of score {found[where].item():.9g}, where the oracle has"
+                f" {wanted[where].item()}, of score {own[where].item():.9g}, at {where}; {int(wrong.sum())} places"
+            )
+        return Row(1.0 - sure.double().mean().item(), 0.0, 0.0)
+
+    def _without_missing(self, got: Statistics) -> Statistics:
+        """Places beyond the last key, which a sequence shorter than top_k has, hold nothing and are taken away."""
+        if got.top_k_indices is None or got.top_k_weights is None:
+            return got
+        if (got.top_k_indices[..., self.top_k :] != -1).any() or (got.top_k_weights[..., self.top_k :] != 0).any():
+            raise AssertionError("top_k_indices: a place beyond the last key is not -1 with weight 0")
+        kept = (x[..., : self.top_k] if self.top_k else None for x in (got.top_k_indices, got.top_k_weights))
+        return got._replace(**dict(zip(("top_k_indices", "top_k_weights"), kept, strict=True)))
+
+
+def _float32(name: str, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        raise AssertionError(f"{name}: {x.dtype}, expected torch.float32")
+    return x
+
+
+def check_statistics(case: Case | str, backend: str | None, dtype: torch.dtype = torch.float32, **more: Any) -> Parity:
+    """Every statistic of a case, and its map for some rows and heads; more: of `Witness`."""
+    return Witness(case, dtype, **more).check(backend)
