@@ -22,7 +22,7 @@ from ...spec.checks import readable
 from ...spec.problem import Problem
 from ..tiled import attention as tiled
 from .kernel import LARGE, LARGEST, Kernel
-from .pieces import pieces, run
+from .pieces import pieces_of_problem, run
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -72,7 +72,7 @@ def _why_not_on_cpu(p: Problem) -> list[str]:
     elif not readable(p.q):
         return ["lengths and sequence starts cannot be read while tracing"]
     else:
-        found = pieces(p)
+        found = pieces_of_problem(p)
         known, causal = found is not None, any(piece.causal for piece in found or ())
     if not known:
         return ["it knows only full score matrices and causal ones from the top left"]

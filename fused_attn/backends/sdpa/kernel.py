@@ -18,7 +18,7 @@ from torch.nn.functional import threshold
 from ...spec.problem import Mask, Problem, ordered_like
 from ...spec.transforms import Version, by_operations, transform_of_cotangents, vjp
 from ..tiled import attention as tiled
-from .pieces import ALL, Piece, pieces, pieces_of_lengths, pieces_of_seen, searched, seen_by_all
+from .pieces import ALL, Piece, pieces_of_lengths, pieces_of_problem, pieces_of_seen, searched, seen_by_all
 
 LARGE = 64.0  # largest |log-sum-exp| whose rounding, 2**-18, the backward may put into a weight
 LARGEST = torch.finfo(torch.float32).max
@@ -83,7 +83,7 @@ class Kernel:
         seen = seen_by_all(p.mask) if search and p.mask is not None and searched(p) else None
         found = None if seen is None else pieces_of_seen(p.span, p.shape, seen)
         self.unpadded = found is not None
-        found = pieces(p) if found is None else found
+        found = pieces_of_problem(p) if found is None else found
         assert found is not None, "asked for what why_not refuses"
         self.scale: Any = p.scale  # a number: why_not refuses tensors
         self.rows, self.dtype = (p.q.shape[0], p.q.shape[2]), p.q.dtype

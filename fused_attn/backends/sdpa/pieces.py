@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 Run = tuple[slice, tuple[int, int], tuple[int, int]]  # batch, rows and keys: rows that have the same bounds
 
 
-def pieces(p: Problem) -> list[Piece] | None:
+def pieces_of_problem(p: Problem) -> list[Piece] | None:
     """The calls that compute p, disjoint in rows and in keys; rows of none of them see nothing. None: there are no
     such. Reads lengths and sequence starts, once for each problem."""
     held = p.__dict__  # of a frozen dataclass, as functools.cached_property uses it
