@@ -63,7 +63,7 @@ def _pieces(p: Problem) -> list[Piece] | None:
     if p.ragged is not None:
         found: list[Piece] = []
         for one, alone in p.sequences():
-            own = pieces(alone)
+            own = pieces_of_problem(alone)
             if own is None:
                 return None
             for x in own:
