@@ -23,6 +23,7 @@ import seaborn
 import seaborn.objects as so
 from matplotlib.figure import Figure
 
+from bench import labels
 from bench.harness import table
 from bench.harness.clock import DIRECTIONS
 from bench.harness.providers import OURS
@@ -121,6 +122,7 @@ def speed(rows: pd.DataFrame) -> Figure | None:
         found = found[found.provider != "tiled"]
     if found.empty:
         return None
+    found = found.assign(case=found.case.map(lambda name: labels.CASES[name].replace("`", "")))
     cases = found.groupby("case").value.max().sort_values(ascending=False).index.tolist()
     x, dodge = found.iloc[0], so.Dodge(by=["color"])
     note = f"{x['dtype']}, B {x.batch:.0f}, length {x.length:.0f}, {x.heads:.0f} heads of {x.dim:.0f}"
@@ -129,7 +131,7 @@ def speed(rows: pd.DataFrame) -> Figure | None:
         .facet("direction").add(so.Bar(alpha=1, edgewidth=0), dodge, orient="y")
         .add(so.Range(color="k", linewidth=0.8), dodge, orient="y", xmin="low", xmax="high", legend=False)
         .add(so.Text(color="k", halign="left", fontsize=7), dodge, orient="y", text="text", x="high", legend=False)
-        .scale(y=so.Nominal(order=cases), color=looks(found)["color"]).limit(x=(0, 1.1 * found.high.max())),
+        .scale(y=so.Nominal(order=cases), color=looks(found)["color"]).limit(x=(0, 1.15 * found.high.max())),
         (4.2 * found.direction.nunique() + 1.6, 0.17 * found.label.nunique() * len(cases) + 1.6),
         f"{note} (whiskers: 10th to 90th percentile of rounds)\n{caption(found)}", x="speedup over naive", y="",
     )  # fmt: skip

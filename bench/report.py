@@ -23,7 +23,7 @@ DIRECTIONS = ("forward", "forward+backward")
 STEPS = ("decode", "decode_paged")
 SLOW = 0.97  # a case below it is listed
 HEADLINE = ("causal", "window_causal", "bias_1hmn", "softcap", "padding_bool_b11n", "one_query_300")
-PEERS = {"naive": "eager", "flex": "FlexAttention", "torch": "torch SDPA"}
+PEERS = {"naive": "naive", "flex": "FlexAttention", "torch": "torch SDPA"}
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -91,7 +91,7 @@ def modifiers() -> str:
 
 
 def additive() -> str:
-    """Additive scores against their eager form: its time, and its memory at the peak."""
+    """Additive scores against their naive form: its time, and its memory at the peak."""
     fast = [x for x in _speedups() if x["case"] in ADDITIVE and x["against"] == "naive"]
     peaks = [x for x in _peaks() if x["case"] in ADDITIVE]
     if not fast:
@@ -103,7 +103,7 @@ def additive() -> str:
         own, eager = (held.get((name, direction)) for name in ("tiled", "naive"))
         shown = [f"{own:.1f}", f"{eager:.0f}", f"{100 * own / eager:.1f}%"] if own and eager else ["", "", ""]
         rows.append([direction, speed[direction], *shown])
-    headings = ["", "speed vs eager", "MiB, `tiled`", "MiB, eager", "memory of eager's"]
+    headings = ["", "speed vs naive", "MiB, `tiled`", "MiB, naive", "share of naive's"]
     x = fast[0]
     sizes = f"length {x['length']}, {x['heads']} heads of {x['dim']}"
     return f"{markdown(headings, rows)}\n\n{sizes[0].upper()}{sizes[1:]}. {_ran([*fast, *peaks])}."
@@ -118,7 +118,7 @@ def memory() -> str:
     rows = [x for x in _peaks() if x["case"] == meter.CASE]
     found = {(x["provider"], x["direction"], x["length"]): f"{x['value'] / 2**20:.1f}" for x in rows}
     lengths = sorted({x["length"] for x in rows})
-    titles = {"tiled": "`tiled`", "naive": "eager"}
+    titles = {"tiled": "`tiled`", "naive": "naive"}
     body = [
         [f"{title}, {direction}", *(found.get((name, direction, n), "") for n in lengths)]
         for name, title in titles.items()
