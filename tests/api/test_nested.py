@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fused_attn
 import fused_attn.compat.sdpa as door
 from fused_attn import Mask, attention, scaled_dot_product_attention
-from tests.layers import within_budget
+from tests.parity import within_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 

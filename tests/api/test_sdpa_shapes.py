@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_attn import scaled_dot_product_attention
-from tests.layers import randn, within_budget
+from tests.parity import randn, within_budget
 
 LEADING = ((), (1,), (3,), (2, 3), (2, 3, 2), (1, 2, 1, 2), (0,), (0, 3), (2, 0), (2, 0, 3))
 SIZES = (

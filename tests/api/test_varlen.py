@@ -19,7 +19,7 @@ from fused_attn import Mask, attention, attention_varlen, scores, testing
 from fused_attn.spec import checks
 from fused_attn.spec.problem import Problem, Ragged
 from fused_attn.spec.ragged import padded, places, sums
-from tests.layers import Largest
+from tests.parity import Largest
 
 BACKENDS = ("triton", "tiled", "reference")
 LENGTHS = ((33, 20), (0, 9), (5, 0), (1, 1), (40, 70), (20, 3))

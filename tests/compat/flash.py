@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.compat import flash_attn as flash
-from tests.layers import within_budget
+from tests.parity import within_budget
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 

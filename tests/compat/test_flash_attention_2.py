@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fused_attn.compat import flash_attn
-from tests.compat.test_sdpa import TORCH, randn, within_budget
+from tests.compat.test_sdpa import TORCH, randn
+from tests.parity import within_budget
 
 transformers = pytest.importorskip("transformers")
 import fused_attn.compat.transformers as models  # noqa: E402

@@ -25,7 +25,7 @@ from tests.compat.flash import (
     starts_of,
     varlen,
 )
-from tests.layers import within_budget
+from tests.parity import within_budget
 
 
 @pytest.fixture(params=["tiled", "reference"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_attn.compat import flash_attn as flash
 from tests.compat.flash import DIM, HEADS, KV_HEADS, WORDS, documented
-from tests.layers import within_budget
+from tests.parity import within_budget
 
 
 @pytest.fixture(params=["tiled", "reference"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_attn.compat import flash_attn as flash
 from tests.compat.flash import DIM, HEADS, KV_HEADS, RAGGED, WORDS, of_batch, paged, starts_of
-from tests.layers import within_budget
+from tests.parity import within_budget
 
 Passes = Callable[..., Tensor]
 PASSES = ("plain", "causal", "window", "alibi", "softcap", "all")

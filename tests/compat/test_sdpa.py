@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 import fused_attn
 import fused_attn.compat.sdpa as door
-from fused_attn import testing
 from tests import ROOT
+from tests.parity import within_budget
 
 TORCH = F.scaled_dot_product_attention
 
@@ -40,11 +40,6 @@ def arrivals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
     yield found
     assert F.scaled_dot_product_attention is TORCH
     assert torch.backends.mha.get_fastpath_enabled()
-
-
-def within_budget(name: str, ours: Tensor, oracle: Tensor, plain: Tensor) -> None:
-    """The tolerance rule, with the answer's own size as the size of its terms."""
-    testing.assert_within_budget(name, ours, oracle, plain, oracle.abs().amax().expand_as(oracle), torch.float32)
 
 
 def randn(*shape: int) -> Tensor:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_attn
-from tests.compat.test_sdpa import TORCH, randn, within_budget
+from tests.compat.test_sdpa import TORCH, randn
+from tests.parity import within_budget
 
 transformers = pytest.importorskip("transformers")
 import fused_attn.compat.transformers as models  # noqa: E402

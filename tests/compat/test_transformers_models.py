@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.compat import tiny_models
-from tests.compat.test_sdpa import within_budget
+from tests.parity import within_budget
 
 transformers = pytest.importorskip("transformers")
 import fused_attn.compat.transformers as models  # noqa: E402

@@ -12,8 +12,9 @@ from torch.autograd import forward_ad
 
 import fused_attn
 from fused_attn.modules import weights as weights_room
-from tests.layers import B, E, causal, padding, pair, randn
+from tests.modules.layers import B, E, causal, padding, pair
 from tests.modules.test_scored import SCORED, scored
+from tests.parity import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

@@ -18,7 +18,7 @@ from torch.testing._internal.common_modules import module_db
 
 import fused_attn
 from fused_attn.modules import MultiheadAttention, multihead
-from tests.layers import (
+from tests.modules.layers import (
     NESTED,
     B,
     E,
@@ -32,11 +32,10 @@ from tests.layers import (
     outputs_and_gradients,
     padding,
     pair,
-    randn,
     randomised,
     run,
-    within_budget,
 )
+from tests.parity import randn, within_budget
 
 
 @contextlib.contextmanager

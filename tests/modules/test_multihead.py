@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from fused_attn import modules
 from fused_attn.modules import MultiheadAttention, inputs, multihead, scored
 from fused_attn.modules import weights as weights_room
-from tests.layers import (
+from tests.modules.layers import (
     B,
     E,
     H,
-    Largest,
     M,
     N,
     agree,
@@ -34,11 +33,10 @@ from tests.layers import (
     outputs_and_gradients,
     padding,
     pair,
-    randn,
     randomised,
     run,
-    within_budget,
 )
+from tests.parity import Largest, randn, within_budget
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

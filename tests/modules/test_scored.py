@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.modules import AdditiveAttention, BilinearAttention, CosineAttention
-from tests.layers import (
+from tests.modules.layers import (
     NESTED,
     B,
-    Largest,
     M,
     N,
     agree,
@@ -26,11 +25,10 @@ from tests.layers import (
     outputs,
     outputs_and_gradients,
     padding,
-    randn,
     randomised,
     run,
-    within_budget,
 )
+from tests.parity import Largest, randn, within_budget
 
 SCORED: dict[str, Callable[..., nn.Module]] = {
     "additive": lambda **options: AdditiveAttention(5, 6, 8, **options),

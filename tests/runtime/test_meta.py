@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
 from fused_attn import Mask, attention, modules, scaled_dot_product_attention, scores
-from tests.layers import within_budget
+from tests.parity import within_budget
 
 INT = torch.int32
 

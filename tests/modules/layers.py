@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn import testing
 from fused_attn.modules import MultiheadAttention
 from fused_attn.modules import weights as weights_room
+from tests.parity import randn
 
 NESTED = "ignore:The PyTorch API of nested tensors"
 
@@ -21,18 +21,6 @@ B, M, N, E, H = 3, 7, 10, 8, 2
 Results = dict[str, Tensor]
 
 Call = tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]  # a module, what it is given by place, and by name
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(31**i * n for i, n in enumerate(shape)))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def within_budget(name: str, ours: Tensor, oracle: Tensor, plain: Tensor) -> None:
-    """The tolerance rule, with the answer's own size as the size of its terms."""
-    absolute = torch.where(oracle.isfinite(), oracle.abs(), 0.0)
-    absolute = absolute.amax().expand_as(oracle) if oracle.numel() else oracle
-    testing.assert_within_budget(name, ours, oracle, plain, absolute, ours.dtype)
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -148,16 +136,3 @@ def few_and_many_keys(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Both ways to come by weights; with many keys the second, and its derivative in several passes."""
     if request.param == "many_keys":
         monkeypatch.setattr(weights_room, "COLUMNS", 3)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operator made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs or {})
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, Tensor) and x.untyped_storage().nbytes() >= x.numel() * x.element_size():
-                self.elements = max(self.elements, x.numel())
-        return result
