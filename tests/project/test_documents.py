@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from bench import report
-from tests import ROOT
+from tests import PACKAGE, ROOT
 from tests.processes import run
 
-DOCUMENTS = {
-    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
-}
+NAMES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+DOCUMENTS = {name: (ROOT / name).read_text() for name in NAMES}
 BLOCKS = [
     (f"{name}:{text[: found.start(2)].count(chr(10))}", found[1], found[2])
     for name, text in DOCUMENTS.items()
@@ -46,18 +45,25 @@ def test_every_marked_part_is_written() -> None:
     assert {name: parts for name, parts in marked.items() if parts} == written
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_links(name: str) -> None:
     """Files exist and headings too; README, which is shown outside of the tree, has no pictures by path."""
     for picture, target in re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", DOCUMENTS[name]):
         path, _, heading = target.partition("#")
         other = (ROOT / name).parent / path if path else ROOT / name
         assert other.exists(), target
-        headings = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE) if heading else []
-        assert not heading or heading in {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}, (
-            target
-        )
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in titles}, target
         assert not (picture and name == "README.md"), target
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths(name: str) -> None:
+    """Files, folders and modules that a document names exist, counted from the root, the package, bench or examples."""
+    tops = (ROOT, PACKAGE, ROOT / "bench", ROOT / "examples")
+    for path in set(re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.py)`", DOCUMENTS[name])) - {"out/"}:
+        assert any((top / x).exists() for top in tops for x in (path, f"{path}.py")), path
 
 
 PYTHON = """
