@@ -21,9 +21,10 @@ if not (_here / "kernels").is_dir() and (_here.parent / "setup.py").is_file():
     kernels = _sys.modules.setdefault(_spec.name, _module_from_spec(_spec))
 
 from . import scores  # noqa: E402
-from .api.attention import attention, explain, merge_states, scaled_dot_product_attention, warmup  # noqa: E402
+from .api.attention import attention, explain, merge_states, warmup  # noqa: E402
 from .api.decode import attention_decode  # noqa: E402
 from .api.paged_cache import CacheFullError, PagedKVCache  # noqa: E402
+from .api.sdpa import scaled_dot_product_attention  # noqa: E402
 from .api.statistics import attention_map, attention_stats  # noqa: E402
 from .api.varlen import attention_varlen  # noqa: E402
 from .runtime.dispatch import BACKENDS, Explanation  # noqa: E402

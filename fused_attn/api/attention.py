@@ -6,18 +6,15 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime import call_cache, dispatch
 from ..spec import state
-from ..spec.checks import as_bool, axes_advice, check_choice, is_integers, one_of
+from ..spec.checks import as_bool, check_choice
 from ..spec.problem import Mask, describe
 from . import keywords, nested
-from .bind import autocast, bind, check_qkv, no_autocast
+from .bind import LAYOUTS, bind, heads_first, no_autocast
 from .varlen import bind_packed
-
-LAYOUTS = ("bhsd", "bshd")
 
 
 @keywords.closed
@@ -168,14 +165,6 @@ def explain(
     return dispatch.explain(bind(*heads, **options), backend)
 
 
-def heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
-    check_choice("layout", layout, LAYOUTS)
-    q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v, layout, score)
-    return (q, k, v) if layout == "bhsd" else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-
-
 def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd") -> tuple[Tensor, Tensor]:
     """Join attention over disjoint sets of keys: (out, lse) as if all keys had been seen at once. Differentiable.
 
@@ -201,150 +190,6 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd"
             raise ValueError(f"outs[{i}], lses[{i}]: shapes {tuple(outs[i].shape)}, {tuple(lse.shape)} do not fit")
     out, lse = state.merge(heads_first, list(lses))
     return (out.transpose(1, 2) if swap else out), lse
-
-
-@keywords.closed
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | Tensor | None = None,
-    enable_gqa: bool = False,
-    *,
-    softcap: float | Tensor | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    alibi_slopes: Tensor | None = None,
-    sink: Tensor | None = None,
-    backend: str | None = None,
-    **unknown: NoReturn,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, with the modifiers that it lacks.
-
-    query (..., M, D), key (..., N, D), value (..., N, Dv) with leading dims that broadcast; any dim may be 0. With
-    enable_gqa the third last dim counts heads, and key's and value's must divide query's. attn_mask: bool (True = may
-    attend) or float (added), broadcastable to (..., M, N). is_causal, which excludes a mask, and window are aligned
-    top-left, as torch's. torch.nn.attention.sdpa_kernel changes no answer. A row that may see nothing
-    gives zeros. softcap, window, alibi_slopes, sink and backend mean what they mean in `attention`. Jagged nested
-    tensors (B, H, j, D) are taken too, without an attn_mask.
-
-    Returns (..., M, Dv). Raises TypeError and ValueError that name the argument.
-
-    >>> import torch, fused_attn
-    >>> x = torch.randn(2, 8, 128, 64)
-    >>> fused_attn.scaled_dot_product_attention(x, x, x, is_causal=True).shape
-    torch.Size([2, 8, 128, 64])
-    """
-    if unknown:
-        keywords.check(scaled_dot_product_attention, unknown)
-    allows = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
-    mask, bias = (attn_mask, None) if allows else (None, attn_mask)
-    given = (query, key, value, mask, bias, alibi_slopes, sink)
-    call = call_cache.find(given, ("sdpa", scale, is_causal, window, softcap, dropout_p, enable_gqa), backend)
-    found = call(given) if call is not None and call.known else None
-    if found is not None:
-        return found[0]
-    query, key, value = autocast(query, key, value)
-    if nested.is_nested(query, key, value):
-        return nested.scaled_dot_product_attention(
-            query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, softcap=softcap,
-            window=window, alibi_slopes=alibi_slopes, sink=sink, backend=backend,
-        )  # fmt: skip
-    check_qkv(query, key, value, "sdpa")
-    if as_bool("is_causal", is_causal) and attn_mask is not None:
-        raise ValueError("attn_mask: must be None when is_causal is True")
-    enable_gqa = as_bool("enable_gqa", enable_gqa)
-    if not query.shape[-1] or not value.shape[-1]:
-        q, k, v = (x if x.shape[-1] else F.pad(x, (0, 1)) for x in (query, key, value))
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap=softcap, window=window,
-            alibi_slopes=alibi_slopes, sink=sink, backend=backend,
-        )  # fmt: skip
-        return out[..., : value.shape[-1]]
-    lead = _lead(query, key, value, enable_gqa)
-    if enable_gqa and key.shape[-3] != value.shape[-3]:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    q, k, v = (_four_dims(x, lead, enable_gqa) for x in (query, key, value))
-    if attn_mask is not None:
-        attn_mask = _four_dim_mask(attn_mask, query, (*lead, query.shape[-2], key.shape[-2]))
-        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    with no_autocast(q):
-        problem = bind(
-            q, k, v, scale=scale, mask=mask, causal=is_causal, window=window, alignment="top_left", bias=bias,
-            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
-        )  # fmt: skip
-        name, problem = dispatch.choose(problem, backend)
-        out, _ = dispatch.run(problem, name)
-    if call is not None and not call.known:
-        call.learn(given, problem, name)
-    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
-
-
-def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
-    """The leading dims of the answer: broadcast, but for the heads under enable_gqa, which are query's."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if enable_gqa and x.ndim < 3:
-            raise ValueError(f"{name}: enable_gqa needs at least 3 dimensions, got shape {tuple(x.shape)}")
-    tail = 3 if enable_gqa else 2
-    leads = [x.shape[:-tail] for x in (query, key, value)]
-    try:  # in Python, and slow: most often they are the same
-        lead = leads[0] if leads[0] == leads[1] == leads[2] else torch.broadcast_shapes(*leads)
-    except RuntimeError:
-        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("query", query), ("key", key), ("value", value)))
-        raise ValueError(f"query, key, value: leading dims do not broadcast: {shapes}") from None
-    if not enable_gqa:
-        return tuple(lead)
-    heads = query.shape[-3]
-    for name, x in (("key", key), ("value", value)):
-        if heads and (x.shape[-3] == 0 or heads % x.shape[-3]):
-            raise ValueError(f"{name}: {x.shape[-3]} key-value heads do not divide the {heads} query heads")
-    return (*lead, heads)
-
-
-def _four_dims(x: Tensor, lead: tuple[int, ...], enable_gqa: bool) -> Tensor:
-    """x as (B, H, length, dim): leading dims broadcast, the last of them the heads and the others folded into B."""
-    if enable_gqa:
-        lead = (*lead[:-1], x.shape[-3])
-    if x.shape[:-2] != lead:
-        x = x.expand(*lead, *x.shape[-2:])
-    if len(lead) > 2:
-        return x.reshape(_product(lead[:-1]), *x.shape[-3:])
-    return x if len(lead) == 2 else x[(None,) * (2 - len(lead))]
-
-
-def _product(sizes: Iterable[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
-
-
-def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """attn_mask as a 4-d view of the folded problem, its broadcast dims kept at size 1 wherever that is possible."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask: expected a tensor, got {describe(mask)}")
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        advice = "; pass attn_mask != 0" if is_integers(mask) else ""
-        raise TypeError(f"attn_mask: expected bool, float32 or query's {query.dtype}, got {mask.dtype}{advice}")
-    if mask.device != query.device:
-        raise ValueError(f"attn_mask: expected query's device {query.device}, got {mask.device}")
-    fits = mask.ndim <= len(shape) and all(
-        one_of(have, (1, want)) for have, want in zip(mask.shape[::-1], shape[::-1], strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {shape}{axes_advice('attn_mask', mask, shape)}"
-        )
-    if mask.ndim == 4 == len(shape):
-        return mask
-    mask = mask[(None,) * (max(4, len(shape)) - mask.ndim)]
-    if _product(mask.shape[:-3]) == 1:
-        return mask.reshape(1, *mask.shape[-3:])
-    if mask.ndim == 4:
-        return mask
-    return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(_product(shape[:-3]), *mask.shape[-3:])
 
 
 def warmup(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..scores import Bilinear, Distance, Score
 from ..spec.checks import as_bool, as_float, as_int, check_choice, is_integers
+from ..spec.dropout import Dropout
 from ..spec.problem import (
     ALIGNMENTS,
     DTYPES,
     NORMALIZERS,
-    Dropout,
     Mask,
     Problem,
     Ragged,
@@ -249,3 +249,14 @@ def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
     if autocasts(q.device.type):
         return torch.autocast(q.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+LAYOUTS = ("bhsd", "bshd")
+
+
+def heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
+    check_choice("layout", layout, LAYOUTS)
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v, layout, score)
+    return (q, k, v) if layout == "bhsd" else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

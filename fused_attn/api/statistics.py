@@ -14,8 +14,7 @@ from ..runtime.no_derivative import underived
 from ..spec.checks import as_bool, as_int, describe
 from ..spec.problem import Mask, Problem, Statistics
 from . import keywords
-from .attention import heads_first
-from .bind import bind, no_autocast
+from .bind import bind, heads_first, no_autocast
 from .varlen import bind_packed
 
 

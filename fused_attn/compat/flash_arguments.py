@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec.checks import as_float, as_int, as_int32, check_starts, describe, readable
-from ..spec.problem import Dropout
+from ..spec.dropout import Dropout
 
 
 def scores(

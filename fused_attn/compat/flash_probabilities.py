@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..api.statistics import attention_map
-from ..spec.problem import Dropout
+from ..spec.dropout import Dropout
 
 
 def dense_weights(q: Tensor, k: Tensor, dropout: Dropout | None, words: dict[str, Any]) -> Tensor:

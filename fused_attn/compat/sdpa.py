@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..api.attention import scaled_dot_product_attention as fused
+from ..api.sdpa import scaled_dot_product_attention as fused
 from ..runtime import environment
 
 _lock = threading.Lock()

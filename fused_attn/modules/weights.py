@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..api.attention import attention
 from ..api.statistics import weights_of
-from ..spec.problem import Dropout
+from ..spec.dropout import Dropout
 from ..spec.transforms import transform_of, vjp
 
 COLUMNS = 128  # of the identity in one pass, and the most keys for which that pass is taken

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from ..spec.checks import check_starts
-from ..spec.problem import DIFFERENTIABLE, Dropout, Pattern, Problem, Ragged, Span, Statistics
+from ..spec.dropout import Dropout
+from ..spec.problem import DIFFERENTIABLE, Pattern, Problem, Ragged, Span, Statistics
 
 LAUNCHERS = {
     "hopper": "fused_attn.backends.triton.hopper",

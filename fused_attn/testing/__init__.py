@@ -8,19 +8,10 @@ gradient. A project that depends on fused_attn can run them in its own CI:
 causal
 """
 
-from .cases import CASES, Case, Inputs, make_inputs
-from .parity import (
-    Expected,
-    Parity,
-    Row,
-    assert_within_budget,
-    check_parity,
-    compare,
-    expect,
-    run_module,
-    run_public,
-    why_not,
-)
+from .cases import CASES, Case
+from .inputs import Inputs, make_inputs
+from .parity import Expected, Parity, check_parity, compare, expect, run_module, run_public, why_not
+from .tolerance import Row, assert_within_budget
 
 __all__ = [
     "CASES",

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..backends import reference
 from ..scores import SHORTEST, Additive, Bilinear, Cosine, Distance
 from ..spec.problem import Problem
-from .cases import PARAMETERS, Inputs
+from .cases import PARAMETERS
+from .inputs import Inputs
 
 Pulled = tuple[Tensor, Tensor, Tensor | None]
 

@@ -1,22 +1,12 @@
-"""Named attention problems, and inputs that punish carelessness. The public door to both is `fused_attn.testing`.
-
-Tensors live inside larger buffers filled with NaN, so that whoever reads a stride gap, a padded tail or a key that
-nobody may see, shows it; the buffers are compared afterwards, so that whoever writes there shows it too.
-"""
+"""Named attention problems, shared by every backend, test and benchmark; `inputs` draws their tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from ..api.bind import bind
-from ..spec.problem import Mask, Problem, Ragged
-from ..spec.reach import reached
-from .inputs import MASK_SHAPES, MASKS, SCORES, VALUES, Draw, parameter, place
 
 PARAMETERS = frozenset({"scale", "softcap", "bias", "slopes", "sink", "parameter"})
 LEAVES = ("q", "k", "v", *sorted(PARAMETERS))
@@ -100,173 +90,6 @@ class Case:
         return tuple(sizes[x] for x in letters)
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """Tensors and keywords ready for `fused_attn.attention`, or `attention_varlen`, and the cotangents."""
-
-    case: Case
-    tensors: dict[str, Tensor]  # by the names of LEAVES; q, k, v heads-first
-    options: dict[str, Any]
-    clean: dict[str, Tensor]  # the same values, dense, and numbers where unseen keys hold NaN
-    dout: Tensor | None
-    dlse: Tensor | None
-    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the tensors live in, and its copy
-    ragged: Ragged | None = None
-
-    @property
-    def qkv(self) -> tuple[Tensor, ...]:
-        """q, k, v as the case's layout shows them, and where ragged sequences begin."""
-        if self.ragged is not None:
-            q, k, v = (self.tensors[x][0].transpose(0, 1) for x in "qkv")
-            return q, k, v, self.ragged.q, self.ragged.k
-        q, k, v = (self.tensors[x].transpose(1, 2) if self.case.layout == "bshd" else self.tensors[x] for x in "qkv")
-        return q, k, v
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """The keywords of `attention`."""
-        said = {"layout": self.case.layout} if self.ragged is None else {}
-        return self._keywords(self.tensors) | {"return_lse": self.case.return_lse} | said
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        """The tensors whose gradient is asked for."""
-        return {name: x for name, x in self.tensors.items() if x.requires_grad}
-
-    def problem(self) -> Problem:
-        """What a backend is handed."""
-        return self._bind(self.tensors)
-
-    def clean_problem(self, dtype: torch.dtype) -> Problem:
-        """The same problem from fresh leaves in dtype, without gaps or NaN padding: for the oracle."""
-        fresh = {
-            name: x.detach().to(dtype, copy=True).requires_grad_(self.tensors[name].requires_grad)
-            for name, x in self.clean.items()
-        }
-        return self._bind(fresh)
-
-    def check_untouched(self) -> None:
-        """Nobody wrote into an input or around it."""
-        for buffer, copy in self.buffers:
-            if not torch.equal(buffer.view(torch.uint8), copy.view(torch.uint8)):
-                raise AssertionError(f"{self.case.name}: an input, or the memory around it, was written to")
-
-    def _keywords(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        named: dict[str, Any] = {
-            "alibi_slopes" if x == "slopes" else x: t for x, t in tensors.items() if x in PARAMETERS
-        }
-        if self.case.score is not None:
-            named["score"] = SCORES[self.case.score](named.pop("parameter", self.case.parameter))  # type: ignore[call-arg]
-        return self.options | named
-
-    def _bind(self, tensors: dict[str, Tensor]) -> Problem:
-        keywords = self._keywords(tensors) | {"return_lse": self.case.return_lse, "ragged": self.ragged}
-        return bind(*(tensors[x] for x in "qkv"), **keywords)
-
-
-def _place_packed(x: dict[str, Tensor], buffers: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """q, k and v as views of one (B, S, Hq + 2 Hkv, D) projection."""
-    together = place(torch.cat([x[name] for name in "qkv"], 1), "bshd", buffers)
-    return dict(zip("qkv", together.split([x[name].shape[1] for name in "qkv"], 1), strict=True))
-
-
-def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: Any = "cpu", seed: int = 0) -> Inputs:
-    """The tensors and keywords of a case. The numbers do not depend on the device, unless the memory is dense."""
-    c = CASES[case] if isinstance(case, str) else case
-    source, around = (device, "dense") if c.memory == "dense" else ("cpu", "gaps")
-    generator = torch.Generator(source).manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device=source)
-
-    x = {"q": draw(*c.held("bhmd")), "k": draw(*c.held("bgnc")), "v": draw(*c.held("bgne"))}
-    if 0 not in c.shape("bhmn"):
-        VALUES[c.values](**x)
-    if c.memory.startswith("expanded"):
-        for name in "kv":
-            one = x[name][:, :1] if c.memory == "expanded_heads" else x[name][:1]
-            x[name] = one.expand_as(x[name])
-    options = _options(c, draw, device, seed)
-    x |= _parameters(c, draw)
-
-    parameter_dtype = torch.float32 if c.float32_parameters else dtype
-    clean = {name: t.to(device, parameter_dtype if name in PARAMETERS else dtype) for name, t in x.items()}
-    buffers: list[tuple[Tensor, Tensor]] = []
-    homes = _place_packed(clean, buffers) if c.memory == "packed" else {}
-    for name, t in clean.items():
-        if name not in homes:
-            expanded = c.memory.startswith("expanded") and name not in "kv"
-            homes[name] = place(t, around if name in PARAMETERS or expanded else c.memory, buffers)
-    tensors = {name: t.detach().requires_grad_(c.backward and name in c.needs) for name, t in homes.items()}
-    dout = dlse = None
-    if c.dout == "ones":
-        dout = torch.ones((), dtype=dtype, device=device).expand(c.held("bhme"))
-    elif c.dout is not None:
-        dout = place(draw(*c.held("bhme")).to(device, dtype), "dense" if around == "dense" else c.dout, buffers)
-    if c.return_lse:
-        dlse = draw(*c.held("bhm")).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    inputs = Inputs(c, tensors, options, clean, dout, dlse, buffers, _ragged(c, device))
-    if c.unseen_nan:
-        _poison_unseen(inputs)
-    return inputs
-
-
-def _ragged(c: Case, device: Any) -> Ragged | None:
-    if not c.lengths:
-        return None
-    q, k = (torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in zip(*c.lengths, strict=True))
-    m, n = c.shape("mn")
-    return Ragged(q, k, m, n, c.alignment)
-
-
-def _options(c: Case, draw: Draw, device: Any, seed: int) -> dict[str, Any]:
-    options: dict[str, Any] = {"causal": c.causal, "window": c.window, "alignment": c.alignment}
-    options |= {"deterministic": c.deterministic, "normalizer": c.normalizer}
-    mask = None
-    for kind in c.masks:
-        part = MASKS[kind](c, draw, device)
-        if not isinstance(part, Mask):
-            part = place(part, "dense" if c.memory == "dense" else "gaps" if part.ndim == 4 else "unaligned", [])
-        mask = part if mask is None else mask & part if isinstance(mask, Mask) else Mask.tensor(mask) & part
-    options["mask"] = mask
-    options |= {} if c.softcap_tensor else {"softcap": c.softcap}
-    options |= {} if c.scale_tensor is not None else {"scale": c.scale}
-    return options | ({"dropout_p": c.dropout_p, "seed": 1234 + seed} if c.dropout_p else {})
-
-
-def _parameters(c: Case, draw: Draw) -> dict[str, Tensor]:
-    """The differentiable parameters of a case, by name, in float64."""
-    made: dict[str, Tensor] = {}
-    if c.bias is not None:
-        made["bias"] = draw(*c.shape(c.bias))
-        if c.bias_mask is not None:
-            allowed: Any = MASKS[c.bias_mask](c, draw, made["bias"].device)
-            made["bias"] = made["bias"].masked_fill(~allowed, c.bias_low)
-    if c.alibi is not None:
-        made["slopes"] = draw(*c.shape(c.alibi)).abs() * 0.05
-    if c.softcap_tensor:
-        made["softcap"] = torch.tensor(c.softcap, dtype=torch.float64)
-    if c.scale_tensor is not None:
-        base = c.d**-0.5 if c.scale is None else c.scale
-        made["scale"] = base * (1 + 0.25 * draw(*c.shape(c.scale_tensor)))
-    if c.sink:
-        made["sink"] = draw(c.hq)
-    if c.score is not None and isinstance(c.parameter, str):
-        made["parameter"] = parameter(c, draw)
-    return made
-
-
-def _poison_unseen(inputs: Inputs) -> None:
-    """NaN into the keys that by `Problem.reached` never matter; the clean copy keeps its numbers."""
-    p = inputs.problem()
-    seen = p.reached()[..., None] if p.ragged is None else reached(p)[1]
-    for name in "kv":
-        home = inputs.tensors[name].detach()
-        home.copy_(torch.where(seen, home, torch.nan))
-    for n, (buffer, _) in enumerate(inputs.buffers):
-        inputs.buffers[n] = (buffer, buffer.clone())
-
-
 # ------------------------------------------------------------------------------------------------------------ cases
 
 
@@ -289,6 +112,7 @@ def _family(prefix: str, field_name: str, values: Iterable[Any], tags: str = "",
     return [_case(f"{prefix}_{value}", tags, **{field_name: value}, **fields) for value in values]
 
 
+MASK_SHAPES = ("bhmn", "1hmn", "11mn", "b11n", "h1n", "bhm1", "n")
 BIAS_SHAPES = ("bhmn", "1hmn", "b1mn", "11mn", "b11n", "h1n", "bhm1", "1h11", "1111", "n")
 EVERYTHING: dict[str, Any] = {
     "b": 2, "hq": 4, "hkv": 2, "m": 63, "n": 113, "d": 40, "dv": 24, "causal": True, "window": (60, None),

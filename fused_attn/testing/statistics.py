@@ -11,8 +11,10 @@ from ..api.statistics import attention_map, attention_stats
 from ..backends import reference
 from ..spec.problem import Problem, Statistics
 from .absolute_sums import of_scores
-from .cases import Case, make_inputs
-from .parity import Parity, Row, allowed, assert_within_budget
+from .cases import Case
+from .inputs import make_inputs
+from .parity import Parity
+from .tolerance import Row, allowed, assert_within_budget
 
 OF_OUT = ("dropout_p", "seed", "return_lse", "deterministic")  # keywords of `attention` that no weight depends on
 ROWS, HEADS = (-1, 0, 0), (-1, 0)  # of a map, with one row between them; twice the same, and out of order

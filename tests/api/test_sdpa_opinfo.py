@@ -16,7 +16,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 import fused_attn
 from fused_attn import testing
 from fused_attn.spec.problem import HALF
-from fused_attn.testing.cases import Case, Inputs
+from fused_attn.testing.cases import Case
+from fused_attn.testing.inputs import Inputs
 
 OPERATOR = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
 BACKENDS = ("triton", "sdpa", "tiled", "reference")

@@ -10,8 +10,10 @@ import torch
 from fused_attn import Mask
 from fused_attn.api.bind import bind
 from fused_attn.spec import state
-from fused_attn.spec.problem import Dropout, Span, check_broadcastable, diagonal_offset, memory_order
-from fused_attn.testing.cases import CASES, make_inputs
+from fused_attn.spec.dropout import Dropout
+from fused_attn.spec.problem import Span, check_broadcastable, diagonal_offset, memory_order
+from fused_attn.testing.cases import CASES
+from fused_attn.testing.inputs import make_inputs
 
 SHAPES = ((2, 1, 7, 7), (2, 1, 5, 9), (2, 1, 9, 5), (2, 1, 1, 6), (2, 1, 6, 1))
 SIDES = ("top_left", "bottom_right")

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...spec.problem import HALF, Problem, philox
+from ...spec.dropout import philox
+from ...spec.problem import HALF, Problem
 from . import additive
 from .tiles import EVERYTHING, Share, Tile, part
 
