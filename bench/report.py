@@ -146,7 +146,7 @@ def ragged() -> str:
 
 
 def decoding() -> str:
-    """A step of decoding by keys and by room."""
+    """A step of decoding by keys and by capacity."""
     rows = [x for x in table.read(RESULTS / "ragged.csv") if x["case"] in STEPS and x["metric"] == "ms"]
     most, held = max(x["length"] for x in rows), table.held(rows)
     blocks = []
