@@ -1,15 +1,15 @@
-"""Evidence from a GPU in one command: parity, tile configurations, races, experiments, timings, tuning.
+"""Checks and measurements on a GPU: parity, configurations, determinism, experiments, timings, tuning.
 
-    python -m bench.gpu                          all but tune, cheapest evidence first, in under ten minutes
+    python -m bench.gpu                          all parts but tune, cheapest first, in under ten minutes
     python -m bench.gpu parity races             some parts
-    python -m bench.gpu timing --only 'd128/*'   some cases, by patterns joined with commas; "core" is a quick look
-    python -m bench.gpu tune --write-tables      sweep neighbouring configurations and write the winners
-    python -m bench.gpu --tiny --device cpu      a rehearsal at tiny sizes in the interpreter
+    python -m bench.gpu timing --only 'd128/*'   some cases, by comma-separated patterns; "core" selects a few per part
+    python -m bench.gpu tune --write-tables      time neighbouring configurations and write the fastest ones
+    python -m bench.gpu --tiny --device cpu      a dry run at tiny sizes in the interpreter
 
-Needs python3 with torch, triton and numpy, and a bare checkout. The result is one JSON file under --out ($OUT, else
-bench/results), written anew after every case; a case that time did not allow stands in it as "not reached", one that
-nobody wanted as "not asked". Exit code 1 when a case failed or none passed. A case is checked before it is timed, and
-one that is wrong is not timed. Checks share the GPU, each process compiling its own kernels; timings have it alone.
+Needs a checkout and python3 with torch, triton and numpy. The result is one JSON file under --out ($OUT, else
+bench/results), rewritten after every case. A case without time left is "not reached", a deselected one "not asked". The
+exit code is 1 if a case failed or none passed. A case is checked before it is timed, and a wrong one is not timed.
+Checks run in parallel processes, each with its own compilation; timings run alone on the GPU.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from fused_attn import tuning
 
 DEFAULT = [name for name in PARTS if name != "tune"]
 SECONDS = 540.0
-START_SECONDS = 120.0  # for a process to start and to find its device
-WORTH = 1.02  # how much faster a neighbour must be to replace a configuration
+START_SECONDS = 120.0  # time limit for the first answer of a worker
+WORTH = 1.02  # the least speedup for which a configuration is replaced
 
 Entry = dict[str, Any]
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on. A digest names the source too, because a copied tree may hold no commit."""
+    """Versions, device and commit; and a digest of the source, for trees without git."""
     import triton
 
     query = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
@@ -79,7 +79,7 @@ def output_of(*command: str) -> str | None:
 
 
 def entries(setting: Setting, asked: list[str], only: str) -> list[Entry]:
-    """Every case of every part, the telling ones of each part first."""
+    """Every case of every part, core cases first."""
     found = []
     for part, noun in PARTS.items():
         listed = sorted(noun.cases(setting), key=lambda case: not case[1])
@@ -93,7 +93,7 @@ def entries(setting: Setting, asked: list[str], only: str) -> list[Entry]:
 def run_all(
     setting: Setting, cases: list[Entry], parts: list[str], pool: Pool, width: int, end: float, save: Callable[[], None]
 ) -> None:
-    """All checks, side by side; then all measures, one by one. Each takes its share of the time that is left."""
+    """All checks in parallel, then all measurements one by one; each stage gets its share of the remaining time."""
     steps = [(part, stage, share) for stage in STAGES for part in parts if (share := PARTS[part].shares[stage])]
     for i, (part, stage, share) in enumerate(steps):
         now = time.monotonic()
@@ -111,7 +111,7 @@ def run_all(
 
 
 def keep(entry: Entry, stage: str, answer: dict[str, Any]) -> None:
-    """Into the record. What is still to be measured is not reached yet, though its check has passed."""
+    """Store an answer in the record. A checked case that is still to be measured stays "not reached"."""
     if stage == "check" and PARTS[entry["part"]].shares["measure"] and answer["status"] == "passed":
         answer |= {"status": "not reached", "check_passed": True}
     entry |= answer
@@ -123,7 +123,7 @@ def keep(entry: Entry, stage: str, answer: dict[str, Any]) -> None:
 
 
 def probe(device: str) -> dict[str, Any]:
-    """The machine as torch sees it."""
+    """The device's properties."""
     arch = tuning.architecture(torch.device(device))
     if device != "cuda":
         return {"arch": arch, "device": "cpu", "cores": os.cpu_count()}
@@ -133,7 +133,7 @@ def probe(device: str) -> dict[str, Any]:
 
 
 def handle(request: dict[str, Any]) -> dict[str, Any]:
-    """Run one stage of one case; what it raises becomes its status."""
+    """Run one stage of one case; an exception becomes its status."""
     began = time.perf_counter()
     s, stage = request["setting"], request["stage"]
     try:
@@ -154,7 +154,7 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
             gc.collect()
             torch.cuda.empty_cache()
         except Exception as error:
-            # Asynchronous faults surface here; the case that has just run is the one to blame.
+            # An asynchronous fault of this case is raised here.
             if answer["status"] != "failed":
                 answer = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
             answer["context_lost"] = True
@@ -165,7 +165,7 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """What came out, in a page."""
+    """The results as text."""
     cases = record["cases"]
     lines = [
         "",
@@ -194,8 +194,8 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def ratios(cases: list[Entry]) -> list[str]:
-    """Modifiers beside the plain product; additive scores beside their eager form and their limit; packed
-    sequences beside dense ones; bytes decoded."""
+    """Modifiers relative to plain attention, additive scores to their eager form and limit, packed sequences to dense
+    ones, and the bandwidth of decoding."""
     lines = []
     for x in cases:
         measured = "measure_seconds" in x and x["status"] == "passed"
@@ -218,7 +218,7 @@ def ratios(cases: list[Entry]) -> list[str]:
 
 
 def decoded(x: Entry) -> list[str]:
-    """Steps of many sequences and of one; of one also by the parts that its keys are cut into."""
+    """Decoding steps of many sequences and of one, the latter also by number of splits."""
 
     def shown(found: dict[str, Any]) -> str:
         goal = f" (goal {found['goal_ms']} ms)" if "goal_ms" in found else ""
@@ -234,7 +234,7 @@ def decoded(x: Entry) -> list[str]:
 
 
 def flat_rows(entry: Entry) -> list[tuple[str, dict[str, Any]]]:
-    """The tolerance rows of an entry; those of a timing are one level deeper."""
+    """The tolerance rows of an entry; a timing nests them by provider."""
     found = []
     for name, row in entry.get("rows", {}).items():
         found += [(name, row)] if "share" in row else list(row.items())
@@ -242,7 +242,7 @@ def flat_rows(entry: Entry) -> list[tuple[str, dict[str, Any]]]:
 
 
 def timing_table(cases: list[Entry]) -> list[str]:
-    """TFLOP/s of each provider, forward and backward, and ours as a share of the matmul."""
+    """TFLOP/s of each provider, forward and backward, and triton's as a share of a matmul."""
     if not cases:
         return []
     names = list(cases[0]["providers"])
@@ -257,7 +257,7 @@ def timing_table(cases: list[Entry]) -> list[str]:
 
 
 def doubts(record: dict[str, Any]) -> list[str]:
-    """Why no row of a Hopper kernel may be marked: it is taken unasked from then on, so all of its evidence counts."""
+    """Why no row of a Hopper kernel may be marked as validated, which makes it the default: all of its cases count."""
     found = []
     for part in ("parity", "races"):
         cases = [x for x in record["cases"] if x["part"] == part and x["name"].startswith("hopper/")]
@@ -268,9 +268,9 @@ def doubts(record: dict[str, Any]) -> list[str]:
 
 
 def write_tables(record: dict[str, Any], result: Path) -> list[str]:
-    """Put the winner of each sweep, or the configuration that no neighbour beat, into the architecture's table.
+    """Write the fastest configuration of each sweep into the tuning table of the architecture.
 
-    The rows of the Hopper kernels that no sweep is about, those of modified scores, are proven by parity alone.
+    Rows of the Hopper kernels for modified scores are not swept; parity alone validates them.
     """
     from bench import tune as tables
 
@@ -308,19 +308,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all but tune")
     parser.add_argument("--only", default="*", metavar="PATTERNS", help='shell patterns of case names, or "core"')
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for the whole command, shared by its parts")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of the whole command")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench" / "results"))
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that check")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that run checks")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal: the same parts at tiny sizes")
-    parser.add_argument("--write-tables", action="store_true", help="write what tune found into the tuning table")
+    parser.add_argument("--tiny", action="store_true", help="a dry run: the same parts at tiny sizes")
+    parser.add_argument("--write-tables", action="store_true", help="write the result of tune into the tuning table")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"PART: expected any of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     if args.device == "cpu" and not args.tiny:
-        parser.error("--device cpu interprets the kernels and needs --tiny")
+        parser.error("--device cpu runs the interpreter and needs --tiny")
     if args.write_tables and args.tiny:
-        parser.error("--write-tables needs timings of real sizes, not --tiny")
+        parser.error("--write-tables: not with --tiny, whose timings mean nothing")
     args.parts = [name for name in PARTS if name in (args.parts or DEFAULT)]
     return args
 
@@ -328,7 +328,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     end = time.monotonic() + args.seconds
-    # Read by triton when a worker imports it; one thread each, because the workers are as many as the cores.
+    # Workers inherit these. One thread each, because there are as many workers as cores.
     os.environ["TRITON_INTERPRET"] = "1" if args.device == "cpu" else "0"
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     setting = replace(TINY if args.tiny else Setting(), device=args.device)

@@ -1,12 +1,12 @@
-"""Ragged batches beside padded ones, and a step of decoding by the cache that it reads, on a CPU.
+"""Packed against padded batches, and decoding steps by cache size, on a CPU.
 
     python -m bench.ragged                  both, into bench/results/ragged.csv
-    python -m bench.ragged --tiny           a rehearsal in seconds, no table
+    python -m bench.ragged --tiny           a dry run in seconds, without a table
 
-A batch's lengths are drawn from a heavy tail. Ours gets it packed; torch's function gets it padded, once with the mask
-of padded keys and once without one, its fastest, which lets the padding take part. A step of decoding is timed over the
-keys that there are and over the room that there is for more. All take turns, round by round, and what is timed has been
-held to the tolerance rule first, but for the call without a mask.
+Sequence lengths have a heavy-tailed distribution. fused_attn gets them packed. SDPA gets them padded, once with a mask
+of the padded keys and once without, which is faster but attends to the padding. A decoding step is timed by the number
+of keys in the cache and by the cache's capacity. Rounds are interleaved. Results are checked against the tolerance rule
+before timing, except for the call without a mask.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # A thread that waits gives its core to whoever else computes. Else a call of many small operations, which wait at
-    # the end of each, takes a hundred times as long where another process has one of the cores.
+    # Waiting threads yield their core. Busy waiting makes calls of many small operations a hundred times slower if
+    # another process uses one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -36,25 +36,32 @@ from bench.harness.table import Row, figure
 from fused_attn import attention_decode
 
 DIRECTIONS = ("forward", "forward+backward")
-OWN = {"fused_attn": None, "tiled": "tiled"}  # backends by the names of providers
+OWN = {"fused_attn": None, "tiled": "tiled"}  # provider: backend
 THEIRS = ("padded", "unmasked")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the cases are."""
+    """Sizes of the cases."""
 
     batch: int = 32
     longest: int = 512
-    fill: float = 0.3  # of the padded batch
+    fill: float = 0.3  # share of the padded batch that is not padding
     heads: int = 8
     dim: int = 64
     rounds: int = 7
-    cached: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)  # keys in a cache with the largest room
-    rooms: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)  # room of a cache that holds `held` keys
+    cached: tuple[int, ...] = (
+        1024,
+        2048,
+        4096,
+        8192,
+        16384,
+        32768,
+    )  # numbers of keys, in a cache with the largest capacity of these
+    rooms: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)  # capacities of a cache with `held` keys
     held: int = 4096
-    sequences: int = 2  # of a step
-    kv_heads: int = 2  # of a step
+    sequences: int = 2  # of a decoding step
+    kv_heads: int = 2  # of a decoding step
     page: int = 64
 
 
@@ -65,7 +72,7 @@ TINY = Size(
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed, and what its backward flows from and to."""
+    """A timed call, with its inputs and cotangents."""
 
     call: Callable[[], Any]
     leaves: list
@@ -73,7 +80,7 @@ class Contender:
 
 
 def batch(size: Size) -> Iterator[Row]:
-    """A ragged batch, packed and padded."""
+    """One batch of sequences, packed and padded."""
     lengths = heavy_tail(size.batch, size.longest, size.fill)
     x = Sample.draw(ragged_case(lengths, size.heads, size.dim), torch.float32, "cpu")
     padded = Padded(x)
@@ -97,7 +104,7 @@ def batch(size: Size) -> Iterator[Row]:
         samples = in_turns(timed, size.rounds)
         for name, took in samples.items():
             where = what | {"provider": name, "direction": direction}
-            where |= {"share": shares[name]} if name in shares else {"reason": "not judged: padding takes part"}
+            where |= {"share": shares[name]} if name in shares else {"reason": "not judged: it attends to padding"}
             yield where | figure("ms", took)
             yield where | figure("tflops", [1e-9 * x.flops(direction) / ms for ms in took])
             for other in THEIRS if name in OWN else ():
@@ -106,7 +113,7 @@ def batch(size: Size) -> Iterator[Row]:
 
 
 def steps(size: Size) -> Iterator[Row]:
-    """One step of decoding, by keys in the cache and by room in it, dense and in pages."""
+    """One decoding step by number of keys and by capacity, with dense and paged caches."""
     most, heads = max(size.cached), size.kv_heads
     asked = [(n, most) for n in size.cached] + [(size.held, room) for room in size.rooms]
     timed, shares = {}, {}
@@ -129,7 +136,7 @@ def steps(size: Size) -> Iterator[Row]:
 
 
 def in_turns(calls: dict[Any, Callable[[], Any]], rounds: int, least: int = 1) -> dict[Any, list[float]]:
-    """Milliseconds of each, one sample a round of so many calls, in an order that turns round."""
+    """Milliseconds of each call, one sample of `least` calls per round; the order alternates."""
     found: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -143,9 +150,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.ragged", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of ragged batches; steps take one")
-    parser.add_argument("--out", type=Path, help="the table; bench/results/ragged.csv, none with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="a dry run in seconds, without a table")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads for batches; decoding steps use one"
+    )
+    parser.add_argument("--out", type=Path, help="default: bench/results/ragged.csv, no table with --tiny")
     args = parser.parse_args(argv)
     size = TINY if args.tiny else Size()
     path = args.out or (None if args.tiny else table.RESULTS / "ragged.csv")
@@ -167,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def said(threads: int, x: Row) -> str:
-    """A figure in words."""
+    """A figure as text."""
     what = "ms" if x["metric"] == "ms" else f"times as fast as {x['against']}"
     where = f"{x['case']} {x['length']} {x['options']}, {threads} thread{'s' * (threads > 1)}, {x['direction']}"
     return f"{where}: {x['provider']} {x['value']:.3g} ({x['low']:.3g} to {x['high']:.3g}) {what}"

@@ -1,9 +1,9 @@
-"""The benchmark: named cases by ours and by every peer, into one long table.
+"""Benchmark fused_attn against its peers on named cases, into one CSV table.
 
-    python -m bench.run                                every case, on a GPU where there is one, else on the CPU
+    python -m bench.run                                every case, on a GPU if there is one, else on the CPU
     python -m bench.run --only 'causal,bias_*' --providers 'fused_attn,naive' --lengths 1024,4096
-    python -m bench.run --base HEAD~3                  ours against another revision, round by round
-    python -m bench.run --tiny --device cpu            a rehearsal in seconds
+    python -m bench.run --base HEAD~3                  against another revision, in interleaved rounds
+    python -m bench.run --tiny --device cpu            a dry run in seconds
 
 The cases are those of `fused_attn.testing.CASES`, at the sizes below. On a CPU, `bench.harness.samples.EVERYDAY` adds
 cases that torch's SDPA also computes, compared with SDPA alone, for each number of threads. Every result is checked
@@ -42,7 +42,7 @@ from fused_attn.testing import Case
 
 @dataclass(frozen=True)
 class Size:
-    """How large the cases are, and what is asked of each."""
+    """Sizes of the cases, and how they are timed."""
 
     device: str
     dtype: str
@@ -55,10 +55,10 @@ class Size:
     turns: Turns
     copied: int  # bytes of the copy that measures bandwidth
     additive: tuple[int, int, int, int] = (1, 4, 1024, 64)  # batch, heads, length and head dim of additive scores
-    memory: tuple[int, ...] = ()  # lengths at which a process of its own measures memory; a GPU counts it as it goes
-    memory_naive: int = 0  # the longest of them for whole matrices
-    everyday: int = 0  # the rounds of everyday calls; none are timed where it is 0
-    shrink: int = 1  # what their lengths are divided by
+    memory: tuple[int, ...] = ()  # lengths for peak memory on a CPU, in a separate process
+    memory_naive: int = 0  # the longest of them for naive
+    everyday: int = 0  # rounds of everyday cases; 0 for none
+    shrink: int = 1  # divisor of their lengths
 
 
 CUDA = Size(
@@ -81,7 +81,7 @@ ALL = (
     providers.TORCH, *providers.PROVIDERS[len(providers.OURS) :], *peers.PEERS,
 )  # fmt: skip
 CEILINGS = ("copy", "matmul")
-# Left out unless asked for by name: what a faster one of the same results stands beside.
+# Not run by default: a faster provider computes the same.
 UNASKED = {
     "cpu": ("sdpa", "tiled", "reference", "flash", "math"),
     "cuda": ("fused_attn", "sdpa", "tiled", "reference", "torch"),
@@ -96,7 +96,7 @@ def matches(name: str, patterns: str) -> bool:
 
 
 def planned(size: Size, only: str, lengths: tuple[int, ...]) -> list[Case]:
-    """The cases that were asked for, at size."""
+    """The selected cases at their sizes."""
     found = []
     for name in (*GRID, *MODIFIED):
         if not matches(name, only):
@@ -110,7 +110,7 @@ def planned(size: Size, only: str, lengths: tuple[int, ...]) -> list[Case]:
 
 
 def planned_everyday(size: Size, only: str) -> list[tuple[Case, Size]]:
-    """The everyday cases that were asked for, each with its own dtype and rounds."""
+    """The selected everyday cases, each with its dtype and rounds."""
     turns = replace(size.turns, rounds=min(size.everyday, 2) if size.shrink > 1 else size.everyday, matmul=256)
     return [
         (everyday(name, size.shrink), replace(size, dtype=dtype, turns=turns))
@@ -120,7 +120,7 @@ def planned_everyday(size: Size, only: str) -> list[tuple[Case, Size]]:
 
 
 def described(case: Case, dtype: str) -> Row:
-    """The part of a row that says what was run."""
+    """The columns that describe a case."""
     options = {x: getattr(case, x) for x in ("window", "softcap", "scale", "dropout_p")}
     return {
         "case": case.name, "length": case.m, "batch": case.b, "heads": case.hq, "kv_heads": case.hkv, "dim": case.d,
@@ -129,7 +129,7 @@ def described(case: Case, dtype: str) -> Row:
 
 
 def measured(case: Case, what: Row, chosen: list[Provider], size: Size, tick: Callable[[], Any]) -> list[Row]:
-    """Every row of one case: judged first, then timed in turns."""
+    """Rows of one case: check every provider, then time them in interleaved rounds."""
     x = Sample.draw(case, getattr(torch, size.dtype), size.device)
     rows: list[Row] = []
     calls, found, notes = {}, {}, {}
@@ -159,7 +159,7 @@ def measured(case: Case, what: Row, chosen: list[Provider], size: Size, tick: Ca
 
 
 def judged(provider: Provider, x: Sample, started: providers.Started) -> Row:
-    """What is known of a provider before it is timed; a status where it will not be."""
+    """The result of the check; it has a status if the provider is not to be timed."""
     error = started.error
     if started.call is None or (provider.ours and error is not None):
         cannot = (NotImplementedError, fused_attn.BackendError) if provider.ours else Exception
@@ -177,7 +177,7 @@ def judged(provider: Provider, x: Sample, started: providers.Started) -> Row:
 
 
 def figures(x: Sample, direction: str, entry: dict[str, Any]) -> Iterator[Row]:
-    """The metrics of one provider and direction."""
+    """Metrics of one provider and direction."""
     took, work = figure("ms", entry["samples_ms"]), 1e-9 * x.flops(direction)
     yield took
     ends = {"value": work / took["value"], "low": work / took["high"], "high": work / took["low"]}
@@ -188,7 +188,7 @@ def figures(x: Sample, direction: str, entry: dict[str, Any]) -> Iterator[Row]:
 
 
 def speedups(found: dict[str, Any]) -> Iterator[Row]:
-    """Ours against every peer, and everybody against whole matrices."""
+    """Speedups of fused_attn over every peer, and of every provider over naive."""
     own = {x.name for x in ALL if x.ours}
     for name, entries in found.items():
         for other in found:
@@ -208,7 +208,7 @@ def ceiling(case: str, size: Size, metric: str, samples: list[float], **more: An
 
 
 def bandwidth(size: Size) -> Row:
-    """Bytes read and written a second by a copy, in GB/s."""
+    """Bandwidth of a copy in GB/s, reads and writes."""
     source = torch.zeros(size.copied, dtype=torch.uint8, device=size.device)
     target = torch.ones_like(source)
     took = [milliseconds(lambda: target.copy_(source), size.device) for _ in range(size.turns.rounds)]
@@ -216,7 +216,7 @@ def bandwidth(size: Size) -> Row:
 
 
 def remembered(size: Size) -> Iterator[tuple[str, str, str, int]]:
-    """(case, provider, direction, length) of each process that measures memory."""
+    """(case, provider, direction, length) of each memory measurement."""
     for name, longest in (("tiled", max(size.memory, default=0)), ("naive", size.memory_naive)):
         for direction in memory.DIRECTIONS:
             yield from ((memory.CASE, name, direction, length) for length in size.memory if length <= longest)
@@ -224,14 +224,14 @@ def remembered(size: Size) -> Iterator[tuple[str, str, str, int]]:
 
 
 def memorised(case: str, provider: str, direction: str, length: int) -> Row:
-    """What a call adds to a process at its peak, in a process of its own."""
+    """Peak memory of one call, measured in a separate process."""
     where = {"provider": provider, "direction": direction, "status": "timed", "threads": memory.THREADS}
     found = {"metric": "peak_bytes", "value": float(memory.peak(provider, direction, length, case)), "samples": 1}
     return described(memory.problem(case, length), "float32") | where | found
 
 
 def answers(device: str) -> bool:
-    """Whether the device still does. A fault on a GPU poisons this process's context for good."""
+    """True if the device still works: a GPU fault invalidates the context of this process."""
     try:
         torch.ones(1, device=device).item()
     except Exception:
@@ -244,7 +244,7 @@ def answers(device: str) -> bool:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[..., Any]]:
-    """A bar that is told of each step and of what is being done; lines where rich is not installed."""
+    """A progress bar, or printed lines if rich is not installed."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
@@ -261,7 +261,7 @@ def progress(total: int) -> Iterator[Callable[..., Any]]:
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
-    """Milliseconds by case and provider, and what was refused or not to be had."""
+    """Milliseconds by case and provider, speedups over a base revision, and providers that did not run."""
     times = [x for x in rows if x.get("metric") == "ms"]
     names = list(dict.fromkeys(x["provider"] for x in times))
     if times:
@@ -294,35 +294,39 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="*", metavar="PATTERNS", help="shell patterns of case names, by commas")
-    parser.add_argument("--providers", metavar="PATTERNS", help="likewise; all but the slowest by default")
-    parser.add_argument("--lengths", type=numbers, default=(), metavar="N,N", help="for every case")
+    parser.add_argument("--only", default="*", metavar="PATTERNS", help="comma-separated shell patterns of case names")
+    parser.add_argument(
+        "--providers",
+        metavar="PATTERNS",
+        help="likewise of provider names; default: without the slower ones of equal results",
+    )
+    parser.add_argument("--lengths", type=numbers, default=(), metavar="N,N", help="sequence lengths of every case")
     parser.add_argument("--dims", type=numbers, metavar="D,D", help="head dims")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
-    parser.add_argument("--directions", type=lambda x: tuple(x.split(",")), help=f"of {', '.join(DIRECTIONS)}")
+    parser.add_argument("--directions", type=lambda x: tuple(x.split(",")), help=f"any of {', '.join(DIRECTIONS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--threads",
         type=numbers,
         default=(1, 2),
         metavar="N,N",
-        help="of everyday calls on a CPU; others take the first",
+        help="numbers of threads for everyday cases on a CPU; others use the first",
     )
-    parser.add_argument("--rounds", type=int, help="turns that each provider takes")
-    parser.add_argument("--seconds", type=float, help="for the whole command; cases beyond are not reached")
-    parser.add_argument("--base", metavar="REV", help="time ours against another revision of itself")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, two rounds, no table")
-    parser.add_argument("--out", type=Path, help="the table; bench/results/<architecture>.csv, none with --tiny")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds of each case")
+    parser.add_argument("--seconds", type=float, help="time limit of the whole command; later cases are not reached")
+    parser.add_argument("--base", metavar="REV", help="time against another revision of the package")
+    parser.add_argument("--tiny", action="store_true", help="a dry run: small sizes, two rounds, no table")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<architecture>.csv, no table with --tiny")
     args = parser.parse_args(argv)
     if unknown := set(args.directions or ()) - set(DIRECTIONS):
-        parser.error(f"no such direction: {', '.join(sorted(unknown))}; there are {', '.join(DIRECTIONS)}")
+        parser.error(f"--directions: expected any of {', '.join(DIRECTIONS)}, got {', '.join(sorted(unknown))}")
     if args.rounds is not None and args.rounds < 1:
-        parser.error("--rounds: at least one")
+        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     return args
 
 
 def settled(args: argparse.Namespace) -> Size:
-    """The sizes that the arguments ask for."""
+    """Sizes for the given arguments."""
     size = CUDA if args.device == "cuda" else CPU
     turns = size.turns
     if args.tiny:
@@ -345,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     daily = [] if args.base else planned_everyday(size, args.only)
     if not chosen or not (cases or daily or matches("memory", args.only)):
         names = ", ".join((*GRID, *MODIFIED, *ADDITIVE, *(EVERYDAY if size.everyday else ())))
-        print(f"no case of {names} or no provider of {', '.join(x.name for x in ALL)}")
+        print(f"nothing matches --only or --providers. Cases: {names}. Providers: {', '.join(x.name for x in ALL)}.")
         return 2
     before = torch.get_num_threads()
     if size.device == "cpu":
@@ -381,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     keep(revisions.measured(case, what, own, size.dtype, size.turns, sides, lambda: step(steps=1)))
             except Exception as error:
-                keep([what | {"status": "refused", "reason": f"broke off: {providers.reason(error, [])}"}])
+                keep([what | {"status": "refused", "reason": f"error: {providers.reason(error, [])}"}])
                 end = end if answers(size.device) else 0.0
         for threads in args.threads if daily else ():
             torch.set_num_threads(threads)

@@ -1,24 +1,24 @@
-"""What the compiler makes of every shipped kernel on every target, without a GPU: a table, its gates, its freshness.
+"""Compile every shipped kernel for every target without a GPU, into a table with limits that each row must keep.
 
-    python -m bench.static                 compile what is stale and write bench/results/static.csv
-    python -m bench.static --check         verify hashes and gates of the committed table
-    python -m bench.static --only sm_90    restrict either to rows whose name holds the word
+    python -m bench.static                 compile stale rows and write bench/results/static.csv
+    python -m bench.static --check         verify hashes and limits of the committed table
+    python -m bench.static --only sm_90    restrict either to rows whose name contains the word
 
-A row is one kernel of one case on one target, with the configuration that the tuning tables give it. Its hash covers
-the kernel's source files without comments and docstrings, the configuration, the case and the compiler's version;
-only rows whose hash changed are compiled again. Columns:
+A row is one kernel of one case on one target, with its configuration from the tuning tables. Its hash covers the
+kernel's source files without comments and docstrings, the configuration, the case and the compiler's version; only rows
+with a changed hash are recompiled. Columns:
 
     registers, stack, spills      per thread; bytes; bytes stored and loaded by register spills
-    local, local_in_loops         instructions that touch spill memory, anywhere and inside loops
+    local, local_in_loops         local memory instructions (spills), anywhere and inside loops
     loads, wide_loads             global loads inside the sweeps, and those of 16 bytes a lane; bulk_loads are TMA's
-    programs                      programs resident on a multiprocessor
+    programs                      resident programs per multiprocessor
     wgmma, serialised             sm_90: wgmma instructions in sweeps; messages C7511/C7512 of ptxas
-    hidden                        sm_90: share of the full sweep's exponentials issued while a product is in flight
-    tensor/mufu/issue_clocks      clocks of a multiprocessor for one trip of the full sweep (compiler/device_model.py)
-    tensor_share                  of the modelled trip, how much the tensor cores are busy
-    bytes_per_instruction         that a warp fetches in one trip of the full sweep
-    feature_special/issue         additive scores, per feature of a score, over all loops: special functions and
-                                  instructions; and feature_share, the special functions' part of the modelled time
+    hidden                        sm_90: share of the unmasked sweep's exponentials issued while a product is in flight
+    tensor/mufu/issue_clocks      clocks per iteration of the unmasked sweep (bench/compiler/device_model.py)
+    tensor_share                  share of the modelled iteration in which the tensor cores are busy
+    bytes_per_instruction         loaded by a warp per iteration of the unmasked sweep
+    feature_special/issue         additive scores: special functions and instructions per feature of a score
+    feature_share                 additive scores: share of the modelled time taken by special functions
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from fused_attn.tuning.select import STATISTICS, padded
 
 TABLE = ROOT / "bench" / "results" / "static.csv"
 KERNELS = ROOT / "kernels"
-TRITON = "3.6.0"  # of the reference GPU machine; the table speaks of its compiler
-HIDDEN = ((64, 0.85), (128, 0.95))  # head dim up to which that share of a lone program's exponentials is hidden
-HOPPER_HIDDEN = 0.95  # of the warp-specialised kernels, whatever the head dim
-FEATURE_SHARE = {"forward": 0.8, "additive_backward": 0.3}  # of an additive score's time, in special functions
+TRITON = "3.6.0"  # version on the reference GPU machine
+HIDDEN = ((64, 0.85), (128, 0.95))  # (largest head dim, required share) if one program is resident
+HOPPER_HIDDEN = 0.95  # required of warp-specialised kernels
+FEATURE_SHARE = {"forward": 0.8, "additive_backward": 0.3}  # required share of special functions in additive scores
 COLUMNS = (
     "kernel", "target", "dtype", "d", "feature", "config", "warps", "registers", "shared", "stack", "spills", "local",
     "local_in_loops", "loads", "wide_loads", "bulk_loads", "load_bytes", "programs", "sweeps", "wgmma", "serialised",
@@ -73,7 +73,7 @@ def _stripped(source: str) -> str:
 
 
 def _imported(source: str) -> set[str]:
-    """The kernel modules that a kernel file imports."""
+    """Kernel modules imported by a kernel file."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -86,7 +86,7 @@ def _imported(source: str) -> set[str]:
 
 @cache
 def kernel_files(kernel: str) -> tuple[str, ...]:
-    """The stems of the files that define a kernel: more than one where it has forms for different head dims."""
+    """Stems of the files that define a kernel; several if it has variants by head dim."""
     found = []
     for path in sorted(KERNELS.glob("*.py")):
         names = [x.name for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)]
@@ -98,7 +98,7 @@ def kernel_files(kernel: str) -> tuple[str, ...]:
 
 @cache
 def source_hash(stems: tuple[str, ...]) -> str:
-    """Of kernel files and of every kernel file that they import, directly or not."""
+    """Hash of kernel files and of all kernel files that they import, directly or not."""
     texts, waiting = {}, list(stems)
     while waiting:
         name = waiting.pop()
@@ -123,18 +123,18 @@ def gated(row: dict[str, Any]) -> bool:
 
 
 def needed_loads(row: dict[str, Any]) -> int:
-    """16-byte loads of one thread, if the tiles that every trip fetches come in such loads."""
+    """The number of 16-byte loads per thread that the swept tiles need."""
     m, n, warps = map(int, re.match(r"(\d+)x(\d+) w(\d+)", row["config"]).groups())
     swept = {"forward": n, "dq": n, "decode": n, "dkdv": m, "row_statistics": n, "map": n, "key_mass": m}.get(
         row["kernel"], min(m, n)
     )
-    tiles = 1 if row["kernel"] in STATISTICS else 2  # what looks at weights needs no values
+    tiles = 1 if row["kernel"] in STATISTICS else 2  # statistics read no values
     tile = swept * padded(int(row["d"])) * (4 if row["dtype"] == "fp32" else 2)
     return int(row["sweeps"]) * tiles * -(-tile // (16 * warps * DEVICES[row["target"]].lanes))
 
 
 def gates(row: dict[str, Any]) -> list[str]:
-    """Every promise that a row breaks. Rows of float32 and of larger head dims promise nothing and are only listed."""
+    """The limits that a row exceeds. Rows of float32 and of head dims above 256 have no limits."""
     if not gated(row):
         return []
     device, found = DEVICES[row["target"]], []
@@ -143,16 +143,16 @@ def gates(row: dict[str, Any]) -> list[str]:
         return float(row[column] or 0)
 
     if number("shared") > device.shared_per_program:
-        found.append(f"{row['shared']} bytes of shared memory, and a program may have {device.shared_per_program}")
+        found.append(f"{row['shared']} bytes of shared memory, at most {device.shared_per_program} allowed")
     if not number("programs"):
-        found.append("its registers and shared memory leave room for no program")
-    # The sweeps of additive scores are bound by loops over features, and hold only small products.
+        found.append("no program fits on a multiprocessor by registers and shared memory")
+    # Sweeps of additive scores are bound by their feature loops and have only small products.
     additive = row["feature"].endswith("additive")
     if number("sweeps") and not additive and not number("bulk_loads") and number("wide_loads") < needed_loads(row):
-        found.append(f"{row['wide_loads']} loads of 16 bytes in the sweeps, and the tiles need {needed_loads(row)}")
+        found.append(f"{row['wide_loads']} loads of 16 bytes in the sweeps, at least {needed_loads(row)} needed")
     if device.amd:
         return found
-    # One access in a trip of 2,800 instructions buys ragged additive scores a third program on a multiprocessor.
+    # One access per iteration of 2,800 instructions lets a third program fit for ragged additive scores.
     if number("local_in_loops") > (row["feature"] == "ragged_additive"):
         found.append(f"{row['local_in_loops']} accesses to local memory inside loops")
     promised = additive and row["target"] == "sm_90" and int(row["d"]) <= 128
@@ -160,8 +160,8 @@ def gates(row: dict[str, Any]) -> list[str]:
     if promised and number("feature_share") < needed:
         found.append(f"special functions are {number('feature_share'):.0%} of the features' time, {needed:.0%} needed")
     if row["target"] == "sm_90" and number("sweeps") and not additive:
-        if not number("wgmma") and int(row["config"].split("x")[0]) >= 64:  # of which an instruction takes 64 rows
-            found.append("the sweeps hold no wgmma")
+        if not number("wgmma") and int(row["config"].split("x")[0]) >= 64:  # a wgmma takes 64 rows
+            found.append("no wgmma in the sweeps")
         if row["serialised"]:
             found.append(f"ptxas serialises wgmma: {row['serialised']}")
         needed = next((share for d, share in HIDDEN if int(row["d"]) <= d), 0.0)
@@ -174,11 +174,11 @@ def gates(row: dict[str, Any]) -> list[str]:
     return found
 
 
-# The rows that should exist
+# Required rows
 
 
 def requests(only: str = "") -> list[dict[str, Any]]:
-    """One request per target and case, with the rows that it makes: {kernel: row without figures}."""
+    """One request per target and case, with its rows without figures by kernel."""
     version, found = TRITON, []
     for target in DEVICES:
         for case in cases(target):
@@ -223,7 +223,7 @@ def write(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
 def compile_rows(
     wanted: list[dict[str, Any]], pool: Pool, progress: Callable[[], None] = lambda: None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each that the requests name; one that would not compile carries an "error"."""
+    """Yield every requested row with its figures, or with an "error"."""
     sent = [x | {"kernels": list(x["rows"])} for x in wanted]
     for index, answer in pool.map(sent):
         rows = wanted[index]["rows"]
@@ -239,7 +239,8 @@ def compile_rows(
 
 
 def worst(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """A kernel launched twice, for dk and for dv, as one row: the worse of each figure, and the sum of clocks."""
+    """Merge the figures of a kernel that is launched twice, for dk and for dv: the worse figure, and the sum of
+    clocks."""
 
     def pick(column: str) -> Any:
         x, y = a.get(column), b.get(column)
@@ -256,7 +257,7 @@ def worst(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def stale(wanted: list[dict[str, Any]], table: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The requests, narrowed to rows that the table lacks or holds under another hash."""
+    """Requests for rows that the table lacks or has with another hash."""
     found = []
     for request in wanted:
         rows = {k: x for k, x in request["rows"].items() if table.get(name(x), {}).get("hash") != x["hash"]}
@@ -266,20 +267,20 @@ def stale(wanted: list[dict[str, Any]], table: dict[str, dict[str, Any]]) -> lis
 
 
 def check(only: str = "") -> list[str]:
-    """What is wrong with the committed table."""
+    """Problems of the committed table."""
     table, wanted = read(), requests(only)
     names = {name(x) for request in wanted for x in request["rows"].values()}
     problems = [f"{name(x)}: stale or missing" for request in stale(wanted, table) for x in request["rows"].values()]
-    problems += [f"{x}: no such row is made any more" for x in table if only in x and x not in names]
+    problems += [f"{x}: row is no longer required" for x in table if only in x and x not in names]
     return problems + [f"{x}: {problem}" for x in table if x in names for problem in gates(table[x])]
 
 
 def build(only: str = "", workers: int = 2, path: Path | None = None) -> list[str]:
-    """Compile what is stale and write the table after every 20 requests, so that a build may be resumed."""
+    """Compile stale rows; the table is written after every 20 requests, so that a build can be resumed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if (version := triton_version(path)) != TRITON:
-        raise SystemExit(f"the table is made by triton {TRITON}; this is {version}: put {TRITON} on PYTHONPATH first")
+        raise SystemExit(f"triton: expected version {TRITON}, got {version}. Put {TRITON} first on PYTHONPATH.")
     table, wanted = read(), requests(only)
     names = {name(x) for request in requests() for x in request["rows"].values()}
     table = {x: row for x, row in table.items() if x in names}
@@ -310,7 +311,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="verify the committed table; compile nothing")
     parser.add_argument(
-        "--only", default="", metavar="WORD", help="rows whose target/kernel/dtype/d/feature holds WORD"
+        "--only", default="", metavar="WORD", help="rows whose target/kernel/dtype/d/feature contains WORD"
     )
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Tuning tables without a GPU: compile candidate tiles, keep what passes the gates, take the fewest modelled clocks.
+"""Choose tuning-table rows without a GPU: compile candidates, and take the one with the fewest modelled clocks.
 
     python -m bench.tune                          every architecture, kernel and head dim
-    python -m bench.tune --only sm_90/forward     those whose name, architecture/kernel/class/D[/rich], holds the word
+    python -m bench.tune --only sm_90/forward     rows whose name, architecture/kernel/class/D[/rich], contains the word
     python -m bench.tune --show                   print the candidates of each row, best first
 
-The choice is a model's (bench/compiler/device_model.py), so each row says "validated": false and "result": null until
-a GPU has timed it; rows that a GPU has validated are kept. Candidates start from published tiles (FlashAttention 2
-and 3, FlexAttention) and their smaller neighbours. A rich row, where modifiers share the registers, takes the plain
-row's tile where that passes the gates with a dense bias, and the best smaller one where it does not.
+Candidates that exceed a limit of bench.static are dropped. The clocks are modelled (bench/compiler/device_model.py), so
+a row has "validated": false and "result": null until a GPU has timed it; validated rows are kept. Candidates are
+published tiles (FlashAttention 2 and 3, FlexAttention) and smaller ones. A rich row, for modified scores, takes the
+plain row's tile if it keeps the limits with a dense bias, else the best smaller one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TABLES = ROOT / "fused_attn" / "tuning" / "tables"
 CLASSES = {"half": ("bf16", torch.bfloat16), "single": ("fp32", torch.float32)}
 KERNELS = ("forward", "dkdv", "dq", "dbias")
 # BLOCK_M, BLOCK_N, warps by head dim. A forward or dq program owns BLOCK_M rows and sweeps over keys; dkdv the reverse.
-# Rows of at most 64 bytes need many of them in the tile that is swept, for 16 bytes a thread.
+# If rows have at most 64 bytes, the swept tile needs many rows for loads of 16 bytes per thread.
 FORWARD = {
     32: ((128, 128, 8), (128, 128, 4), (128, 64, 8), (128, 64, 4), (64, 64, 4)),
     64: ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4)),
@@ -60,17 +60,17 @@ DBIAS = {
     128: ((64, 64, 4), (64, 32, 4)),
     512: ((64, 32, 8), (32, 32, 8), (32, 16, 8), (16, 16, 8)),
 }
-# One product of a tile is BLOCK_M * BLOCK_N * D / threads multiply-adds a thread, every one an instruction.
+# In float32 a product takes BLOCK_M * BLOCK_N * D / threads instructions per thread.
 SINGLE = {64: ((64, 32, 4), (32, 32, 4)), 128: ((32, 32, 4),), 256: ((32, 16, 4),), 512: ((16, 16, 4),)}
-SWEPT = (16, 32, 64, 128, 256)  # half-precision head dims whose candidates are compiled and compared
-UNPROVEN = {"validated": False, "result": None}  # until a GPU has timed it
-OTHER_WARPS = 0.5  # of a lone program's softmax, hidden behind the products of its other warps where they are mma.sync
-L2_BYTES_PER_CLOCK = 32  # that one multiprocessor draws from the L2 cache when all of them do
+SWEPT = (16, 32, 64, 128, 256)  # half-precision head dims with several candidates
+UNPROVEN = {"validated": False, "result": None}  # not timed on a GPU yet
+OTHER_WARPS = 0.5  # share of a single program's softmax that overlaps mma.sync products of other warps
+L2_BYTES_PER_CLOCK = 32  # per multiprocessor, if all of them load
 
 
 @dataclass
 class Choice:
-    """One row of a table: what is tried for it, and how each candidate came out."""
+    """One row of a table, with its candidates and their figures."""
 
     arch: str
     kernel: str
@@ -92,10 +92,10 @@ class Choice:
         return Case("forward" if self.kernel == "forward" else "backward", CLASSES[self.kind][0], self.d, feature)
 
     def candidates(self) -> list[Config]:
-        """Tiles to compile, the largest first."""
+        """Configurations to compile, the largest tile first."""
         half = {"forward": FORWARD, "dkdv": DKDV, "dq": DQ, "dbias": DBIAS}[self.kernel]
         sizes = SINGLE if self.kind == "single" else half
-        # Only wgmma is issued long before its result is awaited; mma.sync gains nothing from another order.
+        # Only wgmma is asynchronous; reordering gains nothing for mma.sync.
         ahead = self.arch == "sm_90" and self.kind == "half" and self.kernel == "forward"
         found = []
         for m, n, warps in sizes[min(x for x in sizes if x >= self.d)]:
@@ -103,13 +103,13 @@ class Choice:
             found += [Config(m, n, warps, x) for x in sorted({most, 1 if self.d <= 32 else most})]
             if self.kernel == "dkdv" and self.d == 256:
                 found.append(replace(found[-1], split=True))
-            # Where the assembler decides what to hide behind a product, its choice may turn on any detail.
+            # The assembler decides what overlaps a product, and small changes can alter it: try all stages.
             for stages in range(min(2, most), most + 1) if ahead else ():
                 found += [Config(m, n, warps, stages, overlap=True, descriptors=x) for x in (False, True)]
         return sorted(found, key=lambda x: -x.BLOCK_M * x.BLOCK_N)
 
     def _stages(self, m: int, n: int, shared: int) -> int:
-        """As many as fit beside the tile that a program owns, at most 3, and 2 on AMD, which keeps one in registers."""
+        """The most stages that fit in shared memory, at most 3; at most 2 on AMD, which keeps one in registers."""
         size = 2 if self.kind == "half" else 4
         own, swept = (m, n) if self.kernel in ("forward", "dq") else (n, m)
         tensors = 2 if self.kernel != "forward" else 1
@@ -117,7 +117,7 @@ class Choice:
         stage = 2 * swept * self.d * size
         scores = own * swept * size if self.kernel in ("dkdv", "dbias") else 0
         if self.kernel == "dbias" and self.d > 64:
-            return 1  # its trip loads four tiles
+            return 1  # it loads four tiles per iteration
         most = 3 if self.kernel == "forward" and not self.arch.startswith("gfx") else 2
         for stages in range(most, 0, -1):
             kept = stages - 1 if self.arch.startswith("gfx") else stages
@@ -127,7 +127,7 @@ class Choice:
 
 
 def modelled(choice: Choice, config: Config, figures: dict[str, Any]) -> float:
-    """Clocks of a multiprocessor per score of the tile; infinite for what breaks a gate or cannot run."""
+    """Modelled clocks per score; infinite if the configuration spills in loops or cannot run."""
     if not figures.get("programs") or figures.get("tensor_clocks") is None:
         return float("inf")
     device = DEVICES[choice.arch]
@@ -145,7 +145,7 @@ def modelled(choice: Choice, config: Config, figures: dict[str, Any]) -> float:
     swept = config.BLOCK_N if choice.kernel in ("forward", "dq") else config.BLOCK_M
     fetch = 2 * swept * choice.d * (2 if choice.kind == "half" else 4) / L2_BYTES_PER_CLOCK
     spilled = 8.0 * figures["local_in_loops"] * figures["warps"]
-    # Fewer than eight warps cannot hide the latency of memory and of mma.sync.
+    # Fewer than eight warps do not hide the latency of memory and mma.sync.
     lonely = 1.0 if figures["programs"] * figures["warps"] >= 8 else 1.3
     return (max(trip, fetch) * lonely + spilled) / area
 
@@ -179,7 +179,7 @@ def compile_all(work: list[tuple[Choice, Config]], pool: Pool, advance: Callable
 
 
 def rank(choice: Choice, config: Config, figures: dict[str, Any]) -> tuple[Any, ...]:
-    """What breaks the fewest gates, then what takes the fewest clocks; within two in a hundred, the larger tile."""
+    """Sort key: the number of exceeded limits, then clocks in steps of 2 %, then the larger tile."""
     if "error" in figures:
         return (99, 0.0, 0)
     clocks = modelled(choice, config, figures)
@@ -188,12 +188,12 @@ def rank(choice: Choice, config: Config, figures: dict[str, Any]) -> tuple[Any, 
 
 
 def choose_plain(choices: list[Choice], pool: Pool, advance: Callable[[], None]) -> None:
-    """Compile every candidate."""
+    """Compile every candidate of the plain rows."""
     compile_all([(x, config) for x in choices for config in x.candidates()], pool, advance)
 
 
 def choose_rich(choices: list[Choice], plain: dict[str, Config], pool: Pool, advance: Callable[[], None]) -> None:
-    """From the plain row's tile down, until one passes the gates."""
+    """Try the plain row's tile and smaller ones, until one keeps the limits."""
     waiting = {}
     for choice in choices:
         first = plain.get(choice.name.removesuffix("/rich"))
@@ -212,7 +212,7 @@ def choose_rich(choices: list[Choice], plain: dict[str, Config], pool: Pool, adv
 
 
 def rows_to_make(only: str = "") -> list[Choice]:
-    """The rows of every table: modifiers have rows of their own in half precision."""
+    """Rows of every table; modified scores have separate rows in half precision."""
     variants = [("half", False), ("half", True), ("single", False)]
     found = [
         Choice(arch, kernel, kind, d, rich)
@@ -228,7 +228,7 @@ def load(arch: str) -> dict[str, Any]:
 
 
 def save(arch: str, rows: dict[str, dict[str, Any]]) -> None:
-    """One row a line, in the order of kernels, classes and head dims."""
+    """Write one row per line, ordered by kernel, class and head dim."""
     order = {x.key: i for i, x in enumerate(rows_to_make(f"{arch}/"))}
     lines = [
         f"  {json.dumps(name)}: {json.dumps(rows[name])}"
@@ -240,12 +240,16 @@ def save(arch: str, rows: dict[str, dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", metavar="WORD", help="rows whose architecture/kernel/class/D holds WORD")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="rows whose architecture/kernel/class/D contains WORD"
+    )
     parser.add_argument("--show", action="store_true", help="print every candidate, best first")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     if (version := triton_version()) != static.TRITON:
-        raise SystemExit(f"the tables are made with triton {static.TRITON}; this is {version}")
+        raise SystemExit(
+            f"triton: expected version {static.TRITON}, got {version}. Put {static.TRITON} first on PYTHONPATH."
+        )
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     tables = {arch: load(arch)["rows"] for arch in DEVICES}
@@ -280,7 +284,7 @@ def main() -> int:
 
 
 def store(choices: list[Choice], tables: dict[str, dict[str, Any]]) -> None:
-    """The best candidate of each into its table."""
+    """Put the best candidate of each row into its table."""
     for choice in choices:
         choice.tried.sort(key=lambda x: rank(choice, *x))
         config, figures = choice.tried[0]
@@ -290,7 +294,7 @@ def store(choices: list[Choice], tables: dict[str, dict[str, Any]]) -> None:
 
 
 def smallest(choice: Choice) -> dict[str, Any]:
-    """For the largest heads and float32, which no gate speaks of."""
+    """The row for large head dims and float32, which have no limits."""
     return choice.candidates()[-1].to_row() | UNPROVEN
 
 

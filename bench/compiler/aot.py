@@ -1,9 +1,9 @@
 """Ahead-of-time compilation without a GPU, through the package's own launch path.
 
-A driver that knows only its target stands in for the machine, CPU tensors for the device's, and `JITFunction.run`
-compiles instead of launching; so argument binding, specialisation and options are those of a real call. Interpreted
-and compiled kernels cannot share a process: `python -m bench.compiler.aot` is a worker that reads one request per line
-from stdin and answers with one line; `Pool` runs several of them.
+A stub driver names the target, CPU tensors stand in for GPU tensors, and a launch compiles the kernel instead of
+running it. Argument binding, specialisation and options are therefore those of a real call. Interpreted and compiled
+kernels cannot share a process: `python -m bench.compiler.aot` is a worker that reads one request per line from stdin
+and answers with one line; `Pool` runs several of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bench.compiler.machine_code import Listing
 
 
 def triton_version(path: Path | None = None) -> str:
-    """The version of the triton that stands in `path`, or of the one that this process would import."""
+    """The version of the triton in `path`; by default of the one that this process would import."""
     if path is None:
         spec = importlib.util.find_spec("triton")
         if spec is None or spec.origin is None:
@@ -40,7 +40,7 @@ def triton_version(path: Path | None = None) -> str:
 
 
 class Compiler:
-    """The worker's side: triton with a driver that is told its target, and every launch turned into a compilation."""
+    """Runs in a worker: triton with a stub driver for any target, whose launches only compile."""
 
     def __init__(self) -> None:
         import torch
@@ -55,7 +55,7 @@ class Compiler:
         numbers = {arch: i for i, arch in enumerate(DEVICES)}
 
         class Driver:
-            """One device number per target, because a JITFunction keeps one binder for each device."""
+            """One device number per target: a JITFunction caches one binder per device."""
 
             def get_current_device(self) -> int:
                 return numbers[compiler.arch]
@@ -86,7 +86,7 @@ class Compiler:
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = kernel.warmup(*args, grid=(grid,), **options)
-        # A kernel met before comes from the process's cache, and ptxas says nothing.
+        # For a kernel from the process's cache ptxas does not run, so the first log is kept.
         compiled.log = log.getvalue() or getattr(compiled, "log", "")
         consumers = self.consumers.get(name, 1)
         multiplying, paired = consumers * options["num_warps"], any(_pairs(x) for x in args)
@@ -99,8 +99,10 @@ class Compiler:
         wanted: Iterable[str] | None = None,
         consumers: dict[str, int] | None = None,
     ) -> list[dict[str, Any]]:
-        """What every kernel that `launch` launches becomes on that target; `wanted` names the kernels to compile, and
-        `consumers` counts the groups of warps that multiply where there are several."""
+        """Compile every kernel that `launch` launches for a target, and return the figures of each.
+
+        wanted: names of the kernels to compile, default all. consumers: by kernel, the number of consumer warp groups.
+        """
         self.arch, self.wanted, self.compiled = arch, None if wanted is None else frozenset(wanted), []
         self.consumers = consumers or {}
         launch()
@@ -108,7 +110,7 @@ class Compiler:
 
 
 def _pairs(x: Any) -> bool:
-    """Whether an argument is a score of which two features take one reciprocal."""
+    """True for the parameters of an additive score that shares one reciprocal between two features."""
     additive = getattr(x, "additive", None)
     return additive is not None and bool(additive.pairs.value)
 
@@ -120,8 +122,11 @@ def kernel_name(function: Any) -> str:
 def figures(
     name: str, kernel: Any, device: Device, consumers: int, multiplying: int, paired: bool = False
 ) -> dict[str, Any]:
-    """What one compiled kernel asks of the machine. consumers: partitions that each have their own sweeps; multiplying:
-    warps that run them, all of them together; paired: additive scores take two features with one reciprocal."""
+    """Resources and loop figures of one compiled kernel.
+
+    consumers: warp-specialised partitions, each with its own sweep. multiplying: the number of warps in all of them.
+    paired: an additive score shares one reciprocal between two features.
+    """
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
     if device.amd:
@@ -177,8 +182,8 @@ def figures(
 
 
 def feature_figures(listing: Listing, device: Device, warps: int, paired: bool) -> dict[str, Any]:
-    """What one feature of one score costs, summed over the loops that go over features: slots of the special function
-    unit and of issue; and how much of the time of both the special functions take, if issue hides behind them."""
+    """Cost of one feature of one additive score, summed over the feature loops: special-function and issue slots, and
+    the share of the modelled time in which the special function unit is the limit."""
     loops = listing.feature_loops(paired)
     if not loops:
         return {}
@@ -206,7 +211,7 @@ def disassemble(cubin: bytes) -> str:
 
 def serve() -> None:
     """Answer requests {"target", "case", "kernels", "configs"} until stdin ends."""
-    # Whatever a compiler prints goes to stderr; only answers go to stdout.
+    # Compilers print to stdout too: it becomes stderr, and answers use a copy of the original.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from bench.compiler.cases import Case
@@ -224,7 +229,7 @@ def serve() -> None:
             )
             answer: dict[str, Any] = {"kernels": found}
         except Exception as error:
-            # A compilation error names the call in the outermost function; its cause names the fault.
+            # The outermost error only names the call; its cause names the fault.
             chain = [error]
             while chain[-1].__cause__ is not None:
                 chain.append(chain[-1].__cause__)
@@ -234,7 +239,7 @@ def serve() -> None:
 
 
 class Pool:
-    """Worker processes. `path` is a folder that holds another triton, put first on their PYTHONPATH."""
+    """Worker processes. path: a directory with another triton, put first on their PYTHONPATH."""
 
     def __init__(self, workers: int = 2, path: Path | None = None):
         self.workers, self.path = workers, path
@@ -269,7 +274,8 @@ class Pool:
         return process.wait()
 
     def map(self, requests: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(index, answer) as they come. A request that kills its worker is answered with the worker's last words."""
+        """Yield (index, answer) as workers finish. If a request kills its worker, the answer holds the end of its
+        log."""
         waiting: queue.Queue = queue.Queue()
         for item in enumerate(requests):
             waiting.put(item)

@@ -1,4 +1,4 @@
-"""The problems that static analysis compiles: small CPU tensors with the strides and alignment of real ones."""
+"""The problems that bench.static compiles: small CPU tensors with the strides and alignment of real ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BATCH, HEADS, LENGTH = 2, 4, 512
 
 @dataclass(frozen=True)
 class Case:
-    """One direction of one problem. `feature` names what it has beside the scaled dot product."""
+    """One direction of one problem; `feature` names the modifier, mask or layout."""
 
     direction: str
     dtype: str
@@ -50,16 +50,16 @@ class Case:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The kernels that it launches."""
+        """Names of the launched kernels."""
         if self.direction in decoding.DIRECTIONS:
             return decoding.kernels(self.direction, self.feature)
         if self.direction in ("forward", "hopper_forward"):
             return (self.direction, *(("turns",) if self.feature == "ragged" else ()))
         if self.direction == "hopper_backward":
-            others = self.feature == "plain"  # they know nothing of features
+            others = self.feature == "plain"  # identical for every feature
             return (*(("hopper_prepare", "hopper_finish") if others else ()), "hopper_backward")
         if self.direction == "statistics":
-            # Which keys are ranked is nothing to what a key gets.
+            # top_k only changes the row statistics.
             others = {"top_k": (), "ragged": ("key_mass",)}.get(self.feature, ("key_mass", "map"))
             return ("row_statistics", *others)
         if self.feature.endswith("additive"):
@@ -70,25 +70,25 @@ class Case:
 
     @property
     def rich(self) -> bool:
-        """Which variant of the tuning tables serves it."""
+        """True for rows of modified scores in the tuning tables."""
         return self.feature in MODIFIED
 
     def config(self, kernel: str, arch: str) -> Config:
-        """What the tables give one of its kernels. Those around the one-pass backward have its own."""
+        """The tuning-table configuration of a kernel; kernels around the one-pass backward share its configuration."""
         if self.direction in decoding.DIRECTIONS:
             return decoding.chosen(arch, getattr(torch, DTYPES[self.dtype]), self.d, self.feature)
         kernel = {"hopper_backward": "hopper_backward"}.get(self.direction, "forward" if kernel == "turns" else kernel)
         if self.feature.endswith("additive"):
             others = dict.fromkeys(("forward", "additive_prepare"), "additive_forward")
             kernel = (others | ADDITIVE).get(kernel, kernel)
-        # Statistics need no values, and what takes their place has one column.
+        # Statistics read no values; v is a placeholder with one column.
         dv = 1 if self.direction == "statistics" else self.d
         d = dv if kernel.startswith("additive") else self.d
         found = config(kernel, arch, getattr(torch, DTYPES[self.dtype]), d, dv, rich=self.rich)
         return replace(found, ordered=True) if self.feature == "ordered" else found
 
     def consumers(self, arch: str, configs: dict[str, dict[str, Any]]) -> dict[str, int]:
-        """Groups of warps that multiply, for the kernels that have several; configs as in `launcher`."""
+        """Number of consumer warp groups by kernel, for warp-specialised kernels; configs as in `launcher`."""
         if not self.direction.startswith("hopper"):
             return {}
         kernel = self.direction
@@ -96,7 +96,7 @@ class Case:
         return {kernel: chosen.consumers}
 
     def launcher(self, configs: dict[str, dict[str, Any]]) -> Callable[[], Any]:
-        """A call of the launch path; configs overrides what the tables say, by kernel."""
+        """A call of the launch path; configs overrides tuning-table rows by kernel."""
         from fused_attn.backends.triton import hopper, portable
 
         scope = {kernel: Config.from_row(row) for kernel, row in configs.items()}
@@ -172,7 +172,7 @@ class Case:
         }
         if self.feature.startswith("ragged"):
             q, k, v = (x[:1] for x in (q, k, v))
-        # An unordered sum is what the one-pass backward computes; with "ordered", deterministic.
+        # The one-pass backward needs deterministic=False, except for the feature "ordered".
         deterministic = self.direction != "hopper_backward" or self.feature == "ordered"
         given = {"return_lse": True, "deterministic": deterministic} | options[self.feature]()
         return bind(q, k, v, **given).lower()
@@ -189,10 +189,10 @@ HOPPER_DIMS, HOPPER = (64, 128, 256), ("plain", "causal", "window", "gqa", "soft
 
 
 def cases(target: str) -> list[Case]:
-    """What is compiled for a target: every row of its table in half and single precision, and odd head dims.
+    """Cases for a target: every row of its tuning table in half and single precision, and odd head dims.
 
-    A bias over the batch launches every kernel that has a row for modified scores. Statistics have no rows and fewer
-    cases. For the reference GPU also every feature, and float16.
+    "bias_batch" launches every kernel that has a row for modified scores. Statistics kernels have no rows and fewer
+    cases. The reference GPU (sm_90) also gets every feature, and float16.
     """
     heads = [("bf16", d, "plain") for d in (*DIMS, *ODD)] + [("fp32", d, "plain") for d in DIMS]
     heads += [("bf16", d, "bias_batch") for d in DIMS]

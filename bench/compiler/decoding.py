@@ -1,4 +1,4 @@
-"""The decoding calls that static analysis compiles: steps of generation and chunks over dense caches and pages."""
+"""The decoding calls that bench.static compiles: single steps and chunks, over dense and paged caches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_attn.spec.decoding import Cache, Decode, Rotary
 from fused_attn.tuning import Config, config, override
 
 DIRECTIONS = ("decode", "append")
-# page: keys in one, None for a dense cache; m: queries of each sequence; one part needs no other kernel.
+# page: keys per page, None for a dense cache; m: queries per sequence; one split needs no combine kernel.
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "page_1": {"page": 1},
@@ -39,12 +39,12 @@ def cases(target: str) -> list[tuple[str, str, int, str]]:
 
 
 def kernels(direction: str, feature: str) -> tuple[str, ...]:
-    """Those that a case launches."""
+    """Names of the launched kernels."""
     return ("decode", "combine") if direction == "decode" and feature != "one_part" else (direction,)
 
 
 def chosen(arch: str, dtype: torch.dtype, d: int, feature: str) -> Config:
-    """The configuration with the tiles that the launch makes of it."""
+    """The tuning-table configuration, with the tile sizes that the launch derives from it."""
     from fused_attn.backends.triton import decode
 
     said = FEATURES[feature]

@@ -1,9 +1,9 @@
-"""What a multiprocessor offers, and how long a sweep would hold it.
+"""Resources of a multiprocessor, and a model of the clocks that one loop iteration takes.
 
-The clocks model asks, for one trip of a loop and one program, how long the tensor cores, the special function unit
-and the issue slots of one multiprocessor are held; a trip costs at least the largest of the three. What the largest
-cannot hide is added: exponentials that wait for a product, unless another program runs meanwhile. It knows nothing of
-memory; use it to compare tiles of one kernel, never to predict a time.
+For one iteration of one program, the model counts the clocks in which the tensor cores, the special function unit and
+the issue slots of a multiprocessor are busy. An iteration costs at least the largest of the three, plus the
+exponentials that wait for a product, unless another resident program overlaps them. Memory is not modelled: use it to
+compare tiles of one kernel, not to predict times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Device:
-    """Figures of one multiprocessor (NVIDIA) or compute unit (AMD); fma counts half precision with float32 sums."""
+    """One multiprocessor (NVIDIA) or compute unit (AMD); fma_per_clock is for half precision with float32 sums."""
 
     arch: str
     shared_per_program: int
@@ -41,12 +41,12 @@ class Device:
         """Programs resident on one multiprocessor."""
         if shared > self.shared_per_program:
             return 0
-        # Registers are handed to a warp in blocks, and each of the four quarters has a quarter of them.
+        # Registers are allocated to warps in blocks, from one of four partitions.
         block = 8 if self.amd else 256
         per_warp = -(-registers * (1 if self.amd else 32) // block) * block
         by_registers = (512 if self.amd else 16384) // max(per_warp, 1) * 4 // warps
         by_shared = self.shared // (shared + self.reserved) if shared + self.reserved else self.programs
-        # Tensor memory (sm_100) has 512 columns and is handed out in powers of two from 32.
+        # Tensor memory (sm_100) has 512 columns, allocated in powers of two from 32.
         columns = max(32, 1 << (tensor_columns - 1).bit_length()) if tensor_columns else 0
         by_columns = 512 // columns if columns else self.programs
         return min(by_registers, by_shared, by_columns, self.warps // warps, self.programs)
@@ -67,20 +67,20 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Clocks:
-    """One trip of a sweep, one program: clocks of one multiprocessor."""
+    """Busy clocks of a multiprocessor in one loop iteration of one program."""
 
     tensor: float
     mufu: float
     issue: float
 
     def trip(self, hidden: float, programs: int) -> float:
-        """Clocks of a trip per program, when `hidden` of the softmax overlaps the products of the same program."""
+        """Clocks per iteration and program, if a share `hidden` of the softmax overlaps the program's own products."""
         exposed = 0.0 if programs > 1 else (1 - hidden) * max(self.mufu, self.issue)
         return max(self.tensor + exposed, self.mufu, self.issue)
 
 
 def product_fma(op: str) -> int:
-    """Multiply-adds of one product instruction, per warp; a wgmma is shared by the four warps of a group."""
+    """Multiply-adds per warp of one matrix instruction; a wgmma is shared by four warps."""
     if match := re.match(r"[HQ]GMMA\.(\d+)x(\d+)x(\d+)", op):
         return int(match[1]) * int(match[2]) * int(match[3]) // 4
     if match := re.match(r"HMMA\.(16)(8)(\d+)\b", op):
@@ -91,7 +91,7 @@ def product_fma(op: str) -> int:
 
 
 def clocks(loop: Loop, device: Device, warps: int, fma: float | None = None) -> Clocks:
-    """fma overrides the count of multiply-adds a trip, for products that one instruction leaves to a descriptor."""
+    """fma overrides the number of multiply-adds per iteration, where instructions do not show their shape."""
     if fma is None:
         fma = warps * sum(product_fma(x.op) for x in loop.body)
     mufu = sum(x.op.startswith("MUFU") or x.op.startswith(("v_exp", "v_log", "v_rcp")) for x in loop.body)

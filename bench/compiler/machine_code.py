@@ -1,8 +1,7 @@
-"""Machine code as a graph: SASS (NVIDIA) and GCN (AMD) listings, their loops, and what runs inside them.
+"""SASS (NVIDIA) and GCN (AMD) listings as control-flow graphs, and the instructions of their loops.
 
-A loop is a natural loop: the blocks that reach a branch back to a block which dominates it. Code that the assembler
-moved out of line (the spin on a barrier) is thereby found in its loop, and a jump back from there makes no loop of
-its own.
+Loops are natural loops: a head, and the blocks that it dominates and that lead back to it. Code that the assembler
+moved out of line (spinning on a barrier) thus counts to its loop, and a jump back from there is not a loop of its own.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ class Instruction:
 
     @property
     def is_local(self) -> bool:
-        """Reads or writes memory that registers were spilled to."""
+        """Reads or writes local memory, where registers are spilled."""
         return self.op.startswith(("LDL", "STL", "scratch_"))
 
     @property
     def load_bytes(self) -> int:
-        """Bytes a lane fetches from global memory; 0 for every other instruction, bulk copies among them."""
+        """Bytes per lane of a global load; 0 for other instructions, including bulk copies."""
         op = self.op
         if op.startswith(("LDGSTS", "LDG.", "LDG")) and not op.startswith("LDGDEPBAR"):
             if match := re.search(r"\.(128|64)\b", op):
@@ -77,7 +76,7 @@ class Loop:
 
     @property
     def hidden(self) -> float:
-        """Share of the exponentials issued while a wgmma is in flight. Walked twice: a loop begins where it ends."""
+        """Share of the exponentials issued while a wgmma is in flight. The body is walked twice, because it repeats."""
         flying, count, hidden = False, 0, 0
         for x in self.body * 2:
             if x.op.startswith(("HGMMA", "QGMMA")):
@@ -118,7 +117,7 @@ class Listing:
         return cls(instructions, labels)
 
     def _targets(self, i: int) -> tuple[list[int], bool]:
-        """Where instruction i may jump to, and whether it may fall through."""
+        """Jump targets of instruction i, and True if it may fall through."""
         x = self.instructions[i]
         op = x.op.split(".")[0]
         if op.startswith("s_") and (op.startswith("s_cbranch") or op in ("s_branch", "s_endpgm")):
@@ -129,7 +128,7 @@ class Listing:
         if op == "BRA":
             match = SASS_TARGET.search(x.args)
             found = [self.labels[match[1]]] if match and match[1] in self.labels else []
-            # A uniform condition may stand among the arguments (BRA.U UP0, label).
+            # A uniform predicate may be an argument (BRA.U UP0, label).
             return found, bool(x.predicate) or bool(re.match(r"!?U?P\d", x.args))
         if op == "BSYNC":
             ends = [y for y in self._reconvergence[x.args.split(",")[0]] if y != i + 1]
@@ -145,7 +144,7 @@ class Listing:
         return found
 
     def _blocks(self) -> tuple[list[tuple[int, int]], list[list[int]]]:
-        """Basic blocks as [start, stop), and the successors of each."""
+        """Basic blocks as (start, stop), and the successors of each."""
         n = len(self.instructions)
         jumps = {}
         starts = {0, *(x for x in self.labels.values() if x < n)}
@@ -165,7 +164,7 @@ class Listing:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """Every natural loop, in the order of their code."""
+        """Every natural loop, in code order."""
         if not self.instructions:
             return []
         blocks, successors = self._blocks()
@@ -189,12 +188,12 @@ class Listing:
 
     @property
     def product_loops(self) -> list[Loop]:
-        """The sweeps: innermost loops that hold matrix products."""
+        """The sweeps: innermost loops with matrix products."""
         return [x for x in self.loops if x.innermost and x.products]
 
     def feature_loops(self, paired: bool) -> list[Loop]:
-        """The loops over the features of an additive score, which hold no products: the shortest that adds up scores,
-        and the shortest that stores gradients. paired: of those with one reciprocal, and nothing else, for two tanh."""
+        """Loops over the features of an additive score, which have no products: the shortest one that sums scores, and
+        the shortest one that stores gradients. paired: loops with one reciprocal, and no exponential, for two tanh."""
         found = []
         for loop in self.loops:
             special = Counter(x.op for x in loop.body if x.op.startswith("MUFU"))
@@ -207,12 +206,13 @@ class Listing:
         ]
 
     def full_sweeps(self, count: int = 1) -> list[Loop]:
-        """The sweeps over tiles that need no mask: so many with the fewest instructions, the shortest first."""
+        """The sweeps over unmasked tiles: the `count` shortest ones, shortest first."""
         return sorted(self.product_loops, key=lambda x: len(x.body))[:count]
 
     @property
     def local_in_loops(self) -> int:
-        """Spill traffic inside any loop. An inner loop's counts again in the loop around it, as it runs more often."""
+        """Local memory accesses in loops. Those of an inner loop count again in the loop around it: they run more
+        often."""
         return sum(x.is_local for loop in self.loops for x in loop.body)
 
     @property

@@ -1,4 +1,4 @@
-"""Evidence on configurations: parity under each, and its speed beside its neighbours'."""
+"""GPU evidence on kernel configurations: parity under each, and its speed against its neighbours."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fused_attn.testing import CASES, Case
 from fused_attn.tuning import Config
 from fused_attn.tuning.select import KERNELS, table
 
-SWEPT = ("forward", "dkdv", "dq")  # the kernels whose tiles decide the speed
-GLUON = ("hopper_forward", "hopper_backward")  # the same of the Hopper backend
-FLAGS = ("overlap", "descriptors", "pingpong", "ordered")  # of a configuration
-OVERLAPPING = ("forward",)  # those that read Config.overlap and Config.descriptors
+SWEPT = ("forward", "dkdv", "dq")  # the kernels that dominate the time
+GLUON = ("hopper_forward", "hopper_backward")  # likewise of the Hopper backend
+FLAGS = ("overlap", "descriptors", "pingpong", "ordered")  # boolean fields of Config
+OVERLAPPING = ("forward",)  # kernels that read Config.overlap and Config.descriptors
 CLASSES = {"half": torch.bfloat16, "single": torch.float32}
 
 
 class Configs:
-    """Parity under the configuration of every row that the tuning tables can give, and under its neighbours.
+    """Parity under the configuration of every row of the tuning tables, and under its neighbours.
 
-    The kernels are called beneath autograd, where the override scope of this thread holds for the backward too.
+    Kernels are called below autograd, so that the override of this thread holds for the backward too.
     """
 
     shares = seconds(check=75)
@@ -65,8 +65,7 @@ class Configs:
 
 
 class Overlap:
-    """Is it faster to issue products before the exponentials, or in turns; by TMA, or by pointers? What does order in
-    dq's sum cost? The configuration's flags, flipped."""
+    """Speed with one flag of the configuration flipped: overlap, TMA descriptors, ping-pong, and the ordered dq sum."""
 
     shares = seconds(check=20, measure=40)
 
@@ -87,7 +86,7 @@ class Overlap:
         answer = Configs().check(s, d, kernel=kernel, config=config)
         rival = self.provider("rival", kernel, Config.from_row(config))
         for causal in (False, True):
-            providers.start(rival, s.sample(d, s.lengths[0], causal), s.device)  # compiled beside others, not alone
+            providers.start(rival, s.sample(d, s.lengths[0], causal), s.device)  # compiled in the parallel stage
         return answer
 
     def measure(self, s: Setting, checked: dict[str, Any], kernel: str, d: int, config: Any) -> dict[str, Any]:
@@ -107,7 +106,7 @@ class Overlap:
 
 
 class Tune(Overlap):
-    """Every other neighbour of the chosen configurations, each timed beside the one it would replace."""
+    """All neighbours of the chosen configurations, each timed against the one that it would replace."""
 
     shares = seconds(check=120, measure=300)
 
@@ -116,7 +115,7 @@ class Tune(Overlap):
 
 
 def neighbours(c: Config) -> list[Config]:
-    """Configurations one step from c: another tile, warps, stages or order; another tile with other warps."""
+    """Configurations one step from c: another tile, warps, stages or flag; or another tile and warps."""
     other = {"num_warps": 4 if c.num_warps != 4 else 8}
     tiles = [
         {name: size}
@@ -136,7 +135,7 @@ def neighbours(c: Config) -> list[Config]:
 
 
 def gluon_neighbours(kernel: str, c: Config) -> list[Config]:
-    """The same of a Hopper kernel, whose consumers are groups of four warps; the flag that it reads comes first."""
+    """Likewise for a Hopper kernel, whose consumers are groups of four warps; its flag comes first."""
     steps: list[dict[str, Any]] = [{"num_stages": c.num_stages + 1}]
     steps += [{"num_stages": c.num_stages - 1}] if c.num_stages > 1 else []
     if kernel == "hopper_forward":

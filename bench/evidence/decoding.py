@@ -1,4 +1,4 @@
-"""Evidence of decoding for bench.gpu: steps of generation over caches, right, of the same bits, and timed."""
+"""GPU evidence on decoding: steps over KV caches, checked, bit-identical across repeats, and timed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from bench.harness.kv_caches import caches, judged
 from fused_attn import attention_decode
 
 HEADS, KV_HEADS = 32, 8
-PAGES = (None, 64, 16, 256, 1)  # keys in one; None for a dense cache
-SPLITS = (None, 4, 8, 16, 32, 64)  # parts of a single sequence's keys; None leaves them to the launch
+PAGES = (None, 64, 16, 256, 1)  # keys per page; None for a dense cache
+SPLITS = (None, 4, 8, 16, 32, 64)  # splits of one sequence's keys; None is the default
 BANDWIDTH = 4.3  # TB/s of a copy on the reference GPU
-GOALS = {None: 0.95, 64: 0.90, 16: 0.85}  # of it, by page
-GOAL_MS = 0.013  # of one step of one sequence of 8192 at D 128
+GOALS = {None: 0.95, 64: 0.90, 16: 0.85}  # share of it, by page size
+GOAL_MS = 0.013  # one step of one sequence of 8192 keys at D 128
 HOW: tuple[dict[str, Any], ...] = ({"num_splits": 1}, {}, {"batch_invariant": True})
 
 
 class Steps:
-    """Steps of generation: against float64 with poisoned pages, bits in any company and at every repeat; then the
-    time of one beside the bytes of the keys and values that it reads, from large caches and from a single one."""
+    """Decoding steps: against float64 with NaN in unused cache entries; bit-identical at every repeat and, if batch
+    invariant, in any batch. Then the time of a step against the bytes of keys and values that it reads."""
 
     shares = seconds(check=25, measure=40)
 
@@ -58,14 +58,14 @@ class Steps:
         return {"rows": rows}
 
     def measure(self, s: Setting, checked: dict[str, Any], d: int, page: int | None) -> dict[str, Any]:
-        """Full: many sequences, at least 1 GiB of bfloat16 at D 128 (P10). Alone: one of them (P11), by splits."""
+        """full: many sequences, at least 1 GiB of bfloat16 at D 128. alone: one of them, by number of splits."""
         gpu = s.device == "cuda"
         heads, length = KV_HEADS if gpu else 1, s.decoding[1]
         full = self._timed(s, s.decoding[0], d, page, heads)
         if gpu and page in GOALS and full["bytes"] >= 2**30:
             share = full["graph"]["terabytes_per_second"] / BANDWIDTH
             full["graph"] |= {"of_copy": share, "goal": GOALS[page]}
-        # As many copies as a cache of 60 MB would have to hold four times over.
+        # Enough copies for four times an L2 cache of 60 MB.
         copies = 1 + 2**28 // (4 * length * heads * d) if gpu else 2
         splits = SPLITS if gpu and page in GOALS else SPLITS[:2]
         alone = {str(n): self._timed(s, 1, d, page, heads, copies, n) for n in splits}
@@ -77,7 +77,7 @@ class Steps:
     def _timed(
         self, s: Setting, batch: int, d: int, page: int | None, heads: int, copies: int = 1, splits: int | None = None
     ) -> dict[str, Any]:
-        """By call, and on a GPU by replays of a graph that takes one copy of the buffers after another."""
+        """Time by call, and on a GPU by replaying a CUDA graph that reads one copy of the buffers after another."""
         length = s.decoding[1]
         given = []
         for _ in range(copies):

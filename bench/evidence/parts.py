@@ -1,8 +1,8 @@
-"""The kinds of evidence that bench.gpu gathers: for each, its cases, how one is checked and how one is measured.
+"""The parts of bench.gpu: the cases of each, their check and their measurement.
 
-A part yields (name, core, arguments) for every case; `check` and `measure` take the arguments in a worker process and
-return what the record keeps, or raise. A case is measured, alone on the device, only after its check has passed;
-`measure` is told what the check found.
+`cases` yields (name, core, arguments). `check` and `measure` run in a worker process with these arguments, and return
+what the record stores, or raise. A case is measured only after its check passed, alone on the device; `measure` also
+gets the result of the check.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from fused_attn.testing import CASES, Case, statistics
 
 
 class Parity:
-    """Every case of `testing.CASES`, and larger ones, through the public call: forward and every gradient.
+    """Forward and every gradient of every case of `testing.CASES`, and of larger ones, through the public call.
 
-    By `triton`, and in half precision by `hopper`, whose own backward is the unordered one; it refuses what it lacks.
+    Backend `triton`, and in half precision `hopper` with deterministic=False, which selects its own backward.
     """
 
     shares = seconds(check=160)
@@ -51,7 +51,7 @@ class Parity:
                 large[name] = Case(name, frozenset(tags), hq=4, hkv=2, d=d, return_lse=True, **fields)
             name, lengths = f"large_ragged_{d}", heavy_tail(8, s.large, 0.3)
             large[name] = replace(ragged_case(lengths, 4, d, causal=True), name=name, tags=frozenset({"half"}), hkv=2)
-        # Tens of thousands of programs are nothing to a GPU and hours to an interpreter.
+        # Cases with tens of thousands of programs take hours in the interpreter.
         return large | {name: c for name, c in CASES.items() if s.device == "cuda" or "large" not in c.tags}
 
     def cases(self, s: Setting) -> Iterator[Listed]:
@@ -71,7 +71,7 @@ class Parity:
 
 
 class Seeing(Parity):
-    """Statistics and maps of the weights, by `triton`: the core of the cases, and larger ones."""
+    """attention_stats and attention_map by `triton`: the core cases, and larger ones."""
 
     shares = seconds(check=40)
 
@@ -91,9 +91,9 @@ class Seeing(Parity):
 
 
 class Races:
-    """The same bits from every repeat of a forward and backward, parameter gradients included.
+    """Bit-identical results from every repeat of a forward and backward, including parameter gradients.
 
-    Of the Hopper backend's unordered backward, dq's bits may differ and nothing else; dq is held to the tolerance rule.
+    In the unordered backward of `hopper` only dq may differ; it is held to the tolerance rule.
     """
 
     shares = seconds(check=35)
@@ -135,7 +135,7 @@ class Races:
 
 
 class Costs:
-    """The first call with a cold and with a warm cache (P13), and the memory held beyond inputs and results (P16)."""
+    """The first call with a cold and with a warm cache, and peak memory beyond inputs and results."""
 
     shares = seconds(check=3, measure=25)
 
@@ -158,7 +158,7 @@ class Costs:
 
 
 class Timing:
-    """Ours beside every peer, forward and backward, over head dims, masks and lengths."""
+    """fused_attn against every peer, forward and backward, by head dim, mask and length."""
 
     shares = seconds(check=70, measure=190)
 
@@ -170,7 +170,7 @@ class Timing:
                     yield f"d{d}/{mask}/{length}", length == s.lengths[0] and d == s.dims[0], args
 
     def check(self, s: Setting, d: int, causal: bool, length: int) -> dict[str, Any]:
-        """Compile, beside others, what the timing will find in the caches; and remember who cannot run."""
+        """Compile in parallel, so that timing finds warm caches, and record which providers cannot run."""
         x = s.sample(d, length, causal)
         refused, took = {}, {}
         for provider in providers.COMPILED:
@@ -196,9 +196,9 @@ class Timing:
 
 
 class Modifiers:
-    """Each modifier, mask, normalizer and score beside the plain dot product, both by ours: throughput in turns.
+    """Throughput with each modifier, mask, normalizer and score relative to plain attention, interleaved.
 
-    Throughput counts the scores that intervals leave, so that a mask's own savings are no merit of the kernel.
+    Only visible scores count as work, so skipping masked tiles does not raise the throughput.
     """
 
     shares = seconds(check=40, measure=40)
@@ -208,7 +208,7 @@ class Modifiers:
             yield f"{name}/{s.dims[0]}", name == "softcap", {"case": name}
 
     def check(self, s: Setting, case: str) -> dict[str, Any]:
-        """What is timed, compiled beside others, and one head of it held to the tolerance rule."""
+        """Compile, and check one head of the timed tensors against the tolerance rule."""
         return {"rows": verify(ours(), s.named(case, s.dims[0], s.lengths[0]))}
 
     def measure(self, s: Setting, checked: dict[str, Any], case: str) -> dict[str, Any]:
@@ -219,16 +219,16 @@ class Modifiers:
         }
 
 
-# Special-function operations of a multiprocessor in a clock (NVIDIA, sm_80 to sm_100), and evaluations of each tanh in
-# the forward and in the one-pass backward, which asks again for the scores and then for their slopes.
+# Special-function operations per multiprocessor and clock (NVIDIA, sm_80 to sm_100), and evaluations of each tanh in
+# the forward and in the one-pass backward, which recomputes the scores and then needs their slopes.
 SPECIAL = 16
 EVALUATIONS = {"forward": 1, "backward": 2}
 
 
 class AdditiveScores:
-    """Additive scores beside their eager form, and beside what the special-function units allow.
+    """Additive scores against their eager form, and against the limit of the special-function units.
 
-    The limit is one operation for each tanh, and half of one by the paired identity, whose reciprocal serves two.
+    The limit is one operation per tanh, or half of one by the paired identity, which shares a reciprocal.
     """
 
     shares = seconds(check=20, measure=30)
@@ -259,12 +259,12 @@ class AdditiveScores:
 
 
 def special_function_ms(operations: int, multiprocessors: int, megahertz: float) -> float:
-    """The least that so many special-function operations take."""
+    """The least time for a number of special-function operations."""
     return operations / (SPECIAL * multiprocessors * megahertz * 1e3)
 
 
 def clocked() -> tuple[int, float]:
-    """Multiprocessors, and the MHz that they reach at most."""
+    """The number of multiprocessors, and their maximum clock in MHz."""
     query = ("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")
     said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
     return torch.cuda.get_device_properties(0).multi_processor_count, float(said.split()[0])

@@ -1,4 +1,4 @@
-"""Evidence on packed sequences for bench.gpu."""
+"""GPU evidence on packed (varlen) sequences."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bench.harness.packed import PEERS, ragged_case
 from bench.harness.providers import DIRECTIONS, ours
 from bench.harness.samples import Sample, heavy_tail, sized
 
-FILL = {"heavy": 0.3, "equal": 1.0}  # of the padded batch
+FILL = {"heavy": 0.3, "equal": 1.0}  # share of the padded batch that is not padding
 GOAL = 0.9  # of the dense kernel's TFLOP/s
 
 
 class RaggedBatches:
-    """Packed sequences, of lengths from a heavy tail and of equal ones: TFLOP/s on the tokens that there are, beside
-    the dense kernel's on as many scores, and beside peers that take them packed."""
+    """Packed sequences with heavy-tailed and with equal lengths: TFLOP/s against the dense kernel with as many scores,
+    and against peers that take packed sequences."""
 
     shares = seconds(check=25, measure=40)
 
@@ -28,7 +28,7 @@ class RaggedBatches:
             yield f"{kind}/d{d}/{mask}", kind == "heavy" and d == s.dims[0], args
 
     def samples(self, s: Setting, kind: str, d: int, causal: bool) -> tuple[Sample, Sample]:
-        """The packed batch, and a dense one of as many sequences and scores."""
+        """The packed batch, and a dense one with as many sequences and scores."""
         batch, longest = s.ragged
         lengths = heavy_tail(batch, longest, FILL[kind]) if FILL[kind] < 1 else [longest] * max(1, batch // 8)
         heads, each = max(1, s.width // d), round(math.sqrt(sum(n * n for n in lengths) / len(lengths)))

@@ -1,4 +1,4 @@
-"""Where the cases of the evidence run and how large they are, and what several parts share."""
+"""Device and problem sizes of the GPU evidence, and helpers that several parts share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Listed = tuple[str, bool, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the cases run and how large they are. The orders matter: the most telling sizes come first."""
+    """Device and problem sizes. Tuples are in order of importance: time may run out."""
 
     device: str = "cuda"
     arch: str = ""
@@ -34,31 +34,31 @@ class Setting:
     tokens: int = 16384  # B * S of a timed problem
     width: int = 2048  # H * D of a timed problem
     large: int = 2000  # lengths of the larger parity problems, at most
-    odd: int = 333  # lengths of the problems that judge a configuration
+    odd: int = 333  # length of the problems that check a configuration
     repeats: int = 200
     rounds: int = 3
     matmul: int = 8192
     memory: int = 65536
     additive: tuple[int, int, int] = (1, 32, 1024)  # batch, heads and length of additive scores
-    ragged: tuple[int, int] = (32, 4096)  # sequences, and the longest of them
-    decoding: tuple[int, int] = (32, 8192)  # batch and keys of a step: 1 GiB of them for D 128
-    rivals: int | None = None  # neighbours of each configuration that are tried, None for all
+    ragged: tuple[int, int] = (32, 4096)  # number of sequences, and the longest length
+    decoding: tuple[int, int] = (32, 8192)  # batch and keys of a decoding step: 1 GiB of keys at D 128
+    rivals: int | None = None  # neighbours tried of each configuration, None for all
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     classes: tuple[str, ...] = ("half", "single")
-    tiles: tuple[int, ...] = (64, 128, 256, 16, 32, 512)  # head dims that the tuning tables tell apart
+    tiles: tuple[int, ...] = (64, 128, 256, 16, 32, 512)  # head dims with rows in the tuning tables
 
     @property
     def half(self) -> torch.dtype:
-        """What is timed."""
+        """The dtype of timed problems."""
         return torch.bfloat16 if "bfloat16" in self.dtypes else torch.float32
 
     def sample(self, d: int, length: int, causal: bool) -> Sample:
         return self.named("causal" if causal else "plain", d, length)
 
     def named(self, name: str, d: int, length: int) -> Sample:
-        """A case of `testing.CASES` at the size of what is timed."""
+        """A case of `testing.CASES` at the timed size."""
         case = sized(name, max(1, self.tokens // length), max(1, self.width // d), length, d)
-        return Sample.draw(case, self.half, self.device, scores=0)  # of which one head of one batch is judged
+        return Sample.draw(case, self.half, self.device, scores=0)  # scores=0: one head of one batch is checked
 
 
 TINY = Setting(
@@ -72,16 +72,16 @@ STAGES = ("check", "measure")
 
 
 class Refused(Exception):
-    """A case that cannot run here, and need not."""
+    """A case that cannot run on this machine, and is not required to."""
 
 
 def seconds(check: int, measure: int = 0) -> dict[str, int]:
-    """What a part's stages take of a whole run, as estimated for 16 cores; 0 where there is no such stage."""
+    """Estimated seconds of each stage on 16 cores, for sharing the time limit; 0 if there is no such stage."""
     return {"check": check, "measure": measure}
 
 
 def judged(s: Setting, case: Case, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Forward and every gradient of a case against float64: what each result used of its budget."""
+    """Forward and every gradient of a case against float64: the share of its error budget that each result uses."""
     with poisoned():
         parity = testing.check_parity(case, backend, dtype, s.device)
     return {name: asdict(row) for name, row in parity.rows.items()}
@@ -90,7 +90,7 @@ def judged(s: Setting, case: Case, backend: Any, dtype: torch.dtype) -> dict[str
 def compared(
     some: list[Provider], x: Sample, s: Setting, directions: tuple[str, ...], needed: list[str]
 ) -> dict[str, Any]:
-    """Timings of some providers, of which ours may not be missing."""
+    """Timings of some providers; raises if one of the needed ones was not timed."""
     found = providers.compare(some, x, s.device, s.rounds, directions, s.matmul)
     for name, direction in ((n, d) for n in needed for d in directions):
         if "ms" not in found["providers"][name][direction]:
@@ -99,7 +99,7 @@ def compared(
 
 
 def throughputs(samples: list[Sample], s: Setting) -> dict[str, list[tuple[float, float]]]:
-    """Ours on several samples in turns: by direction, the (milliseconds, operations a millisecond) of each."""
+    """fused_attn on several samples, interleaved: by direction, (milliseconds, FLOPs per millisecond) of each."""
     calls = [ours().bind(x) for x in samples]
     found = {}
     for direction in providers.DIRECTIONS:
@@ -115,7 +115,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def verify(provider: Provider, x: Sample) -> dict[str, Any]:
-    """Hold one head of the very tensors that are timed to the tolerance rule, forward and backward."""
+    """Check one head of the timed tensors against the tolerance rule, forward and backward."""
     with provider.scope():
         out = provider.bind(x)()
         return x.judge(out, gradients(out, x.leaves, x.cotangents, retain=False))
@@ -123,9 +123,9 @@ def verify(provider: Provider, x: Sample) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN, so that an element that nobody writes is seen. torch does it in deterministic mode.
+    """Fill new tensors with NaN, so that an element that no kernel writes is detected.
 
-    That mode is on for its filling alone: a call may still ask for a sum in any order.
+    torch does this in deterministic mode. Calls may still ask for deterministic=False.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

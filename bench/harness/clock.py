@@ -1,9 +1,8 @@
-"""What a call takes, and a process that times the calls of one revision.
+"""The time of a call, and a process that times calls of one revision of the package.
 
-    python clock.py             obeys JSON lines on standard input, with the fused_attn that PYTHONPATH leads to
+    python clock.py             reads JSON requests from standard input, with the fused_attn found on PYTHONPATH
 
-This file imports nothing of ours but the package itself, and of that only `attention`: a copy of it runs beside any
-revision, whatever that revision's own benchmarks were.
+This file imports only the public `attention` of the package, so that a copy of it can time any revision.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
 def milliseconds(call: Callable[[], Any], device: str, seconds: float = 0.0, least: int = 3) -> float:
-    """The median of one round: by device events with a cold L2 cache, or by the wall clock on the CPU.
+    """The median of one round: device events with a cold L2 cache, or the wall clock on a CPU.
 
-    On the CPU a round is `least` calls, and more until `seconds` have passed.
+    On a CPU a round is at least `least` calls, and lasts at least `seconds`.
     """
     if device == "cuda":
         from triton.testing import do_bench
@@ -40,7 +39,7 @@ def milliseconds(call: Callable[[], Any], device: str, seconds: float = 0.0, lea
 
 
 def gradients(result: Any, leaves: Sequence[Tensor], cotangents: Sequence[Tensor], retain: bool) -> tuple[Tensor, ...]:
-    """What flows to the leaves. result is out, or (out, lse)."""
+    """Gradients of the leaves; result is out or (out, lse)."""
     outputs = result if isinstance(result, tuple) else (result,)
     return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=retain)
 
@@ -48,7 +47,7 @@ def gradients(result: Any, leaves: Sequence[Tensor], cotangents: Sequence[Tensor
 def directed(
     direction: str, call: Callable[[], Any], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> Callable[[], Any]:
-    """What is timed: the forward as inference runs it, the backward of a graph that is kept, or both in turn."""
+    """The timed call: the forward without gradients, the backward of a retained graph, or both."""
     if direction == "forward":
         return torch.no_grad()(call)
     if direction == "backward":
@@ -61,13 +60,13 @@ def directed(
 
 
 class Side:
-    """One problem at a time, loaded from a file that the parent wrote, and the public call of it."""
+    """Times the public call of one problem at a time, which it loads from a file of the parent process."""
 
     def load(self, problem: str, results: str, words: dict[str, Any]) -> dict[str, Any]:
-        """Read a problem, run it once forward and backward, and leave what came out for the parent to judge."""
+        """Load a problem, run it once forward and backward, and save the results for the parent to check."""
         import fused_attn
 
-        self.found = torch.load(problem, weights_only=False)  # a score is an object of the package
+        self.found = torch.load(problem, weights_only=False)  # it may hold a score object
         qkv, kwargs = self.found["qkv"], self.found["kwargs"] | words
         self.call = lambda: fused_attn.attention(*qkv, **kwargs)
         result = self.call()
@@ -77,13 +76,13 @@ class Side:
         return {"package": str(fused_attn.__file__)}
 
     def time(self, direction: str, seconds: float) -> dict[str, Any]:
-        """One round."""
+        """Time one round."""
         timed = directed(direction, self.call, self.found["leaves"], self.found["cotangents"])
         return {"ms": milliseconds(timed, self.found["qkv"][0].device.type, seconds, least=1)}
 
 
 def serve() -> None:
-    """One JSON object a line: a method of Side with its arguments, answered by what it returns or by an error."""
+    """Each line is a JSON object with a method of Side and its arguments; the answer is its result or an error."""
     side = Side()
     for line in sys.stdin:
         request = json.loads(line)

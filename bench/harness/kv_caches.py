@@ -24,9 +24,10 @@ def caches(
     device: str = "cpu",
     room: int = 0,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """k, v and what tells where sequences lie in them: NaN behind their keys, and in pages that nobody has.
+    """Random k and v, and the arguments that locate sequences in them. Entries after a sequence's keys and unused pages
+    are NaN.
 
-    room: for so many keys of each, rounded up to 256; the longest sequence's without it.
+    room: capacity per sequence, at least the longest length, rounded up to 256.
     """
     b, room = len(lengths), -(-max(room, *lengths) // 256) * 256
     draw = {"dtype": dtype, "device": device}
@@ -48,7 +49,7 @@ def caches(
 
 
 def judged(q: Tensor, k: Tensor, v: Tensor, places: dict[str, Any], got: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Each sequence against float64: what out and lse used of their budgets, the worst of them."""
+    """Check each sequence against float64; returns the worst row of the tolerance rule for out and for lse."""
     where = (places["cache_seqlens"], places.get("page_table"))
     exact, plain = (Decode(x, Cache(y, z, *where), x.shape[3] ** -0.5) for x, y, z in
                     ((q.double(), k.double(), v.double()), (q, k, v)))  # fmt: skip

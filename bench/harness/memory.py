@@ -1,14 +1,15 @@
-"""Peak memory of one attention call on the CPU, beyond its inputs, by a process of its own.
+"""Peak memory of one attention call on a CPU beyond its inputs, measured in a separate process.
 
     python -m bench.harness.memory tiled forward+backward 4096            prints bytes
     python -m bench.harness.memory naive forward 1024 additive
 
-Linux counts a process's peak, and can be told to count anew; so the peak starts after the inputs are made and after a
-small call has loaded the libraries, and what is reported is what the call itself added, outputs included.
+Linux counts the peak of a process and can reset it. The peak is reset after the inputs exist and a small call has
+loaded the libraries; the result is the memory that the call itself added, including its outputs.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -24,10 +25,10 @@ from bench.harness.samples import Sample, sized
 from fused_attn.testing import Case
 
 DIRECTIONS = ("forward", "forward+backward")
-SEEN = ("statistics", "map")  # of the weights, instead of a direction: all of the first, some rows of the other
-CASE, BATCH, DIM = "alibi_bh", 1, 64  # causal, with ALiBi: torch's own op has no part in it
+SEEN = ("statistics", "map")  # instead of a direction: attention_stats, or attention_map of some rows
+CASE, BATCH, DIM = "alibi_bh", 1, 64  # causal with ALiBi, which SDPA does not compute
 HEADS = {CASE: 2, "additive": 4}
-THREADS = 1  # the peak grows by a tile for each, and its growth with length is what is asked
+THREADS = 1  # each thread adds a tile; only the growth with length is of interest
 
 
 def _run(provider: Provider, x: Sample, direction: str) -> None:
@@ -53,7 +54,7 @@ def _sample(case: str, length: int) -> Sample:
 
 
 def _status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return 1024 * int(line.split()[1])
@@ -61,18 +62,18 @@ def _status(key: str) -> int:
 
 
 def measure(name: str, direction: str, length: int, case: str = CASE) -> int:
-    """Bytes that one call adds to this process at its peak."""
+    """Bytes that one call adds to the peak memory of this process."""
     provider = NAIVE if name == "naive" else ours(name)
     _run(provider, _sample(case, 64), direction)
     x = _sample(case, length)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     _run(provider, x, direction)
     return _status("VmHWM") - before
 
 
 def peak(name: str, direction: str, length: int, case: str = CASE) -> int:
-    """The same in a fresh process, whose allocator keeps nothing from other calls."""
+    """The same in a fresh process, without memory cached from other calls."""
     command = [sys.executable, "-m", "bench.harness.memory", name, direction, str(length), case]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}
@@ -83,7 +84,9 @@ def peak(name: str, direction: str, length: int, case: str = CASE) -> int:
 
 
 if __name__ == "__main__":
-    name, direction, length, case = (*sys.argv[1:], CASE)[:4]
-    if direction not in DIRECTIONS + SEEN:
-        raise SystemExit(f"direction: expected one of {DIRECTIONS + SEEN}, got {direction!r}")
-    print(measure(name, direction, int(length), case))
+    parser = argparse.ArgumentParser(prog="python -m bench.harness.memory", description=__doc__.split("\n\n")[0])
+    parser.add_argument("provider")
+    parser.add_argument("direction", choices=DIRECTIONS + SEEN)
+    parser.add_argument("length", type=int)
+    parser.add_argument("case", choices=HEADS, default=CASE, nargs="?")
+    print(measure(*vars(parser.parse_args()).values()))

@@ -1,5 +1,4 @@
-"""Ragged batches as benchmarks see them: the padded form of a packed sample, the peers that take it packed, and
-the evidence that bench.gpu gathers of them."""
+"""Packed (varlen) batches: the padded form of a packed sample, and the peers that take packed sequences."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def ragged_case(lengths: list[int], heads: int, dim: int, causal: bool = False) 
 
 
 class Padded:
-    """The sequences of a packed sample, each padded to the longest: (B, H, longest, D), and the cotangent likewise."""
+    """A packed sample with its sequences and cotangents padded to (B, H, longest, D)."""
 
     def __init__(self, x: Sample) -> None:
         ragged = x.inputs.ragged
@@ -39,12 +38,12 @@ class Padded:
         return padded(x.detach(), self.starts, self.longest)
 
     def call(self, masked: bool) -> Call:
-        """torch's own function; without a mask it is at its fastest, and lets the padding take part."""
+        """SDPA on the padded batch; without the mask it is faster, but attends to the padding."""
         mask = self.mask if masked else None
         return lambda: F.scaled_dot_product_attention(*self.leaves, attn_mask=mask)
 
     def packed(self, x: Tensor) -> Tensor:
-        """(B, H, longest, D) as a packed sample lies, (1, H, T, D)."""
+        """(B, H, longest, D) to the layout of a packed sample, (1, H, T, D)."""
         b, i = places(self.starts, int(self.starts[-1]))
         return x[b, :, i].transpose(0, 1)[None]
 
@@ -53,7 +52,7 @@ class Padded:
 
 
 def _bound(find: Callable[[Sample], Callable[..., Any]]) -> Callable[[Sample], Call]:
-    """Of a function of packed q, k, v, two starts and two longest lengths."""
+    """Bind a function of packed q, k, v, two cu_seqlens and two maximum lengths."""
 
     def bind(x: Sample) -> Call:
         call, qkv, ragged = find(x), x.inputs.qkv, x.inputs.ragged
@@ -73,18 +72,18 @@ def _flash(x: Sample) -> Callable[..., Any]:
 
 def _varlen(x: Sample) -> Callable[..., Any]:
     if x.problem.q.device.type != "cuda":
-        raise NotImplementedError("torch's varlen_attn needs a GPU")
+        raise NotImplementedError("varlen_attn needs a GPU")
     from torch.nn.attention.varlen import varlen_attn
 
     words: dict[str, Any] = {"is_causal": True}
-    if "is_causal" not in inspect.signature(varlen_attn).parameters:  # newer ones say it as a window
+    if "is_causal" not in inspect.signature(varlen_attn).parameters:  # newer versions take a window instead
         words = {"window_size": (-1, 0)}
     return lambda *given: varlen_attn(*given, **words if x.case.causal else {})
 
 
 def _nested(x: Sample) -> Call:
     if x.problem.q.device.type != "cuda":
-        raise NotImplementedError("torch's function takes jagged tensors on a GPU")
+        raise NotImplementedError("SDPA takes jagged tensors only on a GPU")
     q, k, v, starts, _ = x.inputs.qkv
     longest = x.problem.shape[2]
 

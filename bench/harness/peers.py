@@ -1,8 +1,8 @@
-"""Peers that are wheels of their own: nothing here needs them, and each says why it cannot run.
+"""Peers in packages of their own. They are optional; each says why it cannot run.
 
-Written from the signatures and samples of sageattention 1.0.6, nvidia-cudnn-frontend 1.19.0 and xformers 0.0.35;
-xformers was called as far as its own "no operator for the CPU", none of them has run on a GPU here. So the adapters are
-small: a plain or causal dot product, and what they compute is judged before it is timed like anybody's.
+Written from the signatures and samples of sageattention 1.0.6, nvidia-cudnn-frontend 1.19.0 and xformers 0.0.35. None
+has run on a GPU here; xformers was called up to its error that it has no operator for the CPU. The adapters are small:
+plain or causal attention, checked before it is timed like every provider.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WHEELS = {"sageattention": "1.0.6", "nvidia-cudnn-frontend": "1.19.0", "xformers
 
 
 def required(x: Sample, distribution: str, module: str) -> Any:
-    """A peer's module, or every reason why it is not to be had."""
+    """A peer's module; raises with every reason why it is not available."""
     reasons = [] if x.problem.q.device.type == "cuda" else ["it needs a GPU"]
     if version(distribution) is None:
         reasons.append(f"it is not installed (pip install {distribution}=={WHEELS[distribution]})")
@@ -37,14 +37,14 @@ def _sage(x: Sample) -> Call:
     p = x.problem
     if p.q.shape[3] not in (64, 96, 128):
         raise NotImplementedError(f"sageattention takes head dims 64, 96 and 128, not {p.q.shape[3]}")
-    # It subtracts the keys' mean from them in place, which no weight notices and another provider would.
+    # It subtracts the mean of the keys in place, which would change the input of the next provider.
     q, k, v = p.q.detach(), p.k.detach().clone(), p.v.detach()
     return lambda: sageattn(q, k, v, tensor_layout="HND", is_causal=x.span == "causal", sm_scale=p.scale)
 
 
 def _frontend(x: Sample) -> Call:
     cudnn = required(x, "nvidia-cudnn-frontend", "cudnn")
-    refuse(x, "cuDNN's frontend, as it is called here,", *MODIFIERS)
+    refuse(x, "the cuDNN frontend adapter", *MODIFIERS)
     p = x.problem
     handle = cudnn.create_handle()
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
@@ -80,10 +80,10 @@ def _frontend(x: Sample) -> Call:
 
 def _xformers(x: Sample) -> Call:
     ops = required(x, "xformers", "xformers.ops")
-    refuse(x, "xformers, as it is called here,", *MODIFIERS, "grouped heads")
+    refuse(x, "the xformers adapter", *MODIFIERS, "grouped heads")
     p = x.problem
     words = {"attn_bias": ops.LowerTriangularMask() if x.span == "causal" else None, "scale": p.scale}
-    q, k, v = (t.transpose(1, 2) for t in (p.q, p.k, p.v))  # it takes (B, M, H, D), of any strides but the last
+    q, k, v = (t.transpose(1, 2) for t in (p.q, p.k, p.v))  # it takes (B, M, H, D) with any strides but the last
     return lambda: ops.memory_efficient_attention(q, k, v, **words).transpose(1, 2)
 
 

@@ -1,7 +1,7 @@
-"""Ours and its peers as uniform callables, and what they cost: milliseconds, TFLOP/s, memory.
+"""fused_attn and its peers as uniform callables, and their milliseconds, TFLOP/s and memory.
 
-A provider binds one sample and is then called without arguments; autograd gives the backward of every one. What it does
-not have it refuses with NotImplementedError, before any time is taken.
+A provider binds one sample and is then called without arguments; its backward is autograd's. It refuses an unsupported
+sample with NotImplementedError when it binds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fused_attn.runtime import ops
 from fused_attn.scores import Distance
 from fused_attn.spec.problem import Problem
 
-OURS = {"triton": "triton", "hopper": "hopper", "hopper unordered": "hopper"}  # providers and their backends
+OURS = {"triton": "triton", "hopper": "hopper", "hopper unordered": "hopper"}  # provider: backend
 KERNELS = {"triton": ("forward", "dkdv", "dq"), "hopper": ("hopper_forward", "hopper_backward")}
 REASON_LENGTH = 400
 DIRECTIONS = ("forward", "backward")
@@ -36,11 +36,11 @@ Call = Callable[[], Any]  # out, or (out, lse) where the case returns it
 
 @dataclass(frozen=True)
 class Provider:
-    """bind makes the callable of one sample; scope is entered around every call of it and of its backward.
+    """One implementation of attention.
 
-    no_backward says why there is no backward of a sample, if so. An inexact provider approximates by design: its error
-    is recorded and not judged. `words` are the keywords of the public call, and what has them is ours: its crash is a
-    fault of this project.
+    bind: makes the callable of a sample. scope: entered around every call and backward. no_backward: why a sample has
+    no backward, if so. inexact: approximates by design, so that its error is recorded but not judged. words: keywords
+    of fused_attn's public call; only fused_attn has them, and its failures count as failures of the run.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Provider:
 
 @contextlib.contextmanager
 def pinned(configs: dict[str, tuning.Config]) -> Iterator[None]:
-    """Run kernels with these configurations, in the backward too.
+    """Override kernel configurations, in the backward too.
 
-    On a GPU autograd runs the backward in a thread of its own, which a scope of this thread does not reach.
+    On a GPU autograd runs the backward in another thread, where this thread's override would not hold.
     """
     with tuning.override(**configs), torch.autograd.set_multithreading_enabled(False):
         yield
@@ -75,13 +75,13 @@ def ours(
     configs: dict[str, tuning.Config] | None = None,
     deterministic: bool | None = None,
 ) -> Provider:
-    """The public call; configs pins kernels' configurations, backend None leaves the choice to the package."""
+    """fused_attn's public call; configs overrides kernel configurations, backend None is the default choice."""
     words = {"backend": backend} | ({} if deterministic is None else {"deterministic": deterministic})
 
     def bind(x: Sample) -> Call:
         kwargs, qkv = x.inputs.kwargs | words, x.inputs.qkv
         if x.case.lengths:
-            return lambda: fused_attn.attention_varlen(*qkv, **kwargs).transpose(0, 1)[None]  # as q lies
+            return lambda: fused_attn.attention_varlen(*qkv, **kwargs).transpose(0, 1)[None]  # the layout of q
         return lambda: fused_attn.attention(*qkv, **kwargs)
 
     def config(x: Sample) -> str:
@@ -96,7 +96,7 @@ def ours(
 
 
 def tiles(backend: str | None, p: Problem) -> list[str]:
-    """The configurations of a backend's larger kernels for a problem."""
+    """Configurations of the main kernels of a backend for a problem."""
     if backend not in KERNELS:
         return []
     module = ops.launcher(backend)
@@ -104,7 +104,7 @@ def tiles(backend: str | None, p: Problem) -> list[str]:
 
 
 def spelled(c: tuning.Config) -> str:
-    """As a word."""
+    """A configuration without spaces."""
     return str(c).replace(" ", "")
 
 
@@ -115,7 +115,7 @@ OTHER = ("score but the dot product", "normalizer but softmax")
 
 
 def refuse(x: Sample, who: str, *lacking: str) -> None:
-    """Raise where a sample has what a peer lacks; lacking are names of the table below."""
+    """Raise if a sample has a feature that a peer lacks; lacking: names of the table below."""
     p = x.problem
     there = {
         "softcap": p.softcap is not None,
@@ -136,25 +136,25 @@ def refuse(x: Sample, who: str, *lacking: str) -> None:
 
 
 def allowed(p: Problem) -> Tensor | None:
-    """Intervals, pattern and tensor mask as one bool matrix, None where every key is seen."""
+    """Intervals, pattern and tensor mask as one bool mask, None if every key is visible."""
     if p.unbounded:
         return p.mask
     rows, cols = (torch.arange(n, device=p.q.device) for n in p.shape[2:])
     grid = p.visible(rows, cols)
-    alike = torch.equal(grid[:, :, :1].expand_as(grid), grid)  # then torch takes them as one row, and is faster
+    alike = torch.equal(grid[:, :, :1].expand_as(grid), grid)  # torch is faster with a broadcast row
     grid = grid[:, :, :1] if alike else grid
     return grid if p.mask is None else grid & p.mask
 
 
 def _sdpa(name: str, backend: SDPBackend | None) -> Provider:
-    """torch's function by one of its kernels, or by the one it picks itself."""
+    """SDPA by one of its kernels, or by its default."""
 
     def bind(x: Sample) -> Call:
-        refuse(x, "torch's function", *OTHER, "softcap", "ALiBi", "sink", "tensor scale", "log-sum-exp to return")
+        refuse(x, "SDPA", *OTHER, "softcap", "ALiBi", "sink", "tensor scale", "log-sum-exp to return")
         p, causal = x.problem, x.span == "causal" and x.problem.mask is None and x.problem.bias is None
         mask = None if causal else allowed(p)
         if p.bias is not None and mask is not None:
-            raise NotImplementedError("torch's function takes a bias or a mask, not both")
+            raise NotImplementedError("SDPA takes a bias or a mask, not both")
         words: dict[str, Any] = {"scale": p.scale, "is_causal": causal, "enable_gqa": p.group > 1}
         words |= {"attn_mask": mask if p.bias is None else p.bias, "dropout_p": x.case.dropout_p}
         return lambda: F.scaled_dot_product_attention(p.q, p.k, p.v, **words)
@@ -163,10 +163,9 @@ def _sdpa(name: str, backend: SDPBackend | None) -> Provider:
 
 
 def _naive(x: Sample) -> Call:
-    """Attention as it is first written: the whole score matrix, a line for each modifier, torch's softmax. An additive
-    score broadcasts q and k to M x N x D.
+    """Attention with the full score matrix in eager PyTorch. An additive score broadcasts q and k to M x N x D.
 
-    What does not depend on the numbers is made beforehand: who may see whom, and how far apart they are.
+    The mask and the ALiBi distances are computed beforehand.
     """
     p, (m, n) = x.problem, x.problem.shape[2:]
     seen = allowed(p)
@@ -202,8 +201,8 @@ def _naive(x: Sample) -> Call:
 
 
 def _products(p: Problem, k: Tensor) -> Tensor:
-    """(B, Hq, M, N) of a score, k repeated for each query head: by its definition, but that a distance, which would
-    broadcast to M x N x D, is taken apart into a product and two norms."""
+    """Scores (B, Hq, M, N), with k repeated for each query head; a distance as a product and two norms, which avoids
+    M x N x D."""
     if p.score is None:
         return p.q @ k.mT
     if not isinstance(p.score, Distance):
@@ -217,11 +216,11 @@ def _flex(x: Sample) -> Call:
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    config.donated_buffer = False  # donated buffers forbid the retain_graph with which the backward is timed
+    config.donated_buffer = False  # else the backward cannot be timed on a retained graph
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     p, (m, n) = x.problem, x.problem.shape[2:]
-    if _no_flex_backward(x):  # then it refuses tensors that want a gradient, even where none is recorded
+    if _no_flex_backward(x):  # it refuses tensors that require grad, even under no_grad
         p = p.replace(**{name: t.detach() for name, t in p.tensors().items()})
     seen = _flex_mask(p)
     ids = (None, None) if p.pattern is None else (p.pattern.q_ids, p.pattern.kv_ids)
@@ -236,7 +235,7 @@ def _flex(x: Sample) -> Call:
 
 
 def _flex_score(p: Problem) -> Callable | None:
-    """What FlexAttention does to a score, None where nothing."""
+    """score_mod for FlexAttention, or None."""
     scale, cap, bias, slopes = (x if isinstance(x, Tensor) else None for x in (p.scale, p.softcap, p.bias, p.slopes))
     cap = p.softcap if cap is None else cap
     if all(x is None for x in (scale, cap, bias, slopes)):
@@ -259,7 +258,7 @@ def _flex_score(p: Problem) -> Callable | None:
 
 
 def _flex_mask(p: Problem) -> Callable | None:
-    """Who may see whom, None where all may see all."""
+    """mask_mod for FlexAttention, or None if every key is visible."""
     span, mask, pattern = p.span, p.mask, p.pattern
     if p.unbounded and mask is None:
         return None
@@ -312,7 +311,7 @@ COMPILED = tuple(x for x in PROVIDERS if x.name in (*OURS, "flex"))
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int | None]:
-    """What a call returns, and the bytes it held at most beyond what stood before it and what it returns."""
+    """The result of a call, and its peak memory beyond inputs and results."""
     if device != "cuda":
         return call(), None
     torch.cuda.synchronize()
@@ -326,7 +325,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int | None]:
 
 
 def reason(error: Exception, noticed: list[warnings.WarningMessage]) -> str:
-    """Why a provider cannot run: torch tells half of it as warnings."""
+    """Why a provider cannot run, including warnings, where SDPA gives its reasons."""
     words = [str(error)]
     if not isinstance(error, (NotImplementedError, fused_attn.BackendError)):
         words = [f"{type(error).__name__}: {error}"]
@@ -336,8 +335,11 @@ def reason(error: Exception, noticed: list[warnings.WarningMessage]) -> str:
 
 @dataclass
 class Started:
-    """A provider that has run once: its callable (None where even that failed), what came out, and by direction its
-    peak memory or why it is refused. error is what a refusal came from."""
+    """A provider after its first run.
+
+    call: its callable, None if the forward failed. found: by direction, peak memory or the reason of a refusal. error:
+    the exception of the refusal.
+    """
 
     call: Call | None
     found: dict[str, dict[str, Any]]
@@ -347,7 +349,7 @@ class Started:
 
 
 def run_once(provider: Provider, x: Sample, device: str) -> Started:
-    """A provider's forward as inference runs it, then its forward and backward."""
+    """Run the forward without gradients, then the forward and backward."""
     started = Started(None, {})
     found, direction = started.found, "forward"
     with warnings.catch_warnings(record=True) as noticed, provider.scope():
@@ -373,7 +375,7 @@ def run_once(provider: Provider, x: Sample, device: str) -> Started:
 
 
 def start(provider: Provider, x: Sample, device: str) -> tuple[Call | None, dict[str, Any]]:
-    """Run a provider once. (its callable or None, peak memory or a reason by direction)."""
+    """Run a provider once; returns its callable or None, and by direction peak memory or a reason."""
     started = run_once(provider, x, device)
     return started.call, started.found
 
@@ -381,7 +383,7 @@ def start(provider: Provider, x: Sample, device: str) -> tuple[Call | None, dict
 def compare(
     providers: list[Provider], x: Sample, device: str, rounds: int, directions: tuple[str, ...], matmul: int
 ) -> dict[str, Any]:
-    """Every provider's milliseconds on one sample, all rounds interleaved, and the matmul beside them."""
+    """Milliseconds of every provider on one sample, and of a matmul, in interleaved rounds."""
     calls, found = {}, {}
     for provider in providers:
         calls[provider], found[provider.name] = start(provider, x, device)
@@ -392,7 +394,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Turns:
-    """How the providers are timed: in so many rounds of each direction, the CPU's of `least` calls and `seconds`."""
+    """How providers are timed: rounds per direction; on a CPU a round has at least `least` calls and `seconds`."""
 
     device: str
     rounds: int
@@ -405,7 +407,7 @@ class Turns:
 def interleave(
     calls: dict[Provider, Call], found: dict[str, Any], x: Sample, turns: Turns, tick: Callable[[], Any] = bool
 ) -> dict[str, Any]:
-    """Samples, medians and TFLOP/s into what `run_once` found of each provider; a round asks all of them in turn."""
+    """Add samples, medians and TFLOP/s to what `run_once` found. Each round runs every provider once."""
     device, size = turns.device, turns.matmul
     a, b = (torch.randn(size, size, dtype=x.problem.q.dtype, device=device) for _ in range(2))
     ceiling: list[float] = []
@@ -430,7 +432,7 @@ def interleave(
 
 
 def one_round(provider: Provider, call: Call, x: Sample, direction: str, entry: dict[str, Any], turns: Turns) -> None:
-    """One more sample for an entry. The graph of one provider may hold the whole score matrix, so it is not kept."""
+    """Add one sample to an entry. The graph is not kept: it may hold the full score matrix."""
     try:
         with provider.scope():
             timed = directed(direction, call, x.leaves, x.cotangents)
@@ -441,6 +443,6 @@ def one_round(provider: Provider, call: Call, x: Sample, direction: str, entry: 
 
 
 def release(device: str) -> None:
-    """Give cached memory back, so that no provider is refused for what another one held."""
+    """Free cached memory, so that no provider runs out of memory because of another."""
     if device == "cuda":
         torch.cuda.empty_cache()

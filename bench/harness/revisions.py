@@ -1,8 +1,7 @@
-"""Two revisions of the package against each other: a process for each side, round by round.
+"""Compare two revisions of the package, each in its own process, in interleaved rounds.
 
-The working tree runs twice, in two processes; what these differ by is the noise that the other revision's difference is
-held against. The other one is unpacked from git into a temporary folder. All three are given the same tensors and are
-judged before they are timed.
+The working tree runs in two processes, whose difference is the noise level for the difference to the other revision.
+That one is unpacked from git into a temporary directory. All three get the same tensors and are checked before timing.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ OURS, AGAIN = "ours", "ours again"
 
 
 class Side:
-    """A process with one revision of the package in it."""
+    """A process that runs one revision of the package."""
 
     def __init__(self, name: str, tree: Path, folder: Path):
         self.name, self.tree, self.folder = name, tree, folder
@@ -47,7 +46,7 @@ class Side:
         )  # fmt: skip
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """One request and its answer; what the process could not do is an `error` in it."""
+        """Send a request and return the answer; a failed request has an `error`."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
@@ -56,7 +55,7 @@ class Side:
         return json.loads(line)
 
     def load(self, x: Sample, words: dict[str, Any]) -> str | None:
-        """Give it a problem and judge what it makes of it. Why it is not to be timed, None where it is."""
+        """Load a problem and check the results. Returns the reason not to time it, or None."""
         results = self.folder / "results"
         answer = self.ask("load", problem=str(self.folder / "problem"), results=str(results), words=words)
         if "error" in answer:
@@ -80,7 +79,7 @@ class Side:
 
 @contextlib.contextmanager
 def sides(revision: str) -> Iterator[list[Side]]:
-    """Ours, ours again, and the revision, each ready in a process of its own."""
+    """The working tree twice and the other revision, each in its own process."""
     packed = subprocess.run(["git", "archive", revision], cwd=ROOT, capture_output=True)
     if packed.returncode:
         raise SystemExit(f"--base {revision}: {packed.stderr.decode().strip()}")
@@ -99,10 +98,10 @@ def sides(revision: str) -> Iterator[list[Side]]:
 def measured(
     case: Case, what: Row, chosen: list[Provider], dtype: str, turns: Turns, found: list[Side], tick: Callable[[], Any]
 ) -> list[Row]:
-    """Rows of one case: for each of our providers, the base's time by ours, and ours by ours."""
+    """Rows of one case: for each backend, time, noise and speedup over the base revision."""
     x = Sample.draw(case, getattr(torch, dtype), turns.device)
     if isinstance(x.inputs.options["mask"], Mask):
-        why = "a Mask is made of functions, and does not leave its process"
+        why = "a Mask holds functions and does not leave its process"
         return [what | {"provider": y.name, "status": "unavailable", "reason": why} for y in chosen]
     kept = {"qkv": x.inputs.qkv, "kwargs": x.inputs.kwargs, "leaves": x.leaves, "cotangents": x.cotangents}
     torch.save(kept, found[0].folder / "problem")
@@ -130,9 +129,9 @@ def measured(
 
 
 def compared(ours: list[float], again: list[float], base: list[float]) -> list[Row]:
-    """How much faster ours is than the base, and whether that is more than noise.
+    """The speedup over the base, and whether it is noise.
 
-    It is not where two runs of ours differ by as much, nor where the rounds do not agree on its sign.
+    It is noise if two runs of the same version differ by as much, or if the rounds disagree on its sign.
     """
     alike = [b / a for a, b in zip(ours, again, strict=True)]
     ratios = [b / a for a, b in zip(ours, base, strict=True)]

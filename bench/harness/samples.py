@@ -1,9 +1,8 @@
-"""Problems at benchmark sizes: the named cases of `fused_attn.testing`, drawn anew, counted and judged.
+"""The named cases of `fused_attn.testing` at benchmark sizes: random tensors, operation counts, and checks.
 
-By the field's convention the forward of B, H, M, N, D takes 4 B H M N D floating-point operations, half of them when
-causal, and the backward 2.5 times as many. Of other intervals the scores are counted one by one; a tensor mask or a
-bias saves none. Every score is counted as the dot product that it stands for. Packed sequences have the scores of each
-by itself.
+By convention a forward takes 4 B H M N D floating-point operations, half of them if causal, and a backward 2.5 times as
+many. For other intervals the visible scores are counted; tensor masks and biases count as dense. Every score counts as
+a dot product. Packed sequences count the scores of each sequence.
 """
 
 from __future__ import annotations
@@ -23,16 +22,15 @@ from fused_attn.spec.problem import Problem
 from fused_attn.testing import CASES, Case, Inputs
 
 GRID = ("plain", "causal")  # timed at every length and head dim
-# Timed at one length. Their names are those of testing.CASES, and so is what they have.
+# Timed at one length: names and features of testing.CASES.
 MODIFIED = (
     "window_causal", "window_sinks", "segments_causal", "runs", "blocks", "lengths", "prefix", "gqa_8", "mask_11mn",
     "bias_1hmn", "bias_11mn", "alibi_h", "softcap", "scale_heads", "sink", "lse", "dropout", "softmax1", "sigmoid",
     "bilinear", "cosine", "distance",
 )  # fmt: skip
-ADDITIVE = ("additive",)  # timed at one size of their own: written down as they are, they take M x N x D numbers
+ADDITIVE = ("additive",)  # timed at a smaller size: the eager form takes M x N x D numbers
 
-# What torch's own function computes too, at the sizes of everyday calls on a CPU. Of a padded sequence a fifth to all
-# is there.
+# Calls that SDPA also computes, at common CPU sizes. Padded sequences have 20 to 100 % valid keys.
 _SENTENCES = {"b": 6, "hq": 12, "m": 192, "d": 32}
 _QUERY = {"b": 6, "hq": 12, "m": 1, "n": 300, "d": 64}
 _PAGE = {"b": 2, "hq": 8, "m": 512, "d": 64}
@@ -58,13 +56,16 @@ EVERYDAY: dict[str, tuple[dict[str, Any], str]] = {
     "plain_512_fp16": (_PAGE, "float16"),
     "padding_bf16_b11n": (_SENTENCES | {"masks": ("padding_b11n",)}, "bfloat16"),
 }
-WINDOW = 256  # keys that a row of a window sees
+WINDOW = 256  # visible keys of a window
 WORK = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
-SCORES = {"cpu": 2**23, "cuda": 2**28}  # as many are judged at once: some twenty float64 matrices of them must fit
+SCORES = {
+    "cpu": 2**23,
+    "cuda": 2**28,
+}  # scores checked at once: about twenty float64 matrices of them must fit in memory
 
 
 def sized(case: Case | str, batch: int, heads: int, length: int, dim: int) -> Case:
-    """A named case at another size, in memory as torch lays it out. Its group of query heads stays what it was."""
+    """A named case at another size, contiguous. The number of query heads per KV head is kept."""
     case = CASES[case] if isinstance(case, str) else case
     sizes = case.sizes()
     group = sizes["h"] // sizes["g"]
@@ -76,7 +77,7 @@ def sized(case: Case | str, batch: int, heads: int, length: int, dim: int) -> Ca
 
 
 def everyday(name: str, shrink: int = 1) -> Case:
-    """One of EVERYDAY, as torch lays it out in memory; shrink divides its lengths, for a rehearsal."""
+    """A case of EVERYDAY, contiguous; shrink divides its lengths."""
     words = dict(EVERYDAY[name][0])
     for side in ("m", "n"):
         if side in words:
@@ -85,9 +86,9 @@ def everyday(name: str, shrink: int = 1) -> Case:
 
 
 def heavy_tail(batch: int, longest: int, fill: float, seed: int = 0) -> list[int]:
-    """Lengths of a log-normal distribution, cut at `longest`, whose sum is about `fill` of batch * longest.
+    """Log-normal lengths, clipped to `longest`, whose sum is about `fill` of batch * longest.
 
-    The same for every seed. Its median is moved until the sum is right.
+    The median is found by bisection. Deterministic for a seed.
     """
     draws = torch.randn(batch, generator=torch.Generator().manual_seed(seed))
     low, high = 0.0, 2.0 * longest
@@ -100,7 +101,7 @@ def heavy_tail(batch: int, longest: int, fill: float, seed: int = 0) -> list[int
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One problem on the device, with fresh random tensors, and how many of its scores are judged at once."""
+    """One problem with random tensors on the device. scores: how many scores are checked at once."""
 
     inputs: Inputs
     scores: int
@@ -129,7 +130,7 @@ class Sample:
 
     @property
     def span(self) -> str:
-        """Which intervals of keys the rows see: "full", "causal", or "other"."""
+        """The intervals of visible keys: "full", "causal", or "other"."""
         span = self.problem.span
         if self.problem.unbounded:
             return "full"
@@ -139,11 +140,11 @@ class Sample:
 
     @functools.cached_property
     def visible(self) -> float:
-        """The share of all scores that intervals and patterns leave."""
+        """The share of scores that intervals and patterns leave visible."""
         if self.span != "other":
             return 1.0 if self.span == "full" else 0.5
         if self.case.lengths:
-            raise NotImplementedError("operations of packed sequences are counted in full, or causal")
+            raise NotImplementedError("operations of packed sequences are counted for full and causal masks only")
         p, (m, n) = self.problem, self.problem.shape[2:]
         rows, cols = (torch.arange(x, device=p.q.device) for x in (m, n))
         if p.tabled:
@@ -156,7 +157,7 @@ class Sample:
         return 2.0 * self.problem.shape[1] * pairs(self.case) * widths * self.visible * WORK[direction]
 
     def bytes(self, direction: str) -> int:
-        """What must be moved at the least: every tensor read once, every result written once."""
+        """Minimum memory traffic: every tensor read once, every result written once."""
         p, case = self.problem, self.case
         given = [p.q, p.k, p.v, *(x for x in (p.bias, p.mask, p.parameter) if isinstance(x, Tensor))]
         read = sum(x.numel() * x.element_size() for x in given)
@@ -174,10 +175,10 @@ class Sample:
         return testing.expect(self.excerpt)
 
     def judge(self, result: Any, grads: Sequence[Tensor]) -> dict[str, dict[str, float]]:
-        """Hold out or (out, lse), and gradients in the order of `leaves`, to the tolerance rule: what each used of it.
+        """Check out or (out, lse), and gradients in the order of `leaves`, against the tolerance rule.
 
-        More scores than `scores` are judged by one key-value head of every batch, then of one batch; the gradient of
-        a parameter that other heads or batches add to is then left out.
+        If there are more scores than `scores`, one KV head of every batch is checked, or of one batch; gradients of
+        parameters shared with other heads or batches are then left out. Returns the rows of the tolerance rule.
         """
         got = dict(zip(("out", "lse"), result if isinstance(result, tuple) else (result,), strict=False))
         got |= dict(zip(self.inputs.leaves, grads, strict=False))
@@ -187,20 +188,20 @@ class Sample:
         return {name: asdict(row) for name, row in rows.items()}
 
     def error(self, out: Tensor) -> float:
-        """How far what would be judged of an output is from float64's, at most."""
+        """The largest error of the checked part of an output against float64."""
         return (self.excerpt.take("out", out.detach()).double() - self.expected.oracle["out"]).abs().max().item()
 
 
 @dataclass(frozen=True, eq=False)
 class Excerpt(Inputs):
-    """Some batches and heads of a problem, as the tolerance rule reads it."""
+    """Some batches and heads of a problem, for the tolerance rule."""
 
     batches: slice = field(kw_only=True)
     heads: slice = field(kw_only=True)
     kv_heads: slice = field(kw_only=True)
 
     def take(self, name: str, x: Tensor) -> Tensor:
-        """What belongs here of a result or an operand."""
+        """The part of a result or operand for these batches and heads."""
         if name == "parameter":
             return x[self.heads] if self._for_each_head else x
         x = x[(None,) * (4 - x.ndim)] if name == "bias" else x
@@ -213,11 +214,11 @@ class Excerpt(Inputs):
 
     @property
     def _for_each_head(self) -> bool:
-        """Whether the score's parameter has a part for each query head."""
+        """True if the score's parameter has a query-head dimension."""
         return str(self.case.parameter).startswith("h")
 
     def holds(self, name: str) -> bool:
-        """Whether all that adds to a gradient is here."""
+        """True if no other batch or head contributes to a gradient."""
         if name in ("q", "k", "v", "out", "lse"):
             return True
         if name == "parameter":
@@ -240,7 +241,7 @@ class Excerpt(Inputs):
 
 
 def packed(inputs: Inputs) -> Inputs:
-    """The same numbers, a token's heads beside each other, as (T, H, D) lies in memory."""
+    """The same values, laid out as (T, H, D) in memory."""
 
     def laid(x: Tensor | None) -> Any:
         return None if x is None else x.detach().transpose(1, 2).contiguous().transpose(1, 2)
@@ -250,18 +251,18 @@ def packed(inputs: Inputs) -> Inputs:
 
 
 def pairs(case: Case) -> int:
-    """Of rows and keys, in all batches."""
+    """Number of (query, key) pairs in all batches."""
     b, m, n = case.shape("bmn")
     return sum(x * y for x, y in case.lengths) if case.lengths else b * m * n
 
 
 def excerpt(inputs: Inputs, p: Problem, scores: int) -> Excerpt:
-    """As many batches and heads as have so many scores, one key-value head of one batch at the least.
+    """Batches and heads with at most `scores` scores, but at least one KV head of one batch.
 
-    The last ones, where offsets are largest; with dropout the first ones, because its mask counts heads from there.
+    The last ones, where offsets are largest; with dropout the first ones, because its mask depends on the head index.
     """
     b, h = p.q.shape[:2]  # packed sequences are one batch
-    features = p.q.shape[3] if isinstance(p.score, Additive) else 1  # defined, additive scores have a number for each
+    features = p.q.shape[3] if isinstance(p.score, Additive) else 1  # additive scores expand by D
     each = pairs(inputs.case) // max(1, b) * features
     everything = slice(None)
     one, group = (slice(-1, None), slice(-p.group, None)) if p.dropout is None else (slice(0, 1), slice(0, p.group))

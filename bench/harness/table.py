@@ -1,8 +1,8 @@
-"""The long table that a benchmark leaves: one row a figure, with all that it depends on beside it.
+"""Benchmark results as a long CSV table, one figure per row.
 
-A row says what was run (case, provider, direction, sizes), one metric of it with its median, the 10th and the 90th
-percentile and how many samples there were, and where: device, versions, commit, and whether the tree was modified.
-Rows without a metric say in `status` and `reason` why there is no figure.
+A row has the run (case, provider, direction, sizes), one metric (median, 10th and 90th percentile, number of samples),
+and the environment (device, versions, commit, whether the tree was modified). A row without a metric gives the reason
+in `status` and `reason`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
-    """The median, the 10th and the 90th percent."""
+    """The median, the 10th and the 90th percentile."""
     if len(samples) == 1:
         return samples[0], samples[0], samples[0]
     deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -47,13 +47,13 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def figure(metric: str, samples: list[float], **more: Any) -> Row:
-    """The part of a row that holds a figure."""
+    """The columns of one figure."""
     middle, low, high = quantiles(samples)
     return {"metric": metric, "value": middle, "low": low, "high": high, "samples": len(samples), **more}
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """All rows anew, by way of a draft, so that a reader never sees half a table."""
+    """Write all rows to a temporary file and rename it, so that the table is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
     with draft.open("w", newline="") as file:
@@ -65,7 +65,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(*paths: Path) -> list[Row]:
-    """The rows of some tables, numbers as numbers; an empty cell is absent."""
+    """Rows of several tables, with numbers converted; empty cells are left out."""
     found = []
     for path in paths:
         with path.open(newline="") as file:
@@ -78,7 +78,7 @@ def read(*paths: Path) -> list[Row]:
 
 
 def environment(device: str = "cpu", threads: int | None = None) -> Row:
-    """What the figures depend on beside the code, and the commit of that."""
+    """Device, versions, load and commit."""
     commit = said("git", "rev-parse", "HEAD")
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
@@ -99,7 +99,7 @@ def environment(device: str = "cpu", threads: int | None = None) -> Row:
 
 
 def source() -> str:
-    """A digest of the package and its kernels, because a copied tree may hold no commit."""
+    """A digest of the package and its kernels, for trees without git."""
     digest = hashlib.sha256()
     files = [file for folder in ("fused_attn", "kernels") for file in (ROOT / folder).rglob("*")]
     for file in sorted(x for x in files if x.suffix in (".py", ".json")):
@@ -108,23 +108,23 @@ def source() -> str:
 
 
 def processors(row: Row) -> str:
-    """A row's device, and how many threads of it if it is a CPU."""
+    """A row's device, with the number of threads on a CPU."""
     count = row["threads"]
     return f"{row['device']}, {count} thread{'s' * (count > 1)}" if row["arch"] == "cpu" else row["device"]
 
 
 def options(row: Row) -> dict[str, str]:
-    """What a row's options say, by name."""
+    """A row's options by name."""
     return dict(x.split("=") for x in row.get("options", "").split())
 
 
 def room(row: Row) -> int:
-    """Keys that the cache of a step of decoding has room for."""
+    """Capacity of the cache of a decoding step, in keys."""
     return int(options(row)["room"])
 
 
 def held(rows: list[Row]) -> int:
-    """The keys of the caches of several rooms, among rows of steps of decoding."""
+    """The number of keys that was measured with the most capacities, among rows of decoding steps."""
     rooms: dict[int, set[int]] = {}
     for row in rows:
         rooms.setdefault(row["length"], set()).add(room(row))
@@ -145,7 +145,7 @@ def version(distribution: str) -> str | None:
 
 
 def said(*command: str) -> str:
-    """What a command prints, empty where it cannot run."""
+    """The output of a command, empty if it fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):

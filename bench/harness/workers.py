@@ -1,7 +1,7 @@
-"""Processes that run cases one at a time, so that a case that crashes or hangs costs nothing but itself.
+"""Worker processes that run one case at a time, so that a crash or hang affects only its case.
 
-A fault on a GPU poisons the context of its process for good: the process says so, ends, and another takes its place.
-The parent never touches the device.
+A GPU fault invalidates the context of its process: the worker reports it and ends, and another one is started. The
+parent process never uses the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Handler = Callable[[Request], dict[str, Any]]
 
 
 def serve(pipe: connection.Connection, handler: Handler) -> None:
-    """The child's side: requests until the pipe closes, or until an answer says that the context is lost."""
+    """Runs in the child: answers requests until the pipe closes or the context is lost."""
     while True:
         try:
             request = pipe.recv()
@@ -44,11 +44,11 @@ class Worker:
 
     def take(self, index: int, request: Request) -> None:
         self.index, self.began = index, time.monotonic()
-        with contextlib.suppress(OSError):  # a process that has died meanwhile shows in the answer
+        with contextlib.suppress(OSError):  # `answer` reports a process that has died
             self.pipe.send(request)
 
     def answer(self) -> dict[str, Any] | None:
-        """What came back, None while there is nothing."""
+        """The answer, or None if there is none yet."""
         try:
             if self.pipe.poll():
                 return self.pipe.recv()
@@ -60,7 +60,7 @@ class Worker:
         return None
 
     def end(self, gently: bool = True) -> None:
-        """Close the pipe, which ends a process that waits; kill one that does not."""
+        """Close the pipe, which ends an idle process; kill a busy one."""
         self.pipe.close()
         if gently:
             self.process.join(10)
@@ -73,14 +73,14 @@ def lost(why: str) -> dict[str, Any]:
 
 
 class Pool:
-    """Up to `width` workers, started when there is work for them and kept for the next call."""
+    """Up to `width` workers, started on demand and reused."""
 
     def __init__(self, handler: Handler):
         self.handler = handler
         self.idle: list[Worker] = []
 
     def run(self, requests: list[Request], width: int, deadline: float) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(index, answer) as they come, until all are done or time.monotonic() passes the deadline."""
+        """Yield (index, answer) as workers finish, until all are done or time.monotonic() passes the deadline."""
         waiting = deque(enumerate(requests))
         busy: list[Worker] = []
         self.trim(width)
@@ -105,6 +105,6 @@ class Pool:
             worker.end(gently=False)
 
     def trim(self, width: int = 0) -> None:
-        """End idle workers beyond width: beside a timing there must be none."""
+        """End idle workers beyond width: none may run during a timing."""
         while len(self.idle) > width:
             self.idle.pop().end()

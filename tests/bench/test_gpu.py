@@ -182,8 +182,8 @@ def test_time_runs_out(tmp_path: Path) -> None:
     ("arguments", "message"),
     (
         (["--device", "cpu"], "needs --tiny"),
-        (["speed"], "unknown part speed"),
-        (["--tiny", "--write-tables"], "needs timings of real sizes"),
+        (["speed"], "PART: expected any of parity, "),
+        (["--tiny", "--write-tables"], "--write-tables: not with --tiny"),
     ),
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,10 @@ def test_time_runs_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    ((["--directions", "sideways"], "no such direction"), (["--rounds", "0"], "at least one")),
+    (
+        (["--directions", "sideways"], "--directions: expected any of forward, "),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+    ),
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
