@@ -12,12 +12,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import fused_attn.bind as binding
 from bench.harness import providers
 from bench.harness.clock import directed, gradients, milliseconds
 from bench.harness.providers import Provider, ours
 from bench.harness.samples import Sample, sized
 from fused_attn import testing
+from fused_attn.api import bind
 from fused_attn.testing import Case
 
 Listed = tuple[str, bool, dict[str, Any]]
@@ -129,7 +129,7 @@ def poisoned() -> Iterator[None]:
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with mock.patch.object(binding, "_deterministic", lambda asked: asked is not False):
+        with mock.patch.object(bind, "FOLLOW_TORCH", False):
             yield
     finally:
         torch.use_deterministic_algorithms(False)
