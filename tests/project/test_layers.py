@@ -26,7 +26,8 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {module_name(path): path for path in (*PACKAGE.rglob("*.py"), *KERNELS.glob("*.py"))}
+FILES = (*PACKAGE.rglob("*.py"), *KERNELS.glob("*.py"), *(ROOT / "bench").rglob("*.py"))
+MODULES = {module_name(path): path for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
@@ -61,6 +62,14 @@ def test_imports_point_down(name: str) -> None:
 def test_kernels_import_triton_alone(name: str) -> None:
     allowed = {"triton", "kernels", "__future__", "typing", "math"}
     assert {x.split(".")[0] for x in imports(MODULES[name])} <= allowed
+
+
+@pytest.mark.parametrize("name", sorted(x for x in MODULES if x.startswith("bench.") and x.count(".") == 2))
+def test_bench_imports_point_down(name: str) -> None:
+    """Commands are on top; below them the GPU evidence imports the harness, and the compiler only itself."""
+    package = name.split(".")[1]
+    below = {"bench", f"bench.{package}", *(["bench.harness"] if package == "evidence" else [])}
+    assert {".".join(x.split(".")[:2]) for x in imports(MODULES[name]) if x.split(".")[0] == "bench"} <= below
 
 
 def test_no_cycles() -> None:
