@@ -200,16 +200,16 @@ def test_nan_stays(backend: str) -> None:
 @pytest.mark.parametrize("page", (None, 16))
 @pytest.mark.parametrize("layout", ("bmhd", "bhmd", "gaps"))
 @pytest.mark.parametrize("cache_order", ("bnhd", "bhnd", "gaps"))
-def test_line_16_every_layout(layout: str, cache_order: str, page: int | None, nan_outputs: None) -> None:
-    """Line 16: every memory order of q and of the cache, into several parts and what merges them."""
+def test_every_layout(layout: str, cache_order: str, page: int | None, nan_outputs: None) -> None:
+    """Every memory order of q and of the cache, into several parts and what merges them."""
     call = Call(layout=layout, cache_order=cache_order, page=page, m=2, lengths=(70, 33), hq=3, hkv=1)
     given = Given(call)
     given.check(*given.run("triton", num_splits=3))
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_line_10_pages_beyond_int32(backend: str) -> None:
-    """Line 10: offsets past 2**31, in memory of which only what is touched exists."""
+def test_pages_beyond_int32(backend: str) -> None:
+    """Offsets past 2**31, in memory of which only what is touched exists."""
     pages, values = torch.empty(2, 2**31 // 256 + 8, 16, 1, 16, dtype=torch.float16)
     q, new = torch.randn(1, 1, 1, 16).half(), torch.randn(1, 20, 1, 16).half()
     words = {"page_table": ints([len(pages) - 1, 2**23 + 1]), "cache_seqlens": ints(0), "k_new": new, "v_new": new}
@@ -225,10 +225,8 @@ def test_the_same_bits_every_time() -> None:
 
 
 @pytest.mark.parametrize("name", ("plain", "pages_of_16", "leftpad_window"))
-def test_line_37_as_many_parts_as_keep_the_device_busy(
-    name: str, monkeypatch: pytest.MonkeyPatch, nan_outputs: None
-) -> None:
-    """Line 37: chosen without looking at a length, in pages too; and right."""
+def test_as_many_parts_as_keep_the_device_busy(name: str, monkeypatch: pytest.MonkeyPatch, nan_outputs: None) -> None:
+    """Chosen without looking at a length, in pages too; and right."""
     counts = []
     real = decoding.parts
 
@@ -323,8 +321,8 @@ print(json.dumps(counts))
 )
 
 
-def test_line_34_no_compilation_per_step() -> None:
-    """Line 34: whatever the batch, the room in the cache and the new tokens, nothing compiles after the first calls."""
+def test_no_compilation_per_step() -> None:
+    """Whatever the batch, the room in the cache and the new tokens, nothing compiles after the first calls."""
     steps = [(2, 64, 2), (1, 64, 2), (3, 48, 3), (16, 4096, 16), (17, 272, 17), (5, 1600, 7)]
     done = subprocess.run(
         [sys.executable, "-c", COUNTER, json.dumps(steps)], capture_output=True, text=True, cwd=ROOT, check=False,
@@ -373,8 +371,8 @@ OPERATORS = (
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("call", OPERATORS, ids=("pages", "rows"))
-def test_line_32_opcheck(call: Call, backend: str) -> None:
-    """Line 32: torch's own examination; what `append` writes to stands in its schema."""
+def test_opcheck(call: Call, backend: str) -> None:
+    """Torch's own examination; what `append` writes to stands in its schema."""
     append, decode = arguments(call, backend)
     # Where it compares what was written, NaN would differ from itself.
     append = tuple(x.nan_to_num() if isinstance(x, Tensor) and x.is_floating_point() else x for x in append)

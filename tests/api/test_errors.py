@@ -114,7 +114,7 @@ ATTENTION = [
     ("name", "value", "error", "words"), ATTENTION, ids=[f"{x[0]}-{i}" for i, x in enumerate(ATTENTION)]
 )
 def test_attention(name: str, value: Any, error: type[Exception], words: str) -> None:
-    """CHECKLIST 38."""
+    """One argument at a time."""
     with pytest.raises(error, match=f"{name}: .*{re.escape(words)}"):
         call(**{name: value} | ({"dropout_p": 0.5} if name == "seed" else {}))
 
@@ -180,7 +180,7 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("what", "changed", "error", "words"), COMBINED, ids=[x[0] for x in COMBINED])
 def test_combinations(what: str, changed: dict[str, Any], error: type[Exception], words: str) -> None:
-    """CHECKLIST 38 and 19: what is wrong only together with something else."""
+    """What is wrong only together with something else."""
     with pytest.raises(error, match=words):
         call(**changed)
 
@@ -292,7 +292,7 @@ def test_a_seed_is_a_tensor_of_any_integers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("what", "changed", "error", "words"), SDPA, ids=[x[0] for x in SDPA])
 def test_sdpa(what: str, changed: dict[str, Any], error: type[Exception], words: str) -> None:
-    """CHECKLIST 38: the door of F.scaled_dot_product_attention, which itself lets several of these pass."""
+    """The door of F.scaled_dot_product_attention, which itself lets several of these pass."""
     assert sdpa().shape == (B, HQ, M, DV)
     with pytest.raises(error, match=words):
         sdpa(**changed)

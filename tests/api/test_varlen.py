@@ -81,7 +81,7 @@ def test_each_sequence_is_a_call_of_its_own(backend: str, words: dict[str, Any])
 
 
 def test_nan_stays_in_its_sequence(backend: str) -> None:
-    """Line 6: although tiles of one sequence end in the midst of the next one's memory."""
+    """Although tiles of one sequence end in the midst of the next one's memory."""
     for which, row in (("q", 40), ("k", 40), ("v", 31)):
         tensors = packed(tuple((n, n) for n in (17, 0, 30, 20)))
         words = {"causal": True, "alignment": "top_left", "backend": backend}

@@ -1,7 +1,7 @@
 """Faults that trusted attention implementations really had, attacked one by one on every backend that takes the call.
 
-Each test names its line of the adversarial checklist. Lines 32 to 36 stand in test_operators.py, 38 in test_errors.py.
-What a tolerance cannot see is asserted exactly: zeros, bits, what is NaN, who was written to.
+What a tolerance cannot see is asserted exactly: zeros, bits, NaN, writes outside of a tensor. Operators are tested in
+runtime/test_operators.py, wrong arguments in api/test_errors.py. Every test here has a mutation in tests/mutants.py.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, int]
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("how", ("bool", "bias", "span"))
-def test_line_1_masked_rows(backend: str, how: str) -> None:
-    """Line 1: a fully masked row, by bool, by -inf and by an interval: out 0, LSE -inf, gradients finite and 0."""
+def test_masked_rows(backend: str, how: str) -> None:
+    """A fully masked row, by bool, by -inf and by an interval: out 0, LSE -inf, gradients finite and 0."""
     available(backend)
     q, k, v = qkv(70, 50)
     dark = torch.zeros(70, dtype=torch.bool)
@@ -112,27 +112,27 @@ def test_line_1_masked_rows(backend: str, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ({"masks": ("after_70",)}, {"bias": "1hmn", "bias_mask": "after_70"}), ids=("bool", "bias")
 )
-def test_line_2_first_tile_masked(backend: str, how: dict) -> None:
-    """Line 2: the first tile of keys is masked and later ones are not: no -inf minus -inf."""
+def test_first_tile_masked(backend: str, how: dict) -> None:
+    """The first tile of keys is masked and later ones are not: no -inf minus -inf."""
     parity(backend, **how, m=33, n=113)
 
 
 @pytest.mark.parametrize("backend", LINEAR)
-def test_line_2_first_tile_masked_for_some_rows(backend: str) -> None:
-    """Line 2, within one program: some rows have seen keys when others have not."""
+def test_first_tile_masked_for_some_rows(backend: str) -> None:
+    """Some rows have seen keys when others have not."""
     parity(backend, m=113, window=(20, 0), masks=("random_11mn",))
 
 
 @pytest.mark.parametrize("backend", LINEAR)
 @pytest.mark.parametrize("values", ("negative", "very_negative"))
-def test_line_3_then_negative_logits(backend: str, values: str) -> None:
-    """Line 3: a masked first tile and then very negative logits: a running maximum that starts at 0 gives zeros."""
+def test_negative_logits_after_a_masked_tile(backend: str, values: str) -> None:
+    """A masked first tile and then very negative logits: a running maximum that starts at 0 gives zeros."""
     parity(backend, masks=("after_70",), values=values, m=33, n=113, backward=False, return_lse=True)
 
 
 @pytest.mark.parametrize("backend", JUDGED)
-def test_line_4_logits_below_a_finite_sentinel(backend: str) -> None:
-    """Line 4: every logit below -5e4."""
+def test_logits_below_a_finite_sentinel(backend: str) -> None:
+    """Every logit below -5e4."""
     parity(backend, values="very_negative", m=33, n=70, backward=False)
     inputs = testing.make_inputs(Case("low", values="very_negative", **SMALL))
     q, k = inputs.clean["q"], inputs.clean["k"]
@@ -141,8 +141,8 @@ def test_line_4_logits_below_a_finite_sentinel(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", JUDGED)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_line_5_huge_equal_logits(backend: str, dtype: torch.dtype) -> None:
-    """Line 5: q = k = v = 133120: all keys are equal, so out is v."""
+def test_huge_equal_logits(backend: str, dtype: torch.dtype) -> None:
+    """Q = k = v = 133120: all keys are equal, so out is v."""
     parity(backend, dtype, values="huge_equal", m=70, hq=1, d=16, backward=False)
 
 
@@ -158,15 +158,15 @@ def test_line_5_huge_equal_logits(backend: str, dtype: torch.dtype) -> None:
     ),
     ids=("lengths", "segments", "window", "causal"),
 )
-def test_line_6_garbage_in_keys_that_nobody_sees(backend: str, fields: dict, dtype: torch.dtype) -> None:
-    """Line 6: NaN in padding, in unseen keys, in stride gaps and past the end."""
+def test_garbage_in_unseen_keys(backend: str, fields: dict, dtype: torch.dtype) -> None:
+    """NaN in padding, in unseen keys, in stride gaps and past the end."""
     parity(backend, dtype, unseen_nan=True, **fields)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("name", ("k", "v"))
-def test_line_6_garbage_under_a_tensor_mask(backend: str, name: str) -> None:
-    """Line 6: under a bool tensor a NaN key has no score and a NaN value a weight of 0, which is NaN: as in torch."""
+def test_garbage_under_a_tensor_mask(backend: str, name: str) -> None:
+    """Under a bool tensor a NaN key has no score and a NaN value a weight of 0, which is NaN: as in torch."""
     available(backend)
     x = dict(zip("qkv", (t.detach() for t in qkv(35, 70)), strict=True))
     x[name][:, :, 50] = torch.nan
@@ -179,8 +179,8 @@ def test_line_6_garbage_under_a_tensor_mask(backend: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf), ids=("nan", "inf"))
 @pytest.mark.parametrize("name", ("q", "k", "v"))
-def test_line_7_bad_numbers_stay_bad(backend: str, name: str, bad: float, dtype: torch.dtype) -> None:
-    """Line 7: NaN and Inf in q, k or v must not come out clean."""
+def test_bad_numbers_stay_bad(backend: str, name: str, bad: float, dtype: torch.dtype) -> None:
+    """NaN and Inf in q, k or v must not come out clean."""
     available(backend)
     x = dict(zip("qkv", (t.detach().to(dtype) for t in qkv(35, 70)), strict=True))
     x[name][0, 0, 20, 3] = bad
@@ -193,15 +193,15 @@ def test_line_7_bad_numbers_stay_bad(backend: str, name: str, bad: float, dtype:
 
 @pytest.mark.parametrize("backend", JUDGED)
 @pytest.mark.parametrize("scale", (0.0, -0.7, 1e-30, 1.0))
-def test_line_8_scale(backend: str, scale: float) -> None:
-    """Line 8: scale 0, negative, tiny, large, with and without a mask."""
+def test_scale(backend: str, scale: float) -> None:
+    """Scale 0, negative, tiny, large, with and without a mask."""
     parity(backend, scale=scale, m=33, n=70)
     parity(backend, scale=scale, m=70, causal=True)
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_line_8_scale_inf(backend: str) -> None:
-    """Line 8: an infinite scale: inf - inf is NaN, and is not hidden."""
+def test_scale_inf(backend: str) -> None:
+    """An infinite scale: inf - inf is NaN, and is not hidden."""
     available(backend)
     q, k, v = (x.detach() for x in qkv())
     out = attention(q, k, v, scale=torch.inf, backend=backend)
@@ -213,15 +213,15 @@ LENGTHS = ((1, 1), (1, 65), (31, 33), (33, 31), (65, 1), (63, 65), (64, 64), (65
 
 @pytest.mark.parametrize("backend", JUDGED)
 @pytest.mark.parametrize(("m", "n"), LENGTHS)
-def test_line_9_lengths_beside_the_tile(backend: str, m: int, n: int, guarded: list) -> None:
-    """Line 9: lengths around a tile's multiple: the tail is masked in forward and in every gradient."""
+def test_lengths_beside_the_tile(backend: str, m: int, n: int, guarded: list) -> None:
+    """Lengths around a tile's multiple: the tail is masked in forward and in every gradient."""
     parity(backend, m=m, n=n)
 
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("empty")])
-def test_line_12_zero_sizes(backend: str, name: str) -> None:
-    """Line 12: B, H, M or N of 0; with N = 0 out is 0 and the LSE is -inf, or the sink's logit."""
+def test_zero_sizes(backend: str, name: str) -> None:
+    """B, H, M or N of 0; with N = 0 out is 0 and the LSE is -inf, or the sink's logit."""
     reasons = testing.why_not(name, backend)
     if reasons:
         pytest.skip(reasons[0])
@@ -238,16 +238,16 @@ def test_line_12_zero_sizes(backend: str, name: str) -> None:
 @pytest.mark.parametrize("backend", JUDGED)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("m", "n"), ((33, 70), (70, 33), (1, 40), (40, 1)))
-def test_line_13_causal_with_unequal_lengths(backend: str, side: str, m: int, n: int) -> None:
-    """Line 13: M != N under both alignments, values and gradients."""
+def test_causal_with_unequal_lengths(backend: str, side: str, m: int, n: int) -> None:
+    """M != N under both alignments, values and gradients."""
     parity(backend, causal=True, alignment=side, m=m, n=n)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("m", "n"), ((33, 70), (70, 33)))
-def test_line_13_where_the_diagonal_lies(backend: str, side: str, m: int, n: int) -> None:
-    """Line 13: a key above the diagonal has no weight at all, and every other one has some."""
+def test_where_the_diagonal_lies(backend: str, side: str, m: int, n: int) -> None:
+    """A key above the diagonal has no weight at all, and every other one has some."""
     available(backend)
     q, k, _ = qkv(m, n, h=1, d=8)
     weights = attention(q, k, torch.eye(n)[None, None], causal=True, alignment=side, backend=backend)
@@ -261,30 +261,30 @@ def test_line_13_where_the_diagonal_lies(backend: str, side: str, m: int, n: int
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dout", ("ones", "transposed", "strided", "bshd"))
-def test_line_14_strides_of_dout(backend: str, dout: str) -> None:
-    """Line 14: dout not contiguous, or of stride 0 as out.sum() makes it."""
+def test_strides_of_dout(backend: str, dout: str) -> None:
+    """Dout not contiguous, or of stride 0 as out.sum() makes it."""
     parity(backend, dout=dout, b=2, hq=2)
 
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("memory", ("expanded_heads", "expanded_batch"))
-def test_line_15_expanded_keys(backend: str, memory: str) -> None:
-    """Line 15: keys and values of stride 0, with N % 32 == 1."""
+def test_expanded_keys(backend: str, memory: str) -> None:
+    """Keys and values of stride 0, with N % 32 == 1."""
     parity(backend, memory=memory, b=2, hq=2, n=65)
 
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("memory", ("unaligned", "odd_rows", "strided", "transposed", "corrupt"))
 @pytest.mark.parametrize("d", (16, 40))
-def test_line_17_unaligned(backend: str, memory: str, d: int, guarded: list) -> None:
-    """Line 17: an unaligned base or stride, and no store past the inner extent."""
+def test_unaligned(backend: str, memory: str, d: int, guarded: list) -> None:
+    """An unaligned base or stride, and no store past the inner extent."""
     parity(backend, memory=memory, d=d, dv=d, causal=True)
 
 
 @pytest.mark.parametrize("backend", LINEAR)
 @pytest.mark.parametrize("d", (1, 5, 40, 72, 80, 96, 160, 512))
-def test_line_18_head_dims(backend: str, d: int, guarded: list) -> None:
-    """Line 18: the default scale is that of the unpadded head dim, and no store passes it."""
+def test_head_dims(backend: str, d: int, guarded: list) -> None:
+    """The default scale is that of the unpadded head dim, and no store passes it."""
     parity(backend, d=d, m=17, n=19)
     x = randn(1, 1, 9, d)
     options = {"return_lse": True, "backend": backend}
@@ -294,15 +294,15 @@ def test_line_18_head_dims(backend: str, d: int, guarded: list) -> None:
 @pytest.mark.parametrize("backend", LINEAR)
 @pytest.mark.parametrize("group", (1, 3, 5, 8))
 @pytest.mark.parametrize("dv", (8, 40))
-def test_line_19_groups_and_value_dims(backend: str, group: int, dv: int) -> None:
-    """Line 19: Dv != D, and groups of 1, 3, 5 and 8 query heads in dk and dv."""
+def test_groups_and_value_dims(backend: str, group: int, dv: int) -> None:
+    """Dv != D, and groups of 1, 3, 5 and 8 query heads in dk and dv."""
     parity(backend, hq=2 * group, hkv=2, dv=dv, m=19, n=35)
 
 
 @pytest.mark.parametrize("tile", ((16, 16), (16, 64), (64, 16), (32, 64), (128, 32)), ids=lambda t: f"{t[0]}x{t[1]}")
 @pytest.mark.parametrize("flags", ((), ("overlap",), ("overlap", "descriptors")), ids=lambda x: x[-1] if x else "plain")
-def test_line_20_every_tile(tile: tuple[int, int], flags: tuple[str, ...]) -> None:
-    """Line 20: forward and gradients for tiles other than the chosen ones, with every modifier and with none."""
+def test_every_tile(tile: tuple[int, int], flags: tuple[str, ...]) -> None:
+    """Forward and gradients for tiles other than the chosen ones, with every modifier and with none."""
     available("triton")
     from fused_attn.tuning import Config, override
     from fused_attn.tuning.select import KERNELS
@@ -318,8 +318,8 @@ def test_line_20_every_tile(tile: tuple[int, int], flags: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize("backend", LINEAR)
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("only_")])
-def test_line_21_one_gradient_alone(backend: str, name: str) -> None:
-    """Line 21: only one tensor needs a gradient: it is the same bits as when all do."""
+def test_one_gradient_alone(backend: str, name: str) -> None:
+    """Only one tensor needs a gradient: it is the same bits as when all do."""
     available(backend)
     case = replace(CASES[name], m=35, hq=2)
     one = testing.run_public(testing.make_inputs(case), backend)
@@ -329,8 +329,8 @@ def test_line_21_one_gradient_alone(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_line_22_softcap_comes_before_the_mask(backend: str) -> None:
-    """Line 22: a capped mask would leave masked keys some weight; and the bias is added after the cap."""
+def test_softcap_comes_before_the_mask(backend: str) -> None:
+    """A capped mask would leave masked keys some weight; and the bias is added after the cap."""
     available(backend)
     q, k, _ = qkv(35, 40, h=1, d=8)
     allowed = randn(35, 40, seed=5) > 0
@@ -342,14 +342,14 @@ def test_line_22_softcap_comes_before_the_mask(backend: str) -> None:
 @pytest.mark.parametrize("backend", LINEAR)
 @pytest.mark.parametrize("fields", ({}, {"return_lse": True}, {"return_lse": True, "dout": None}),
                          ids=("out", "both", "lse"))  # fmt: skip
-def test_line_23_sink(backend: str, fields: dict) -> None:
-    """Line 23: the sink's gradient, through out and through the LSE."""
+def test_sink(backend: str, fields: dict) -> None:
+    """The sink's gradient, through out and through the LSE."""
     parity(backend, sink=True, hq=4, hkv=2, m=35, n=70, causal=True, alignment="bottom_right", **fields)
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_line_24_gradient_of_the_lse_alone(backend: str) -> None:
-    """Line 24: dv is 0, dq is the weighted mean of the keys, and the LSE is a natural logarithm."""
+def test_gradient_of_the_lse_alone(backend: str) -> None:
+    """Dv is 0, dq is the weighted mean of the keys, and the LSE is a natural logarithm."""
     available(backend)
     q, k, v = qkv(35, 70)
     _, lse = attention(q, k, v, return_lse=True, backend=backend)
@@ -372,8 +372,8 @@ def dropped(backend: str, p: float = 0.4, m: int = 35, n: int = 70, **options: A
 
 @pytest.mark.parametrize("backend", ("triton", "tiled"))
 @pytest.mark.parametrize("seed", (0, 1234, -5, 2**63 - 1))
-def test_line_25_dropout_is_the_same_everywhere(backend: str, seed: int) -> None:
-    """Line 25: bit for bit the reference's mask, whatever the tile; a constant seed is a constant mask."""
+def test_dropout_is_the_same_everywhere(backend: str, seed: int) -> None:
+    """Bit for bit the reference's mask, whatever the tile; a constant seed is a constant mask."""
     available(backend)
     expected = dropped("reference", seed=seed)
     assert torch.equal(dropped(backend, seed=seed), expected)
@@ -384,8 +384,8 @@ def test_line_25_dropout_is_the_same_everywhere(backend: str, seed: int) -> None
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_line_25_dropout_from_the_generator(backend: str) -> None:
-    """Line 25: without a seed each call draws one, manual_seed brings it back; a large offset does not overflow."""
+def test_dropout_from_the_generator(backend: str) -> None:
+    """Without a seed each call draws one, manual_seed brings it back; a large offset does not overflow."""
     available(backend)
     torch.manual_seed(7)
     first, second = dropped(backend), dropped(backend)
@@ -397,8 +397,8 @@ def test_line_25_dropout_from_the_generator(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("reentrant", (False, True))
-def test_line_25_checkpoint_replays_the_mask(backend: str, reentrant: bool) -> None:
-    """Line 25: activation checkpointing computes the same forward twice, mask included."""
+def test_checkpoint_replays_the_mask(backend: str, reentrant: bool) -> None:
+    """Activation checkpointing computes the same forward twice, mask included."""
     available(backend)
 
     def run(wrapped: bool) -> list[Tensor]:
@@ -414,8 +414,8 @@ def test_line_25_checkpoint_replays_the_mask(backend: str, reentrant: bool) -> N
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_line_25_backward_uses_the_forward_mask(backend: str) -> None:
-    """Line 25: dv of the identity is the dropped weights themselves, transposed."""
+def test_backward_uses_the_forward_mask(backend: str) -> None:
+    """Dv of the identity is the dropped weights themselves, transposed."""
     available(backend)
     q, k, _ = qkv(35, 40, h=1, d=8)
     v = torch.eye(40)[None, None].requires_grad_()
@@ -429,15 +429,15 @@ def test_line_25_backward_uses_the_forward_mask(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", JUDGED)
 @pytest.mark.parametrize("values", ("small_integers", "one_hot", "constant", "ramps"))
-def test_line_27_not_gaussian(backend: str, values: str) -> None:
-    """Line 27: sparse small integers, one-hot vectors, constants and ramps."""
+def test_not_gaussian(backend: str, values: str) -> None:
+    """Sparse small integers, one-hot vectors, constants and ramps."""
     parity(backend, values=values, m=33, n=70, scale=0.25)
 
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
-def test_line_27_an_exact_answer(backend: str, dtype: torch.dtype) -> None:
-    """Line 27: 64 equal scores and integer values: the answer is exact, and so are its bits."""
+def test_an_exact_answer(backend: str, dtype: torch.dtype) -> None:
+    """64 equal scores and integer values: the answer is exact, and so are its bits."""
     q = torch.zeros(1, 1, 9, 16, dtype=dtype)
     available(backend)
     v = randn(1, 1, 64, 16).mul(2).round().clamp(-4, 4)
@@ -445,8 +445,8 @@ def test_line_27_an_exact_answer(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(out, v.mean(2, keepdim=True).expand(1, 1, 9, 16).to(dtype))
 
 
-def test_line_30_many_heads() -> None:
-    """Line 30: B * H above 65535, the limit of a grid's second and third axis: programs count along the first."""
+def test_many_heads() -> None:
+    """B * H above 65535, the limit of a grid's second and third axis: programs count along the first."""
     available("triton")
     from fused_attn.backends.triton import launcher, portable
 
@@ -469,8 +469,8 @@ def test_line_30_many_heads() -> None:
         assert grid[0] >= 90000 and all(n <= 65535 for n in grid[1:])
 
 
-def test_line_30_many_heads_in_pytorch() -> None:
-    """Line 30, where no grid is."""
+def test_many_heads_in_pytorch() -> None:
+    """Where no grid is."""
     testing.check_parity("many_heads", "tiled")
 
 
@@ -510,8 +510,8 @@ print("all right")
 """
 
 
-def test_line_10_offsets_beyond_int32() -> None:
-    """Line 10: strides of 2**30 elements: an offset that is not widened before its first multiply leaves the memory."""
+def test_offsets_beyond_int32() -> None:
+    """Strides of 2**30 elements: an offset that is not widened before its first multiply leaves the memory."""
     available("triton")
     program = "from tests import interpreter\ninterpreter.install()\n" + FAR
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)

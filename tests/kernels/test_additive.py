@@ -140,7 +140,7 @@ CASES = {
 def test_any_order_of_programs_gives_the_same_bits(
     name: str, turns: list[Turns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CHECKLIST 26, without a GPU: nothing waits for ever, and nothing is added before its turn."""
+    """Without a GPU: nothing waits for ever, and nothing is added before its turn."""
     expected = gradients(CASES[name])
     monkeypatch.setattr(portable, "multiprocessors", lambda device: 2)
     orders = set()

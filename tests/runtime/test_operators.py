@@ -81,8 +81,8 @@ def arguments(case: Case, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...
 
 @pytest.mark.parametrize("backend", LAUNCHED)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_line_32_opcheck(backend: str, name: str) -> None:
-    """Line 32: torch's own examination of an operator: schema, autograd registration, fake tensors, AOT dispatch."""
+def test_opcheck(backend: str, name: str) -> None:
+    """Torch's own examination of an operator: schema, autograd registration, fake tensors, AOT dispatch."""
     available(backend, PROBLEMS[name])
     forward, backward = arguments(PROBLEMS[name], backend)
     torch.library.opcheck(torch.ops.fused_attn.forward.default, forward)
@@ -92,8 +92,8 @@ def test_line_32_opcheck(backend: str, name: str) -> None:
 @pytest.mark.parametrize("backend", LAUNCHED)
 @pytest.mark.parametrize("memory", [*MEMORIES, "packed"])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_line_32_fake_is_as_real(backend: str, memory: str, dtype: torch.dtype) -> None:
-    """Line 32: shape, strides, dtype and device, for every memory order and both operators; out follows q's order."""
+def test_fake_tensors_have_the_real_layout(backend: str, memory: str, dtype: torch.dtype) -> None:
+    """Shape, strides, dtype and device, for every memory order and both operators; out follows q's order."""
     available(backend)
     case = Case("here", b=2, hq=2, m=9, d=16, memory=memory, bias="11mn", sink=True)
     inputs = testing.make_inputs(case, dtype)
@@ -120,8 +120,8 @@ def test_line_32_fake_is_as_real(backend: str, memory: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("fields", ({}, {"m": 1, "n": 1}, {"m": 5, "n": 0}, {"dout": "ones"},
                                     {"sink": True, "bias": "11mn"}),
                          ids=("plain", "one", "empty", "ones", "parameters"))  # fmt: skip
-def test_line_33_outputs_never_alias_inputs(backend: str, fields: dict) -> None:
-    """Line 33: no result shares memory with an argument, nor with another result."""
+def test_outputs_never_alias_inputs(backend: str, fields: dict) -> None:
+    """No result shares memory with an argument, nor with another result."""
     case = Case("here", **{"hq": 2, "m": 9, "d": 16} | fields)
     available(backend, case)
     inputs = testing.make_inputs(case)
@@ -153,8 +153,8 @@ print(json.dumps(counts))
 )
 
 
-def test_line_34_no_compilation_per_length() -> None:
-    """Line 34: over a hundred lengths, and over the steps of a decode, nothing compiles after the first call."""
+def test_no_compilation_per_length() -> None:
+    """Over a hundred lengths, and over the steps of a decode, nothing compiles after the first call."""
     pytest.importorskip("triton")
     lengths = [{"m": n, "n": n} for n in itertools.chain(range(2, 90, 2), range(3, 1200, 21))]
     steps = [{"m": 1, "n": n, "alignment": "bottom_right"} for n in range(1, 101)]
@@ -197,8 +197,8 @@ def test_line_34_no_compilation_per_length() -> None:
 
 
 @pytest.mark.parametrize("backend", ("triton", "tiled", "reference", "sdpa"))
-def test_line_35_autocast_with_mixed_types(backend: str) -> None:
-    """Line 35: float32 q and k beside a bfloat16 v under autocast, and each gradient in its own tensor's dtype."""
+def test_autocast_with_mixed_types(backend: str) -> None:
+    """Float32 q and k beside a bfloat16 v under autocast, and each gradient in its own tensor's dtype."""
     available(backend)
     q, k, v = (x.detach().clone() for x in testing.make_inputs(Case("here", hq=2, m=9, d=16)).clean.values())
     leaves = [q.requires_grad_(), k.requires_grad_(), v.bfloat16().requires_grad_()]
@@ -214,16 +214,16 @@ def test_line_35_autocast_with_mixed_types(backend: str) -> None:
         assert torch.equal(g.bfloat16(), expected)
 
 
-def test_line_35_without_autocast_mixed_types_are_refused() -> None:
-    """Line 35: nobody casts in silence."""
+def test_without_autocast_mixed_types_are_refused() -> None:
+    """Nobody casts in silence."""
     x = torch.zeros(1, 1, 4, 8)
     with pytest.raises(TypeError, match=r"v: expected q's torch\.float32, got torch\.bfloat16"):
         attention(x, x, x.bfloat16())
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
-def test_line_35_backward_under_autocast(backend: str) -> None:
-    """Line 35: a backward that is called under autocast computes what it would outside."""
+def test_backward_under_autocast(backend: str) -> None:
+    """A backward that is called under autocast computes what it would outside."""
     available(backend)
     inputs = testing.make_inputs(replace(CASES["everything"], b=1, hq=2, hkv=1, m=17, n=19))
     outside = testing.run_public(inputs, backend)
@@ -236,8 +236,8 @@ def test_line_35_backward_under_autocast(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
-def test_line_36_saved_tensors(backend: str) -> None:
-    """Line 36: everything that backward needs passes through the hooks of save_for_backward, and nothing leaks."""
+def test_saved_tensors(backend: str) -> None:
+    """Everything that backward needs passes through the hooks of save_for_backward, and nothing leaks."""
     available(backend)
     inputs = testing.make_inputs(replace(CASES["everything"], b=1, hq=2, hkv=1, m=17, n=19))
     expected = testing.run_public(inputs, backend)
@@ -258,8 +258,8 @@ def test_line_36_saved_tensors(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
-def test_line_36_nothing_leaks(backend: str) -> None:
-    """Line 36: inputs and outputs die with their last reference, before and after a backward, without the collector."""
+def test_nothing_leaks(backend: str) -> None:
+    """Inputs and outputs die with their last reference, before and after a backward, without the collector."""
     available(backend)
 
     def run(backward: bool) -> list[weakref.ref]:

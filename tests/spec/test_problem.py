@@ -138,7 +138,7 @@ def test_philox_known_answer() -> None:
 
 @pytest.mark.parametrize(("seed", "offset"), ((0, 0), (1234, 7), (-1, 2**32 + 5), (2**63 - 1, 2**31)))
 def test_dropout_is_philox(seed: int, offset: int) -> None:
-    """CHECKLIST 25: the mask is the documented function of seed, offset, head and place, negative seeds included."""
+    """The mask is the documented function of seed, offset, head and place, negative seeds included."""
     dropout = Dropout(0.4, torch.tensor([seed, offset]))
     rows, cols, heads = (
         torch.tensor([0, 3, 8, 15, 100, 2**20]),
