@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here, repaired; the choice is made before anything imports triton."""
+"""Kernels run in Triton's repaired interpreter; the choice is made before anything imports triton."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""`python -m fused_attn`: what it reports, and that a wrong backend is seen."""
+"""`python -m fused_attn`: its report, and the detection of a wrong backend."""
 
 from __future__ import annotations
 

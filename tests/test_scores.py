@@ -1,4 +1,4 @@
-"""Scores and normalizers by what must hold of them whatever the tolerance."""
+"""Scores and normalizers: properties that hold exactly, and objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures by fused_attn.viz: what they show, and in which fonts; every warning of matplotlib's is an error here."""
+"""fused_attn.viz: the content of its pictures and their fonts, without a warning of matplotlib."""
 
 from __future__ import annotations
 

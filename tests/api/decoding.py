@@ -1,4 +1,4 @@
-"""Calls of `attention_decode` by name, with caches that hold NaN wherever nobody may look, and their oracle.
+"""Named calls of `attention_decode`, with caches that hold NaN outside of the sequences, and their oracle.
 
 A call starts from the keys and values of each sequence, one behind another. They are put into a cache or into pages of
 it, and the oracle is dense attention over each sequence by itself, in float64.

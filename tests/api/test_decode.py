@@ -1,4 +1,4 @@
-"""Attention over caches: dense and paged, what it reads and writes, and what it refuses."""
+"""attention_decode over dense and paged caches: values, appended keys, memory order, compilations, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of attention_decode: numbers and flags of any kind, and what a wrong one is told."""
+"""Arguments of attention_decode: numbers and flags of any type, and the errors of wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an appending decode overwrites: nothing of another sequence, in no layout of a cache, on no backend."""
+"""An appending decode writes to its own sequences only, in every cache layout and on every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input: the error is of the promised type and names the argument, what it was and what is allowed."""
+"""Wrong arguments raise ValueError or TypeError naming the argument, its value and what is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jagged nested tensors, in and out: each sequence as if it had come alone, with every derivative."""
+"""Jagged nested tensors as inputs and outputs: equal to one call for each sequence, with every derivative."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers and flags: Python's, numpy's of any width and 0-d tensors are taken; anything else is refused by name."""
+"""Numbers and flags: Python's, numpy's of any width and 0-d tensors are accepted; others are refused by name."""
 
 from __future__ import annotations
 

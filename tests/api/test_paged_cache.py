@@ -1,4 +1,4 @@
-"""The paged cache does what a dict of lists does: random operations, against one; and what it refuses."""
+"""PagedKVCache under random operations, compared with a dict of lists; and its refusals."""
 
 from __future__ import annotations
 

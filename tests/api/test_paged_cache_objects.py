@@ -1,4 +1,4 @@
-"""A paged cache as an object: what it prints, copies and pickles, and the numbers and lists that its methods take."""
+"""PagedKVCache prints, copies and pickles; its methods take numbers and lists of any type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's own samples for scaled_dot_product_attention, through our door of that name: forward and gradient.
+"""torch's own samples for scaled_dot_product_attention, through ours: forward and gradient.
 
 torch's list lacks grouped heads with a length that differs and values of another width; they are added here.
 """

@@ -1,4 +1,4 @@
-"""The SDPA wrapper takes every shape that torch's function takes, and gives the same values and gradients."""
+"""scaled_dot_product_attention takes every shape that torch's takes, with the same values and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attention_stats and attention_map: every case on every backend, and what a tolerance cannot see."""
+"""attention_stats and attention_map: every case on every backend, ties, NaN, padding and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed sequences: what a call promises beside its values, which the battery holds to the budget."""
+"""attention_varlen: checks, bounds, memory and compilation; its values are tested in backends/test_parity.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reaches the driver's launch call, under a compiled triton and a machine that only takes notes.
+"""The arguments of the driver's launch call, under a compiled triton and a stand-in for the device.
 
 Run by test_launches.py in a process of its own for each version of triton, because interpreted and compiled kernels
 cannot share one. Nothing is compiled: a kernel is an empty box for each key of Triton's own, so a launch by the wrong

@@ -1,4 +1,4 @@
-"""What can be held on a CPU that others share: memory, which is counted and not timed."""
+"""Peak memory on a CPU, which does not depend on how busy the machine is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same bits from every run, parameters' gradients included, whichever program or thread comes first."""
+"""Two runs give the same bits, parameter gradients included, in any order of programs and threads."""
 
 from __future__ import annotations
 

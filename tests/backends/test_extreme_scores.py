@@ -1,4 +1,4 @@
-"""Rows whose scores are all very large or very small: log of the sum must not be lost beside the maximum.
+"""Rows whose scores are all very large or very small keep the log of their sum beside the maximum.
 
 A mask that fills rows with a finite minimum, as BERT's does, and equal logits from 4e4 to 1e10 are where one rounded
 float32 log-sum-exp is off by more than the log of the number of keys.

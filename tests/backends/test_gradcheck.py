@@ -1,4 +1,4 @@
-"""The PyTorch backends against numerical derivatives in float64, and every transform of torch: right, or refused."""
+"""PyTorch backends against numerical derivatives in float64; torch.func transforms are right or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that trusted attention implementations really had, attacked one by one on every backend that takes the call.
+"""Faults that other attention implementations have had, tested on every backend.
 
 What a tolerance cannot see is asserted exactly: zeros, bits, NaN, writes outside of a tensor. Operators are tested in
 runtime/test_operators.py, wrong arguments in api/test_errors.py. Every test here has a mutation in tests/mutants.py.

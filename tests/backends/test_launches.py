@@ -1,4 +1,4 @@
-"""Calls that are replayed: by value in the interpreter, and by what reaches the driver under each triton."""
+"""Recorded launches: their values in the interpreter, and their arguments under each triton version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's own CPU kernel as the `sdpa` backend: what it is given, what it must not see, and what is mended after it."""
+"""torch's CPU kernel as the `sdpa` backend: its inputs, unseen keys, and the corrections of its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a problem is cut on the host: small batches go together, large ones each skip what they need not see."""
+"""Splitting a problem on the host: small batches run together, large ones skip fully masked tiles."""
 
 from __future__ import annotations
 

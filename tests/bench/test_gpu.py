@@ -1,4 +1,4 @@
-"""The GPU command, rehearsed in the interpreter: it lists every case, sees a wrong kernel, outlives crashes.
+"""bench.gpu in the interpreter: it lists every case, detects a wrong kernel and survives crashes.
 
 Worker processes import this file for `obey`, so what is heavy is imported where it is used.
 """

@@ -1,4 +1,4 @@
-"""The benchmark, rehearsed at tiny sizes on the CPU: what it times, what it writes, and that it sees what is wrong."""
+"""bench.run at tiny sizes on the CPU: timings, tables, and the detection of wrong results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static analysis: the reader of machine code, the gates, and the committed table, against hand-made and real code."""
+"""Static analysis: the machine code parser, the gates and the committed table."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The support matrix tells the truth: what it says is what the code says, what it refuses raises, the rest is right."""
+"""The support matrix: it matches the code, refusals raise, and supported pairs give right results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""flash-attn's functions by a small oracle written from its documentation alone, and their calls on packed tensors."""
+"""An oracle for flash-attn's functions, written from its documentation, and their calls on packed tensors."""
 
 from __future__ import annotations
 

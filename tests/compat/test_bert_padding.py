@@ -1,4 +1,4 @@
-"""Between padded batches and packed tokens: bert_padding's functions, their gradients and their errors."""
+"""bert_padding: between padded batches and packed tokens, with gradients and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""flash-attn's functions: signatures, numbers of any kind, what is passed on, and what a wrong argument is told."""
+"""flash-attn's functions: signatures, numbers of any type, and the errors of wrong arguments."""
 
 from __future__ import annotations
 

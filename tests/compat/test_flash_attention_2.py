@@ -1,4 +1,4 @@
-"""attn_implementation="flash_attention_2" by `compat.flash_attn`: small random models against their eager attention."""
+"""attn_implementation="flash_attention_2" by compat.flash_attn, against the models' eager attention."""
 
 from __future__ import annotations
 

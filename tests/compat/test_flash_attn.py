@@ -1,4 +1,4 @@
-"""flash-attn's functions mean what its documentation says: values and gradients, by the oracle in `flash`."""
+"""flash-attn's functions against their documentation: values and gradients."""
 
 from __future__ import annotations
 

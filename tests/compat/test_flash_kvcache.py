@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache: what it reads, writes and returns, by the oracle in `flash`."""
+"""flash_attn_with_kvcache: values, cache reads and writes."""
 
 from __future__ import annotations
 

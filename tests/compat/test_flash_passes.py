@@ -1,4 +1,4 @@
-"""flash-attn's passes without autograd, and S_dmask, the weights and what dropout did to them."""
+"""flash-attn's forward and backward functions without autograd, and S_dmask."""
 
 from __future__ import annotations
 

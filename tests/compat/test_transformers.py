@@ -1,4 +1,4 @@
-"""attn_implementation="fused_attn": small random models of Transformers against their own eager attention."""
+"""attn_implementation="fused_attn": small random models against their own eager attention."""
 
 from __future__ import annotations
 

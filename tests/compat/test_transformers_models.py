@@ -1,4 +1,4 @@
-"""Each class of Transformers that builds small is equal to its own eager attention through ours, or refused by name."""
+"""Every class of Transformers that builds small equals its eager attention, or is refused by name."""
 
 from __future__ import annotations
 

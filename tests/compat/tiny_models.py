@@ -1,4 +1,4 @@
-"""Small random models of Transformers' classes: configs cut down by rules, inputs with padding, weights that matter."""
+"""Small random models of Transformers' classes: reduced configs and inputs with padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TMA: copies between a tensor's boxes and shared memory, which happen some time after they are issued."""
+"""TMA: asynchronous copies between boxes of a tensor and shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device language, as far as the kernels speak it: what `gl`, `tl`, `mbarrier`, `tma` and the rest mean here."""
+"""The part of the device language that the kernels use: `gl`, `tl`, `mbarrier`, `tma` and others."""
 
 from __future__ import annotations
 

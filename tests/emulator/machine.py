@@ -1,4 +1,4 @@
-"""Who runs when, and who knows what: strands of execution under one seeded scheduler, and what happened before what.
+"""The scheduler: strands of execution interleaved by a seed, and the happens-before order between them.
 
 Every access to memory is an event with a bit of its own. A strand carries the set of events that happened before its
 next step, as an integer: its own, those of whoever arrived at a barrier it waited for, and those of asynchronous

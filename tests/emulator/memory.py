@@ -1,4 +1,4 @@
-"""Shared and global memory, each with the history that tells a race from an ordered access."""
+"""Shared and global memory with access histories, which tell a race from an ordered access."""
 
 from __future__ import annotations
 

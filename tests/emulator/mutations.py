@@ -1,4 +1,4 @@
-"""Every way to leave out one wait, arrival or fence of a kernel file, or to flip one phase: found in its source."""
+"""Mutations of a kernel file: each wait, arrival or fence left out, each phase flipped."""
 
 from __future__ import annotations
 

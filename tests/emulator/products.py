@@ -1,4 +1,4 @@
-"""Warpgroup matrix products, which read their operands at any point between their issue and the wait for them."""
+"""Warpgroup matrix products, which read their operands at any time between issue and wait."""
 
 from __future__ import annotations
 

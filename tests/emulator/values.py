@@ -1,4 +1,4 @@
-"""What registers hold: scalars, tensors and pointers, with the arithmetic of the device language.
+"""Register values: scalars, tensors and pointers, with the arithmetic of the device language.
 
 A bfloat16 or float16 tensor is held as float32 numbers that the narrow type can represent.
 """

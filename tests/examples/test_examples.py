@@ -1,4 +1,4 @@
-"""The examples keep what they promise, at a smaller size; a promise can be broken; their models are right."""
+"""The examples at a smaller size: their checks pass, can fail, and their models are right."""
 
 from __future__ import annotations
 

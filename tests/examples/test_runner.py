@@ -1,4 +1,4 @@
-"""What the examples share: ranges, devices, directories, missing packages and Ctrl-C."""
+"""Code that the examples share: argument ranges, devices, directories, missing packages and Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/seq2seq.py: the pairs that it makes, its model with every score, and a smaller training of both models."""
+"""examples/seq2seq.py: its data, its model with every score, and a smaller training run."""
 
 from __future__ import annotations
 

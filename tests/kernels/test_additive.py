@@ -1,4 +1,4 @@
-"""Additive scores: the safety of the paired evaluation, and the one-pass backward under every order of its programs."""
+"""Kernels of additive scores: no overflow, and a one-pass backward for any order of programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulator catches what it says it catches: small kernels that are right under every seed, and wrong in one way."""
+"""The emulator detects each kind of error: small kernels, correct under every seed, broken in one place."""
 
 from __future__ import annotations
 

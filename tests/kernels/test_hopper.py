@@ -1,4 +1,4 @@
-"""The Gluon kernels in the emulator: numbers by the one tolerance rule, and a use for every barrier, wait and fence.
+"""The Gluon kernels in the emulator: results within the budget, and every barrier, wait and fence is necessary.
 
 Tiles are small and programs few, so that every ring wraps around, every program computes several tiles, and a proof
 takes a twentieth of a second.

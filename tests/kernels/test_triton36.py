@@ -1,4 +1,4 @@
-"""The kernels under triton 3.6.0, which stands beside the torch of the reference GPU; everything else runs under 3.7.1.
+"""A subset of the parity tests under triton 3.6.0, which comes with the torch of the reference GPU.
 
 The tests marked triton36 run again, in a process of their own, with the older triton in front of the installed one.
 """

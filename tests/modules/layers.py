@@ -1,4 +1,4 @@
-"""What the tests of layers share: two layers run alike, values and gradients, and held to the tolerance rule."""
+"""Comparison of two nn layers: values and gradients, held to the tolerance rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Derivatives of the layers beyond the first, and transforms of torch, of outputs and weights: torch's, in float64."""
+"""Higher derivatives and torch.func transforms of the layers, against torch's layers in float64."""
 
 from __future__ import annotations
 

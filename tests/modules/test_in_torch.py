@@ -1,4 +1,4 @@
-"""Our attention inside torch.nn's Transformer layers, and nested tensors, which those make."""
+"""MultiheadAttention inside torch.nn's Transformer layers, which make nested tensors."""
 
 from __future__ import annotations
 

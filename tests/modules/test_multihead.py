@@ -1,4 +1,4 @@
-"""MultiheadAttention beside torch.nn's: constructor, parameters, values and gradients, with every mask."""
+"""MultiheadAttention against torch.nn's: constructor, parameters, values, gradients and masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers with a learned score, beside their formulas."""
+"""Layers with a learned score against their formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mutation run stays possible: every text to be broken stands in its file once, and every known fault has one."""
+"""Every mutation applies to exactly one place, and every known fault has a mutation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changing out in place: the gradients are those of the same change out of place, at every entry point."""
+"""Changing out in place gives the gradients of the same change out of place, at every entry point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Meta and fake tensors: every entry point returns the shapes, strides and types that real tensors give."""
+"""Meta and fake tensors get the shapes, strides and dtypes of real ones, at every entry point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: fake tensors, compilers, autocast, saved tensors; how often a kernel compiles."""
+"""The torch operators: fake tensors, compilers, autocast, saved tensors, and the number of compilations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives: with create_graph the first gradient is the same, and the second one is the reference's.
+"""Second derivatives equal the reference's, and create_graph does not change the first.
 
 Arguments that are one tensor, or made from one another, have partial derivatives of their own. A backward that goes
 through the caller's graph counts them several times.

@@ -1,4 +1,4 @@
-"""Masks as objects: they pickle, copy, compare, print and move, and read their tensors when a call is made."""
+"""Masks pickle, copy, compare, print and move, and their tensors are read when a call is made."""
 
 from __future__ import annotations
 

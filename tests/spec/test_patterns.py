@@ -1,4 +1,4 @@
-"""Masks that are no interval: what they mean, which tiles are visited, and that the others are not."""
+"""Masks that are no interval: their meaning, and the tiles that are visited."""
 
 from __future__ import annotations
 

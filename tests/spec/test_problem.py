@@ -1,4 +1,4 @@
-"""The vocabulary: every noun's materialize() against its definition, written as a loop."""
+"""materialize() of spans, masks, dropout and other specifications against loops over their definition."""
 
 from __future__ import annotations
 

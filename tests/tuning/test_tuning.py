@@ -1,4 +1,4 @@
-"""Configurations: scopes, tables, and that a scope reaches the backward wherever autograd runs it."""
+"""Kernel configurations: scopes, tables, and scopes that reach the backward in another thread."""
 
 from __future__ import annotations
 
