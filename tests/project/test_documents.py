@@ -60,8 +60,8 @@ def test_links(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_paths(name: str) -> None:
-    """Files, folders and modules that a document names exist, counted from the root, the package, bench or examples."""
-    tops = (ROOT, PACKAGE, ROOT / "bench", ROOT / "examples")
+    """Files, folders and modules that a document names exist, from the root, the package, bench, examples or tests."""
+    tops = (ROOT, PACKAGE, ROOT / "bench", ROOT / "examples", ROOT / "tests")
     for path in set(re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.py)`", DOCUMENTS[name])) - {"out/"}:
         assert any((top / x).exists() for top in tops for x in (path, f"{path}.py")), path
 
