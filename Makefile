@@ -25,7 +25,7 @@ nightly: $(VENV)/test.stamp $(OLDEST)/test.stamp
 	$(RUN) tests/mutants.py
 	$(RUN) -m bench.static --check
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/runtime/test_operators.py \
-		tests/api/test_nested.py tests/backends/test_gradcheck.py
+		tests/api/test_nested.py tests/backends/test_gradcheck.py tests/spec/test_torch_internals.py
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check

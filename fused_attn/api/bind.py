@@ -28,6 +28,7 @@ from ..spec.problem import (
     describe,
     diagonal_offset,
 )
+from ..spec.torch_internals import any_autocast
 
 SCORES = "Additive(w), Bilinear(w), Cosine(t) or Distance(h)"
 LARGEST = torch.finfo(torch.float32).max
@@ -231,7 +232,7 @@ def _deterministic(asked: bool | None) -> bool:
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device. Those that have none, such as meta, raise when they are asked."""
-    if not torch._C._is_any_autocast_enabled():
+    if not any_autocast():
         return False
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..spec.checks import check_choice, describe
 from ..spec.problem import Mask
+from ..spec.torch_internals import jagged_bounds, jagged_dim, jagged_longest
 from .bind import check_qkv
 from .varlen import attention_varlen
 
@@ -102,7 +103,7 @@ def _check(name: str, x: Any, layout: str) -> None:
     if x.layout != torch.jagged:
         raise TypeError(f"{name}: expected a nested tensor of layout torch.jagged, got {x.layout}")
     nested: Any = x
-    if x.ndim != 4 or nested._ragged_idx != LAYOUTS[layout]:
+    if x.ndim != 4 or jagged_dim(x) != LAYOUTS[layout]:
         raise ValueError(f"{name}: expected shape {shape} with layout {layout!r}, got {tuple(x.shape)}")
     if nested.lengths() is not None:
         raise NotImplementedError(
@@ -113,7 +114,7 @@ def _check(name: str, x: Any, layout: str) -> None:
 
 def _longest(x: Any, needed: bool) -> int | None:
     """The longest sequence: what is known without looking, or, once, by waiting for the device."""
-    return x._get_max_seqlen() if needed else x._maybe_max_seqlen
+    return jagged_longest(x) if needed else jagged_bounds(x)["max_seqlen"]
 
 
 def _packed(x: Tensor, layout: str) -> Tensor:
@@ -125,6 +126,5 @@ def _jagged(packed: Tensor, like: Any, layout: str) -> Tensor:
     """packed (T, H, ...) with the offsets of like, in the layout."""
     values = packed.transpose(0, 1) if layout == "bhsd" else packed
     return torch.nested.nested_tensor_from_jagged(
-        values, like.offsets(), jagged_dim=LAYOUTS[layout],
-        min_seqlen=like._maybe_min_seqlen, max_seqlen=like._maybe_max_seqlen,
-    )  # fmt: skip
+        values, like.offsets(), jagged_dim=LAYOUTS[layout], **jagged_bounds(like)
+    )

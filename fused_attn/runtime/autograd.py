@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..spec.problem import DIFFERENTIABLE, Problem, TransformError
+from ..spec.torch_internals import below_autograd, jit_tracing
 from ..spec.transforms import Version, by_operations, transform_of_cotangents, vjp
 from . import ops
 
@@ -22,7 +23,7 @@ from . import ops
 def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) by the operator, with a derivative where one is wanted."""
     args = ops.flatten(p, backend)
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or jit_tracing():
         # Compilers and torch.jit.trace record the operator, which has the formula registered below.
         return torch.ops.fused_attn.forward(*args)[:2]
     if torch.is_grad_enabled() and any(_wants(x) for x in args[: len(DIFFERENTIABLE)]):
@@ -32,7 +33,7 @@ def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator where nobody asks for its derivative, past the layer that would look for one."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return torch.ops.fused_attn.forward(*args)
 
 

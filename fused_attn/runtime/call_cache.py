@@ -11,25 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
-
-# By name: a search of torch._C's thousands of names costs microseconds where its table is not in the cache.
-from torch._C import (
-    _are_functorch_transforms_active,
-    _get_deterministic_algorithms,
-    _get_float32_matmul_precision,
-    _is_any_autocast_enabled,
-    _is_tracing,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from ..backends.sdpa.kernel import Repeated
 from ..spec.problem import DIFFERENTIABLE, Mask, Problem
+from ..spec.torch_internals import any_autocast, deterministic_algorithms, float32_matmul_precision, observed
 from . import autograd, environment, ops
 
 TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink")  # that a call may hold; scale and softcap as numbers
@@ -41,28 +29,16 @@ Given = tuple[Any, ...]  # tensors and None
 HIP = torch.version.hip is not None
 
 
-def _watched() -> bool:
-    """Whether torch transforms, traces or watches what is done."""
-    return (
-        forward_ad._current_level >= 0
-        or _are_functorch_transforms_active()
-        or _len_torch_dispatch_stack() > 0
-        or _len_torch_function_stack() > 0
-        or _is_tracing()
-        or _profiler_enabled()
-    )
-
-
 def _settings() -> tuple[Any, ...]:
     """What else a call may depend on, wherever its tensors are."""
     return (
-        is_grad_enabled(), is_inference_mode_enabled(), _get_deterministic_algorithms(), _get_float32_matmul_precision()
+        is_grad_enabled(), is_inference_mode_enabled(), deterministic_algorithms(), float32_matmul_precision()
     )  # fmt: skip
 
 
 def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Words, the state of torch, and all of the tensors but their contents; None where a tensor is not plain memory."""
-    if _watched():
+    if observed():
         return None
     parts = [words, *_settings()]
     try:
@@ -78,7 +54,7 @@ def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
             parts += x.shape, x.stride(), x.dtype, x.device, x.requires_grad, where & 15
             if HIP:  # where short buffers are addressed by 32-bit offsets
                 parts.append(x.untyped_storage().nbytes() < 2**31)
-        if _is_any_autocast_enabled() and torch.is_autocast_enabled(tensors[0].device.type):
+        if any_autocast() and torch.is_autocast_enabled(tensors[0].device.type):
             parts.append(torch.get_autocast_dtype(tensors[0].device.type))
     except (AttributeError, RuntimeError):  # no q, or a tensor without strides or memory of its own
         return None

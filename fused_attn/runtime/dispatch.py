@@ -11,6 +11,7 @@ from ..backends import reference, sdpa
 from ..backends.tiled import attention as tiled
 from ..spec.checks import check_choice
 from ..spec.problem import HALF, BackendError, Problem, TransformError
+from ..spec.torch_internals import dispatch_mode_count, jit_tracing
 from ..spec.transforms import transform_of, transforming
 from . import autograd, environment, ops
 
@@ -59,7 +60,7 @@ def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: s
 
 
 def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+    return torch.compiler.is_compiling() or dispatch_mode_count() > 0 or jit_tracing()
 
 
 def explain(p: Problem, backend: str | None = None) -> Explanation:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from ..spec.checks import check_starts
 from ..spec.dropout import Dropout
 from ..spec.problem import DIFFERENTIABLE, Pattern, Problem, Ragged, Span, Statistics
+from ..spec.torch_internals import is_fake
 
 LAUNCHERS = {
     "hopper": "fused_attn.backends.triton.hopper",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_internals import dispatch_mode_count, is_batched, is_functorch_wrapped, unwrap_functorch
+
 LONGEST = 80  # characters of a value in an error message
 
 
@@ -239,12 +241,12 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
 def readable(x: Tensor) -> bool:
     """Whether the contents of an index tensor are to be checked: for free on the CPU, under `debug` elsewhere."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or x.device.type == "meta":
+    if torch.compiler.is_compiling() or dispatch_mode_count() > 0 or x.device.type == "meta":
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # vmap may be inside grad, and the other way round
-        if torch._C._functorch.is_batchedtensor(x):
+    while is_functorch_wrapped(x):  # vmap may be inside grad, and the other way round
+        if is_batched(x):
             return False
-        x = torch._C._functorch.get_unwrapped(x)
+        x = unwrap_functorch(x)
     return x.device.type == "cpu" or _debugging.get()
 
 

@@ -8,34 +8,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .torch_internals import (
+    dispatch_mode_count,
+    forward_ad_active,
+    functorch_active,
+    functorch_disabled,
+    is_autograd_batched,
+    version,
+)
 
 
 def transforming() -> bool:
     """Whether any tensor can be under one."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad_active() or functorch_active()
 
 
 def transform_of(tensors: Iterable[Tensor]) -> str | None:
     """By name. Inside a transform of torch.func every tensor counts as transformed."""
-    if torch._C._are_functorch_transforms_active():
+    if functorch_active():
         return "torch.func transforms"
-    return "forward-mode AD" if forward_ad._current_level >= 0 and any(map(_tangent, tensors)) else None
+    return "forward-mode AD" if forward_ad_active() and any(map(_tangent, tensors)) else None
 
 
 def transform_of_cotangents(*cotangents: Tensor | None) -> str | None:
     """The same of what a backward is given, which autograd may also batch by itself (is_grads_batched)."""
     given = [x for x in cotangents if x is not None]
-    batched = any(map(torch._C._functorch.is_legacy_batchedtensor, given))
+    batched = any(map(is_autograd_batched, given))
     return "is_grads_batched" if batched else transform_of(given)
 
 
 def forward_mode(*tensors: Tensor | None) -> bool:
     """Whether tensors may carry tangents; inside torch.func.jvp all of them may, beneath other wrappers too."""
-    if forward_ad._current_level < 0:
+    if not forward_ad_active():
         return False
-    return torch._C._are_functorch_transforms_active() or any(_tangent(x) for x in tensors if x is not None)
+    return functorch_active() or any(_tangent(x) for x in tensors if x is not None)
 
 
 def _tangent(x: Tensor) -> bool:
@@ -55,7 +64,7 @@ def vjp(
     tensors. torch.func may be transforming the cotangents; the arguments come from outside of it.
     """
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), torch._C._DisableFuncTorch():
+    with torch.enable_grad(), functorch_disabled():
         views = [x.view_as(x) if x is not None and need else x for x, need in zip(arguments, needs, strict=True)]
         results = function(*views)
     kept = [(y, g) for y, g in zip(results, cotangents, strict=True) if g is not None]
@@ -72,12 +81,12 @@ class Version:
 
     def __init__(self, x: Tensor) -> None:
         self._counter = x.detach()
-        if torch._C._len_torch_dispatch_stack() == 0:  # modes that trace do not know how to
+        if dispatch_mode_count() == 0:  # modes that trace do not know how to
             self._counter.data = x.new_empty(0)  # other memory under the same counter
-        self._first = x._version
+        self._first = version(x)
 
     def changed(self) -> bool:
-        return self._counter._version != self._first
+        return version(self._counter) != self._first
 
 
 def by_operations(dout: Tensor, dlse: Tensor | None) -> bool:

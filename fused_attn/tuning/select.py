@@ -57,7 +57,7 @@ def architecture(device: torch.device) -> str:
     """The table that serves a device; "interpreter" on the CPU."""
     if device.type != "cuda":
         return "interpreter"
-    return _architecture(torch.cuda._get_device_index(device, optional=True))
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache

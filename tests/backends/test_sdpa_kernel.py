@@ -68,8 +68,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(q.shape[0] * q.shape[2] * k.shape[2])
         return inner(q, k, *rest, **more)
 
-    inner = kernel._forward
-    monkeypatch.setattr(kernel, "_forward", spy)
+    inner = kernel.sdpa_on_cpu
+    monkeypatch.setattr(kernel, "sdpa_on_cpu", spy)
     return found
 
 

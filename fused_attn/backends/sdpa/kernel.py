@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import threshold
 
 from ...spec.problem import Mask, Problem, ordered_like
+from ...spec.torch_internals import is_view, sdpa_on_cpu, sdpa_on_cpu_backward
 from ...spec.transforms import Version, by_operations, transform_of_cotangents, vjp
 from ..tiled import attention as tiled
 from .pieces import ALL, Piece, pieces_of_lengths, pieces_of_problem, pieces_of_seen, searched, seen_by_all
@@ -23,10 +24,6 @@ from .pieces import ALL, Piece, pieces_of_lengths, pieces_of_problem, pieces_of_
 LARGE = 64.0  # largest |log-sum-exp| whose rounding, 2**-18, the backward may put into a weight
 LARGEST = torch.finfo(torch.float32).max
 FEW = 4096  # elements of a mask that one operator converts faster than three
-
-# The only private operators used: the public function keeps the log-sum-exp to itself.
-_forward = torch._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def additive_mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -172,12 +169,12 @@ class Kernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv."""
         if self.steps is None:
-            return _backward(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=mask, scale=self.scale)
+            return sdpa_on_cpu_backward(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=mask, scale=self.scale)
         dq = (torch.empty_like if self.covers else torch.zeros_like)(q)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for step in self.steps:
             rows, read = step.rows, step.read
-            dq[rows], key_grads, value_grads = _backward(
+            dq[rows], key_grads, value_grads = sdpa_on_cpu_backward(
                 dout[rows], q[rows], k[read], v[read], out[rows], lse[rows], 0.0, step.causal,
                 attn_mask=step.added(mask), scale=self.scale,
             )  # fmt: skip
@@ -260,9 +257,9 @@ class Repeated:
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[2] > 1 or heads == kv_heads or causal or not (mask is None or mask.shape[1] == mask.shape[2] == 1):
-        return _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return sdpa_on_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     # One query a head: those of a group become rows that read their keys once.
-    out, lse = _forward(q.view(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, attn_mask=mask, scale=scale)
+    out, lse = sdpa_on_cpu(q.view(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, attn_mask=mask, scale=scale)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
@@ -289,7 +286,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
         out, lse = kernel.forward(q, k, v, mask)
-        out = out.clone() if out._is_view() else out  # a view could not be changed in place
+        out = out.clone() if is_view(out) else out  # a view could not be changed in place
         ctx.save_for_backward(q, k, v, mask, out.data, lse)
         ctx.kernel, ctx.version = kernel, Version(out)
         ctx.mark_non_differentiable(lse)
