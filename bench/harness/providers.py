@@ -22,7 +22,7 @@ import fused_attn
 from bench.harness.clock import directed, milliseconds
 from bench.harness.samples import Sample
 from fused_attn import tuning
-from fused_attn.runtime import ops
+from fused_attn.backends.triton import hopper, settings
 from fused_attn.scores import Distance
 from fused_attn.spec.problem import Problem
 
@@ -99,8 +99,8 @@ def tiles(backend: str | None, p: Problem) -> list[str]:
     """Configurations of the main kernels of a backend for a problem."""
     if backend not in KERNELS:
         return []
-    module = ops.launcher(backend)
-    return [f"{kernel} {spelled(module._config(kernel, p))}" for kernel in KERNELS[backend]]
+    config = hopper._config if backend == "hopper" else settings.config
+    return [f"{kernel} {spelled(config(kernel, p))}" for kernel in KERNELS[backend]]
 
 
 def spelled(c: tuning.Config) -> str:
