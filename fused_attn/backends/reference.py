@@ -1,6 +1,8 @@
-"""The oracle: attention written as it is defined, with the whole score matrix in memory and plain autograd.
+"""The reference: attention by its definition, with the whole score matrix in memory and plain autograd.
 
-It runs any Problem in any floating dtype, so the same lines in float64 judge every other backend.
+    out = softmax(scores) @ V,  lse = log(sum(exp(scores)))
+
+It runs any Problem in any floating dtype; in float64 it is the oracle that tests compare every other backend with.
 """
 
 from __future__ import annotations
@@ -15,19 +17,19 @@ from ..spec.problem import HALF, Problem, Statistics
 
 
 def why_not(p: Problem) -> list[str]:
-    """Nothing stops the reference."""
+    """Always empty: the reference runs every problem."""
     return []
 
 
 def scores(p: Problem, dtype: torch.dtype) -> Tensor:
-    """(B, Hq, M, N): every modifier applied, -inf where the mask forbids."""
-    q, k = p.q.to(dtype), _reached(p.k, p).to(dtype)
+    """(B, Hq, M, N): scores after every modifier, -inf where masked."""
+    q, k = p.q.to(dtype), _expanded(p.k, p).to(dtype)
     score = p.score if p.w is None else Additive(p.w)
-    s = (q @ k.mT if score is None else score.materialize(q, k, dtype)) * _number(p.scale, dtype)
+    s = (q @ k.mT if score is None else score.materialize(q, k, dtype)) * _per_head(p.scale, dtype)
     if p.row_terms is not None and p.key_terms is not None:
         s = s + p.row_terms.to(dtype)[..., None] + p.key_terms.to(dtype)[..., None, :]
     if p.softcap is not None:
-        cap = _number(p.softcap, dtype)
+        cap = _per_head(p.softcap, dtype)
         s = cap * torch.tanh(s / cap)
     if p.bias is not None:
         s = s + p.bias.to(dtype)
@@ -39,20 +41,20 @@ def scores(p: Problem, dtype: torch.dtype) -> Tensor:
 
 
 def attention(p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse), computed in dtype; half precision is computed in float32 unless dtype says otherwise."""
+    """(out, lse), computed in dtype; by default in q's dtype, or in float32 for half precision."""
     dtype = dtype or _work_dtype(p)
     if p.ragged is not None:
-        return p.joined([attention(alone, dtype) for _, alone in p.sequences()])
+        return p.joined([attention(sequence, dtype) for _, sequence in p.sequences()])
     weights, lse = normalized(p, scores(p, dtype))
     if p.dropout is not None:
         i, j = _positions(p)
         heads = torch.arange(p.shape[0] * p.shape[1], device=i.device).view(p.shape[:2])
         weights = weights * p.dropout.materialize(heads, i, j) * p.dropout.rescale
-    return p.in_order(weights @ _reached(p.v, p).to(dtype)), lse.to(p.lse_dtype)
+    return p.in_order(weights @ _expanded(p.v, p).to(dtype)), lse.to(p.lse_dtype)
 
 
 def normalized(p: Problem, s: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights of scores (B, Hq, M, N), without dropout, and the log of what divided them; (0,) for a sigmoid."""
+    """The weights (B, Hq, M, N) of scores s, before dropout, and the lse (B, Hq, M), or (0,) for a sigmoid."""
     if p.sigmoid:
         return torch.sigmoid(s), p.empty_lse()
     peak = s.detach().amax(-1) if p.shape[3] else s.new_full(s.shape[:-1], -torch.inf)
@@ -66,42 +68,43 @@ def normalized(p: Problem, s: Tensor) -> tuple[Tensor, Tensor]:
     total = weights.sum(-1)
     if sink is not None:
         total = total + torch.exp(sink - peak)
-    # A row that sees nothing has total 0: its weights stay 0, its lse is -inf, and no 0 / 0 reaches a gradient.
-    seen = total != 0
-    total = torch.where(seen, total, 1.0)
-    lse = torch.where(seen, peak + torch.log(total), -torch.inf)
+    # A fully masked row has total 0. Dividing by 1 keeps its weights 0 and its gradients free of 0 / 0.
+    visible = total != 0
+    total = torch.where(visible, total, 1.0)
+    lse = torch.where(visible, peak + torch.log(total), -torch.inf)
     return weights / total[..., None], lse
 
 
-def shown(p: Problem, s: Tensor) -> Tensor:
-    """The weights (B, Hq, M, N) as who looks at them sees them: without dropout, and 0 where a score is -inf."""
+def returned_weights(p: Problem, s: Tensor) -> Tensor:
+    """The weights (B, Hq, M, N) that maps and statistics return: before dropout, 0 where a score is -inf even if the
+    row is NaN."""
     return torch.where(s == -torch.inf, 0.0, normalized(p, s)[0])
 
 
 def weights(p: Problem, rows: list[int], heads: list[int], dtype: torch.dtype | None = None) -> Tensor:
-    """(B, len(heads), len(rows), N): the weights of some rows and heads."""
+    """(B, len(heads), len(rows), N): the weights of the given rows and heads."""
     dtype = dtype or _work_dtype(p)
-    return shown(p, scores(p, dtype))[:, heads][:, :, rows]
+    return returned_weights(p, scores(p, dtype))[:, heads][:, :, rows]
 
 
 def statistics(
     p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int, dtype: torch.dtype | None = None
 ) -> Statistics:
-    """What is asked for, computed in dtype."""
+    """The requested statistics, computed in dtype; None for the others."""
     if p.ragged is not None:
         return Statistics.of_sequences(
             p, functools.partial(statistics, dtype=dtype), key_mass, entropy, max_logit, top_k
         )
     s = scores(p, dtype or _work_dtype(p))
-    found = shown(p, s)
-    best, places = s.sort(dim=-1, descending=True, stable=True)
-    missing = best[..., :top_k] == -torch.inf
+    weights = returned_weights(p, s)
+    ranked, indices = s.sort(dim=-1, descending=True, stable=True)
+    missing = ranked[..., :top_k] == -torch.inf
     return Statistics(
-        found.sum(2) if key_mass else None,
-        torch.special.entr(found).sum(3) if entropy else None,
-        best[..., 0] if max_logit and p.shape[3] else s.new_full(s.shape[:3], -torch.inf) if max_logit else None,
-        places[..., :top_k].masked_fill(missing, -1) if top_k else None,
-        found.gather(3, places[..., :top_k]).masked_fill(missing, 0.0) if top_k else None,
+        weights.sum(2) if key_mass else None,
+        torch.special.entr(weights).sum(3) if entropy else None,
+        ranked[..., 0] if max_logit and p.shape[3] else s.new_full(s.shape[:3], -torch.inf) if max_logit else None,
+        indices[..., :top_k].masked_fill(missing, -1) if top_k else None,
+        weights.gather(3, indices[..., :top_k]).masked_fill(missing, 0.0) if top_k else None,
     )
 
 
@@ -109,17 +112,17 @@ def _work_dtype(p: Problem) -> torch.dtype:
     return torch.float32 if p.q.dtype in HALF else p.q.dtype
 
 
-def _reached(x: Tensor, p: Problem) -> Tensor:
-    """k or v, each head repeated for its group of query heads.
+def _expanded(x: Tensor, p: Problem) -> Tensor:
+    """k or v with each head repeated for its group of query heads, and zeros at keys that no row sees.
 
-    Keys beyond every row's interval and pattern are zeros: they never matter, even as NaN.
+    A masked key has weight 0, but 0 * NaN is NaN: padding may hold NaN.
     """
     x = x if p.group == 1 else x.repeat_interleave(p.group, dim=1)
     return x if p.all_reached else torch.where(p.reached()[..., None], x, 0.0)
 
 
-def _number(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A float as it is; a tensor () or (Hq,) shaped to multiply (B, Hq, M, N)."""
+def _per_head(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A float unchanged; a tensor () or (Hq,) shaped to multiply (B, Hq, M, N)."""
     return x.to(dtype).view(-1, 1, 1) if isinstance(x, Tensor) else x
 
 

@@ -101,7 +101,7 @@ class _Judge:
         self.absolute = self._absolute(exact)
 
     def _absolute(self, p: Problem) -> Statistics:
-        weights, lse = reference.shown(p, self.scores), reference.normalized(p, self.scores)[1]
+        weights, lse = reference.returned_weights(p, self.scores), reference.normalized(p, self.scores)[1]
         depth = None
         if not p.sigmoid:
             depth = (weights * (lse.abs()[..., None] + self.scores.abs())).masked_fill(weights == 0, 0.0).sum(-1)

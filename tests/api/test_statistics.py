@@ -19,7 +19,7 @@ from fused_attn.api.bind import bind
 from fused_attn.backends import reference
 from fused_attn.backends.tiled import tiles
 from fused_attn.backends.tiled.statistics import leading
-from fused_attn.backends.triton import portable
+from fused_attn.backends.triton import statistics as triton_statistics
 from fused_attn.runtime import ops
 from fused_attn.spec.problem import Statistics
 from fused_attn.testing import statistics
@@ -388,7 +388,7 @@ def test_who_has_none_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_tiled_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for other in (reference, portable):
+    for other in (reference, triton_statistics):
         monkeypatch.setattr(other, "statistics", None)
     assert attention_stats(*qk(), entropy=True).entropy is not None
 

@@ -13,9 +13,9 @@ from fused_attn.backends.tiled import tiles
 from fused_attn.testing.cases import CASES
 
 
-def shares(b: int, n: int, mask: Mask | None, heads: int = 2) -> list[tiles.Share]:
+def chunks(b: int, n: int, mask: Mask | None, heads: int = 2) -> list[tiles.Chunk]:
     q, k, v = (torch.zeros(1, 1, 1, 1).expand(b, heads, n, 16) for _ in range(3))
-    return list(tiles.shares(bind(q, k, v, mask=mask)))
+    return list(tiles.chunks(bind(q, k, v, mask=mask)))
 
 
 def lengths(b: int, n: int) -> Mask:
@@ -23,23 +23,23 @@ def lengths(b: int, n: int) -> Mask:
 
 
 def test_small_batches_go_together() -> None:
-    (share,) = shares(64, 16, lengths(64, 16))
-    (tile,) = share.tiles
-    assert share.batch == slice(0, 64) and tile == tiles.Tile(0, 16, 0, 15, 0, 0)
+    (chunk,) = chunks(64, 16, lengths(64, 16))
+    (tile,) = chunk.tiles
+    assert chunk.batch == slice(0, 64) and tile == tiles.Tile(0, 16, 0, 15, 0, 0)
     alike = Mask.lengths(torch.full((64,), 11))
-    assert [share.tiles for share in shares(64, 16, alike)] == [[tiles.Tile(0, 16, 0, 11, 0, 11)]]
+    assert [chunk.tiles for chunk in chunks(64, 16, alike)] == [[tiles.Tile(0, 16, 0, 11, 0, 11)]]
 
 
 def test_keys_that_all_batches_see() -> None:
     seen = (torch.arange(16) >= torch.tensor([[1], [3], [2]])).int()
-    (share,) = shares(3, 16, Mask.segments(torch.ones_like(seen), seen))
-    assert share.tiles == [tiles.Tile(0, 16, 1, 16, 3, 16)]
+    (chunk,) = chunks(3, 16, Mask.segments(torch.ones_like(seen), seen))
+    assert chunk.tiles == [tiles.Tile(0, 16, 1, 16, 3, 16)]
 
 
 def test_large_batches_go_alone() -> None:
-    found = shares(3, 2048, Mask.lengths(torch.tensor([0, 700, 2048])), heads=1)
-    assert [share.batch for share in found] == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    assert [{(tile.last, tile.full_to) for tile in share.tiles} for share in found] == [
+    found = chunks(3, 2048, Mask.lengths(torch.tensor([0, 700, 2048])), heads=1)
+    assert [chunk.batch for chunk in found] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert [{(tile.last, tile.full_to) for tile in chunk.tiles} for chunk in found] == [
         set(),
         {(700, 700)},
         {(2048, 2048)},
@@ -49,8 +49,8 @@ def test_large_batches_go_alone() -> None:
 def test_bounds_that_batches_share_keep_them_together() -> None:
     """They skip alike, so that joining them costs nothing."""
     ids = torch.arange(512).expand(1, 512) // 100
-    assert [share.batch for share in shares(3, 512, Mask.segments(ids), heads=1)] == [
-        share.batch for share in shares(3, 512, None, heads=1)
+    assert [chunk.batch for chunk in chunks(3, 512, Mask.segments(ids), heads=1)] == [
+        chunk.batch for chunk in chunks(3, 512, None, heads=1)
     ]
 
 
@@ -61,7 +61,7 @@ def test_rounds_of_batches(monkeypatch: pytest.MonkeyPatch, name: str, together:
     case = dataclasses.replace(CASES[name], b=3)
     scores = case.hq * case.m * case.sizes()["n"]
     monkeypatch.setattr(tiles, "_elements", lambda device: 8 * together * scores)
-    rounds = [len(range(3)[x.batch]) for x in tiles.shares(testing.make_inputs(case).problem().lower())]
+    rounds = [len(range(3)[x.batch]) for x in tiles.chunks(testing.make_inputs(case).problem().lower())]
     assert rounds == {1: [1, 1, 1], 2: [2, 1]}[together]
     testing.check_parity(case, "tiled")
 

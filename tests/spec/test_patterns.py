@@ -17,7 +17,7 @@ import fused_attn
 from fused_attn import Mask
 from fused_attn.api.bind import bind
 from fused_attn.backends.tiled import tiles
-from fused_attn.spec import masks
+from fused_attn.spec import masks, reach
 from fused_attn.spec.problem import Problem
 from fused_attn.tuning import Config, override
 
@@ -234,25 +234,30 @@ def test_tiles_of_the_host(drawn: tuple[Mask, Shape], group: int) -> None:
     p = problem(mask, shape, group)
     b, _, m, n = shape
     seen = p.visible(torch.arange(m), torch.arange(n)).expand(shape)
-    rows, keys = tiles.reached(p)
+    rows, keys = reach.reached(p)
     assert torch.equal(keys[..., 0].expand(b, 1, n), p.reached().expand(b, 1, n))
     assert bool((seen.any(-1) <= rows[..., 0]).all()) and bool((seen.any(-2) <= keys[..., 0]).all())
     visited = torch.zeros(shape, dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ROWS", (16, 16)), ("KEYS", 16), ("STRETCH", 8), ("_elements", lambda device: 2**10)):
+        for name, value in (
+            ("ROWS", (16, 16)),
+            ("KEYS", 16),
+            ("PATTERN_BLOCK", 8),
+            ("_elements", lambda device: 2**10),
+        ):
             patch.setattr(tiles, name, value)
-        for share in tiles.shares(p):
-            for tile in share.tiles:
+        for chunk in tiles.chunks(p):
+            for tile in chunk.tiles:
                 for cut in tile.key_tiles():
-                    place = (share.batch, share.heads, tile.rows, cut)
+                    place = (chunk.batch, chunk.heads, tile.rows, cut)
                     visited[place] += 1
                     both = [torch.arange(x.start, x.stop) for x in (tile.rows, cut)]
-                    whole = tiles.part(p.span.materialize(*both, n), share.batch, *[slice(None)] * 3)
+                    whole = tiles.part(p.span.materialize(*both, n), chunk.batch, *[slice(None)] * 3)
                     for part in tile.partial(cut):
                         whole[..., part.start - cut.start : part.stop - cut.start] = True
                     assert whole.all()
                     if p.pattern is not None and tile.clear(cut):
-                        assert p.pattern.part(share.batch, share.heads).materialize(*both).all()
+                        assert p.pattern.part(chunk.batch, chunk.heads).materialize(*both).all()
     assert visited.max() <= 1 and bool((visited.bool() >= seen).all())
 
 
@@ -300,11 +305,11 @@ def test_kernels_visit_what_is_listed(name: str, products: list[None]) -> None:
 @pytest.mark.parametrize("name", SKIPPED)
 def test_the_host_visits_what_is_left(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, count = SKIPPED[name]
-    for constant, value in (("ROWS", (32, 32)), ("KEYS", 32), ("STRETCH", 32)):
+    for constant, value in (("ROWS", (32, 32)), ("KEYS", 32), ("PATTERN_BLOCK", 32)):
         monkeypatch.setattr(tiles, constant, value)
-    shares = tiles.shares(problem(make(), (1, 1, 192, 192)))
+    chunks = tiles.chunks(problem(make(), (1, 1, 192, 192)))
     scores = sum(
         (tile.stop - tile.start) * (keys.stop - keys.start)
-        for share in shares for tile in share.tiles for keys in tile.key_tiles()
+        for chunk in chunks for tile in chunk.tiles for keys in tile.key_tiles()
     )  # fmt: skip
     assert scores <= count * 32 * 32 + (31 * 31 * 6 if name == "sinks" else 0)

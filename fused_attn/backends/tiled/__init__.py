@@ -1,1 +1,1 @@
-"""The PyTorch fallback: attention tile by tile, on any device, with memory linear in the sequence length."""
+"""The PyTorch fallback: attention tile by tile, on any device, in O(M + N) memory."""
