@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .backward import dropped, row_numbers, score_gradient, weights
-from .memory import head_pointer, key_base, load_rows, member, number, owner, row_base, start_pointer, store_rows
+from .memory import decode, head_pointer, key_base, load_rows, member, owner, row_base, start_pointer, store_rows
 from .modifiers import Plane, backward, parameters, saturation, slope_gradient, softcap_gradient, tile_pointers
 from .numerics import LOG2E, dot, reciprocal
 from .scores import (
@@ -54,7 +54,7 @@ def additive_prepare_kernel(
     Grid: (blocks of PEAKS rows x heads), flat. ragged: lengths of x only; memory between sequences must hold zeros
     already.
     """
-    at = owner(ragged, tl.program_id(0), number(blocks), LENGTH, LENGTH, HEADS, BATCHED_HEADS, BATCHED_HEADS, False)
+    at = owner(ragged, tl.program_id(0), decode(blocks), LENGTH, LENGTH, HEADS, BATCHED_HEADS, BATCHED_HEADS, False)
     start = at.tile * PEAKS
     rows = start + tl.arange(0, PEAKS) < at.M  # [PEAKS]
     # [PEAKS, BLOCK_D]
@@ -69,7 +69,7 @@ def additive_prepare_kernel(
     tl.store(features + own + offsets, found, mask=d < width)
     if PAIRS:
         tl.store(exponentials + own + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=d < width)
-        block = at.home.to(tl.int64) * number(blocks) + first // PEAKS
+        block = at.home.to(tl.int64) * decode(blocks) + first // PEAKS
         tl.store(peaks + block, tl.max(tl.max(tl.abs(found), 1), 0), mask=width > 0)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .forward import Rows, absorb, issue
-from .memory import Place, head_pointer, load_whole, number, packed_rows, read_scalar
+from .memory import Place, decode, head_pointer, load_whole, packed_rows, read_scalar
 from .modifiers import Parameters, Plane
 from .numerics import LOG2E
 from .softmax import finish, init, partial
@@ -25,7 +25,7 @@ def length_of(sequences, b, N):
     if sequences.lengths is None:
         return N
     else:
-        return tl.minimum(tl.maximum(tl.load(sequences.lengths + b), 0) + number(sequences.added), N)
+        return tl.minimum(tl.maximum(tl.load(sequences.lengths + b), 0) + decode(sequences.added), N)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def keys_of(sequences, pages, b):
     entry = b * 0
     if pages is not None:
         home = b * 0
-        entry = b.to(tl.int64) * number(pages.stride)
+        entry = b.to(tl.int64) * decode(pages.stride)
     return home, entry
 
 
@@ -49,7 +49,7 @@ def first_key(sequences, span, b, length, M):
     if sequences.leftpad is not None:
         first = tl.maximum(first, tl.load(sequences.leftpad + b))
     if span.left is not None:
-        first = tl.maximum(first, length - M + number(span.left))
+        first = tl.maximum(first, length - M + decode(span.left))
     return first
 
 
@@ -67,7 +67,7 @@ def cut(first, length, PARTS, LEAST, BLOCK: tl.constexpr):
 def of_rows(x, b, heads):
     """A Scalar as [BLOCK_M, 1], one number per packed row; or a number, if all heads share it."""
     if x.pointer:
-        return tl.load(x.value + b * number(x.strides[0]) + heads * number(x.strides[1])).to(tl.float32)[:, None]
+        return tl.load(x.value + b * decode(x.strides[0]) + heads * decode(x.strides[1])).to(tl.float32)[:, None]
     else:
         return x.value
 
@@ -89,8 +89,8 @@ def tree_rows(span, b, query, M):
     if span.tree is None:
         return 0
     else:
-        rows = tl.minimum(query, M - 1).to(tl.int64) * number(span.tree.strides[1])
-        return span.tree.ptr + b.to(tl.int64) * number(span.tree.strides[0]) + rows
+        rows = tl.minimum(query, M - 1).to(tl.int64) * decode(span.tree.strides[1])
+        return span.tree.ptr + b.to(tl.int64) * decode(span.tree.strides[0]) + rows
 
 
 @triton.jit(do_not_specialize=["M", "N", "KV_HEADS", "PARTS", "LEAST"])

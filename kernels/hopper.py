@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .memory import number
+from .memory import decode
 
 
 class Visit(NamedTuple):
@@ -50,11 +50,11 @@ def visit(span, first_row, last_row, limit, BLOCK: gl.constexpr):
     full_first = 0
     full_last = limit
     if span.left is not None:
-        first = gl.maximum(first, first_row + number(span.left))
-        full_first = gl.maximum(full_first, last_row + number(span.left))
+        first = gl.maximum(first, first_row + decode(span.left))
+        full_first = gl.maximum(full_first, last_row + decode(span.left))
     if span.right is not None:
-        last = gl.minimum(last, last_row + number(span.right) + 1)
-        full_last = gl.minimum(full_last, first_row + number(span.right) + 1)
+        last = gl.minimum(last, last_row + decode(span.right) + 1)
+        full_last = gl.minimum(full_last, first_row + decode(span.right) + 1)
     origin = gl.minimum(first, limit - 1) // BLOCK * BLOCK
     # Fully masked rows visit one tile, fully masked.
     total = gl.maximum(gl.cdiv(gl.maximum(last - origin, 0), BLOCK), 1)

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barriers, bulk_wait, fetch, pin_all, reduce_add, store_release, wait_for
-from .memory import head_pointer, load_rows, number, schedule, store_rows
+from .memory import decode, head_pointer, load_rows, schedule, store_rows
 from .numerics import LOG2E
 from .types import Span
 
@@ -162,11 +162,11 @@ def assignment(p):
     full_first = 0
     full_last = gl.cdiv(p.M, p.BLOCK_M) * p.BLOCK_M
     if p.span.left is not None:
-        first = gl.maximum(first, n + number(p.span.left))
-        full_first = gl.maximum(full_first, last_key + number(p.span.left))
+        first = gl.maximum(first, n + decode(p.span.left))
+        full_first = gl.maximum(full_first, last_key + decode(p.span.left))
     if p.span.right is not None:
-        last = gl.minimum(last, last_key + number(p.span.right) + 1)
-        full_last = gl.minimum(full_last, n + number(p.span.right) + 1)
+        last = gl.minimum(last, last_key + decode(p.span.right) + 1)
+        full_last = gl.minimum(full_last, n + decode(p.span.right) + 1)
     if n + KEYS > p.N:
         full_last = 0  # keys past the end must not reach dq
     return Task(
@@ -211,10 +211,10 @@ def visible(p, order, n, m):
     j = n + gl.arange(0, p.KEYS, gl.SliceLayout(1, order.type.layout))  # [KEYS]
     stop = gl.where(j < p.N, p.BLOCK_M, 0)  # [KEYS]
     if p.span.right is not None:
-        stop = gl.minimum(stop, j + (number(p.span.right) + 1 - m))
+        stop = gl.minimum(stop, j + (decode(p.span.right) + 1 - m))
     see = order < stop[:, None]  # [KEYS, BLOCK_M]
     if p.span.left is not None:
-        see = see & (order >= (j + (number(p.span.left) - m))[:, None])
+        see = see & (order >= (j + (decode(p.span.left) - m))[:, None])
     return see
 
 
@@ -395,7 +395,7 @@ def turn_of(p, t, m):
     """How many programs add to the tile of dq at m before this one: those with later keys."""
     last = p.N - 1
     if p.span.left is not None:
-        last = gl.minimum(last, m + p.BLOCK_M - 1 - number(p.span.left))
+        last = gl.minimum(last, m + p.BLOCK_M - 1 - decode(p.span.left))
     return (last - t.n) // (p.TILES * p.KEYS)
 
 

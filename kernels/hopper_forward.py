@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barriers, fetch, pin, tile_start, visit
-from .memory import number, place, pointers, row_base, schedule
+from .memory import decode, place, pointers, row_base, schedule
 from .modifiers import Plane, apart, capped, parameters, saturation
 from .numerics import LOG2E
 from .softmax import LOWEST, finish, store_normaliser, update
@@ -201,9 +201,9 @@ def weigh(p, tile, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
         # [ROWS, BLOCK_N]
         allowed = j < p.N
         if p.span.left is not None:
-            allowed = allowed & (j >= i + number(p.span.left))
+            allowed = allowed & (j >= i + decode(p.span.left))
         if p.span.right is not None:
-            allowed = allowed & (j <= i + number(p.span.right))
+            allowed = allowed & (j <= i + decode(p.span.right))
     return update(m_i, l_i, x, allowed, tile.factor)
 
 
@@ -289,9 +289,9 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         rows = m + gl.arange(0, p.ROWS, ROW)  # [ROWS]
         some = rows < p.M
         if p.span.left is not None:
-            some = some & (rows + number(p.span.left) < p.N)
+            some = some & (rows + decode(p.span.left) < p.N)
         if p.span.right is not None:
-            some = some & (rows + number(p.span.right) >= 0)
+            some = some & (rows + decode(p.span.right) >= 0)
         logit = None
         if sink is not None:
             logit = gl.load(sink + h).to(gl.float32)

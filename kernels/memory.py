@@ -34,16 +34,16 @@ class Place(NamedTuple):
 
 
 @triton.jit
-def number(code):
+def decode(x):
     """Decode an integer; see types.py."""
-    return code >> 2
+    return x >> 2
 
 
 @triton.jit
 def read_scalar(x, b, h):
     """A Scalar as float32."""
     if x.pointer:
-        return tl.load(x.value + b * number(x.strides[0]) + h * number(x.strides[1])).to(tl.float32)
+        return tl.load(x.value + b * decode(x.strides[0]) + h * decode(x.strides[1])).to(tl.float32)
     else:
         return x.value
 
@@ -52,15 +52,15 @@ def read_scalar(x, b, h):
 def stride(view, dim: tl.constexpr):
     """The stride of a dimension, in elements."""
     if view.wide:
-        return number(view.strides[dim]).to(tl.int64) * view.unit
+        return decode(view.strides[dim]).to(tl.int64) * view.unit
     else:
-        return number(view.strides[dim]) * view.unit
+        return decode(view.strides[dim]) * view.unit
 
 
 @triton.jit
 def head_pointer(view, b, h):
     """Pointer to row 0 of head (b, h). int64 before the first multiply."""
-    return view.ptr + (b.to(tl.int64) * number(view.strides[0]) + h.to(tl.int64) * number(view.strides[1])) * view.unit
+    return view.ptr + (b.to(tl.int64) * decode(view.strides[0]) + h.to(tl.int64) * decode(view.strides[1])) * view.unit
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def load_paged(view, head, pages, at, start, live, ROWS: tl.constexpr, D: tl.con
 @triton.jit
 def page_offset(view, page):
     """The offset of a page, int64, in elements."""
-    return page.to(tl.int64) * number(view.strides[0]) * view.unit
+    return page.to(tl.int64) * decode(view.strides[0]) * view.unit
 
 
 @triton.jit
@@ -178,8 +178,8 @@ def whole_rows(view, head, offsets, COLS: tl.constexpr):
 def packed_rows(view, b, h, rows, GROUP: tl.constexpr, COLS: tl.constexpr):
     """Pointers [len(rows), COLS] to rows into which a group's query heads are packed: r is query r // GROUP of head h +
     r % GROUP."""
-    of_head = (rows % GROUP).to(tl.int64) * number(view.strides[1]) * view.unit  # [len(rows)]
-    of_index = (rows // GROUP).to(tl.int64) * number(view.strides[2]) * view.unit  # [len(rows)]
+    of_head = (rows % GROUP).to(tl.int64) * decode(view.strides[1]) * view.unit  # [len(rows)]
+    of_index = (rows // GROUP).to(tl.int64) * decode(view.strides[2]) * view.unit  # [len(rows)]
     return whole_rows(view, head_pointer(view, b, h), of_head + of_index, COLS)
 
 
@@ -229,7 +229,7 @@ def place(ragged, b, h, tile, M, N, HEADS):
         m = tl.where(tile == NONE, 0, tl.load(ragged.q + b + 1) - row)
         n = tl.where(tile == NONE, 0, tl.load(ragged.k + b + 1) - key)
         tile = tl.where(tile == NONE, 0, tile)
-        shift = (n - m) * number(ragged.aligned)
+        shift = (n - m) * decode(ragged.aligned)
         return Place(b, h, head, tile, m, n, shift, zero, h, row, key, M, N)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import Place, head_pointer, key_base, number, pair_pointers, read_scalar, row_base
+from .memory import Place, decode, head_pointer, key_base, pair_pointers, read_scalar, row_base
 from .numerics import tanh
 from .types import Score
 
@@ -55,7 +55,7 @@ def parameters(score, mask, b, h):
     plane = 0
     weights = 0
     if score.additive is not None:
-        weights = score.additive.weights + h * number(score.additive.stride)
+        weights = score.additive.weights + h * decode(score.additive.stride)
     if score.softcap is not None:
         cap = read_scalar(score.softcap, b, h)
     if score.slopes is not None:
@@ -99,7 +99,7 @@ def apart(plane, m, n, i, j):
 
     The distance between the tile's corners is converted to float once; i and j are small integers, exact in float32.
     """
-    far = 1.0 * (m - n + number(plane.score.offset) + plane.at.shift)
+    far = 1.0 * (m - n + decode(plane.score.offset) + plane.at.shift)
     return tl.abs((far + i.to(tl.float32)) - j.to(tl.float32))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import number
+from .memory import decode
 from .modifiers import allowed
 from .types import Span
 
@@ -67,17 +67,17 @@ def interval(span, b, index, length, limit, shift):
     lo = index * 0
     hi = tl.where(index < length, limit, 0)
     if (span.left is not None) and (span.sinks is None):
-        lo = tl.maximum(lo, index + (shift + number(span.left)))
+        lo = tl.maximum(lo, index + (shift + decode(span.left)))
     if span.right is not None:
-        hi = tl.minimum(hi, index + (shift + number(span.right) + 1))
+        hi = tl.minimum(hi, index + (shift + decode(span.right) + 1))
     if span.lo is not None:
-        ptrs = span.lo.ptr + b.to(tl.int64) * number(span.lo.stride) + index  # [BLOCK]
+        ptrs = span.lo.ptr + b.to(tl.int64) * decode(span.lo.stride) + index  # [BLOCK]
         lo = tl.maximum(lo, tl.load(ptrs, mask=index < length, other=0))
     if span.hi is not None:
-        ptrs = span.hi.ptr + b.to(tl.int64) * number(span.hi.stride) + index  # [BLOCK]
+        ptrs = span.hi.ptr + b.to(tl.int64) * decode(span.hi.stride) + index  # [BLOCK]
         hi = tl.minimum(hi, tl.load(ptrs, mask=index < length, other=0))
     if span.sinks is not None:
-        lo = tl.where(lo < number(span.sinks), lo, tl.maximum(lo, index + (shift + number(span.left))))
+        lo = tl.where(lo < decode(span.sinks), lo, tl.maximum(lo, index + (shift + decode(span.left))))
     return lo, hi
 
 
@@ -102,8 +102,8 @@ def listed(span, reach, at):
     if span.table is None:
         return reach
     else:
-        head = at.b.to(tl.int64) * number(span.table.strides[0]) + at.h.to(tl.int64) * number(span.table.strides[1])
-        own = span.table.ptr + head + at.tile * number(span.table.strides[2])
+        head = at.b.to(tl.int64) * decode(span.table.strides[0]) + at.h.to(tl.int64) * decode(span.table.strides[1])
+        own = span.table.ptr + head + at.tile * decode(span.table.strides[2])
         some = (at.M > 0) & (at.N > 0)
         partial = tl.where(some, tl.load(own), 0)
         full = tl.where(some, tl.load(own + 1), 0)
@@ -118,15 +118,15 @@ def pattern(span, b, h, index, length, shift):
     others = 0
     blocks = 0
     if span.sinks is not None:
-        near = index + (shift + number(span.left))  # [BLOCK]
+        near = index + (shift + decode(span.left))  # [BLOCK]
     if span.ids is not None:
-        ptrs = span.ids.ptr + b.to(tl.int64) * number(span.ids.stride) + index
+        ptrs = span.ids.ptr + b.to(tl.int64) * decode(span.ids.stride) + index
         ids = tl.load(ptrs, mask=index < length, other=0)  # [BLOCK]
-        others = span.others.ptr + b.to(tl.int64) * number(span.others.stride)
+        others = span.others.ptr + b.to(tl.int64) * decode(span.others.stride)
     if span.blocks is not None:
-        own = tl.minimum(index, length - 1) // number(span.blocks.sizes[0])  # [BLOCK]
-        head = b.to(tl.int64) * number(span.blocks.strides[0]) + h.to(tl.int64) * number(span.blocks.strides[1])
-        blocks = span.blocks.ptr + head + own.to(tl.int64) * number(span.blocks.strides[2])  # [BLOCK]
+        own = tl.minimum(index, length - 1) // decode(span.blocks.sizes[0])  # [BLOCK]
+        head = b.to(tl.int64) * decode(span.blocks.strides[0]) + h.to(tl.int64) * decode(span.blocks.strides[1])
+        blocks = span.blocks.ptr + head + own.to(tl.int64) * decode(span.blocks.strides[2])  # [BLOCK]
     return Pattern(near, ids, others, blocks, 0, 0)
 
 
@@ -139,17 +139,17 @@ def sees(reach, y):
         see = (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])  # [BLOCK, len(y)]
     inside = y < reach.visit.last  # [len(y)]
     if reach.span.sinks is not None:
-        see &= (y < number(reach.span.sinks))[None, :] | (y[None, :] >= reach.pattern.near[:, None])
+        see &= (y < decode(reach.span.sinks))[None, :] | (y[None, :] >= reach.pattern.near[:, None])
     if reach.span.ids is not None:
         see &= reach.pattern.ids[:, None] == tl.load(reach.pattern.others + y, mask=inside, other=0)[None, :]
     if reach.span.blocks is not None:
-        block = (tl.where(inside, y, 0) // number(reach.span.blocks.sizes[1])).to(tl.int64)  # [len(y)]
+        block = (tl.where(inside, y, 0) // decode(reach.span.blocks.sizes[1])).to(tl.int64)  # [len(y)]
         # [BLOCK, len(y)]
-        ptrs = reach.pattern.blocks[:, None] + (block * number(reach.span.blocks.strides[3]))[None, :]
+        ptrs = reach.pattern.blocks[:, None] + (block * decode(reach.span.blocks.strides[3]))[None, :]
         see &= tl.load(ptrs) != 0
     if reach.span.tree is not None:
         leaf = y - reach.pattern.trunk  # [len(y)]
-        ptrs = reach.pattern.tree[:, None] + (leaf * number(reach.span.tree.strides[2]))[None, :]  # [BLOCK, len(y)]
+        ptrs = reach.pattern.tree[:, None] + (leaf * decode(reach.span.tree.strides[2]))[None, :]  # [BLOCK, len(y)]
         see &= tl.load(ptrs, mask=(inside & (leaf >= 0))[None, :], other=1) != 0
     return see
 

@@ -7,7 +7,7 @@ order, the longest tiles come first. Entries without a tile hold sequence 0 and 
 import triton
 import triton.language as tl
 
-from .memory import BITS, NONE, number
+from .memory import BITS, NONE, decode
 
 GRAIN: tl.constexpr = tl.constexpr(64)  # unit of the number of visible keys; 18 bits of it hold 2**24 keys
 MOST: tl.constexpr = tl.constexpr(2**18 - 1)
@@ -39,13 +39,13 @@ def turns_kernel(
     tile = turn - first  # [CHUNK]
     length = tl.load(own + b + 1) - tl.load(own + b)
     limit = tl.load(other + b + 1) - tl.load(other + b)
-    shift = (limit - length) * number(aligned)
+    shift = (limit - length) * decode(aligned)
     lo = tile * 0
     hi = limit
     if left is not None:
-        lo = tl.maximum(tile * BLOCK + (shift + number(left)), 0)
+        lo = tl.maximum(tile * BLOCK + (shift + decode(left)), 0)
     if right is not None:
-        hi = tl.minimum(hi, tl.minimum(tile * BLOCK + BLOCK, length) + (shift + number(right)))
+        hi = tl.minimum(hi, tl.minimum(tile * BLOCK + BLOCK, length) + (shift + decode(right)))
     seen = tl.minimum(tl.cdiv(tl.maximum(hi - lo, 0), GRAIN), MOST)  # [CHUNK]
     key = (((seen.to(tl.int64) << BITS) + b) << BITS) + tile  # [CHUNK]
     tl.store(keys + turn, tl.where(turn < total, key, NONE), mask=turn < TURNS)

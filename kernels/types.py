@@ -1,6 +1,6 @@
 """The tuples that the host passes to the kernels.
 
-An absent option is None and vanishes at compile time. Integers travel encoded, as 4 * x + 3, and `memory.number`
+An absent option is None and vanishes at compile time. Integers travel encoded, as 4 * x + 3, and `memory.decode`
 decodes them. The reason: Triton specialises the integers of a tuple on being 1 and on divisibility by 16, whatever the
 kernel's do_not_specialize says, so a stride that depends on a length would compile anew for each length. 4 * x + 3 is
 never 1 and never divisible.

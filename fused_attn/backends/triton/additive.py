@@ -54,7 +54,7 @@ def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
     launcher.launch(
         kernels.additive_prepare_kernel,
         programs,
-        *(views.view(x), plain, exponentials, peaks, views.code(blocks), ragged, length, heads, b * heads),
+        *(views.view(x), plain, exponentials, peaks, views.encode(blocks), ragged, length, heads, b * heads),
         FEATURES=even(d),
         D=d,
         BLOCK_D=padded(even(d)),
@@ -78,9 +78,9 @@ def score(p: Problem, fast: bool) -> Additive | None:
     q, k = (_features(x, own, paired) for x, own in zip((p.q, p.k), starts, strict=True))
     w = torch.nn.functional.pad(p.w.float(), (0, d % 2)).contiguous()
     return Additive(
-        w, views.code(0 if w.ndim == 1 else even(d)),
+        w, views.encode(0 if w.ndim == 1 else even(d)),
         q.plain, k.plain, q.exponentials, k.exponentials, q.peaks, k.peaks,
-        *(views.code(x.plain.shape[2] // BLOCK) for x in (q, k)),
+        *(views.encode(x.plain.shape[2] // BLOCK) for x in (q, k)),
         *(views.constant(x) for x in (even(d), paired, p.group, fast)),
     )  # fmt: skip
 

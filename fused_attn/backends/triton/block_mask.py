@@ -54,8 +54,8 @@ def _patterned(span: Span, pattern: Pattern | None, transposed: bool) -> Span:
     if pattern.blocks is not None:
         size = pattern.height, pattern.width
         blocks, size = (pattern.blocks.mT, size[::-1]) if transposed else (pattern.blocks, size)
-        codes = tuple(map(views.code, views.strides_of(blocks.shape, blocks.stride())))
-        span = span._replace(blocks=Blocks(blocks, codes, tuple(map(views.code, size))))
+        strides = tuple(map(views.encode, views.strides_of(blocks.shape, blocks.stride())))
+        span = span._replace(blocks=Blocks(blocks, strides, tuple(map(views.encode, size))))
     return span
 
 
@@ -127,4 +127,4 @@ def _table(some: Tensor, whole: Tensor, kinds: bool = False) -> Table:
     body = some.int() + whole if kinds else torch.where(some, whole.int(), 2).argsort(dim=-1, stable=True)
     counts = (x.sum(-1, keepdim=True) for x in (partial, whole))
     table = torch.cat((*counts, body), -1).int()
-    return Table(table, tuple(map(views.code, views.strides_of(table.shape, table.stride())[:3])))
+    return Table(table, tuple(map(views.encode, views.strides_of(table.shape, table.stride())[:3])))

@@ -43,7 +43,7 @@ def turns(p: Problem, block: int, by_keys: bool = False, in_order: bool = False)
     left, right = None if p.span.sinks else p.span.left, p.span.right
     if by_keys:
         left, right = (None if x is None else -x for x in (right, left))
-    left, right, aligned = views._bound(left), views._bound(right), views.code(int(p.ragged.bottom_right))
+    left, right, aligned = views._bound(left), views._bound(right), views.encode(int(p.ragged.bottom_right))
     keys = _keys(starts[by_keys], starts[not by_keys], tiles(p, block, by_keys), block, left, right, aligned)
     return Ragged(*starts, keys if in_order else keys.sort(descending=True).values, aligned)
 
@@ -52,7 +52,7 @@ def alone(starts: Tensor, total: int, block: int) -> Ragged:
     """The same of one tensor by itself, in order."""
     starts = starts.contiguous()
     count = total // block + len(starts) - 1
-    return Ragged(starts, starts, _keys(starts, starts, count, block, None, None, views.code(0)), views.code(0))
+    return Ragged(starts, starts, _keys(starts, starts, count, block, None, None, views.encode(0)), views.encode(0))
 
 
 def _keys(

@@ -1,4 +1,4 @@
-"""From tensors to the nouns of kernels/types.py: strides as codes, alignment, and the int64 decision."""
+"""From tensors to the nouns of kernels/types.py: encoded strides, alignment, and the int64 decision."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LONGEST_TILE = 512
 FAR = 2**28
 
 
-def code(x: int) -> int:
-    """An integer whose class never changes: odd, and never 1. `memory.number` undoes it."""
+def encode(x: int) -> int:
+    """4 * x + 3: never 1 and never divisible by 16, so Triton never specialises on it. Inverse of `memory.decode`."""
     return 4 * x + 3
 
 
@@ -51,8 +51,8 @@ def _layout(
     per = 16 // size
     unit = per if aligned and columns == 1 and all(s % per == 0 for s in strides[:3]) else 1
     wide = max(strides[2:]) * LONGEST_TILE >= 2**31
-    codes = tuple(code(s // unit) for s in strides)
-    return codes, _constants[unit], _constants[rows], _constants[columns], _booleans[wide]
+    encoded = tuple(encode(s // unit) for s in strides)
+    return encoded, _constants[unit], _constants[rows], _constants[columns], _booleans[wide]
 
 
 def view(x: Tensor) -> View:
@@ -101,8 +101,8 @@ def plane_output(x: Tensor, shape: tuple[int, ...]) -> View:
 def scalar(x: float | Tensor) -> Scalar:
     """A float, or a tensor (), (H,) or (B, H)."""
     if not isinstance(x, Tensor):
-        return Scalar(float(x), (code(0), code(0)), _booleans[False])
-    return Scalar(x, tuple(code(s) for s in (0, 0, *strides_of(x.shape, x.stride()))[-2:]), _booleans[True])
+        return Scalar(float(x), (encode(0), encode(0)), _booleans[False])
+    return Scalar(x, tuple(encode(s) for s in (0, 0, *strides_of(x.shape, x.stride()))[-2:]), _booleans[True])
 
 
 def vector(x: Tensor | None) -> Vector | None:
@@ -110,11 +110,11 @@ def vector(x: Tensor | None) -> Vector | None:
     if x is None:
         return None
     x = x.contiguous()
-    return Vector(x, code(0 if x.shape[0] == 1 else x.shape[1]))
+    return Vector(x, encode(0 if x.shape[0] == 1 else x.shape[1]))
 
 
 def _bound(x: int | None) -> int | None:
-    return None if x is None else code(max(-FAR, min(FAR, x)))
+    return None if x is None else encode(max(-FAR, min(FAR, x)))
 
 
 def span(s: Interval) -> Span:
@@ -137,7 +137,7 @@ def score(p: Problem, additive: Additive | None) -> Score:
         None if p.softcap is None else scalar(p.softcap),
         plane_view(p.bias, p.shape),
         None if p.slopes is None else scalar(p.slopes),
-        None if p.slopes is None else code(p.offset),
+        None if p.slopes is None else encode(p.offset),
         None if p.row_terms is None else p.row_terms.contiguous(),
         None if p.key_terms is None else p.key_terms.contiguous(),
         additive,
