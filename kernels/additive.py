@@ -21,7 +21,17 @@ import triton
 import triton.language as tl
 
 from .backward import dropped, row_numbers, score_gradient, weights
-from .memory import decode, head_pointer, key_base, load_rows, member, owner, row_base, start_pointer, store_rows
+from .memory import (
+    decode,
+    head_pointer,
+    key_base,
+    load_rows,
+    member,
+    row_base,
+    scheduled_tile,
+    start_pointer,
+    store_rows,
+)
 from .modifiers import Plane, backward, parameters, saturation, slope_gradient, softcap_gradient, tile_pointers
 from .numerics import LOG2E, dot, reciprocal
 from .scores import (
@@ -54,22 +64,24 @@ def additive_prepare_kernel(
     Grid: (blocks of PEAKS rows x heads), flat. ragged: lengths of x only; memory between sequences must hold zeros
     already.
     """
-    at = owner(ragged, tl.program_id(0), decode(blocks), LENGTH, LENGTH, HEADS, BATCHED_HEADS, BATCHED_HEADS, False)
-    start = at.tile * PEAKS
-    rows = start + tl.arange(0, PEAKS) < at.M  # [PEAKS]
+    tile = scheduled_tile(
+        ragged, tl.program_id(0), decode(blocks), LENGTH, LENGTH, HEADS, BATCHED_HEADS, BATCHED_HEADS, False
+    )
+    start = tile.index * PEAKS
+    rows = start + tl.arange(0, PEAKS) < tile.M  # [PEAKS]
     # [PEAKS, BLOCK_D]
-    found = load_rows(x, start_pointer(x, at, at.h, at.row), start, rows, PEAKS, D, BLOCK_D).to(tl.float32)
+    found = load_rows(x, start_pointer(x, tile, tile.h, tile.row), start, rows, PEAKS, D, BLOCK_D).to(tl.float32)
     d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
-    first = room(at, at.row) + start
-    own = at.home.to(tl.int64) * FEATURES * pitch(blocks) + first
+    first = room(tile, tile.row) + start
+    own = tile.home.to(tl.int64) * FEATURES * pitch(blocks) + first
     offsets = d.to(tl.int64) * pitch(blocks) + tl.arange(0, PEAKS)[:, None]  # [PEAKS, BLOCK_D]
     width = FEATURES
     if ragged is not None:
-        width = tl.where(start < at.M, FEATURES, 0)  # a tile past the end of its sequence writes nothing
+        width = tl.where(start < tile.M, FEATURES, 0)  # a tile past the end of its sequence writes nothing
     tl.store(features + own + offsets, found, mask=d < width)
     if PAIRS:
         tl.store(exponentials + own + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=d < width)
-        block = at.home.to(tl.int64) * decode(blocks) + first // PEAKS
+        block = tile.home.to(tl.int64) * decode(blocks) + first // PEAKS
         tl.store(peaks + block, tl.max(tl.max(tl.abs(found), 1), 0), mask=width > 0)
 
 
@@ -95,21 +107,21 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def row_slot(at, tile, room_for, BLOCK: tl.constexpr):
+def row_slot(tile, index, room_for, BLOCK: tl.constexpr):
     """Index of a tile of rows in memory with one entry per tile."""
     if room_for is None:
-        return at.head * tl.cdiv(at.M, BLOCK) + tile
+        return tile.head * tl.cdiv(tile.M, BLOCK) + index
     else:
-        return at.home * room_for + at.row // BLOCK + at.b + tile
+        return tile.home * room_for + tile.row // BLOCK + tile.b + index
 
 
 @triton.jit
-def key_slot(at, room_for, BLOCK: tl.constexpr):
+def key_slot(tile, room_for, BLOCK: tl.constexpr):
     """Index of the program's tile of keys in memory with one entry per tile."""
     if room_for is None:
-        return at.head * tl.cdiv(at.N, BLOCK) + at.tile
+        return tile.head * tl.cdiv(tile.N, BLOCK) + tile.index
     else:
-        return at.home * room_for + at.key // BLOCK + at.b + at.tile
+        return tile.home * room_for + tile.key // BLOCK + tile.b + tile.index
 
 
 @triton.jit
@@ -119,7 +131,7 @@ def add_features(c, du, m, PAIRED: tl.constexpr):
     w = c.plane.own.weights
     dk = key_features(c.plane, c.gradients.dk, c.n)
     stage = c.gradients.stage + c.program.to(tl.int64) * c.plane.score.additive.features * c.plane.BLOCK_M
-    slot = key_slot(c.plane.at, c.key_slots, c.plane.BLOCK_N)
+    slot = key_slot(c.plane.tile, c.key_slots, c.plane.BLOCK_N)
     dw = c.gradients.dw + slot.to(tl.int64) * c.plane.score.additive.features
     step = pitch(c.plane.score.additive.k_pitch)
     for _ in tl.range(0, c.plane.score.additive.features, 2):
@@ -143,8 +155,8 @@ def add_feature(c, du, t, w, dk, stage, dw):
     sent = du * t  # [BLOCK_N, BLOCK_M]
     slope = du - sent * t  # [BLOCK_N, BLOCK_M]
     tl.store(stage + tl.arange(0, c.plane.BLOCK_M), tl.sum(slope, 0) * w)
-    at = dk + tl.arange(0, c.plane.BLOCK_N)  # [BLOCK_N]
-    tl.store(at, tl.load(at) + tl.sum(slope, 1) * (w * c.plane.own.scale))
+    ptrs = dk + tl.arange(0, c.plane.BLOCK_N)  # [BLOCK_N]
+    tl.store(ptrs, tl.load(ptrs) + tl.sum(slope, 1) * (w * c.plane.own.scale))
     tl.store(dw, tl.load(dw) + tl.sum(sent))
 
 
@@ -152,10 +164,10 @@ def add_feature(c, du, t, w, dk, stage, dw):
 def absorb(c, state, m):
     """Add the contributions of the tile of rows at m to the state. Returns the state, and the row sums of dx."""
     dv, columns, scale, caps, slopes = state  # [BLOCK_N, BLOCK_DV], then [BLOCK_N] each
-    at = m + tl.arange(0, c.plane.BLOCK_M)  # [BLOCK_M]
-    rows = live(c.reach, m, c.plane.BLOCK_M, True)  # [BLOCK_M]
-    do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, at < c.plane.at.M)  # [BLOCK_M]
+    rows = m + tl.arange(0, c.plane.BLOCK_M)  # [BLOCK_M]
+    live_rows = live(c.reach, m, c.plane.BLOCK_M, True)  # [BLOCK_M]
+    do = load_rows(c.dout, c.do_head, m, live_rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    peak, log2_sum, delta = row_numbers(c.known, c.plane.tile, rows, rows < c.plane.tile.M)  # [BLOCK_M]
     s = additive(c.plane, m, c.n, True)  # [BLOCK_N, BLOCK_M]
     dp = products(c.v, do, c.PRECISION)  # [BLOCK_N, BLOCK_M]
     t = saturation(c.plane, s)  # [BLOCK_N, BLOCK_M]
@@ -171,7 +183,7 @@ def absorb(c, state, m):
     dx = score_gradient(c.plane, p, dp, delta[None, :], kept)  # [BLOCK_N, BLOCK_M]
     if c.gradients.bias is not None:
         ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, m, c.n, True)  # [BLOCK_N, BLOCK_M]
-        inside = (at < c.plane.at.M)[None, :] & (c.n + tl.arange(0, c.plane.BLOCK_N) < c.plane.at.N)[:, None]
+        inside = (rows < c.plane.tile.M)[None, :] & (c.n + tl.arange(0, c.plane.BLOCK_N) < c.plane.tile.N)[:, None]
         tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=inside)
     if c.gradients.columns is not None:
         columns += tl.sum(dx, 1)
@@ -201,54 +213,54 @@ def add_rows(c, m, sums):
     """Add the staged part of dq and the row sums of dx to the rows at m, when it is this tile's turn."""
     rows = m + tl.arange(0, c.plane.BLOCK_M)  # [BLOCK_M]
     if c.gradients.rows is not None:
-        at = c.gradients.rows + (row_base(c.plane.at) + rows)  # [BLOCK_M]
-        tl.store(at, tl.load(at, mask=rows < c.plane.at.M, other=0.0) + sums, mask=rows < c.plane.at.M)
+        ptrs = c.gradients.rows + (row_base(c.plane.tile) + rows)  # [BLOCK_M]
+        tl.store(ptrs, tl.load(ptrs, mask=rows < c.plane.tile.M, other=0.0) + sums, mask=rows < c.plane.tile.M)
     if c.gradients.dq is not None:
         base = query_features(c.plane, c.gradients.dq, m * 0)
         stage = c.gradients.stage + c.program.to(tl.int64) * c.plane.score.additive.features * c.plane.BLOCK_M
         for first in tl.range(0, c.plane.score.additive.features, SLICE):
             d = first + tl.arange(0, SLICE)[:, None]  # [SLICE, 1]
-            inside = (d < c.plane.score.additive.features) & (rows < c.plane.at.M)[None, :]
-            at = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + rows[None, :]  # [SLICE, BLOCK_M]
+            inside = (d < c.plane.score.additive.features) & (rows < c.plane.tile.M)[None, :]
+            ptrs = base + d.to(tl.int64) * pitch(c.plane.score.additive.q_pitch) + rows[None, :]  # [SLICE, BLOCK_M]
             # [SLICE, BLOCK_M]
             staged = tl.load(
                 stage + d * c.plane.BLOCK_M + tl.arange(0, c.plane.BLOCK_M)[None, :], mask=inside, other=0.0
             )
-            tl.store(at, tl.load(at, mask=inside, other=0.0) + staged, mask=inside)
+            tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + staged, mask=inside)
 
 
 @triton.jit
 def meet_rows(c, state):
     """Go through every tile of one query head's rows: absorb those that see the keys; pass the turn on in all."""
-    tiles = tl.cdiv(c.plane.at.M, c.plane.BLOCK_M)
+    tiles = tl.cdiv(c.plane.tile.M, c.plane.BLOCK_M)
     visit = c.reach.visit
-    for tile in tl.range(0, tiles):
-        m = tile * c.plane.BLOCK_M
+    for index in tl.range(0, tiles):
+        m = index * c.plane.BLOCK_M
         if c.reach.span.table is None:
             visited = (m >= visit.origin) & (m < visit.origin + visit.total * c.plane.BLOCK_M)
         else:
-            visited = tl.load(visit.table + tile) != 0
+            visited = tl.load(visit.table + index) != 0
         sums = tl.zeros([c.plane.BLOCK_M], tl.float32)  # [BLOCK_M]
         if visited:
             dv, columns, scale, caps, slopes, sums = absorb(c, state, m)
             state = dv, columns, scale, caps, slopes
-        turn = c.gradients.turns + row_slot(c.plane.at, tile, c.row_slots, c.plane.BLOCK_M)
+        turn = c.gradients.turns + row_slot(c.plane.tile, index, c.row_slots, c.plane.BLOCK_M)
         # The first barrier makes the stage visible to all threads; after the second, earlier tiles' sums are visible.
         tl.debug_barrier()
-        while tl.atomic_add(turn, 0, sem="acquire") != c.plane.at.tile:
+        while tl.atomic_add(turn, 0, sem="acquire") != c.plane.tile.index:
             pass
         tl.debug_barrier()
         if visited:
             add_rows(c, m, sums)
         tl.debug_barrier()
-        tl.atomic_xchg(turn, c.plane.at.tile + 1, sem="release")
+        tl.atomic_xchg(turn, c.plane.tile.index + 1, sem="release")
     return state
 
 
 @triton.jit
-def keep_columns(pointer, at, keys, seen, sums):
+def keep_columns(pointer, tile, keys, seen, sums):
     if pointer is not None:
-        tl.store(pointer + key_base(at) + keys, tl.where(seen, sums, 0.0), mask=keys < at.N)
+        tl.store(pointer + key_base(tile) + keys, tl.where(seen, sums, 0.0), mask=keys < tile.N)
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
@@ -272,41 +284,45 @@ def additive_backward_kernel(
         tickets = key_slots * HEADS
     ticket = tl.atomic_add(gradients.ticket, 1)
     while ticket < tickets:
-        at = owner(ragged, ticket, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, False)
-        n = at.tile * BLOCK_N
+        tile = scheduled_tile(ragged, ticket, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, False)
+        n = tile.index * BLOCK_N
         keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)  # [BLOCK_N]
+        lo, hi = interval(span, tile.b, keys, tile.N, tile.M, 0 - tile.shift)  # [BLOCK_N]
         seen = lo < hi
-        reach = visit(lo, hi, at.M, BLOCK_M)
-        v_tile = load_rows(v, start_pointer(v, at, at.h, at.key), n, seen, BLOCK_N, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        reach = visit(lo, hi, tile.M, BLOCK_M)
+        # [BLOCK_N, BLOCK_DV]
+        v_tile = load_rows(v, start_pointer(v, tile, tile.h, tile.key), n, seen, BLOCK_N, DV, BLOCK_DV)
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
         zeros = tl.zeros([BLOCK_N], tl.float32)
         for index in range(GROUP):
-            of_rows = member(at, index, GROUP)
+            query_tile = member(tile, index, GROUP)
             bias_head = None
             if gradients.bias is not None:
-                bias_head = head_pointer(gradients.bias, at.b, of_rows.h)
+                bias_head = head_pointer(gradients.bias, tile.b, query_tile.h)
             dv, columns, scale, caps, slopes = meet_rows(
                 Keys(
                     v_tile, n, tl.program_id(0), row_slots, key_slots,
-                    dout, start_pointer(dout, at, of_rows.h, at.row), bias_head, known,
-                    Plane(score, parameters(score, mask, at.b, of_rows.h), mask, dropout, of_rows, BLOCK_M, BLOCK_N),
+                    dout, start_pointer(dout, tile, query_tile.h, tile.row), bias_head, known,
+                    Plane(
+                        score, parameters(score, mask, tile.b, query_tile.h), mask, dropout, query_tile,
+                        BLOCK_M, BLOCK_N,
+                    ),
                     Reach(
-                        span, lo, hi, listed(span, reach, of_rows),
-                        pattern(span, at.b, of_rows.h, keys, at.N, 0 - at.shift),
+                        span, lo, hi, listed(span, reach, query_tile),
+                        pattern(span, tile.b, query_tile.h, keys, tile.N, 0 - tile.shift),
                     ),
                     gradients, DV, BLOCK_DV, PRECISION,
                 ),
                 (dv, zeros, zeros, zeros, zeros),
             )  # fmt: skip
-            keep_columns(gradients.columns, of_rows, keys, seen, columns)
-            keep_columns(gradients.scale, of_rows, keys, seen, scale)
-            keep_columns(gradients.softcap, of_rows, keys, seen, caps)
-            keep_columns(gradients.slopes, of_rows, keys, seen, slopes)
+            keep_columns(gradients.columns, query_tile, keys, seen, columns)
+            keep_columns(gradients.scale, query_tile, keys, seen, scale)
+            keep_columns(gradients.softcap, query_tile, keys, seen, caps)
+            keep_columns(gradients.slopes, query_tile, keys, seen, slopes)
         if gradients.dv is not None:
             if dropout is not None:
                 dv *= dropout.rescale
             dv = tl.where(seen[:, None], dv, 0.0)
-            start = start_pointer(gradients.dv, at, at.h, at.key)
-            store_rows(gradients.dv, start, n, keys < at.N, dv, BLOCK_N, DV, BLOCK_DV)
+            start = start_pointer(gradients.dv, tile, tile.h, tile.key)
+            store_rows(gradients.dv, start, n, keys < tile.N, dv, BLOCK_N, DV, BLOCK_DV)
         ticket = tl.atomic_add(gradients.ticket, 1)

@@ -24,11 +24,11 @@ def turned(view, head, start, live, positions, rotary, ROWS: tl.constexpr, D: tl
     else:
         d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
         if rotary.interleaved:
-            first, other, at = d % 2 == 0, d ^ 1, d // 2  # [BLOCK_D]
+            first, other, column = d % 2 == 0, d ^ 1, d // 2  # [BLOCK_D]
         else:
             first = d < rotary.half  # [BLOCK_D]
             other = tl.where(first, d + rotary.half, d - rotary.half)
-            at = tl.where(first, d, d - rotary.half)
+            column = tl.where(first, d, d - rotary.half)
         turns = d < 2 * rotary.half
         other = tl.where(turns, other, 0)
         # [ROWS, BLOCK_D], the other dim of each pair
@@ -36,12 +36,13 @@ def turned(view, head, start, live, positions, rotary, ROWS: tl.constexpr, D: tl
         x = x.to(tl.float32)
         y = tl.load(ptrs, mask=live[:, None] & turns[None, :], other=0.0).to(tl.float32)
         known = (live & (positions < decode(rotary.positions)))[:, None] & turns[None, :]  # [ROWS, BLOCK_D]
-        places, at = tl.where(live, positions, 0)[:, None], tl.where(turns, at, 0)[None, :]  # [ROWS, 1], [1, BLOCK_D]
+        # [ROWS, 1], [1, BLOCK_D]
+        where, column = tl.where(live, positions, 0)[:, None], tl.where(turns, column, 0)[None, :]
         zero = start * 0
         # [ROWS, BLOCK_D]
-        cos = tl.load(pointers(rotary.cos, rotary.cos.ptr, zero, zero, places, at), mask=known, other=0.0)
+        cos = tl.load(pointers(rotary.cos, rotary.cos.ptr, zero, zero, where, column), mask=known, other=0.0)
         # [ROWS, BLOCK_D]
-        sin = tl.load(pointers(rotary.sin, rotary.sin.ptr, zero, zero, places, at), mask=known, other=0.0)
+        sin = tl.load(pointers(rotary.sin, rotary.sin.ptr, zero, zero, where, column), mask=known, other=0.0)
         cos = tl.where(known, cos.to(tl.float32), float("nan"))
         sin = tl.where(known, sin.to(tl.float32), float("nan"))
         return tl.where(turns[None, :], tl.where(first[None, :], x * cos - y * sin, x * cos + y * sin), x)

@@ -27,13 +27,13 @@ from .memory import (
     key_base,
     load_rows,
     member,
-    owner,
     pair_pointers,
-    place,
     row_base,
     schedule,
+    scheduled_tile,
     start_pointer,
     store_rows,
+    work_tile,
 )
 from .modifiers import (
     Plane,
@@ -56,13 +56,13 @@ BLIND: tl.constexpr = tl.constexpr(0x7F800000)  # pair(0.0, +inf)
 
 
 @triton.jit
-def row_numbers(known, at, rows, seeing):
+def row_numbers(known, tile, rows, seeing):
     """(peak, log2_sum, delta) [BLOCK_M] of rows. seeing [BLOCK_M]: rows where it is false get numbers that make their
     weights 0; None: true for all. Zeros for a sigmoid, whose `known` is None."""
     if known is None:
         return rows * 0.0, rows * 0.0, rows * 0.0
     else:
-        own = row_base(at) + rows
+        own = row_base(tile) + rows
         if seeing is None:
             peak, log2_sum = unpair(tl.load(known.normaliser + own))
             return peak, log2_sum, tl.load(known.delta + own)
@@ -126,14 +126,14 @@ def delta_kernel(
     # [BLOCK_M, BLOCK_DV]
     do = load_rows(dout, head_pointer(dout, b, h), m, rows < M, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
     total = tl.sum(o * do, 1)  # [BLOCK_M]
-    at = head.to(tl.int64) * M + rows
+    offs = head.to(tl.int64) * M + rows
     if dlse is not None:
-        total -= tl.load(dlse + at, mask=rows < M, other=0.0).to(tl.float32)
-    tl.store(known.delta + at, total, mask=rows < M)
-    log = tl.load(log_sum + at, mask=rows < M, other=0.0)
+        total -= tl.load(dlse + offs, mask=rows < M, other=0.0).to(tl.float32)
+    tl.store(known.delta + offs, total, mask=rows < M)
+    log = tl.load(log_sum + offs, mask=rows < M, other=0.0)
     log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)  # [BLOCK_M]
-    both = pair(tl.load(peak + at, mask=rows < M, other=0.0), log2_sum)  # [BLOCK_M]
-    tl.store(known.normaliser + at, both, mask=rows < M)
+    both = pair(tl.load(peak + offs, mask=rows < M, other=0.0), log2_sum)  # [BLOCK_M]
+    tl.store(known.normaliser + offs, both, mask=rows < M)
 
 
 class Keys(NamedTuple):
@@ -160,15 +160,15 @@ class Keys(NamedTuple):
 @triton.jit
 def issue_rows(c, m, MASKED: tl.constexpr):
     """k q^T and v dout^T [BLOCK_N, BLOCK_M], the tiles q and dout, and the numbers of the rows."""
-    rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)  # [BLOCK_M]
-    q = load_rows(c.q, c.q_head, m, rows, c.plane.BLOCK_M, c.D, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do = load_rows(c.dout, c.do_head, m, rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    live_rows = live(c.reach, m, c.plane.BLOCK_M, MASKED)  # [BLOCK_M]
+    q = load_rows(c.q, c.q_head, m, live_rows, c.plane.BLOCK_M, c.D, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do = load_rows(c.dout, c.do_head, m, live_rows, c.plane.BLOCK_M, c.DV, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     # Loaded before the products: a load after the wait for a product would delay the exponentials that need it.
-    at = m + tl.arange(0, c.plane.BLOCK_M)
+    rows = m + tl.arange(0, c.plane.BLOCK_M)
     if MASKED:
-        peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, at < c.plane.at.M)
+        peak, log2_sum, delta = row_numbers(c.known, c.plane.tile, rows, rows < c.plane.tile.M)
     else:
-        peak, log2_sum, delta = row_numbers(c.known, c.plane.at, at, None)
+        peak, log2_sum, delta = row_numbers(c.known, c.plane.tile, rows, None)
     return products(c.k, q, c.PRECISION), products(c.v, do, c.PRECISION), q, do, peak, log2_sum, delta
 
 
@@ -210,45 +210,46 @@ def dkdv_kernel(
 
     The first keys come first: under a causal mask they take longest.
     """
-    at = owner(ragged, tl.program_id(0), tl.cdiv(N, BLOCK_N), M, N, HEADS, BATCHED_HEADS, WAVE, False)
-    n = at.tile * BLOCK_N
+    tile = scheduled_tile(ragged, tl.program_id(0), tl.cdiv(N, BLOCK_N), M, N, HEADS, BATCHED_HEADS, WAVE, False)
+    n = tile.index * BLOCK_N
     keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)  # [BLOCK_N]
+    lo, hi = interval(span, tile.b, keys, tile.N, tile.M, 0 - tile.shift)  # [BLOCK_N]
     seen = lo < hi
-    reach = visit(lo, hi, at.M, BLOCK_M)
-    k_tile = load_rows(k, start_pointer(k, at, at.h, at.key), n, seen, BLOCK_N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v_tile = load_rows(v, start_pointer(v, at, at.h, at.key), n, seen, BLOCK_N, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    reach = visit(lo, hi, tile.M, BLOCK_M)
+    k_tile = load_rows(k, start_pointer(k, tile, tile.h, tile.key), n, seen, BLOCK_N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    # [BLOCK_N, BLOCK_DV]
+    v_tile = load_rows(v, start_pointer(v, tile, tile.h, tile.key), n, seen, BLOCK_N, DV, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for index in range(GROUP):
-        of_rows = member(at, index, GROUP)
-        own = parameters(score, mask, at.b, of_rows.h)
-        tiles = listed(span, reach, of_rows)
+        query_tile = member(tile, index, GROUP)
+        own = parameters(score, mask, tile.b, query_tile.h)
+        tiles = listed(span, reach, query_tile)
         dk, dv, columns = sweep(
             issue_rows, absorb_rows,
             Keys(
-                k_tile, v_tile, n, q, start_pointer(q, at, of_rows.h, at.row),
-                dout, start_pointer(dout, at, of_rows.h, at.row), known,
-                Plane(score, own, mask, dropout, of_rows, BLOCK_M, BLOCK_N),
-                Reach(span, lo, hi, tiles, pattern(span, at.b, of_rows.h, keys, at.N, 0 - at.shift)),
+                k_tile, v_tile, n, q, start_pointer(q, tile, query_tile.h, tile.row),
+                dout, start_pointer(dout, tile, query_tile.h, tile.row), known,
+                Plane(score, own, mask, dropout, query_tile, BLOCK_M, BLOCK_N),
+                Reach(span, lo, hi, tiles, pattern(span, tile.b, query_tile.h, keys, tile.N, 0 - tile.shift)),
                 gradients, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             ),
             (dk, dv, tl.zeros([BLOCK_N], tl.float32)), tiles, BLOCK_M, False,
         )  # fmt: skip
         if gradients.sums is not None:
-            tl.store(gradients.sums + key_base(of_rows) + keys, tl.where(seen, columns, 0.0), mask=keys < at.N)
+            tl.store(gradients.sums + key_base(query_tile) + keys, tl.where(seen, columns, 0.0), mask=keys < tile.N)
     if gradients.dk is not None:
         if not score.scale.pointer:
             dk *= score.scale.value
         dk = tl.where(seen[:, None], dk, 0.0)
-        start = start_pointer(gradients.dk, at, at.h, at.key)
-        store_rows(gradients.dk, start, n, keys < at.N, dk, BLOCK_N, D, BLOCK_D)
+        start = start_pointer(gradients.dk, tile, tile.h, tile.key)
+        store_rows(gradients.dk, start, n, keys < tile.N, dk, BLOCK_N, D, BLOCK_D)
     if gradients.dv is not None:
         if dropout is not None:
             dv *= dropout.rescale
         dv = tl.where(seen[:, None], dv, 0.0)
-        start = start_pointer(gradients.dv, at, at.h, at.key)
-        store_rows(gradients.dv, start, n, keys < at.N, dv, BLOCK_N, DV, BLOCK_DV)
+        start = start_pointer(gradients.dv, tile, tile.h, tile.key)
+        store_rows(gradients.dv, start, n, keys < tile.N, dv, BLOCK_N, DV, BLOCK_DV)
 
 
 class Rows(NamedTuple):
@@ -297,7 +298,7 @@ def absorb_keys(c, state, issued, n, MASKED: tl.constexpr):
     if c.gradients.bias is not None:
         i, j = positions(c.plane, c.m, n, False)  # [BLOCK_M, 1], [1, BLOCK_N]
         ptrs = tile_pointers(c.gradients.bias, c.bias_head, c.plane, c.m, n, False)  # [BLOCK_M, BLOCK_N]
-        tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=(i < c.plane.at.M) & (j < c.plane.at.N))
+        tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=(i < c.plane.tile.M) & (j < c.plane.tile.N))
     if c.gradients.sums is not None:
         sums += tl.sum(dx, 1)
     if c.gradients.slopes is not None:
@@ -317,44 +318,45 @@ def dq_kernel(
 ):  # fmt: skip
     """Everything that is a sum over keys: dq and each row's part of the gradients of scale, softcap and slopes. Also
     stores dx as the gradient of a dense bias."""
-    at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
-    m = at.tile * BLOCK_M
+    tile = scheduled_tile(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
+    m = tile.index * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)  # [BLOCK_M]
-    reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
-    own = parameters(score, mask, at.b, at.h)
-    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    lo, hi = interval(span, tile.b, rows, tile.M, tile.N, tile.shift)  # [BLOCK_M]
+    reach = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
+    own = parameters(score, mask, tile.b, tile.h)
+    # [BLOCK_M, BLOCK_D]
+    q_tile = load_rows(q, start_pointer(q, tile, tile.h, tile.row), m, rows < tile.M, BLOCK_M, D, BLOCK_D)
     # [BLOCK_M, BLOCK_DV]
-    do_tile = load_rows(dout, start_pointer(dout, at, at.h, at.row), m, rows < at.M, BLOCK_M, DV, BLOCK_DV)
-    peak, log2_sum, delta = row_numbers(known, at, rows, lo < hi)  # [BLOCK_M]
+    do_tile = load_rows(dout, start_pointer(dout, tile, tile.h, tile.row), m, rows < tile.M, BLOCK_M, DV, BLOCK_DV)
+    peak, log2_sum, delta = row_numbers(known, tile, rows, lo < hi)  # [BLOCK_M]
     bias_head = None
     if gradients.bias is not None:
-        bias_head = head_pointer(gradients.bias, at.b, at.h)
+        bias_head = head_pointer(gradients.bias, tile.b, tile.h)
     zeros = tl.zeros([BLOCK_M], tl.float32)
     # [BLOCK_M, BLOCK_D], then [BLOCK_M] each
     dq, caps, slopes, sums = sweep(
         issue_keys, absorb_keys,
         Rows(
             q_tile, do_tile, m, peak, log2_sum, delta,
-            k, start_pointer(k, at, at.h // GROUP, at.key), v, start_pointer(v, at, at.h // GROUP, at.key),
-            Plane(score, own, mask, dropout, at, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
+            k, start_pointer(k, tile, tile.h // GROUP, tile.key), v, start_pointer(v, tile, tile.h // GROUP, tile.key),
+            Plane(score, own, mask, dropout, tile, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
             gradients, bias_head, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros), reach, BLOCK_N, False,
     )  # fmt: skip
-    own_rows = row_base(at) + rows
+    own_rows = row_base(tile) + rows
     if gradients.scale is not None:
-        tl.store(gradients.scale + own_rows, tl.sum(q_tile.to(tl.float32) * dq, 1), mask=rows < at.M)
+        tl.store(gradients.scale + own_rows, tl.sum(q_tile.to(tl.float32) * dq, 1), mask=rows < tile.M)
     if gradients.softcap is not None:
-        tl.store(gradients.softcap + own_rows, caps, mask=rows < at.M)
+        tl.store(gradients.softcap + own_rows, caps, mask=rows < tile.M)
     if gradients.slopes is not None:
-        tl.store(gradients.slopes + own_rows, slopes, mask=rows < at.M)
+        tl.store(gradients.slopes + own_rows, slopes, mask=rows < tile.M)
     if gradients.sums is not None:
-        tl.store(gradients.sums + own_rows, sums, mask=rows < at.M)
+        tl.store(gradients.sums + own_rows, sums, mask=rows < tile.M)
     if gradients.dq is not None:
-        start = start_pointer(gradients.dq, at, at.h, at.row)
-        store_rows(gradients.dq, start, m, rows < at.M, dq * own.scale, BLOCK_M, D, BLOCK_D)
+        start = start_pointer(gradients.dq, tile, tile.h, tile.row)
+        store_rows(gradients.dq, start, m, rows < tile.M, dq * own.scale, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["M", "N", "ROWS", "KEYS", "BATCH", "HEADS", "BIAS_BATCH", "BIAS_HEADS"])
@@ -369,26 +371,26 @@ def dbias_kernel(
     ROWS, KEYS: extents of q and k in memory: M and N, or the totals of a packed batch.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    tile, own = schedule(tl.program_id(0), tiles, BIAS_BATCH * BIAS_HEADS, BIAS_BATCH * BIAS_HEADS)
-    m = tile // tl.cdiv(N, BLOCK_N) * BLOCK_M
-    n = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N
+    index, own = schedule(tl.program_id(0), tiles, BIAS_BATCH * BIAS_HEADS, BIAS_BATCH * BIAS_HEADS)
+    m = index // tl.cdiv(N, BLOCK_N) * BLOCK_M
+    n = index % tl.cdiv(N, BLOCK_N) * BLOCK_N
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     shared_heads = HEADS // BIAS_HEADS
     for sharer in tl.range(0, BATCH // BIAS_BATCH * shared_heads):
         b = own // BIAS_HEADS + sharer // shared_heads
-        at = place(ragged, b, own % BIAS_HEADS + sharer % shared_heads, tile, ROWS, KEYS, HEADS)
-        lo, hi = interval(span, b, rows, at.M, at.N, at.shift)  # [BLOCK_M]
-        reach = visit(lo, hi, at.N, BLOCK_N)
+        tile = work_tile(ragged, b, own % BIAS_HEADS + sharer % shared_heads, index, ROWS, KEYS, HEADS)
+        lo, hi = interval(span, b, rows, tile.M, tile.N, tile.shift)  # [BLOCK_M]
+        reach = visit(lo, hi, tile.N, BLOCK_N)
         visits = 1
         if ragged is not None:
             visits = tl.minimum(reach.total, 1)  # there may be no memory that far past a sequence's end
         for _ in tl.range(0, visits):
             total += tile_gradient(
-                q, k, v, dout, row_numbers(known, at, rows, lo < hi),
-                Plane(score, parameters(score, mask, b, at.h), mask, dropout, at, BLOCK_M, BLOCK_N),
-                Reach(span, lo, hi, reach, pattern(span, b, at.h, rows, at.M, at.shift)), m, n,
+                q, k, v, dout, row_numbers(known, tile, rows, lo < hi),
+                Plane(score, parameters(score, mask, b, tile.h), mask, dropout, tile, BLOCK_M, BLOCK_N),
+                Reach(span, lo, hi, reach, pattern(span, b, tile.h, rows, tile.M, tile.shift)), m, n,
                 GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
     # [BLOCK_M, BLOCK_N]
@@ -405,17 +407,19 @@ def tile_gradient(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx [BLOCK_M, BLOCK_N] of one tile of one head. known: the numbers of its rows, as from row_numbers."""
-    rows = m + tl.arange(0, plane.BLOCK_M) < plane.at.M  # [BLOCK_M]
-    h = plane.at.h
+    rows = m + tl.arange(0, plane.BLOCK_M) < plane.tile.M  # [BLOCK_M]
+    h = plane.tile.h
     keys = live(reach, n, plane.BLOCK_N, True)  # [BLOCK_N]
     # [BLOCK_M, BLOCK_D]
-    q_tile = load_rows(q, start_pointer(q, plane.at, h, plane.at.row), m, rows, plane.BLOCK_M, D, BLOCK_D)
+    q_tile = load_rows(q, start_pointer(q, plane.tile, h, plane.tile.row), m, rows, plane.BLOCK_M, D, BLOCK_D)
     # [BLOCK_N, BLOCK_D]
-    k_tile = load_rows(k, start_pointer(k, plane.at, h // GROUP, plane.at.key), n, keys, plane.BLOCK_N, D, BLOCK_D)
+    k_tile = load_rows(k, start_pointer(k, plane.tile, h // GROUP, plane.tile.key), n, keys, plane.BLOCK_N, D, BLOCK_D)
     # [BLOCK_N, BLOCK_DV]
-    v_tile = load_rows(v, start_pointer(v, plane.at, h // GROUP, plane.at.key), n, keys, plane.BLOCK_N, DV, BLOCK_DV)
+    v_tile = load_rows(
+        v, start_pointer(v, plane.tile, h // GROUP, plane.tile.key), n, keys, plane.BLOCK_N, DV, BLOCK_DV
+    )
     # [BLOCK_M, BLOCK_DV]
-    do_tile = load_rows(dout, start_pointer(dout, plane.at, h, plane.at.row), m, rows, plane.BLOCK_M, DV, BLOCK_DV)
+    do_tile = load_rows(dout, start_pointer(dout, plane.tile, h, plane.tile.row), m, rows, plane.BLOCK_M, DV, BLOCK_DV)
     if plane.score.additive is not None:
         s = additive(plane, m, n, False)  # [BLOCK_M, BLOCK_N]
     else:

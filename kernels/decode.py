@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .forward import Rows, absorb, issue
-from .memory import Place, decode, head_pointer, load_whole, packed_rows, read_scalar
+from .memory import WorkTile, decode, head_pointer, load_whole, packed_rows, read_scalar
 from .modifiers import Parameters, Plane
 from .numerics import LOG2E
 from .softmax import finish, init, partial
@@ -64,7 +64,7 @@ def cut(first, length, PARTS, LEAST, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def of_rows(x, b, heads):
+def per_row(x, b, heads):
     """A Scalar as [BLOCK_M, 1], one number per packed row; or a number, if all heads share it."""
     if x.pointer:
         return tl.load(x.value + b * decode(x.strides[0]) + heads * decode(x.strides[1])).to(tl.float32)[:, None]
@@ -103,7 +103,7 @@ def decode_kernel(
     (Hq,). If there are parts, combine.py writes out and lse and reads sink."""
     tiles = tl.cdiv(M * GROUP, BLOCK_M)
     turn = tl.program_id(0)
-    tile = turn % tiles
+    index = turn % tiles
     part = turn // tiles % PARTS
     head = turn // tiles // PARTS
     b = head // KV_HEADS
@@ -115,7 +115,7 @@ def decode_kernel(
         if part >= count:
             return
 
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = index * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     live = rows < M * GROUP  # [BLOCK_M]
     query = rows // GROUP  # [BLOCK_M]
     heads = h * GROUP + rows % GROUP  # [BLOCK_M]
@@ -129,11 +129,11 @@ def decode_kernel(
     zero = head * 0
     slope = 0.0
     if score.slopes is not None:
-        slope = of_rows(score.slopes, b, heads)
+        slope = per_row(score.slopes, b, heads)
     cap = 0.0
     if score.softcap is not None:
         cap = read_scalar(score.softcap, b, h)
-    factor = of_rows(score.scale, b, heads)
+    factor = per_row(score.scale, b, heads)
     scale = tl.full([], 1.0, tl.float32)
     if score.folds:
         scale *= factor
@@ -144,10 +144,10 @@ def decode_kernel(
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
-            q_tile, tile * BLOCK_M, k, head_pointer(k, home, h), None, v, head_pointer(v, home, h), None, pages, h,
+            q_tile, index * BLOCK_M, k, head_pointer(k, home, h), None, v, head_pointer(v, home, h), None, pages, h,
             Plane(
                 score, Parameters(factor, cap, slope, 0, 0, 0, (query + shift)[:, None]), None, None,
-                Place(b, h, head, tile, M, length, shift, home, head, zero, entry, zero, zero), BLOCK_M, BLOCK_N,
+                WorkTile(b, h, head, index, M, length, shift, home, head, zero, entry, zero, zero), BLOCK_M, BLOCK_N,
             ),
             Reach(span, lo, hi, reach, Pattern(0, 0, 0, 0, tree_rows(span, b, query, M), shift)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import load_rows, load_tile, owner, row_base, start_pointer, store_rows
+from .memory import load_rows, load_tile, row_base, scheduled_tile, start_pointer, store_rows
 from .modifiers import Plane, keep, parameters, saturation, value
 from .numerics import LOG2E, dot, sigmoid
 from .scores import additive, products
@@ -65,7 +65,7 @@ def issue(c, n, MASKED: tl.constexpr):
     else:
         keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)  # [BLOCK_N]
         # [BLOCK_N, BLOCK_D]
-        k = load_tile(c.k, c.k_head, c.k_box, c.pages, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
+        k = load_tile(c.k, c.k_head, c.k_box, c.pages, c.plane.tile, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
         return products(c.q, k, c.PRECISION)
 
 
@@ -89,7 +89,7 @@ def absorb(c, state, s, n, MASKED: tl.constexpr):
         p = tl.where(keep(c.plane, c.m, n, False), p, 0.0)
     keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)  # [BLOCK_N]
     # [BLOCK_N, BLOCK_DV]
-    v = load_tile(c.v, c.v_head, c.v_box, c.pages, c.plane.at, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
+    v = load_tile(c.v, c.v_head, c.v_box, c.pages, c.plane.tile, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
     acc = dot(p.to(v.dtype), v, acc, c.PRECISION)  # [BLOCK_M, BLOCK_DV]
     return m_i, l_i, acc
 
@@ -102,14 +102,15 @@ def forward_kernel(
 ):  # fmt: skip
     """q, k, v, out, mask: Views; normaliser: a Normaliser, None for a sigmoid; sink: pointer (Hq,); k_box, v_box: TMA
     descriptors, or None. The last rows come first: under a causal mask they take longest."""
-    at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
-    m = at.tile * BLOCK_M
+    tile = scheduled_tile(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
+    m = tile.index * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)  # [BLOCK_M]
-    reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
+    lo, hi = interval(span, tile.b, rows, tile.M, tile.N, tile.shift)  # [BLOCK_M]
+    reach = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
 
-    own = parameters(score, mask, at.b, at.h)
-    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, rows < at.M, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    own = parameters(score, mask, tile.b, tile.h)
+    # [BLOCK_M, BLOCK_D]
+    q_tile = load_rows(q, start_pointer(q, tile, tile.h, tile.row), m, rows < tile.M, BLOCK_M, D, BLOCK_D)
     scale = tl.full([], 1.0, tl.float32)
     if score.folds:
         scale *= own.scale
@@ -118,10 +119,10 @@ def forward_kernel(
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
-            q_tile, m, k, start_pointer(k, at, at.h // GROUP, at.key), k_box,
-            v, start_pointer(v, at, at.h // GROUP, at.key), v_box, None, at.h // GROUP,
-            Plane(score, own, mask, dropout, at, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
+            q_tile, m, k, start_pointer(k, tile, tile.h // GROUP, tile.key), k_box,
+            v, start_pointer(v, tile, tile.h // GROUP, tile.key), v_box, None, tile.h // GROUP,
+            Plane(score, own, mask, dropout, tile, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
         init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP,
@@ -129,13 +130,13 @@ def forward_kernel(
 
     logit = None
     if sink is not None:
-        logit = tl.load(sink + at.h).to(tl.float32)
+        logit = tl.load(sink + tile.h).to(tl.float32)
     if score.sigmoid:
         out_tile = acc  # [BLOCK_M, BLOCK_DV]
     else:
         # [BLOCK_M, BLOCK_DV], then [BLOCK_M] each
         out_tile, lse, peak, log_sum = finish(m_i, l_i, acc, scale, logit, lo < hi)
-        store_normaliser(normaliser, row_base(at) + rows, lse, peak, log_sum, rows < at.M)
+        store_normaliser(normaliser, row_base(tile) + rows, lse, peak, log_sum, rows < tile.M)
     if dropout is not None:
         out_tile *= dropout.rescale
-    store_rows(out, start_pointer(out, at, at.h, at.row), m, rows < at.M, out_tile, BLOCK_M, DV, BLOCK_DV)
+    store_rows(out, start_pointer(out, tile, tile.h, tile.row), m, rows < tile.M, out_tile, BLOCK_M, DV, BLOCK_DV)

@@ -70,12 +70,12 @@ def visit(span, first_row, last_row, limit, BLOCK: gl.constexpr):
 def tile_start(seen, i, BLOCK: gl.constexpr):
     """The first index of the i-th visited tile: the partial ones of both ends come first, then the full ones."""
     partial = seen.total - seen.full
-    place = i + seen.full
+    ordinal = i + seen.full
     if i < seen.head:
-        place = i
+        ordinal = i
     if i >= partial:
-        place = i - partial + seen.head
-    return seen.origin + place * BLOCK
+        ordinal = i - partial + seen.head
+    return seen.origin + ordinal * BLOCK
 
 
 @gluon.jit

@@ -55,14 +55,14 @@ def hopper_prepare_kernel(
     # [BLOCK_M, BLOCK_D]
     do = load_rows(dout, head_pointer(dout, b, h), start, seeing, BLOCK_M, D, BLOCK_D).to(tl.float32)
     found = tl.sum(o * do, 1)  # [BLOCK_M]
-    at = head.to(tl.int64) * M + rows
+    offs = head.to(tl.int64) * M + rows
     if dlse is not None:
-        found -= tl.load(dlse + at, mask=seeing, other=0.0).to(tl.float32)
-    log = tl.load(log_sum + at, mask=seeing, other=float("-inf"))
+        found -= tl.load(dlse + offs, mask=seeing, other=0.0).to(tl.float32)
+    log = tl.load(log_sum + offs, mask=seeing, other=float("-inf"))
     log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)  # [BLOCK_M]
     to = head.to(tl.int64) * ROWS + LEAD + rows
     inside = rows < ROWS - LEAD
-    tl.store(known.peak + to, tl.load(peak + at, mask=seeing, other=0.0), mask=inside)
+    tl.store(known.peak + to, tl.load(peak + offs, mask=seeing, other=0.0), mask=inside)
     tl.store(known.log2_sum + to, log2_sum, mask=inside)
     tl.store(known.delta + to, found, mask=inside)
     zeros = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -191,7 +191,7 @@ def produce(p, shared, q, k, v, dout, peak, log2_sum, delta):
     for member in range(p.GROUP):
         h = t.h * p.GROUP + member
         for m in range(t.first, t.last, p.BLOCK_M):
-            at = (t.head * p.GROUP + member) * p.ROWS + p.LEAD + m
+            row = (t.head * p.GROUP + member) * p.ROWS + p.LEAD + m
             stage = count % p.STAGES
             mbarrier.wait(shared.empty.index(stage), (count // p.STAGES & 1) ^ 1)
             fetch(q, [t.b, h, m, 0], shared.full.index(stage), shared.q.index(stage))
@@ -199,9 +199,9 @@ def produce(p, shared, q, k, v, dout, peak, log2_sum, delta):
                 for g in gl.static_range(p.TILES):
                     fetch(v, [t.b, t.h, t.n + g * p.KEYS, 0], shared.v_full.index(g), shared.v.index(g))
             fetch(dout, [t.b, h, m, 0], shared.full.index(stage), shared.do.index(stage))
-            fetch(peak, [at], shared.full.index(stage), shared.peak.index(stage))
-            fetch(log2_sum, [at], shared.full.index(stage), shared.log2_sum.index(stage))
-            fetch(delta, [at], shared.full.index(stage), shared.delta.index(stage))
+            fetch(peak, [row], shared.full.index(stage), shared.peak.index(stage))
+            fetch(log2_sum, [row], shared.full.index(stage), shared.log2_sum.index(stage))
+            fetch(delta, [row], shared.full.index(stage), shared.delta.index(stage))
             count += 1
 
 
@@ -372,13 +372,13 @@ def add(p, shared, sums, turns):
     for member in range(p.GROUP):
         head = t.head * p.GROUP + member
         for m in range(t.first, t.last, p.BLOCK_M):
-            place = 1 + head * (p.ROWS // p.BLOCK_M) + m // p.BLOCK_M
+            index = 1 + head * (p.ROWS // p.BLOCK_M) + m // p.BLOCK_M
             turn = turn_of(p, t, m)
             for r in gl.static_range(ROUNDS):
                 for g in gl.static_range(BUFFERS):
                     mbarrier.wait(shared.dq_full.index(g), (count * ROUNDS + r) & 1)
                     if p.ORDERED and r + g == 0:
-                        wait_for(turns + place, turn)
+                        wait_for(turns + index, turn)
                     row = m + (r * BUFFERS + g) // ACROSS * ROWS
                     reduce_add(sums, [head, row, (r * BUFFERS + g) % ACROSS * WIDTH], shared.dq.index(g))
                 tma.store_wait(0)
@@ -386,7 +386,7 @@ def add(p, shared, sums, turns):
                     mbarrier.arrive(shared.dq_empty.index(g), count=1)
             if p.ORDERED:
                 bulk_wait()
-                store_release(turns + place, turn + 1)
+                store_release(turns + index, turn + 1)
             count += 1
 
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barriers, fetch, pin, tile_start, visit
-from .memory import decode, place, pointers, row_base, schedule
+from .memory import decode, pointers, row_base, schedule, work_tile
 from .modifiers import Plane, apart, capped, parameters, saturation
 from .numerics import LOG2E
 from .softmax import LOWEST, finish, store_normaliser, update
@@ -86,11 +86,11 @@ def assignment(p, turn):
     a long tile gets a short one next."""
     ROWS: gl.constexpr = p.ROWS * p.CONSUMERS
     programs = gl.num_programs(0)
-    place = gl.program_id(0)
+    program = gl.program_id(0)
     if turn % 2 == 1:
-        place = programs - 1 - place
+        program = programs - 1 - program
     tiles = gl.cdiv(p.M, ROWS)
-    tile, head = schedule(turn * programs + place, tiles, p.BATCHED_HEADS, p.WAVE)
+    tile, head = schedule(turn * programs + program, tiles, p.BATCHED_HEADS, p.WAVE)
     m = (tiles - 1 - tile) * ROWS  # last rows first: under a causal mask they take longest
     last = gl.minimum(m + ROWS, p.M) - 1
     return m, head // p.HEADS, head % p.HEADS, visit(p.span, m, last, p.N, p.BLOCK_N)
@@ -103,10 +103,10 @@ def turns(p):
     total = gl.cdiv(p.M, ROWS) * p.BATCHED_HEADS
     programs = gl.num_programs(0)
     rounds = total // programs
-    place = gl.program_id(0)
+    program = gl.program_id(0)
     if rounds % 2 == 1:
-        place = programs - 1 - place
-    if rounds * programs + place < total:
+        program = programs - 1 - program
+    if rounds * programs + program < total:
         rounds += 1
     return rounds
 
@@ -269,7 +269,7 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
     for turn in range(turns(p)):
         m, b, h, seen = assignment(p, turn)
         m += group * p.ROWS
-        at = place(None, b, h, m * 0, p.M, p.N, p.HEADS)
+        tile = work_tile(None, b, h, m * 0, p.M, p.N, p.HEADS)
         own = parameters(score, None, b, h)
         scale = 1.0
         if score.folds:
@@ -279,7 +279,7 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         m_i, l_i, acc = attend(
             p, shared,
             Tile(
-                m, turn, Plane(score, own, None, None, at, p.ROWS, p.BLOCK_N), scale * LOG2E,
+                m, turn, Plane(score, own, None, None, tile, p.ROWS, p.BLOCK_N), scale * LOG2E,
                 group,
             ),
             seen, count,
@@ -299,7 +299,7 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         found, lse, peak, log_sum = finish(
             gl.convert_layout(m_i, ROW), gl.convert_layout(l_i, ROW), acc, scale, logit, some
         )
-        store_normaliser(normaliser, row_base(at) + rows, lse, peak, log_sum, rows < p.M)
+        store_normaliser(normaliser, row_base(tile) + rows, lse, peak, log_sum, rows < p.M)
         if p.OWN_OUT:
             tma.store_wait(0)  # the previous tile's store
         slot = shared.out.index(group)

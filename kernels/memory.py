@@ -10,7 +10,7 @@ BITS: tl.constexpr = tl.constexpr(22)  # of the sequence's index, and of the til
 NONE: tl.constexpr = tl.constexpr(2**22 - 1)  # no tile
 
 
-class Place(NamedTuple):
+class WorkTile(NamedTuple):
     """The tile a program works on: head h of sequence b, in a dense batch or a packed (varlen) one.
 
     head: b * heads + h. M, N: lengths of the sequence. shift: added to the span's offsets, to move the diagonal right.
@@ -21,7 +21,7 @@ class Place(NamedTuple):
     b: Any
     h: Any
     head: Any
-    tile: Any
+    index: Any
     M: Any
     N: Any
     shift: Any
@@ -64,10 +64,10 @@ def head_pointer(view, b, h):
 
 
 @triton.jit
-def start_pointer(view, at, h, start):
-    """Pointer to row `start` of head h in the batch entry of at: at.row for the sequence's first query, at.key for its
-    first key."""
-    return head_pointer(view, at.batch, h) + start.to(tl.int64) * stride(view, 2)
+def start_pointer(view, tile, h, start):
+    """Pointer to row `start` of head h in the tile's batch entry: tile.row for the sequence's first query, tile.key
+    for its first key."""
+    return head_pointer(view, tile.batch, h) + start.to(tl.int64) * stride(view, 2)
 
 
 @triton.jit
@@ -120,26 +120,26 @@ def load_whole(ptrs, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_tile(view, head, box, pages, at, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(view, head, box, pages, tile, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[ROWS, BLOCK_D] of keys or values from `start`. A paged cache is read through its page table, and head points to
     row 0 of page 0; a full tile is read with TMA if there is a descriptor."""
     if pages is not None:
-        return load_paged(view, head, pages, at, start, live, ROWS, D, BLOCK_D)
+        return load_paged(view, head, pages, tile, start, live, ROWS, D, BLOCK_D)
     elif (live is None) and (box is not None):
-        return tl.reshape(box.load([at.batch, h, at.key + start, 0]), (ROWS, BLOCK_D))  # [ROWS, BLOCK_D]
+        return tl.reshape(box.load([tile.batch, h, tile.key + start, 0]), (ROWS, BLOCK_D))  # [ROWS, BLOCK_D]
     else:
         return load_rows(view, head, start, live, ROWS, D, BLOCK_D)
 
 
 @triton.jit
-def load_paged(view, head, pages, at, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_paged(view, head, pages, tile, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[ROWS, BLOCK_D] of keys or values from pages; only pages of live keys are read. `start` is a multiple of ROWS, so
     a page whose size is a multiple of ROWS too holds the whole tile."""
     if pages.size % ROWS == 0:
-        page = tl.load(pages.ptr + at.key + start // pages.size)
+        page = tl.load(pages.ptr + tile.key + start // pages.size)
         return load_rows(view, head + page_offset(view, page), start % pages.size, live, ROWS, D, BLOCK_D)
     else:
-        offsets = row_offsets(view, pages, at.key, start + tl.arange(0, ROWS), live)  # [ROWS]
+        offsets = row_offsets(view, pages, tile.key, start + tl.arange(0, ROWS), live)  # [ROWS]
         return load_whole(whole_rows(view, head, offsets, BLOCK_D), live, D, BLOCK_D)
 
 
@@ -216,57 +216,57 @@ def schedule(turn, tiles, heads, WAVE):
 
 
 @triton.jit
-def place(ragged, b, h, tile, M, N, HEADS):
-    """The Place of a tile of head h of sequence b. M, N: the lengths, or the totals of a packed batch. Tile NONE gives
+def work_tile(ragged, b, h, index, M, N, HEADS):
+    """The WorkTile of head h of sequence b. M, N: the lengths, or the totals of a packed batch. Tile NONE gives
     an empty sequence."""
     head = b * HEADS + h
-    zero = tile * 0
+    zero = index * 0
     if ragged is None:
-        return Place(b, h, head, tile, M, N, zero, b, head, zero, zero, M, N)
+        return WorkTile(b, h, head, index, M, N, zero, b, head, zero, zero, M, N)
     else:
         row = tl.load(ragged.q + b)
         key = tl.load(ragged.k + b)
-        m = tl.where(tile == NONE, 0, tl.load(ragged.q + b + 1) - row)
-        n = tl.where(tile == NONE, 0, tl.load(ragged.k + b + 1) - key)
-        tile = tl.where(tile == NONE, 0, tile)
+        m = tl.where(index == NONE, 0, tl.load(ragged.q + b + 1) - row)
+        n = tl.where(index == NONE, 0, tl.load(ragged.k + b + 1) - key)
+        index = tl.where(index == NONE, 0, index)
         shift = (n - m) * decode(ragged.aligned)
-        return Place(b, h, head, tile, m, n, shift, zero, h, row, key, M, N)
+        return WorkTile(b, h, head, index, m, n, shift, zero, h, row, key, M, N)
 
 
 @triton.jit
-def owner(ragged, turn, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_FIRST: tl.constexpr):
-    """The Place of the program with that turn. tiles: per head of a dense batch. LAST_FIRST: start with the last tile.
+def scheduled_tile(ragged, turn, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_FIRST: tl.constexpr):
+    """The WorkTile of a program by its turn. tiles: per head of a dense batch. LAST_FIRST: start with the last tile.
 
     A packed batch reads the turn from its schedule; see turns.py.
     """
     if ragged is None:
-        tile, head = schedule(turn, tiles, BATCHED_HEADS, WAVE)
+        index, head = schedule(turn, tiles, BATCHED_HEADS, WAVE)
         if LAST_FIRST:
-            tile = tiles - 1 - tile
-        return place(ragged, head // HEADS, head % HEADS, tile, M, N, HEADS)
+            index = tiles - 1 - index
+        return work_tile(ragged, head // HEADS, head % HEADS, index, M, N, HEADS)
     else:
         key = tl.load(ragged.turns + turn // HEADS)
         b = (key >> BITS).to(tl.int32) & NONE
-        return place(ragged, b, turn % HEADS, key.to(tl.int32) & NONE, M, N, HEADS)
+        return work_tile(ragged, b, turn % HEADS, key.to(tl.int32) & NONE, M, N, HEADS)
 
 
 @triton.jit
-def member(at, index, GROUP: tl.constexpr):
-    """The Place of query head `index` of a key-value head's group, from that of the key-value head."""
-    return Place(
-        at.b, at.h * GROUP + index, at.head * GROUP + index, at.tile, at.M, at.N, at.shift,
-        at.batch, at.home * GROUP + index, at.row, at.key, at.rows, at.keys,
+def member(tile, i, GROUP: tl.constexpr):
+    """The WorkTile of query head `i` of a key-value head's group, from that of the key-value head."""
+    return WorkTile(
+        tile.b, tile.h * GROUP + i, tile.head * GROUP + i, tile.index, tile.M, tile.N, tile.shift,
+        tile.batch, tile.home * GROUP + i, tile.row, tile.key, tile.rows, tile.keys,
     )  # fmt: skip
 
 
 @triton.jit
-def row_base(at):
+def row_base(tile):
     """Offset of the sequence's row 0 in tensors (batch, head, row). Call it where it is used: keeping the int64 costs
     two registers, and computing it again one multiplication."""
-    return at.home.to(tl.int64) * at.rows + at.row
+    return tile.home.to(tl.int64) * tile.rows + tile.row
 
 
 @triton.jit
-def key_base(at):
+def key_base(tile):
     """Offset of the sequence's key 0 in tensors (batch, head, key)."""
-    return at.home.to(tl.int64) * at.keys + at.key
+    return tile.home.to(tl.int64) * tile.keys + tile.key

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import Place, decode, head_pointer, key_base, pair_pointers, read_scalar, row_base
+from .memory import WorkTile, decode, head_pointer, key_base, pair_pointers, read_scalar, row_base
 from .numerics import tanh
 from .types import Score
 
@@ -38,7 +38,7 @@ class Plane(NamedTuple):
     own: Parameters
     mask: Any
     dropout: Any
-    at: Place
+    tile: WorkTile
     BLOCK_M: Any
     BLOCK_N: Any
 
@@ -80,7 +80,7 @@ def positions(plane, m, n, TRANSPOSED: tl.constexpr):
 @triton.jit
 def tile_pointers(view, start, plane, m, n, TRANSPOSED: tl.constexpr):
     """Pointers to the tile at (m, n) of a View of (M, N)."""
-    return pair_pointers(view, start, m, n, plane.at.M, plane.at.N, plane.BLOCK_M, plane.BLOCK_N, TRANSPOSED)
+    return pair_pointers(view, start, m, n, plane.tile.M, plane.tile.N, plane.BLOCK_M, plane.BLOCK_N, TRANSPOSED)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def apart(plane, m, n, i, j):
 
     The distance between the tile's corners is converted to float once; i and j are small integers, exact in float32.
     """
-    far = 1.0 * (m - n + decode(plane.score.offset) + plane.at.shift)
+    far = 1.0 * (m - n + decode(plane.score.offset) + plane.tile.shift)
     return tl.abs((far + i.to(tl.float32)) - j.to(tl.float32))
 
 
@@ -118,9 +118,10 @@ def value(plane, s, t, m, n, TRANSPOSED: tl.constexpr):
     x = capped(plane, s, t)  # [BLOCK_M, BLOCK_N]
     if plane.score.rows is not None:
         i, j = positions(plane, m, n, TRANSPOSED)  # [BLOCK_M, 1], [1, BLOCK_N]
-        row, key = tl.minimum(i, plane.at.M - 1), tl.minimum(j, plane.at.N - 1)  # scores beyond the edge are not used
-        x += tl.load(plane.score.rows + row_base(plane.at) + row)
-        x += tl.load(plane.score.keys + key_base(plane.at) + key)
+        # scores beyond the edge are not used
+        row, key = tl.minimum(i, plane.tile.M - 1), tl.minimum(j, plane.tile.N - 1)
+        x += tl.load(plane.score.rows + row_base(plane.tile) + row)
+        x += tl.load(plane.score.keys + key_base(plane.tile) + key)
     if plane.score.bias is not None:
         x += tl.load(tile_pointers(plane.score.bias, plane.own.bias, plane, m, n, TRANSPOSED)).to(tl.float32)
     if plane.score.slopes is not None:
@@ -182,7 +183,7 @@ def keep(plane, m, n, TRANSPOSED: tl.constexpr):
         tl.load(plane.dropout.rng),
         zero + cols.to(tl.uint32),
         zero + rows.to(tl.uint32),
-        zero + plane.at.head.to(tl.uint32),
+        zero + plane.tile.head.to(tl.uint32),
         zero + tl.load(plane.dropout.rng + 1).to(tl.uint32),
         7,
     )

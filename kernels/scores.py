@@ -33,33 +33,33 @@ def pitch(blocks):
 
 
 @triton.jit
-def room(at, start):
+def room(tile, start):
     """Index where the features of a sequence begin, given that it begins at start in q or k. Each sequence has zeros
     after its end, so that a tile that extends past the end reads nothing of the next one. 0 in a dense batch, where
     start and b - batch are 0."""
-    return (tl.cdiv(start, PEAKS) + (at.b - at.batch) * (GAP // PEAKS + 1)) * PEAKS
+    return (tl.cdiv(start, PEAKS) + (tile.b - tile.batch) * (GAP // PEAKS + 1)) * PEAKS
 
 
 @triton.jit
 def query_features(plane, base, m):
     """Pointer to feature 0 of row m, in the layout of q's features."""
-    head = plane.at.home.to(tl.int64) * plane.score.additive.features
-    return base + (head * pitch(plane.score.additive.q_pitch) + room(plane.at, plane.at.row)) + m
+    head = plane.tile.home.to(tl.int64) * plane.score.additive.features
+    return base + (head * pitch(plane.score.additive.q_pitch) + room(plane.tile, plane.tile.row)) + m
 
 
 @triton.jit
 def key_features(plane, base, n):
     """Pointer to feature 0 of key n, in the layout of k's features."""
-    head = (plane.at.home // plane.score.additive.group).to(tl.int64) * plane.score.additive.features
-    return base + (head * pitch(plane.score.additive.k_pitch) + room(plane.at, plane.at.key)) + n
+    head = (plane.tile.home // plane.score.additive.group).to(tl.int64) * plane.score.additive.features
+    return base + (head * pitch(plane.score.additive.k_pitch) + room(plane.tile, plane.tile.key)) + n
 
 
 @triton.jit
 def peak(base, blocks, head, start, BLOCK: tl.constexpr):
     """The largest |feature| of a tile. It may skip NaN: both ways give NaN then."""
-    at = start // PEAKS + tl.arange(0, BLOCK // PEAKS)  # [BLOCK / PEAKS]
+    offs = start // PEAKS + tl.arange(0, BLOCK // PEAKS)  # [BLOCK / PEAKS]
     # [BLOCK / PEAKS]
-    found = tl.load(base + head.to(tl.int64) * decode(blocks) + at, mask=at < decode(blocks), other=0.0)
+    found = tl.load(base + head.to(tl.int64) * decode(blocks) + offs, mask=offs < decode(blocks), other=0.0)
     return tl.max(found, 0)
 
 
@@ -69,15 +69,15 @@ def paired(plane, m, n):
     q = peak(
         plane.score.additive.q_peaks,
         plane.score.additive.q_pitch,
-        plane.at.home,
-        room(plane.at, plane.at.row) + m,
+        plane.tile.home,
+        room(plane.tile, plane.tile.row) + m,
         plane.BLOCK_M,
     )
     k = peak(
         plane.score.additive.k_peaks,
         plane.score.additive.k_pitch,
-        plane.at.home // plane.score.additive.group,
-        room(plane.at, plane.at.key) + n,
+        plane.tile.home // plane.score.additive.group,
+        room(plane.tile, plane.tile.key) + n,
         plane.BLOCK_N,
     )
     return (q <= SAFE) & (k <= SAFE)

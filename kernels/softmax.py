@@ -81,8 +81,8 @@ def finish(m_i, l_i, acc, scale, sink, some):
 
 
 @triton.jit
-def store_normaliser(normaliser, at, lse, peak, log_sum, mask):
-    """Store the numbers of rows at offsets `at`."""
-    tl.store(normaliser.lse + at, lse, mask=mask)
-    tl.store(normaliser.peak + at, peak, mask=mask)
-    tl.store(normaliser.log_sum + at, log_sum, mask=mask)
+def store_normaliser(normaliser, offs, lse, peak, log_sum, mask):
+    """Store the numbers of rows at offsets `offs`."""
+    tl.store(normaliser.lse + offs, lse, mask=mask)
+    tl.store(normaliser.peak + offs, peak, mask=mask)
+    tl.store(normaliser.log_sum + offs, log_sum, mask=mask)

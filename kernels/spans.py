@@ -97,14 +97,14 @@ def visit(lo, hi, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def listed(span, reach, at):
+def listed(span, reach, tile):
     """The visit of the program at a tile: that of the table, if there is one."""
     if span.table is None:
         return reach
     else:
-        head = at.b.to(tl.int64) * decode(span.table.strides[0]) + at.h.to(tl.int64) * decode(span.table.strides[1])
-        own = span.table.ptr + head + at.tile * decode(span.table.strides[2])
-        some = (at.M > 0) & (at.N > 0)
+        head = tile.b.to(tl.int64) * decode(span.table.strides[0]) + tile.h.to(tl.int64) * decode(span.table.strides[1])
+        own = span.table.ptr + head + tile.index * decode(span.table.strides[2])
+        some = (tile.M > 0) & (tile.N > 0)
         partial = tl.where(some, tl.load(own), 0)
         full = tl.where(some, tl.load(own + 1), 0)
         return Visit(reach.origin, partial, full, partial + full, reach.first, reach.last, own + 2)

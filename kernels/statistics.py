@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .forward import issue
-from .memory import key_base, load_rows, owner, place, row_base, start_pointer
+from .memory import key_base, load_rows, row_base, scheduled_tile, start_pointer, work_tile
 from .modifiers import Plane, parameters, saturation, value
 from .numerics import LN2, LOG2E, sigmoid
 from .scores import additive, products
@@ -173,28 +173,29 @@ def row_statistics_kernel(
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, k, mask: Views; sink: pointer (Hq,); found: Found. Writes ranks FIRST to FIRST + BLOCK_K of TOP."""
-    at = owner(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
-    m = at.tile * BLOCK_M
+    tile = scheduled_tile(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
+    m = tile.index * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    lo, hi = interval(span, at.b, rows, at.M, at.N, at.shift)  # [BLOCK_M]
-    reach = listed(span, visit(lo, hi, at.N, BLOCK_N), at)
-    mine = row_base(at) + rows
-    inside = rows < at.M
+    lo, hi = interval(span, tile.b, rows, tile.M, tile.N, tile.shift)  # [BLOCK_M]
+    reach = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
+    mine = row_base(tile) + rows
+    inside = rows < tile.M
     bound = None
     if found.bound is not None:
         bound = tl.load(found.bound + mine, mask=inside, other=0)
 
-    own = parameters(score, mask, at.b, at.h)
-    q_tile = load_rows(q, start_pointer(q, at, at.h, at.row), m, inside, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    own = parameters(score, mask, tile.b, tile.h)
+    # [BLOCK_M, BLOCK_D]
+    q_tile = load_rows(q, start_pointer(q, tile, tile.h, tile.row), m, inside, BLOCK_M, D, BLOCK_D)
     m_i, l_i, _ = init(BLOCK_M, 1)
     zero = tl.zeros([BLOCK_M], tl.float32)
     # [BLOCK_M] each, but best [BLOCK_M, BLOCK_K]
     m_i, l_i, t_i, top, nan, best = sweep(
         issue, observe,
         Rows(
-            q_tile, m, k, start_pointer(k, at, at.h // GROUP, at.key), None, None, at.h // GROUP,
-            Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, at.b, at.h, rows, at.M, at.shift)),
+            q_tile, m, k, start_pointer(k, tile, tile.h // GROUP, tile.key), None, None, tile.h // GROUP,
+            Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
             found, bound, D, BLOCK_D, PRECISION,
         ),
         (m_i, l_i, zero, zero + float("-inf"), tl.zeros([BLOCK_M], tl.int32), nobody(BLOCK_M, BLOCK_K)),
@@ -209,7 +210,7 @@ def row_statistics_kernel(
     shift = zero
     part = zero
     if found.weighs:
-        c, shift, d = denominator(m_i, tl.where(some, l_i, 0.0), sink, at.h)
+        c, shift, d = denominator(m_i, tl.where(some, l_i, 0.0), sink, tile.h)
         blind = c == float("-inf")
         part = tl.where(blind, 0.0, tl.exp2((c - shift) * LOG2E) / d)
         if found.entropy is not None:
@@ -228,7 +229,7 @@ def row_statistics_kernel(
         wanted = inside[:, None] & (slots < TOP)  # [BLOCK_M, BLOCK_K]
         tl.store(found.indices + places, tl.where(some[:, None], key, -1).to(tl.int64), mask=wanted)
         # [BLOCK_M, BLOCK_K]
-        p = share(Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N), x, shift[:, None], part[:, None])
+        p = share(Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N), x, shift[:, None], part[:, None])
         tl.store(found.weights + places, p, mask=wanted)
         if found.next is not None:
             tl.store(found.next + mine, tl.min(best, 1), mask=inside)
@@ -271,9 +272,9 @@ def collect(c, mass, s, m, MASKED: tl.constexpr):
     part = shift
     if c.shift is not None:
         rows = m + tl.arange(0, c.plane.BLOCK_M)  # [BLOCK_M]
-        at = row_base(c.plane.at) + rows
-        shift = tl.load(c.shift + at, mask=rows < c.plane.at.M, other=0.0)
-        part = tl.load(c.part + at, mask=rows < c.plane.at.M, other=0.0)
+        offs = row_base(c.plane.tile) + rows
+        shift = tl.load(c.shift + offs, mask=rows < c.plane.tile.M, other=0.0)
+        part = tl.load(c.part + offs, mask=rows < c.plane.tile.M, other=0.0)
     return mass + tl.sum(share(c.plane, x, shift[None, :], part[None, :]), 1)
 
 
@@ -285,25 +286,26 @@ def key_mass_kernel(
 ):  # fmt: skip
     """span: transposed, of keys over rows. shift, part: pointers (B, Hq, M), None for a sigmoid. key_mass: pointer (B,
     Hq, N)."""
-    at = owner(ragged, tl.program_id(0), tl.cdiv(N, BLOCK_N), M, N, HEADS, BATCHED_HEADS, WAVE, False)
-    n = at.tile * BLOCK_N  # under a causal mask the first keys take longest
+    tile = scheduled_tile(ragged, tl.program_id(0), tl.cdiv(N, BLOCK_N), M, N, HEADS, BATCHED_HEADS, WAVE, False)
+    n = tile.index * BLOCK_N  # under a causal mask the first keys take longest
     keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    lo, hi = interval(span, at.b, keys, at.N, at.M, 0 - at.shift)  # [BLOCK_N]
+    lo, hi = interval(span, tile.b, keys, tile.N, tile.M, 0 - tile.shift)  # [BLOCK_N]
     seen = lo < hi
-    reach = listed(span, visit(lo, hi, at.M, BLOCK_M), at)
+    reach = listed(span, visit(lo, hi, tile.M, BLOCK_M), tile)
     # [BLOCK_N, BLOCK_D]
-    k_tile = load_rows(k, start_pointer(k, at, at.h // GROUP, at.key), n, seen, BLOCK_N, D, BLOCK_D)
+    k_tile = load_rows(k, start_pointer(k, tile, tile.h // GROUP, tile.key), n, seen, BLOCK_N, D, BLOCK_D)
     # [BLOCK_N]
     mass = sweep(
         issue_rows, collect,
         Keys(
-            k_tile, n, q, start_pointer(q, at, at.h, at.row), shift, part,
-            Plane(score, parameters(score, mask, at.b, at.h), mask, None, at, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, at.b, at.h, keys, at.N, 0 - at.shift)), D, BLOCK_D, PRECISION,
+            k_tile, n, q, start_pointer(q, tile, tile.h, tile.row), shift, part,
+            Plane(score, parameters(score, mask, tile.b, tile.h), mask, None, tile, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, keys, tile.N, 0 - tile.shift)),
+            D, BLOCK_D, PRECISION,
         ),
         tl.zeros([BLOCK_N], tl.float32), reach, BLOCK_M, False,
     )  # fmt: skip
-    tl.store(key_mass + key_base(at) + keys, tl.where(seen, mass, 0.0), mask=keys < at.N)
+    tl.store(key_mass + key_base(tile) + keys, tl.where(seen, mass, 0.0), mask=keys < tile.N)
 
 
 # Chosen rows
@@ -337,7 +339,7 @@ def show(c, state, s, n, MASKED: tl.constexpr):
     x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)  # [BLOCK_M, BLOCK_N]
     p = share(c.plane, x, c.shift[:, None], c.part[:, None])  # [BLOCK_M, BLOCK_N]
     cols = tl.arange(0, c.plane.BLOCK_N)[None, :]  # [1, BLOCK_N]
-    tl.store(c.ptrs[:, None] + (n + cols), p, mask=c.chosen[:, None] & (cols < c.plane.at.N - n))
+    tl.store(c.ptrs[:, None] + (n + cols), p, mask=c.chosen[:, None] & (cols < c.plane.tile.N - n))
     return state
 
 
@@ -353,15 +355,15 @@ def map_kernel(
     turn = tl.program_id(0) % TILES
     shown = tl.program_id(0) // TILES  # in B x SHOWN_HEADS
     h = tl.load(heads + shown % SHOWN_HEADS)
-    at = place(None, shown // SHOWN_HEADS, h, tl.load(tiles + turn), M, N, HEADS)
-    m = at.tile * BLOCK_M
+    tile = work_tile(None, shown // SHOWN_HEADS, h, tl.load(tiles + turn), M, N, HEADS)
+    m = tile.index * BLOCK_M
     slot = tl.load(slots + turn * BLOCK_M + tl.arange(0, BLOCK_M))  # [BLOCK_M]
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    lo, hi = interval(span, at.b, rows, M, N, at.shift)  # [BLOCK_M]
-    reach = listed(span, visit(lo, hi, N, BLOCK_N), at)
-    own = parameters(score, mask, at.b, h)
-    q_tile = load_rows(q, start_pointer(q, at, h, at.row), m, rows < M, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    k_head = start_pointer(k, at, h // GROUP, at.key)
+    lo, hi = interval(span, tile.b, rows, M, N, tile.shift)  # [BLOCK_M]
+    reach = listed(span, visit(lo, hi, N, BLOCK_N), tile)
+    own = parameters(score, mask, tile.b, h)
+    q_tile = load_rows(q, start_pointer(q, tile, h, tile.row), m, rows < M, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    k_head = start_pointer(k, tile, h // GROUP, tile.key)
     shift = tl.zeros([BLOCK_M], tl.float32)
     part = shift
     if not score.sigmoid:
@@ -371,8 +373,8 @@ def map_kernel(
             issue, weigh,
             Shown(
                 q_tile, m, k, k_head, None, None, h // GROUP,
-                Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
-                Reach(span, lo, hi, reach, pattern(span, at.b, h, rows, M, at.shift)),
+                Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N),
+                Reach(span, lo, hi, reach, pattern(span, tile.b, h, rows, M, tile.shift)),
                 shift, part, None, slot >= 0, D, BLOCK_D, PRECISION,
             ),
             (m_i, l_i), reach, BLOCK_N, False,
@@ -384,8 +386,8 @@ def map_kernel(
         issue, show,
         Shown(
             q_tile, m, k, k_head, None, None, h // GROUP,
-            Plane(score, own, mask, None, at, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, at.b, h, rows, M, at.shift)),
+            Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N),
+            Reach(span, lo, hi, reach, pattern(span, tile.b, h, rows, M, tile.shift)),
             shift, part, ptrs, (slot >= 0) & (lo < hi), D, BLOCK_D, PRECISION,
         ),
         shift, reach, BLOCK_N, False,
