@@ -7,7 +7,7 @@ A program works on a tile of keys and sweeps over the rows of its group's query 
 over the features once for the scores and once more for the gradients: two tanh per feature, where separate kernels for
 rows and for keys would take four.
 
-Tiles of keys add to the same rows, in their order: a counter per tile of rows (types.AdditiveGradients.turns) says
+Tiles of keys add to the same rows, in their order: a counter per tile of rows (types.AdditiveGradients.semaphores) says
 which tile of keys is next, and a program waits until it is its own. It waits for smaller tickets only, so there is no
 deadlock whatever order the hardware starts programs in, and the result is deterministic.
 
@@ -210,7 +210,7 @@ def absorb(c, state, m):
 
 @triton.jit
 def add_rows(c, m, sums):
-    """Add the staged part of dq and the row sums of dx to the rows at m, when it is this tile's turn."""
+    """Add the staged part of dq and the row sums of dx to the rows at m, when the semaphore says so."""
     rows = m + tl.arange(0, c.plane.BLOCK_M)  # [BLOCK_M]
     if c.gradients.rows is not None:
         ptrs = c.gradients.rows + (row_base(c.plane.tile) + rows)  # [BLOCK_M]
@@ -231,7 +231,7 @@ def add_rows(c, m, sums):
 
 @triton.jit
 def meet_rows(c, state):
-    """Go through every tile of one query head's rows: absorb those that see the keys; pass the turn on in all."""
+    """Go through every tile of one query head's rows: absorb those that see the keys; advance the semaphores of all."""
     tiles = tl.cdiv(c.plane.tile.M, c.plane.BLOCK_M)
     visit = c.reach.visit
     for index in tl.range(0, tiles):
@@ -244,16 +244,16 @@ def meet_rows(c, state):
         if visited:
             dv, columns, scale, caps, slopes, sums = absorb(c, state, m)
             state = dv, columns, scale, caps, slopes
-        turn = c.gradients.turns + row_slot(c.plane.tile, index, c.row_slots, c.plane.BLOCK_M)
+        semaphore = c.gradients.semaphores + row_slot(c.plane.tile, index, c.row_slots, c.plane.BLOCK_M)
         # The first barrier makes the stage visible to all threads; after the second, earlier tiles' sums are visible.
         tl.debug_barrier()
-        while tl.atomic_add(turn, 0, sem="acquire") != c.plane.tile.index:
+        while tl.atomic_add(semaphore, 0, sem="acquire") != c.plane.tile.index:
             pass
         tl.debug_barrier()
         if visited:
             add_rows(c, m, sums)
         tl.debug_barrier()
-        tl.atomic_xchg(turn, c.plane.tile.index + 1, sem="release")
+        tl.atomic_xchg(semaphore, c.plane.tile.index + 1, sem="release")
     return state
 
 

@@ -2,7 +2,7 @@
 
     x'_d = x_d cos - x_e sin,   x'_e = x_e cos + x_d sin,   where e = d + R / 2, or dims 2 d and 2 d + 1 are a pair
 
-Grid: (slots x tiles of BLOCK_T tokens x B), flat. A slot is a head of k, of v, or, with rotary embedding, of q.
+Grid: (HEADS x tiles of BLOCK_T tokens x B), flat; HEADS counts those of k, of v and, with rotary embedding, of q.
 """
 
 import triton
@@ -58,34 +58,34 @@ def write(view, pages, sequences, b, h, keys, live, x, D: tl.constexpr, BLOCK_D:
     tl.store(ptrs, x.to(view.ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "M", "N", "KV_HEADS", "SLOTS"])
+@triton.jit(do_not_specialize=["T", "M", "N", "KV_HEADS", "HEADS"])
 def append_kernel(
-    k_new, v_new, k, v, q, q_turned, sequences, pages, rotary, T, M, N, KV_HEADS, SLOTS,
+    k_new, v_new, k, v, q, q_turned, sequences, pages, rotary, T, M, N, KV_HEADS, HEADS,
     ADVANCE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """k_new, v_new: Views (B, Hkv, T, ..). k, v: Views of the cache. q, q_turned: Views (B, Hq, M, D), None without
     rotary embedding. ADVANCE: consecutive queries have consecutive positions, as keys do; else all have the first
     one's."""
-    slot = tl.program_id(0) % SLOTS
-    turn = tl.program_id(0) // SLOTS
+    head = tl.program_id(0) % HEADS
+    pid = tl.program_id(0) // HEADS
     tiles = tl.cdiv(tl.maximum(T, M), BLOCK_T)
-    start = turn % tiles * BLOCK_T
-    b = turn // tiles
+    start = pid % tiles * BLOCK_T
+    b = pid // tiles
     length = tl.load(sequences.lengths + b)
     steps = start + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     keys = length + steps  # [BLOCK_T]
     live = (steps < T) & (keys >= 0) & (keys < N)
-    if slot < KV_HEADS:
+    if head < KV_HEADS:
         # [BLOCK_T, BLOCK_D]
-        k_tile = turned(k_new, head_pointer(k_new, b, slot), start, live, keys, rotary, BLOCK_T, D, BLOCK_D)
-        write(k, pages, sequences, b, slot, keys, live, k_tile, D, BLOCK_D)
-    elif slot < 2 * KV_HEADS:
+        k_tile = turned(k_new, head_pointer(k_new, b, head), start, live, keys, rotary, BLOCK_T, D, BLOCK_D)
+        write(k, pages, sequences, b, head, keys, live, k_tile, D, BLOCK_D)
+    elif head < 2 * KV_HEADS:
         # [BLOCK_T, BLOCK_DV]
-        v_tile = load_rows(v_new, head_pointer(v_new, b, slot - KV_HEADS), start, live, BLOCK_T, DV, BLOCK_DV)
-        write(v, pages, sequences, b, slot - KV_HEADS, keys, live, v_tile, DV, BLOCK_DV)
+        v_tile = load_rows(v_new, head_pointer(v_new, b, head - KV_HEADS), start, live, BLOCK_T, DV, BLOCK_DV)
+        write(v, pages, sequences, b, head - KV_HEADS, keys, live, v_tile, DV, BLOCK_DV)
     elif q is not None:
-        h = slot - 2 * KV_HEADS
+        h = head - 2 * KV_HEADS
         places = keys
         if not ADVANCE:
             places = keys - steps

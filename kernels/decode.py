@@ -102,10 +102,10 @@ def decode_kernel(
     """q, out: Views (B, Hq, M, ..). k, v: Views (C, Hkv, N, ..), or of pages. lse: pointer (B, Hq, M); sink: pointer
     (Hq,). If there are parts, combine.py writes out and lse and reads sink."""
     tiles = tl.cdiv(M * GROUP, BLOCK_M)
-    turn = tl.program_id(0)
-    index = turn % tiles
-    part = turn // tiles % PARTS
-    head = turn // tiles // PARTS
+    pid = tl.program_id(0)
+    index = pid % tiles
+    part = pid // tiles % PARTS
+    head = pid // tiles // PARTS
     b = head // KV_HEADS
     h = head % KV_HEADS
     length = length_of(sequences, b, N)

@@ -36,10 +36,10 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def fetch(descriptor, coordinates, full, slot):
+def fetch(descriptor, coordinates, full, buffer):
     """Copy a box to shared memory with TMA; the phase of `full` completes when all of it has arrived."""
     mbarrier.expect(full, descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, coordinates, full, slot)
+    tma.async_copy_global_to_shared(descriptor, coordinates, full, buffer)
 
 
 @gluon.jit
@@ -117,11 +117,11 @@ def pin_all(x):
 
 
 @builtin
-def reduce_add(descriptor, coordinates, slot, _semantic=None):
+def reduce_add(descriptor, coordinates, buffer, _semantic=None):
     """Add a box in shared memory to global memory, asynchronously. Gluon has no function for this yet."""
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     add = ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(add, descriptor.handle, coordinates, slot.handle)
+    _semantic.builder.create_async_tma_reduce(add, descriptor.handle, coordinates, buffer.handle)
 
 
 @gluon.jit

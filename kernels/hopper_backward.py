@@ -359,9 +359,9 @@ def consume(p, shared, dk_out, dv_out, scale, g: gl.constexpr):
 
 
 @gluon.jit
-def add(p, shared, sums, turns):
-    """The partition that adds each tile of dq to the accumulator: in any order or, if ORDERED, when it is this
-    program's turn."""
+def add(p, shared, sums, semaphores):
+    """The partition that adds each tile of dq to the accumulator: in any order or, if ORDERED, after the
+    programs of lower rank."""
     t = assignment(p)
     ROWS: gl.constexpr = sums.block_type.shape[1]
     WIDTH: gl.constexpr = sums.block_type.shape[2]
@@ -373,12 +373,12 @@ def add(p, shared, sums, turns):
         head = t.head * p.GROUP + member
         for m in range(t.first, t.last, p.BLOCK_M):
             index = 1 + head * (p.ROWS // p.BLOCK_M) + m // p.BLOCK_M
-            turn = turn_of(p, t, m)
+            rank = rank_of(p, t, m)
             for r in gl.static_range(ROUNDS):
                 for g in gl.static_range(BUFFERS):
                     mbarrier.wait(shared.dq_full.index(g), (count * ROUNDS + r) & 1)
                     if p.ORDERED and r + g == 0:
-                        wait_for(turns + index, turn)
+                        wait_for(semaphores + index, rank)
                     row = m + (r * BUFFERS + g) // ACROSS * ROWS
                     reduce_add(sums, [head, row, (r * BUFFERS + g) % ACROSS * WIDTH], shared.dq.index(g))
                 tma.store_wait(0)
@@ -386,13 +386,13 @@ def add(p, shared, sums, turns):
                     mbarrier.arrive(shared.dq_empty.index(g), count=1)
             if p.ORDERED:
                 bulk_wait()
-                store_release(turns + index, turn + 1)
+                store_release(semaphores + index, rank + 1)
             count += 1
 
 
 @gluon.jit
-def turn_of(p, t, m):
-    """How many programs add to the tile of dq at m before this one: those with later keys."""
+def rank_of(p, t, m):
+    """The number of programs that add to the tile of dq at m before this one: those with later keys."""
     last = p.N - 1
     if p.span.left is not None:
         last = gl.minimum(last, m + p.BLOCK_M - 1 - decode(p.span.left))
@@ -400,7 +400,7 @@ def turn_of(p, t, m):
 
 
 @gluon.jit
-def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale):
+def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
     """Start the partitions. A function of its own, because constants inside of tuples survive only as arguments."""
     fence_async_shared()
     gl.warp_specialize(
@@ -408,7 +408,7 @@ def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, 
             (consume, (p, shared, dk, dv, scale, 0)),
             (consume, (p, shared, dk, dv, scale, 1)),
             (produce, (p, shared, q, k, v, dout, peak, log2_sum, delta)),
-            (add, (p, shared, sums, turns)),
+            (add, (p, shared, sums, semaphores)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -417,7 +417,7 @@ def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, 
 
 @gluon.jit(do_not_specialize=["scale", "factor", "M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "ROWS", "LEAD"])
 def hopper_backward_kernel(
-    q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, span, scale, factor,
+    q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, span, scale, factor,
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
@@ -425,7 +425,8 @@ def hopper_backward_kernel(
     consumer's keys; peak, log2_sum, delta (B * Hq * ROWS), boxes of BLOCK_M, with a head's row 0 at LEAD; sums (B * Hq,
     M, D), boxes of one consumer's half of a tile.
 
-    turns: pointer to int32 zeros, the ticket and one counter per tile of rows, or None. HEADS, BATCHED_HEADS: of keys.
+    semaphores: pointer to int32 zeros, the ticket and one counter per tile of rows, or None. HEADS, BATCHED_HEADS: of
+    keys.
     """
     BLOCK_M: gl.constexpr = q.block_type.shape[2]
     D: gl.constexpr = q.block_type.shape[3]
@@ -436,7 +437,7 @@ def hopper_backward_kernel(
     gl.static_assert(STAGES > 1 or not OVERLAP)
     ticket = gl.program_id(0)
     if ORDERED:
-        ticket = gl.atomic_add(turns, 1)
+        ticket = gl.atomic_add(semaphores, 1)
     order = gl.allocate_shared_memory(gl.int16, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])).to(gl.int16))
     share(
@@ -459,5 +460,5 @@ def hopper_backward_kernel(
             barriers(STAGES, 5), barriers(STAGES, 2),
             barriers(2, 2), barriers(2, 1), barriers(2, 1),
         ),
-        q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale,
+        q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale,
     )  # fmt: skip

@@ -54,8 +54,8 @@ class Plan(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: q and out per consumer, k and v per stage, and mbarriers for full and empty buffers. turn: an
-    mbarrier per consumer, completed when it may issue products."""
+    """Shared memory: q and out per consumer, k and v per stage, and mbarriers for full and empty buffers. pingpong:
+    an mbarrier per consumer, completed when it may issue products."""
 
     q: Any  # [CONSUMERS, 1, 1, ROWS, D]
     k: Any  # [STAGES, 1, 1, BLOCK_N, D]
@@ -67,37 +67,37 @@ class Shared(NamedTuple):
     k_empty: Any
     v_full: Any
     v_empty: Any
-    turn: Any
+    pingpong: Any
 
 
 class Tile(NamedTuple):
-    """A consumer's tile in the program's round `turn`: rows from m on, and the parameters of their scores."""
+    """A consumer's tile in the program's `slot`: rows from m on, and the parameters of their scores."""
 
     m: Any
-    turn: Any
+    slot: Any
     plane: Plane
     factor: Any
     group: Any
 
 
 @gluon.jit
-def assignment(p, turn):
-    """(m, b, h, visited tiles) of a program's round `turn`. Every second round is reversed, so that a program that got
-    a long tile gets a short one next."""
+def assignment(p, slot):
+    """(m, b, h, visited tiles) of a program's `slot`. Every second round of slots is reversed, so that a program that
+    got a long tile gets a short one next."""
     ROWS: gl.constexpr = p.ROWS * p.CONSUMERS
     programs = gl.num_programs(0)
     program = gl.program_id(0)
-    if turn % 2 == 1:
+    if slot % 2 == 1:
         program = programs - 1 - program
     tiles = gl.cdiv(p.M, ROWS)
-    tile, head = schedule(turn * programs + program, tiles, p.BATCHED_HEADS, p.WAVE)
+    tile, head = schedule(slot * programs + program, tiles, p.BATCHED_HEADS, p.WAVE)
     m = (tiles - 1 - tile) * ROWS  # last rows first: under a causal mask they take longest
     last = gl.minimum(m + ROWS, p.M) - 1
     return m, head // p.HEADS, head % p.HEADS, visit(p.span, m, last, p.N, p.BLOCK_N)
 
 
 @gluon.jit
-def turns(p):
+def slots(p):
     """The number of tiles of this program."""
     ROWS: gl.constexpr = p.ROWS * p.CONSUMERS
     total = gl.cdiv(p.M, ROWS) * p.BATCHED_HEADS
@@ -115,20 +115,20 @@ def turns(p):
 def produce(p, q, k, v, shared):
     """The producer: copy q, k and v as soon as their buffers are free. The first scores need q and the first keys."""
     count = 0
-    for turn in range(turns(p)):
-        m, b, h, seen = assignment(p, turn)
+    for slot in range(slots(p)):
+        m, b, h, seen = assignment(p, slot)
         for i in range(seen.total):
             n = tile_start(seen, i, p.BLOCK_N)
             stage = count % p.STAGES
             phase = count // p.STAGES & 1
             if i == 0:
-                mbarrier.wait(shared.q_empty.index(0), (turn & 1) ^ 1)
+                mbarrier.wait(shared.q_empty.index(0), (slot & 1) ^ 1)
                 fetch(q, [b, h, m, 0], shared.q_full.index(0), shared.q.index(0))
             mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
             fetch(k, [b, h // p.GROUP, n, 0], shared.k_full.index(stage), shared.k.index(stage))
             if i == 0:
                 for g in gl.static_range(1, p.CONSUMERS):
-                    mbarrier.wait(shared.q_empty.index(g), (turn & 1) ^ 1)
+                    mbarrier.wait(shared.q_empty.index(g), (slot & 1) ^ 1)
                     fetch(q, [b, h, m + g * p.ROWS, 0], shared.q_full.index(g), shared.q.index(g))
             mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
             fetch(v, [b, h // p.GROUP, n, 0], shared.v_full.index(stage), shared.v.index(stage))
@@ -216,12 +216,12 @@ def step(p, shared, tile, count, n, state, MASKED: gl.constexpr):
     weights = packed(p, e, ACC, shared.v.dtype, False)  # [ROWS, BLOCK_N]
     if p.PING:
         # The phase counts this consumer's steps: all but the first of each tile, which does not wait.
-        mbarrier.wait(shared.turn.index(tile.group), (count - 1 - tile.turn) & 1)
+        mbarrier.wait(shared.pingpong.index(tile.group), (count - 1 - tile.slot) & 1)
     bias = bias_tile(p, tile, n, S)  # [ROWS, BLOCK_N]
     s = scores(p, shared, tile.group, count, S)  # [ROWS, BLOCK_N]
     o = averages(p, shared, weights, acc, count - 1)  # [ROWS, D]
     if p.PING:
-        mbarrier.arrive(shared.turn.index((tile.group + 1) % p.CONSUMERS), count=1)
+        mbarrier.arrive(shared.pingpong.index((tile.group + 1) % p.CONSUMERS), count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(shared.k_empty.index(count % p.STAGES), count=1)
     e, alpha, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, n, MASKED)  # [ROWS, BLOCK_N], then [ROWS] each
@@ -237,7 +237,7 @@ def attend(p, shared, tile, seen, count):
     """(m_i, l_i, acc) of a tile's rows over all keys that it visits. count: keys and values used by earlier tiles."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
-    mbarrier.wait(shared.q_full.index(tile.group), tile.turn & 1)
+    mbarrier.wait(shared.q_full.index(tile.group), tile.slot & 1)
     begin = tile_start(seen, 0, p.BLOCK_N)
     bias = bias_tile(p, tile, begin, S)
     s = warpgroup_mma_wait(0, deps=(scores(p, shared, tile.group, count, S),))  # [ROWS, BLOCK_N]
@@ -266,8 +266,8 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
     """A consumer: rows m + group * ROWS of every tile of this program."""
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16]))
     count = 0
-    for turn in range(turns(p)):
-        m, b, h, seen = assignment(p, turn)
+    for slot in range(slots(p)):
+        m, b, h, seen = assignment(p, slot)
         m += group * p.ROWS
         tile = work_tile(None, b, h, m * 0, p.M, p.N, p.HEADS)
         own = parameters(score, None, b, h)
@@ -279,7 +279,7 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         m_i, l_i, acc = attend(
             p, shared,
             Tile(
-                m, turn, Plane(score, own, None, None, tile, p.ROWS, p.BLOCK_N), scale * LOG2E,
+                m, slot, Plane(score, own, None, None, tile, p.ROWS, p.BLOCK_N), scale * LOG2E,
                 group,
             ),
             seen, count,
@@ -302,10 +302,10 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         store_normaliser(normaliser, row_base(tile) + rows, lse, peak, log_sum, rows < p.M)
         if p.OWN_OUT:
             tma.store_wait(0)  # the previous tile's store
-        slot = shared.out.index(group)
-        slot.reshape([p.ROWS, p.D]).store(found.to(shared.out.dtype))
+        buffer = shared.out.index(group)
+        buffer.reshape([p.ROWS, p.D]).store(found.to(shared.out.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out, [b, h, m, 0], slot)
+        tma.async_copy_shared_to_global(out, [b, h, m, 0], buffer)
         if not p.OWN_OUT:
             tma.store_wait(0)
             mbarrier.arrive(shared.q_empty.index(group), count=1)
@@ -329,7 +329,7 @@ def specialize(p, q, k, v, out, normaliser, score, sink):
     )  # fmt: skip
     fence_async_shared()
     if p.PING:
-        mbarrier.arrive(shared.turn.index(0), count=1)  # the first consumer may start
+        mbarrier.arrive(shared.pingpong.index(0), count=1)  # the first consumer may start
     if p.CONSUMERS == 2:
         gl.warp_specialize(
             [

@@ -186,7 +186,7 @@ def begin_keys(p, shared, dk, scale):
 
 
 @gluon.jit
-def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale):
+def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
     """Start the partitions."""
     fence_async_shared()
     gl.warp_specialize(
@@ -194,7 +194,7 @@ def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, 
             (begin_values, (p, shared, dv)),
             (begin_keys, (p, shared, dk, scale)),
             (produce, (p, shared, q, k, v, dout, peak, log2_sum, delta)),
-            (add, (p, shared, sums, turns)),
+            (add, (p, shared, sums, semaphores)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -203,7 +203,7 @@ def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, 
 
 @gluon.jit(do_not_specialize=["scale", "factor", "M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "ROWS", "LEAD"])
 def hopper_backward_kernel(
-    q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, span, scale, factor,
+    q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, span, scale, factor,
     M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
@@ -217,7 +217,7 @@ def hopper_backward_kernel(
     gl.static_assert(STAGES > 1)  # scores of a tile are issued before dv of the previous one is complete
     ticket = gl.program_id(0)
     if ORDERED:
-        ticket = gl.atomic_add(turns, 1)
+        ticket = gl.atomic_add(semaphores, 1)
     order = gl.allocate_shared_memory(gl.int16, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])).to(gl.int16))
     share(
@@ -240,5 +240,5 @@ def hopper_backward_kernel(
             barriers(STAGES, 5), barriers(STAGES, 2),
             barriers(2, 1), barriers(2, 1), barriers(1, 1), barriers(1, 1),
         ),
-        q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, turns, scale,
+        q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale,
     )  # fmt: skip

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-BITS: tl.constexpr = tl.constexpr(22)  # of the sequence's index, and of the tile's, in a sort key; see turns.py
+# of the sequence's index, and of the tile's, in a sort key; see tile_scheduler.py
+BITS: tl.constexpr = tl.constexpr(22)
 NONE: tl.constexpr = tl.constexpr(2**22 - 1)  # no tile
 
 
@@ -206,12 +207,12 @@ def pair_pointers(view, head, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def schedule(turn, tiles, heads, WAVE):
-    """(tile, head) of a turn. Turns go through waves of WAVE heads, whose keys fit the L2 cache together, and within a
+def schedule(slot, tiles, heads, WAVE):
+    """(tile, head) of a slot. Slots go through waves of WAVE heads, whose keys fit the L2 cache together, and within a
     wave through tile 0 of every head before tile 1 of any, so that the longest tiles can be started first."""
-    wave = turn // (WAVE * tiles)
+    wave = slot // (WAVE * tiles)
     width = tl.minimum(WAVE, heads - wave * WAVE)
-    rest = turn - wave * WAVE * tiles
+    rest = slot - wave * WAVE * tiles
     return rest // width, wave * WAVE + rest % width
 
 
@@ -234,20 +235,20 @@ def work_tile(ragged, b, h, index, M, N, HEADS):
 
 
 @triton.jit
-def scheduled_tile(ragged, turn, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_FIRST: tl.constexpr):
-    """The WorkTile of a program by its turn. tiles: per head of a dense batch. LAST_FIRST: start with the last tile.
+def scheduled_tile(ragged, slot, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_FIRST: tl.constexpr):
+    """The WorkTile of a slot. tiles: per head of a dense batch. LAST_FIRST: start with the last tile.
 
-    A packed batch reads the turn from its schedule; see turns.py.
+    In a packed batch the schedule says which tile a slot holds; see tile_scheduler.py.
     """
     if ragged is None:
-        index, head = schedule(turn, tiles, BATCHED_HEADS, WAVE)
+        index, head = schedule(slot, tiles, BATCHED_HEADS, WAVE)
         if LAST_FIRST:
             index = tiles - 1 - index
         return work_tile(ragged, head // HEADS, head % HEADS, index, M, N, HEADS)
     else:
-        key = tl.load(ragged.turns + turn // HEADS)
+        key = tl.load(ragged.schedule + slot // HEADS)
         b = (key >> BITS).to(tl.int32) & NONE
-        return work_tile(ragged, b, turn % HEADS, key.to(tl.int32) & NONE, M, N, HEADS)
+        return work_tile(ragged, b, slot % HEADS, key.to(tl.int32) & NONE, M, N, HEADS)
 
 
 @triton.jit

@@ -352,12 +352,12 @@ def map_kernel(
     """out: pointer (B, SHOWN_HEADS, SHOWN_ROWS, N). tiles: int32 pointer (TILES,), the tiles that hold chosen rows.
     slots: (TILES, BLOCK_M), which row of out each row of a tile is, -1 for none. heads: (SHOWN_HEADS,), the chosen
     heads."""
-    turn = tl.program_id(0) % TILES
+    entry = tl.program_id(0) % TILES
     shown = tl.program_id(0) // TILES  # in B x SHOWN_HEADS
     h = tl.load(heads + shown % SHOWN_HEADS)
-    tile = work_tile(None, shown // SHOWN_HEADS, h, tl.load(tiles + turn), M, N, HEADS)
+    tile = work_tile(None, shown // SHOWN_HEADS, h, tl.load(tiles + entry), M, N, HEADS)
     m = tile.index * BLOCK_M
-    slot = tl.load(slots + turn * BLOCK_M + tl.arange(0, BLOCK_M))  # [BLOCK_M]
+    slot = tl.load(slots + entry * BLOCK_M + tl.arange(0, BLOCK_M))  # [BLOCK_M]
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     lo, hi = interval(span, tile.b, rows, M, N, tile.shift)  # [BLOCK_M]
     reach = listed(span, visit(lo, hi, N, BLOCK_N), tile)

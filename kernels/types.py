@@ -75,14 +75,14 @@ class Table(NamedTuple):
 class Ragged(NamedTuple):
     """A packed (varlen) batch: all sequences in one batch entry, one after another.
 
-    q, k: pointers to int32 (B + 1), cumulative lengths of queries and keys. turns: pointer to the tile schedule, int64
-    sort keys shared by all heads; see turns.py. aligned: 1 if the diagonal of each sequence ends at its last row and
-    key (bottom right), else 0; encoded.
+    q, k: pointers to int32 (B + 1), cumulative lengths of queries and keys. schedule: pointer to int64 sort keys, one
+    per slot and shared by all heads; see tile_scheduler.py. aligned: 1 if the diagonal of each sequence ends at its
+    last row and key (bottom right), else 0; encoded.
     """
 
     q: Any
     k: Any
-    turns: Any
+    schedule: Any
     aligned: Any
 
 
@@ -260,13 +260,13 @@ class AdditiveGradients(NamedTuple):
     the gradients of these parameters. rows: pointer to row sums of dx (B, Hq, M). dq, dk: pointers to features in the
     layout of those of q and k. dw: pointer to (B * Hq, tiles of keys, features). rows, dq, dk and dw start as zeros.
 
-    ticket: pointer to the next program's ticket. turns: pointer to one counter per head and tile of rows, the tile of
-    keys that may add to it next. Both start as zeros. stage: pointer to (programs, features, BLOCK_M), the part of dq
-    that comes from one tile.
+    ticket: pointer to the next program's ticket. semaphores: pointer to one counter per head and tile of rows, the tile
+    of keys that may add to it next. Both start as zeros. stage: pointer to (programs, features, BLOCK_M), the part of
+    dq that comes from one tile.
     """
 
     ticket: Any
-    turns: Any
+    semaphores: Any
     dv: Any = None
     bias: Any = None
     columns: Any = None

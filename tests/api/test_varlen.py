@@ -299,14 +299,14 @@ SPANS = st.sampled_from([(None, None), (None, 0), (-3, 5), (2, None), (-20, 0)])
 def test_every_tile_has_one_turn_and_the_longest_come_first(
     lengths: Any, block: int, by_keys: bool, bounds: Any, alignment: str
 ) -> None:
-    owners = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
+    tile_scheduler = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
     span = fused_attn.spec.problem.problem.Span(*bounds)
     p = problem(lengths, span, alignment)
-    turns = unpacked(owners.turns(p, block, by_keys).turns)
-    assert len(turns) * 3 == owners.programs(p, block, 3, by_keys)
+    slots = unpacked(tile_scheduler.schedule(p, block, by_keys).schedule)
+    assert len(slots) * 3 == tile_scheduler.programs(p, block, 3, by_keys)
     wanted = [(b, i) for b, x in enumerate(lengths) for i in range(-(-x[by_keys] // block))]
-    assert sorted(map(tuple, (x for x in turns if x[1] >= 0))) == wanted
-    assert all(0 <= b < len(lengths) for b, _ in turns)
+    assert sorted(map(tuple, (x for x in slots if x[1] >= 0))) == wanted
+    assert all(0 <= b < len(lengths) for b, _ in slots)
 
     def seen(b: int, tile: int) -> int:
         """The width of what a tile sees, by the whole matrix."""
@@ -317,18 +317,20 @@ def test_every_tile_has_one_turn_and_the_longest_come_first(
         some = grid[tile * block : (tile + 1) * block].any(0).nonzero()
         return int(some[-1] - some[0] + 1) if len(some) else 0
 
-    work = [seen(b, i) for b, i in turns if i >= 0]
+    work = [seen(b, i) for b, i in slots if i >= 0]
     inside = [-(-x // 64) for x in work if x]
     assert inside == sorted(inside, reverse=True)
-    assert unpacked(owners.turns(p, block, by_keys, in_order=True).turns)[: len(wanted)] == list(map(list, wanted))
+    assert unpacked(tile_scheduler.schedule(p, block, by_keys, in_order=True).schedule)[: len(wanted)] == list(
+        map(list, wanted)
+    )
 
 
 def test_one_long_sequence_does_not_begin_last() -> None:
     """Turns taken by whichever of 16 programs is free end within a tenth of the best that there is."""
-    owners = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
+    tile_scheduler = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
     lengths = [(n, n) for n in [40] * 50 + [1500] + [40] * 50 + [700]]
     p = problem(lengths, fused_attn.spec.problem.problem.Span(right=0))
-    work = [min(lengths[b][1], (i + 1) * 64) for b, i in unpacked(owners.turns(p, 64).turns) if i >= 0]
+    work = [min(lengths[b][1], (i + 1) * 64) for b, i in unpacked(tile_scheduler.schedule(p, 64).schedule) if i >= 0]
     free = [0] * 16
     for x in work:
         free[free.index(min(free))] += x

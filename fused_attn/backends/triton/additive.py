@@ -47,7 +47,7 @@ def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
     if starts is not None:
         blocks = -(-length // BLOCK) + (len(starts) - 1) * (ROOM // BLOCK + 1)
         memory, ragged = x.new_zeros, tile_scheduler.alone(starts, length, BLOCK)
-        programs = len(ragged.turns) * heads
+        programs = len(ragged.schedule) * heads
     plain = memory(b * heads, even(d), blocks * BLOCK, dtype=torch.float32)
     exponentials = memory(plain.shape, dtype=torch.float32) if paired else plain
     peaks = memory(b * heads, blocks, dtype=torch.float32) if paired else plain
@@ -124,7 +124,7 @@ def backward(
         planes[0],
         block_mask.keys(p, c, kinds=True),
         *planes[1:],
-        tile_scheduler.turns(p, c.BLOCK_N, True, in_order=True),
+        tile_scheduler.schedule(p, c.BLOCK_N, True, in_order=True),
         AdditiveGradients(
             zeros(1, dtype=torch.int32), zeros(b * hq, tile_scheduler.tiles(p, c.BLOCK_M), dtype=torch.int32),
             None if dv is None else views.view(dv), dbias,

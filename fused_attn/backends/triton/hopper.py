@@ -246,8 +246,8 @@ class _OnePass(portable._Backward):
         lead = -rows.start % FINE
         padded = -(-(rows.stop - rows.start) // c.BLOCK_M) * c.BLOCK_M
         length = -(-(lead + max(m, rows.start + padded)) // FINE) * FINE
-        turns = 1 + b * hq * (length // c.BLOCK_M) if c.ordered else 0
-        memory = p.q.new_empty(b * hq * m * d + turns, dtype=torch.float32)
+        semaphores = 1 + b * hq * (length // c.BLOCK_M) if c.ordered else 0
+        memory = p.q.new_empty(b * hq * m * d + semaphores, dtype=torch.float32)
         sums = memory[: b * hq * m * d].view(b, hq, m, d)
         known = code.types.RowBoxes(*(memory.new_empty((b * hq, length)) for _ in range(3)))
         dout = self.dout if _copyable(self.dout) else self.dout.contiguous()
@@ -285,7 +285,7 @@ class _OnePass(portable._Backward):
                 visited, list(visited.shape), [m * d, d, 1], box, code.layout(box, code.dtypes[visited.dtype])
             ),
             *(_descriptor(x, c.BLOCK_N) for x in (dk, dv)),
-            memory[-turns:].zero_().view(torch.int32) if turns else None,
+            memory[-semaphores:].zero_().view(torch.int32) if semaphores else None,
             views.transposed_span(span, keys.stop - keys.start),
             p.scale,
             p.scale * math.log2(math.e),

@@ -73,7 +73,7 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
     kernel, _, _, views, block_mask, types, tile_scheduler, _ = _kernels()
     (b, hq, _, _), (q, k, score, mask) = p.shape, planes
     c = _tiles("row_statistics", p)
-    span, turns = block_mask.rows(p, c), tile_scheduler.turns(p, c.BLOCK_M)
+    span, schedule = block_mask.rows(p, c), tile_scheduler.schedule(p, c.BLOCK_M)
     top_k = 0 if found.top_k_indices is None else found.top_k_indices.shape[3]
     # Where there are more places than a program ranks at once, further launches rank what is below the last of them.
     size = max(2, min(MOST, c.BLOCK_N, 1 << (top_k - 1).bit_length())) if top_k else 2
@@ -87,7 +87,7 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
             tile_scheduler.programs(p, c.BLOCK_M, hq),
             *(q, k, score, span, mask),
             None if p.sink is None else p.sink.contiguous(),
-            turns,
+            schedule,
             types.Found(*others, *ranked, views._booleans[weighs]),
             *tile_scheduler.lengths(p),
             *(hq, b * hq, settings.wave(p, hq), first, top_k),
@@ -107,7 +107,7 @@ def _mass(
         kernel,
         tile_scheduler.programs(p, c.BLOCK_N, hq, True),
         *(q, k, score, block_mask.keys(p, c), mask),
-        *(shift, part, tile_scheduler.turns(p, c.BLOCK_N, True), key_mass),
+        *(shift, part, tile_scheduler.schedule(p, c.BLOCK_N, True), key_mass),
         *tile_scheduler.lengths(p),
         *(hq, b * hq, settings.wave(p, hq)),
         **_constants(c, p),

@@ -1,6 +1,7 @@
-"""Which program owns which tile: of a batch by arithmetic, of ragged sequences by a table of turns.
+"""The tile that each program works on: by arithmetic in a dense batch, by a schedule in a packed (varlen) one.
 
-A table is made on the device, without waiting for it, and has as many turns as there may be tiles, total // block + B.
+A schedule is made on the device, without synchronisation. It has a slot for every tile that the lengths allow, at most
+total // block + B.
 """
 
 from __future__ import annotations
@@ -8,34 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.turns import turns_kernel
+from ...kernels.tile_scheduler import turns_kernel
 from ...kernels.types import Ragged
 from ...spec.problem import Problem
 from . import launcher, views
 
-CHUNK, SEQUENCES = 64, 64  # turns of a program, and sequences that it looks at together
+CHUNK, SEQUENCES = 64, 64  # slots per program, and sequences that it reads at a time
 
 
 def lengths(p: Problem) -> tuple[int, int]:
-    """M and N of what lies in memory: of each of a batch, or of all sequences together."""
+    """M and N in memory: the lengths, or the totals of a packed batch."""
     return p.q.shape[2], p.k.shape[2]
 
 
 def tiles(p: Problem, block: int, by_keys: bool = False) -> int:
-    """For how many tiles of rows, or of keys, there is room in each head of each of a batch."""
+    """The number of tiles of rows, or of keys, per head and batch entry; of a packed batch, the most that its lengths
+    allow."""
     length = lengths(p)[by_keys]
     return -(-length // block) if p.ragged is None else length // block + p.ragged.batch
 
 
 def programs(p: Problem, block: int, heads: int, by_keys: bool = False) -> int:
-    """The grid: a program for each tile of each head."""
+    """The grid: a program per tile and head."""
     return tiles(p, block, by_keys) * heads * (p.shape[0] if p.ragged is None else 1)
 
 
-def turns(p: Problem, block: int, by_keys: bool = False, in_order: bool = False) -> Ragged | None:
-    """What kernels read of ragged sequences, with the turns of tiles of rows, or of keys; None of a batch.
+def schedule(p: Problem, block: int, by_keys: bool = False, in_order: bool = False) -> Ragged | None:
+    """A packed batch as the kernels read it, with the schedule of tiles of rows, or of keys; None for a dense batch.
 
-    The longest come first, so that a long sequence does not begin when the others have ended; in_order: as they lie.
+    The longest tiles come first, so that no long sequence is left for the end. in_order: as they are in memory.
     """
     if p.ragged is None:
         return None
@@ -49,7 +51,7 @@ def turns(p: Problem, block: int, by_keys: bool = False, in_order: bool = False)
 
 
 def alone(starts: Tensor, total: int, block: int) -> Ragged:
-    """The same of one tensor by itself, in order."""
+    """The same for a single tensor, in order."""
     starts = starts.contiguous()
     count = total // block + len(starts) - 1
     return Ragged(starts, starts, _keys(starts, starts, count, block, None, None, views.encode(0)), views.encode(0))

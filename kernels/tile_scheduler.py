@@ -13,16 +13,16 @@ GRAIN: tl.constexpr = tl.constexpr(64)  # unit of the number of visible keys; 18
 MOST: tl.constexpr = tl.constexpr(2**18 - 1)
 
 
-@triton.jit(do_not_specialize=["TURNS", "BATCH", "BLOCK"])
+@triton.jit(do_not_specialize=["SLOTS", "BATCH", "BLOCK"])
 def turns_kernel(
-    own, other, left, right, aligned, keys, TURNS, BATCH, BLOCK, CHUNK: tl.constexpr, SEQUENCES: tl.constexpr
+    own, other, left, right, aligned, keys, SLOTS, BATCH, BLOCK, CHUNK: tl.constexpr, SEQUENCES: tl.constexpr
 ):
     """own: pointer to int32 (BATCH + 1), cumulative lengths of the sequences whose tiles of BLOCK are scheduled; other:
-    of those that they attend to. left, right, aligned: as in Span and Ragged. keys: pointer to int64 (TURNS), written.
+    of those that they attend to. left, right, aligned: as in Span and Ragged. keys: pointer to int64 (SLOTS), written.
 
     Grid: (chunks of CHUNK entries).
     """
-    turn = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+    slot = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     b = tl.zeros([CHUNK], tl.int32)  # [CHUNK], the sequence
     first = tl.zeros([CHUNK], tl.int32)  # [CHUNK], tiles of the sequences before it
     total = BATCH * 0
@@ -31,12 +31,12 @@ def turns_kernel(
         begin = tl.load(own + index, mask=index < BATCH, other=0)  # [SEQUENCES]
         count = tl.cdiv(tl.load(own + index + 1, mask=index < BATCH, other=0) - begin, BLOCK)  # [SEQUENCES], tiles
         ends = total + tl.cumsum(count, 0)  # [SEQUENCES]
-        ended = (ends[None, :] <= turn[:, None]) & (index < BATCH)[None, :]  # [CHUNK, SEQUENCES]
+        ended = (ends[None, :] <= slot[:, None]) & (index < BATCH)[None, :]  # [CHUNK, SEQUENCES]
         b += tl.sum(ended.to(tl.int32), 1)
         first = tl.maximum(first, tl.max(tl.where(ended, ends[None, :], 0), 1))
         total += tl.sum(count, 0)
     b = tl.minimum(b, BATCH - 1)
-    tile = turn - first  # [CHUNK]
+    tile = slot - first  # [CHUNK]
     length = tl.load(own + b + 1) - tl.load(own + b)
     limit = tl.load(other + b + 1) - tl.load(other + b)
     shift = (limit - length) * decode(aligned)
@@ -48,4 +48,4 @@ def turns_kernel(
         hi = tl.minimum(hi, tl.minimum(tile * BLOCK + BLOCK, length) + (shift + decode(right)))
     seen = tl.minimum(tl.cdiv(tl.maximum(hi - lo, 0), GRAIN), MOST)  # [CHUNK]
     key = (((seen.to(tl.int64) << BITS) + b) << BITS) + tile  # [CHUNK]
-    tl.store(keys + turn, tl.where(turn < total, key, NONE), mask=turn < TURNS)
+    tl.store(keys + slot, tl.where(slot < total, key, NONE), mask=slot < SLOTS)
