@@ -41,10 +41,10 @@ class Rows(NamedTuple):
     m: Any
     k: View
     k_head: Any
-    k_box: Any
+    k_desc: Any
     v: View
     v_head: Any
-    v_box: Any
+    v_desc: Any
     pages: Any
     h: Any
     plane: Plane
@@ -65,7 +65,7 @@ def issue(c, n, MASKED: tl.constexpr):
     else:
         keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)  # [BLOCK_N]
         # [BLOCK_N, BLOCK_D]
-        k = load_tile(c.k, c.k_head, c.k_box, c.pages, c.plane.tile, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
+        k = load_tile(c.k, c.k_head, c.k_desc, c.pages, c.plane.tile, c.h, n, keys, c.plane.BLOCK_N, c.D, c.BLOCK_D)
         return products(c.q, k, c.PRECISION)
 
 
@@ -89,19 +89,20 @@ def absorb(c, state, s, n, MASKED: tl.constexpr):
         p = tl.where(keep(c.plane, c.m, n, False), p, 0.0)
     keys = live(c.reach, n, c.plane.BLOCK_N, MASKED)  # [BLOCK_N]
     # [BLOCK_N, BLOCK_DV]
-    v = load_tile(c.v, c.v_head, c.v_box, c.pages, c.plane.tile, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
+    v = load_tile(c.v, c.v_head, c.v_desc, c.pages, c.plane.tile, c.h, n, keys, c.plane.BLOCK_N, c.DV, c.BLOCK_DV)
     acc = dot(p.to(v.dtype), v, acc, c.PRECISION)  # [BLOCK_M, BLOCK_DV]
     return m_i, l_i, acc
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
 def forward_kernel(
-    q, k, v, out, normaliser, score, span, mask, sink, dropout, ragged, k_box, v_box, M, N, HEADS, BATCHED_HEADS, WAVE,
+    q, k, v, out, normaliser, score, span, mask, sink, dropout, ragged, k_desc, v_desc,
+    M, N, HEADS, BATCHED_HEADS, WAVE,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out, mask: Views; normaliser: a Normaliser, None for a sigmoid; sink: pointer (Hq,); k_box, v_box: TMA
-    descriptors, or None. The last rows come first: under a causal mask they take longest."""
+    """q, k, v, out, mask: Views; normaliser: a Normaliser, None for a sigmoid; sink: pointer (Hq,); k_desc, v_desc:
+    TMA descriptors, or None. The last rows come first: under a causal mask they take longest."""
     tile = scheduled_tile(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
     m = tile.index * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -119,8 +120,8 @@ def forward_kernel(
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
-            q_tile, m, k, start_pointer(k, tile, tile.h // GROUP, tile.key), k_box,
-            v, start_pointer(v, tile, tile.h // GROUP, tile.key), v_box, None, tile.h // GROUP,
+            q_tile, m, k, start_pointer(k, tile, tile.h // GROUP, tile.key), k_desc,
+            v, start_pointer(v, tile, tile.h // GROUP, tile.key), v_desc, None, tile.h // GROUP,
             Plane(score, own, mask, dropout, tile, BLOCK_M, BLOCK_N),
             Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,

@@ -39,7 +39,8 @@ def hopper_prepare_kernel(
     out, dout, peak, log_sum, dlse, known, total, M, FIRST, LAST, LEAD, ROWS, HEADS, BATCHED_HEADS,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """known: RowBoxes of (B * Hq, ROWS), with row 0 at LEAD, written. total: View, the accumulator of dq, zeroed.
+    """known: SplitRowNumbers of (B * Hq, ROWS), with row 0 at LEAD, written. total: View, the accumulator of dq,
+    zeroed.
 
     peak, log_sum, dlse: pointers to (B, Hq, M); the first two from the forward, the last may be None. Entries outside
     of rows FIRST to LAST get a log2_sum of +inf and a delta of 0, hence weights and gradients of 0, so that the sweeps

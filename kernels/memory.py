@@ -121,13 +121,15 @@ def load_whole(ptrs, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_tile(view, head, box, pages, tile, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(
+    view, head, desc, pages, tile, h, start, live, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """[ROWS, BLOCK_D] of keys or values from `start`. A paged cache is read through its page table, and head points to
     row 0 of page 0; a full tile is read with TMA if there is a descriptor."""
     if pages is not None:
         return load_paged(view, head, pages, tile, start, live, ROWS, D, BLOCK_D)
-    elif (live is None) and (box is not None):
-        return tl.reshape(box.load([tile.batch, h, tile.key + start, 0]), (ROWS, BLOCK_D))  # [ROWS, BLOCK_D]
+    elif (live is None) and (desc is not None):
+        return tl.reshape(desc.load([tile.batch, h, tile.key + start, 0]), (ROWS, BLOCK_D))  # [ROWS, BLOCK_D]
     else:
         return load_rows(view, head, start, live, ROWS, D, BLOCK_D)
 

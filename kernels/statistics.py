@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     m: Any
     k: View
     k_head: Any
-    k_box: Any
+    k_desc: Any
     pages: Any
     h: Any
     plane: Plane
@@ -319,7 +319,7 @@ class Shown(NamedTuple):
     m: Any
     k: View
     k_head: Any
-    k_box: Any
+    k_desc: Any
     pages: Any
     h: Any
     plane: Plane

@@ -236,8 +236,8 @@ class RowNumbers(NamedTuple):
     delta: Any
 
 
-class RowBoxes(NamedTuple):
-    """The same for sm_90, where TMA copies each in boxes: pointers to float32."""
+class SplitRowNumbers(NamedTuple):
+    """RowNumbers with peak and log2_sum in tensors of their own, for TMA: pointers to float32."""
 
     peak: Any
     log2_sum: Any

@@ -234,7 +234,7 @@ def test_keys_come_by_descriptors_where_tma_can_copy_them() -> None:
         chosen = tuning.config("forward", "sm_90", q.dtype, 256, 256, rich=name in refused)
         assert chosen.descriptors is (name in copied)
         assert (words["BLOCK_N"], words["OVERLAP"]) == (chosen.BLOCK_N, chosen.overlap)
-        for box in (words["k_box"], words["v_box"]):
+        for box in (words["k_desc"], words["v_desc"]):
             if name in refused:
                 assert box is None
             else:

@@ -249,7 +249,7 @@ class _OnePass(portable._Backward):
         semaphores = 1 + b * hq * (length // c.BLOCK_M) if c.ordered else 0
         memory = p.q.new_empty(b * hq * m * d + semaphores, dtype=torch.float32)
         sums = memory[: b * hq * m * d].view(b, hq, m, d)
-        known = code.types.RowBoxes(*(memory.new_empty((b * hq, length)) for _ in range(3)))
+        known = code.types.SplitRowNumbers(*(memory.new_empty((b * hq, length)) for _ in range(3)))
         dout = self.dout if _copyable(self.dout) else self.dout.contiguous()
         launcher.launch(
             code.prepare,

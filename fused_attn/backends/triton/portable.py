@@ -83,7 +83,7 @@ def _forward_config(p: Problem) -> tuple[Config, tuple[Any, Any]]:
     c = settings.config("forward" if p.w is None else "additive_forward", p)
     if not c.descriptors:
         return c, (None, None)
-    k, v = (_device_code().views.boxes(x, c.BLOCK_N) for x in (p.k, p.v))
+    k, v = (_device_code().views.descriptor(x, c.BLOCK_N) for x in (p.k, p.v))
     if k is None or v is None:
         return settings.config("forward", p, rich=True), (None, None)
     return c, (k, v)
@@ -103,7 +103,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, hq = p.shape[:2]
     out = p.empty_out()
     found = p.empty_lse(), p.empty_lse(), p.empty_lse()
-    c, boxes = _forward_config(p)
+    c, descriptors = _forward_config(p)
     with torch.cuda.device_of(p.q):
         launcher.launch(
             code.forward,
@@ -116,7 +116,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             None if p.sink is None else p.sink.contiguous(),
             views.dropout(p),
             tile_scheduler.schedule(p, c.BLOCK_M),
-            *boxes,
+            *descriptors,
             *tile_scheduler.lengths(p),
             *(hq, b * hq, settings.wave(p, hq)),
             **settings.constants(c, p),

@@ -61,10 +61,10 @@ def view(x: Tensor) -> View:
     return View(x, *_layout(shape, x.stride(), shape, x.element_size(), x.data_ptr() % 16 == 0))
 
 
-def boxes(x: Tensor, rows: int) -> TensorDescriptor | None:
-    """x in boxes of whole rows of one batch and head, for TMA; None where it cannot copy them.
+def descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """A TMA descriptor of x, with boxes of `rows` whole rows of one head; None if TMA cannot copy x.
 
-    What a box holds of other than x reads as zeros.
+    Elements of a box outside of x read as zeros.
     """
     unit = view(x).unit.value
     apart = [(n, s) for n, s in zip(x.shape[:3], x.stride(), strict=False)]
