@@ -236,10 +236,10 @@ def meet_rows(c, state):
     visit = c.reach.visit
     for index in tl.range(0, tiles):
         m = index * c.plane.BLOCK_M
-        if c.reach.span.table is None:
+        if c.reach.span.block_mask is None:
             visited = (m >= visit.origin) & (m < visit.origin + visit.total * c.plane.BLOCK_M)
         else:
-            visited = tl.load(visit.table + index) != 0
+            visited = tl.load(visit.block_mask + index) != 0
         sums = tl.zeros([c.plane.BLOCK_M], tl.float32)  # [BLOCK_M]
         if visited:
             dv, columns, scale, caps, slopes, sums = absorb(c, state, m)

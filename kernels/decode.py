@@ -80,7 +80,7 @@ def before_tree(span, found, trunk, BLOCK: tl.constexpr):
     else:
         begin = found.origin + found.head * BLOCK
         full = tl.minimum(found.full, tl.maximum(trunk - begin, 0) // BLOCK)
-        return Visit(found.origin, found.head, full, found.total, found.first, found.last, found.table)
+        return Visit(found.origin, found.head, full, found.total, found.first, found.last, found.block_mask)
 
 
 @triton.jit

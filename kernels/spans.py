@@ -3,7 +3,7 @@
 A program works on a tile of indices x and sweeps over tiles of the other side, y: rows over keys, or, transposed, keys
 over rows. A tile is full if every x that sees anything sees all of it; it then needs no mask. The others are partial.
 In an interval, partial tiles lie at both ends. Where visibility is no interval, a block mask from the host
-(types.Table) lists the tiles.
+(types.BlockMask) lists the tiles.
 """
 
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ from .types import Span
 class Visit(NamedTuple):
     """The tiles that a program visits, as ordinals 0 to total.
 
-    Without a table: from index `origin` on, `head` partial tiles, `full` full ones, and the other partial ones. With a
-    table: a pointer to the indices of `head` partial and `full` full tiles. first, last: no x of the program sees y
-    outside of [first, last).
+    Without a block mask: from index `origin` on, `head` partial tiles, `full` full ones, and the other partial ones.
+    With one: block_mask points to the indices of `head` partial and `full` full tiles. first, last: no x of the program
+    sees y outside of [first, last).
     """
 
     origin: Any
@@ -30,7 +30,7 @@ class Visit(NamedTuple):
     total: Any
     first: Any
     last: Any
-    table: Any
+    block_mask: Any
 
 
 class Pattern(NamedTuple):
@@ -98,12 +98,14 @@ def visit(lo, hi, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def listed(span, reach, tile):
-    """The visit of the program at a tile: that of the table, if there is one."""
-    if span.table is None:
+    """The visit of the program at a tile: that of the block mask, if there is one."""
+    if span.block_mask is None:
         return reach
     else:
-        head = tile.b.to(tl.int64) * decode(span.table.strides[0]) + tile.h.to(tl.int64) * decode(span.table.strides[1])
-        own = span.table.ptr + head + tile.index * decode(span.table.strides[2])
+        head = tile.b.to(tl.int64) * decode(span.block_mask.strides[0]) + tile.h.to(tl.int64) * decode(
+            span.block_mask.strides[1]
+        )
+        own = span.block_mask.ptr + head + tile.index * decode(span.block_mask.strides[2])
         some = (tile.M > 0) & (tile.N > 0)
         partial = tl.where(some, tl.load(own), 0)
         full = tl.where(some, tl.load(own + 1), 0)
@@ -205,28 +207,28 @@ def visible(reach, plane, m, n, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr):
 @triton.jit
 def partial_tile(span, visit, ordinal, BLOCK: tl.constexpr):
     """The first index of a partial tile."""
-    if span.table is None:
+    if span.block_mask is None:
         return visit.origin + (ordinal + tl.where(ordinal < visit.head, 0, visit.full)) * BLOCK
     else:
-        return tl.load(visit.table + ordinal) * BLOCK
+        return tl.load(visit.block_mask + ordinal) * BLOCK
 
 
 @triton.jit
 def full_tile(span, visit, begin, ordinal, BLOCK: tl.constexpr):
-    """The first index of a full tile. Without a table full tiles are contiguous, from begin on."""
-    if span.table is None:
+    """The first index of a full tile. Without a block mask full tiles are contiguous, from begin on."""
+    if span.block_mask is None:
         return begin + ordinal * BLOCK
     else:
-        return tl.load(visit.table + visit.head + ordinal) * BLOCK
+        return tl.load(visit.block_mask + visit.head + ordinal) * BLOCK
 
 
 @triton.jit
 def following_tile(span, visit, start, ordinal, BLOCK: tl.constexpr):
     """The first index of the full tile after the one with that ordinal, which is at start."""
-    if span.table is None:
+    if span.block_mask is None:
         return start + BLOCK
     else:
-        return tl.load(visit.table + visit.head + ordinal + 1) * BLOCK
+        return tl.load(visit.block_mask + visit.head + ordinal + 1) * BLOCK
 
 
 @triton.jit

@@ -61,7 +61,7 @@ class Tree(NamedTuple):
     strides: tuple
 
 
-class Table(NamedTuple):
+class BlockMask(NamedTuple):
     """A block mask: int32 (batch, head, tile of x, 2 + tiles of y). strides: the first three, encoded.
 
     For each tile of x: the number of partial tiles of y, the number of full ones, then their indices, the partial ones
@@ -92,8 +92,8 @@ class Span(NamedTuple):
     x is a query and y a key. For key-major kernels the host passes the transpose: x is a key and y a query.
 
     left, right, sinks: encoded integers; y < sinks is visible whatever left says. lo, hi: Vectors. ids, others: Vectors
-    of the ids of x and of y, which must be equal. blocks: Blocks, which must be true. table: a Table of the tiles to
-    visit. tree: a Tree, which of the last M keys a row sees; decoding only.
+    of the ids of x and of y, which must be equal. blocks: Blocks, which must be true. block_mask: a BlockMask, the
+    tiles to visit. tree: a Tree, which of the last M keys a row sees; decoding only.
     """
 
     left: Any = None
@@ -104,7 +104,7 @@ class Span(NamedTuple):
     ids: Any = None
     others: Any = None
     blocks: Any = None
-    table: Any = None
+    block_mask: Any = None
     tree: Any = None
 
 

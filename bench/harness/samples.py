@@ -134,7 +134,7 @@ class Sample:
         span = self.problem.span
         if self.problem.unbounded:
             return "full"
-        if self.problem.tabled:
+        if self.problem.needs_block_mask:
             return "other"
         return "causal" if span.lo is None and span.hi is None and (span.left, span.right) == (None, 0) else "other"
 
@@ -147,7 +147,7 @@ class Sample:
             raise NotImplementedError("operations of packed sequences are counted for full and causal masks only")
         p, (m, n) = self.problem, self.problem.shape[2:]
         rows, cols = (torch.arange(x, device=p.q.device) for x in (m, n))
-        if p.tabled:
+        if p.needs_block_mask:
             return p.visible(rows, cols).float().mean().item()
         lo, hi = p.span.bounds(rows, n)
         return (hi - lo).clamp(min=0).double().mean().item() / n

@@ -108,8 +108,8 @@ class Problem:
         return self.unbounded and self.ragged is None and self.q.shape[2] > 0
 
     @property
-    def tabled(self) -> bool:
-        """What a row sees, the tensor mask aside, is no interval of keys: which tiles to visit stands in a table."""
+    def needs_block_mask(self) -> bool:
+        """True if visibility, tensor masks aside, is no interval of keys: kernels then need a block mask."""
         return self.pattern is not None or self.span.sinks > 0
 
     def visible(self, rows: Tensor, cols: Tensor) -> Tensor:

@@ -73,10 +73,10 @@ def test_sorted_segments_stay_intervals() -> None:
     ids = torch.tensor([0, 0, 1, 1, 4])
     for mask in (Mask.segments(ids), Mask.segments(ids, sorted=True)):
         p = problem(mask, (1, 1, 5, 5))
-        assert p.span.lo is not None and not p.tabled
-    assert problem(Mask.segments(ids, sorted=False), (1, 1, 5, 5)).tabled
-    assert problem(Mask.segments(ids.flip(0), ids), (1, 1, 5, 5)).tabled
-    assert problem(Mask.segments(ids, ids.flip(0)), (1, 1, 5, 5)).tabled
+        assert p.span.lo is not None and not p.needs_block_mask
+    assert problem(Mask.segments(ids, sorted=False), (1, 1, 5, 5)).needs_block_mask
+    assert problem(Mask.segments(ids.flip(0), ids), (1, 1, 5, 5)).needs_block_mask
+    assert problem(Mask.segments(ids, ids.flip(0)), (1, 1, 5, 5)).needs_block_mask
 
 
 @pytest.mark.parametrize("block", (2, (3, 4), (7, 9), (100, 1)))
@@ -176,9 +176,9 @@ def random_masks(draw: st.DrawFn) -> tuple[Mask, Shape]:
     return mask, shape
 
 
-def listed(table: Any, tile: int, width: int, b: int, h: int) -> tuple[list[int], list[int]]:
+def listed(block_mask: Any, tile: int, width: int, b: int, h: int) -> tuple[list[int], list[int]]:
     """The partial and the full tiles of the other side that a tile visits."""
-    row = table.ptr[b % len(table.ptr), h % table.ptr.shape[1], tile].tolist()
+    row = block_mask.ptr[b % len(block_mask.ptr), h % block_mask.ptr.shape[1], tile].tolist()
     partial, full, visited = row[0], row[1], row[2:]
     assert len(visited) == width
     return visited[:partial], visited[partial : partial + full]
@@ -194,7 +194,7 @@ def test_tables(drawn: tuple[Mask, Shape], sizes: tuple[int, int]) -> None:
 
     mask, shape = drawn
     p, c = problem(mask, shape), Config(*sizes, 1, 1)
-    if not p.tabled:
+    if not p.needs_block_mask:
         return
     b, h, m, n = shape
     seen = p.visible(torch.arange(m), torch.arange(n)).expand(shape)
@@ -207,10 +207,10 @@ def test_tables(drawn: tuple[Mask, Shape], sizes: tuple[int, int]) -> None:
         lo, hi = (span.lo.ptr, span.hi.ptr) if transposed else (start, stop)
         live = (lo < hi).expand(b, -1)
         assert bool((grid.any(-1) <= live[:, None]).all())
-        kinds = block_mask.keys(p, c, kinds=True).table if transposed else None
+        kinds = block_mask.keys(p, c, kinds=True).block_mask if transposed else None
         for z, y, tile in itertools.product(range(b), range(h), range(-(-own // size))):
             width = -(-other // across)
-            partial, full = listed(span.table, tile, width, z, y)
+            partial, full = listed(span.block_mask, tile, width, z, y)
             assert len({*partial, *full}) == len(partial) + len(full)
             mine = grid[z, y, tile * size : (tile + 1) * size]
             awake = live[z, tile * size : (tile + 1) * size]

@@ -1,8 +1,8 @@
-"""Spans as the kernels read them, and, where what an index sees is no interval, a table of the tiles that it visits.
+"""Spans as the kernels read them, and block masks where visibility is no interval.
 
-A table is made by operations of torch on the device, for the tiles of one configuration, without waiting for it. For
-each tile of rows, and transposed for each tile of keys, it lists the tiles of the other side in which somebody may see
-something: first the partial ones, then the full ones, which all see whole.
+A block mask is made by torch operations on the device, without synchronisation, for the tile sizes of one
+configuration. For each tile of rows, and transposed for each tile of keys, it lists the tiles of the other side in
+which something is visible: the partial tiles first, then the full ones.
 """
 
 from __future__ import annotations
@@ -10,39 +10,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.types import Blocks, Span, Table
+from ...kernels.types import BlockMask, Blocks, Span
 from ...spec.masks import padded_span
 from ...spec.problem import Pattern, Problem
 from ...tuning import Config
 from . import views
 
-Visited = tuple[Tensor, Tensor]  # bool: some of a tile is seen; all of it is
+Visited = tuple[Tensor, Tensor]  # bool: some of the tile is visible; all of it is
 
 
 def pairs(p: Problem) -> Span:
-    """Rows over keys, for a kernel that is told which tile to look at."""
+    """Rows over keys, for a kernel that is given one tile per program."""
     return _patterned(views.span(p.span), p.pattern, transposed=False)
 
 
 def rows(p: Problem, c: Config) -> Span:
     """Rows over keys, for a kernel that sweeps over the keys."""
-    return pairs(p)._replace(table=_table(*tiles_of_keys(_padded(p), c))) if p.tabled else pairs(p)
+    return pairs(p)._replace(block_mask=_block_mask(*tiles_of_keys(_padded(p), c))) if p.needs_block_mask else pairs(p)
 
 
 def _padded(p: Problem) -> Problem:
-    """Ragged sequences as they are seen in a batch of the longest ones."""
+    """A packed batch as a padded one."""
     return p if p.ragged is None else p.replace(span=padded_span(p.span, p.ragged))
 
 
 def keys(p: Problem, c: Config, kinds: bool = False) -> Span:
-    """Keys over rows, for a kernel that sweeps over the rows; kinds: one that meets all of their tiles in order."""
-    if not p.tabled:
+    """Keys over rows, for a kernel that sweeps over the rows. kinds: for one that goes through all tiles in order."""
+    if not p.needs_block_mask:
         return views.transposed_span(p.span, p.shape[3])
     p = _padded(p)
     start, stop = _seers(p)
     span = Span(lo=views.vector(start), hi=views.vector(stop))
-    table = _table(*_tiles_of_rows(p, c, start, stop), kinds)
-    return _patterned(span, p.pattern, transposed=True)._replace(table=table)
+    block_mask = _block_mask(*_tiles_of_rows(p, c, start, stop), kinds)
+    return _patterned(span, p.pattern, transposed=True)._replace(block_mask=block_mask)
 
 
 def _patterned(span: Span, pattern: Pattern | None, transposed: bool) -> Span:
@@ -60,7 +60,8 @@ def _patterned(span: Span, pattern: Pattern | None, transposed: bool) -> Span:
 
 
 def _seers(p: Problem) -> tuple[Tensor, Tensor]:
-    """int32 (B or 1, N): key j is seen by no row outside start <= i < stop; by none at all if nothing reaches it."""
+    """int32 (B or 1, N): key j is visible to no row outside of start <= i < stop; to none at all if nothing reaches
+    it."""
     m, n = p.shape[2:]
     start, stop = torch.broadcast_tensors(*p.span.seers(m, torch.arange(n, device=p.q.device)))
     if p.pattern is not None:
@@ -70,7 +71,7 @@ def _seers(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def tiles_of_keys(p: Problem, c: Config) -> Visited:
-    """(B or 1, Hq or 1, tiles of rows, tiles of keys) of what rows visit."""
+    """(B or 1, Hq or 1, tiles of rows, tiles of keys): the tiles that rows visit."""
     span, (m, n) = p.span, p.shape[2:]
     index = torch.arange(m, device=p.q.device)
     owned = _indices(p, m, c.BLOCK_M)
@@ -80,7 +81,7 @@ def tiles_of_keys(p: Problem, c: Config) -> Visited:
         near = index + span.left
         both = ((lo, hi.clamp_max(span.sinks)), (torch.maximum(lo, near), hi))
         some = torch.stack([_visited(*x, owned, n, c.BLOCK_N)[0] for x in both]).any(0)
-        # Between the sinks and the window of the last row that sees anything lies what somebody does not see.
+        # A tile between the sinks and the window of the last row that sees anything is not full.
         begin = torch.arange(0, n, c.BLOCK_N, device=p.q.device)
         far = torch.where(lo < hi, near, 0)[:, owned].amax(-1, keepdim=True)
         whole = some & whole & ((begin + c.BLOCK_N <= span.sinks) | (far <= begin.clamp_min(span.sinks)))
@@ -88,7 +89,7 @@ def tiles_of_keys(p: Problem, c: Config) -> Visited:
 
 
 def _tiles_of_rows(p: Problem, c: Config, start: Tensor, stop: Tensor) -> Visited:
-    """(B or 1, Hq or 1, tiles of keys, tiles of rows) of what keys visit."""
+    """(B or 1, Hq or 1, tiles of keys, tiles of rows): the tiles that keys visit."""
     m, n = p.shape[2:]
     some, whole = _visited(start, stop, _indices(p, n, c.BLOCK_N), m, c.BLOCK_M)
     return _with_pattern(p, c, some[:, None], whole[:, None], transposed=True)
@@ -105,13 +106,13 @@ def _with_pattern(p: Problem, c: Config, some: Tensor, whole: Tensor, transposed
 
 
 def _indices(p: Problem, length: int, block: int) -> Tensor:
-    """(tiles, block): the indices of each, the last one again for those beyond the end."""
+    """(tiles, block): the indices of each tile; the last index repeats beyond the end."""
     tiles = -(-length // block)
     return torch.arange(tiles * block, device=p.q.device).clamp_max(length - 1).view(tiles, block)
 
 
 def _visited(lo: Tensor, hi: Tensor, owned: Tensor, limit: int, block: int) -> Visited:
-    """(B or 1, tiles owned, tiles visited) of intervals (B or 1, length). Who sees nothing has no say."""
+    """(B or 1, tiles owned, tiles visited), from intervals (B or 1, length). Indices that see nothing do not count."""
     lo, hi = (x[:, owned] for x in torch.broadcast_tensors(lo, hi))
     blind = lo >= hi
     begin = torch.arange(0, limit, block, device=lo.device)
@@ -121,10 +122,10 @@ def _visited(lo: Tensor, hi: Tensor, owned: Tensor, limit: int, block: int) -> V
     return some, some & (full_first[..., None] <= begin) & (full_last[..., None] >= begin + block)
 
 
-def _table(some: Tensor, whole: Tensor, kinds: bool = False) -> Table:
-    """See kernels/types.py. kinds: 0, 1 or 2 for each tile, in order, for none, some or all."""
+def _block_mask(some: Tensor, whole: Tensor, kinds: bool = False) -> BlockMask:
+    """See kernels/types.py. kinds: 0, 1 or 2 for each tile in order, for a skipped, partial or full one."""
     partial = some & ~whole
     body = some.int() + whole if kinds else torch.where(some, whole.int(), 2).argsort(dim=-1, stable=True)
     counts = (x.sum(-1, keepdim=True) for x in (partial, whole))
-    table = torch.cat((*counts, body), -1).int()
-    return Table(table, tuple(map(views.encode, views.strides_of(table.shape, table.stride())[:3])))
+    block_mask = torch.cat((*counts, body), -1).int()
+    return BlockMask(block_mask, tuple(map(views.encode, views.strides_of(block_mask.shape, block_mask.stride())[:3])))

@@ -62,7 +62,7 @@ def why_not(p: Problem) -> list[str]:
     lacking = {
         "a tensor mask": p.mask, "dropout": p.dropout, "an additive score": p.w,
         "a term for each row and key": p.key_terms, "a sigmoid": p.sigmoid or None,
-        "a mask that is no interval": p.tabled or None, "a ragged batch": p.ragged,
+        "a mask that is no interval": p.needs_block_mask or None, "a ragged batch": p.ragged,
     }  # fmt: skip
     reasons += [f"{name} is not built" for name, x in lacking.items() if x is not None]
     if p.span.lo is not None or p.span.hi is not None:

@@ -38,7 +38,7 @@ def precision(p: Problem) -> str:
 def with_modifiers(p: Problem) -> bool:
     """Whether something beside the products wants registers in the loops."""
     beside = (p.softcap, p.bias, p.slopes, p.row_terms, p.mask, p.dropout, p.span.lo, p.span.hi)
-    return p.sigmoid or p.tabled or any(x is not None for x in beside)
+    return p.sigmoid or p.needs_block_mask or any(x is not None for x in beside)
 
 
 def wave(p: Problem, heads: int) -> int:
