@@ -291,9 +291,9 @@ def write_tables(record: dict[str, Any], result: Path) -> list[str]:
         name = tuning.key(kernel, dtype, d, d)
         rows[name] = row | {"validated": True, "result": result.name}
         said.append(f"  {name}: {row}")
-        rich = tuning.key(kernel, dtype, d, d, rich=True)
-        if kernel in GLUON and rich in rows:
-            rows[rich] |= {"validated": True, "result": result.name}
+        with_modifiers = tuning.key(kernel, dtype, d, d, with_modifiers=True)
+        if kernel in GLUON and with_modifiers in rows:
+            rows[with_modifiers] |= {"validated": True, "result": result.name}
     tables.save(setting["arch"], rows)
     shutil.copy(tables.TABLES / f"{setting['arch']}.json", result.parent)
     return said

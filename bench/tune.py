@@ -76,19 +76,19 @@ class Choice:
     kernel: str
     kind: str
     d: int
-    rich: bool
+    with_modifiers: bool
     tried: list[tuple[Config, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def key(self) -> str:
-        return key(self.kernel, CLASSES[self.kind][1], self.d, self.d, self.rich)
+        return key(self.kernel, CLASSES[self.kind][1], self.d, self.d, self.with_modifiers)
 
     @property
     def name(self) -> str:
         return f"{self.arch}/{self.key}"
 
     def case(self) -> Case:
-        feature = "bias_batch" if self.kernel == "dbias" else "bias" if self.rich else "plain"
+        feature = "bias_batch" if self.kernel == "dbias" else "bias" if self.with_modifiers else "plain"
         return Case("forward" if self.kernel == "forward" else "backward", CLASSES[self.kind][0], self.d, feature)
 
     def candidates(self) -> list[Config]:
@@ -192,11 +192,13 @@ def choose_plain(choices: list[Choice], pool: Pool, advance: Callable[[], None])
     compile_all([(x, config) for x in choices for config in x.candidates()], pool, advance)
 
 
-def choose_rich(choices: list[Choice], plain: dict[str, Config], pool: Pool, advance: Callable[[], None]) -> None:
+def choose_with_modifiers(
+    choices: list[Choice], plain: dict[str, Config], pool: Pool, advance: Callable[[], None]
+) -> None:
     """Try the plain row's tile and smaller ones, until one keeps the limits."""
     waiting = {}
     for choice in choices:
-        first = plain.get(choice.name.removesuffix("/rich"))
+        first = plain.get(choice.name.removesuffix("/with_modifiers"))
         all_of_them = [x for x in choice.candidates() if not x.overlap]
         if first is None:
             waiting[choice.name] = all_of_them
@@ -215,9 +217,9 @@ def rows_to_make(only: str = "") -> list[Choice]:
     """Rows of every table; modified scores have separate rows in half precision."""
     variants = [("half", False), ("half", True), ("single", False)]
     found = [
-        Choice(arch, kernel, kind, d, rich)
-        for arch in DEVICES for kernel in KERNELS for kind, rich in variants for d in DIMS
-        if kernel != "dbias" or rich
+        Choice(arch, kernel, kind, d, with_modifiers)
+        for arch in DEVICES for kernel in KERNELS for kind, with_modifiers in variants for d in DIMS
+        if kernel != "dbias" or with_modifiers
     ]  # fmt: skip
     return [x for x in found if only in x.name]
 
@@ -258,15 +260,15 @@ def main() -> int:
     swept = [x for x in choices if x.d in SWEPT and x.kind == "half"]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress, Pool(args.workers) as pool:
-        plain = [x for x in swept if not x.rich]
+        plain = [x for x in swept if not x.with_modifiers]
         task = progress.add_task("plain rows", total=sum(len(x.candidates()) for x in plain))
         choose_plain(plain, pool, lambda: progress.advance(task))
         store(plain, tables)
         chosen = {f"{arch}/{name}": Config.from_row(row) for arch in tables for name, row in tables[arch].items()}
-        task = progress.add_task("rich rows", total=None)
-        rich = [x for x in swept if x.rich]
-        choose_rich(rich, chosen, pool, lambda: progress.advance(task))
-        store(rich, tables)
+        task = progress.add_task("rows with modifiers", total=None)
+        with_modifiers = [x for x in swept if x.with_modifiers]
+        choose_with_modifiers(with_modifiers, chosen, pool, lambda: progress.advance(task))
+        store(with_modifiers, tables)
     for choice in choices:
         if choice not in swept:
             tables[choice.arch][choice.key] = smallest(choice)

@@ -69,7 +69,7 @@ class Case:
         return ("delta", "dkdv", "dq", *(("dbias",) if self.feature in ("bias_batch", "ragged_bias") else ()))
 
     @property
-    def rich(self) -> bool:
+    def with_modifiers(self) -> bool:
         """True for rows of modified scores in the tuning tables."""
         return self.feature in MODIFIED
 
@@ -84,7 +84,7 @@ class Case:
         # Statistics read no values; v is a placeholder with one column.
         dv = 1 if self.direction == "statistics" else self.d
         d = dv if kernel.startswith("additive") else self.d
-        found = config(kernel, arch, getattr(torch, DTYPES[self.dtype]), d, dv, rich=self.rich)
+        found = config(kernel, arch, getattr(torch, DTYPES[self.dtype]), d, dv, with_modifiers=self.with_modifiers)
         return replace(found, ordered=True) if self.feature == "ordered" else found
 
     def consumers(self, arch: str, configs: dict[str, dict[str, Any]]) -> dict[str, int]:

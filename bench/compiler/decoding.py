@@ -48,7 +48,7 @@ def chosen(arch: str, dtype: torch.dtype, d: int, feature: str) -> Config:
     from fused_attn.backends.triton import decode
 
     said = FEATURES[feature]
-    c = config("decode", arch, dtype, d, d, rich="tree" in said)
+    c = config("decode", arch, dtype, d, d, with_modifiers="tree" in said)
     return replace(
         c, BLOCK_M=decode.tile_rows(c, said.get("m", 1) * GROUP), BLOCK_N=decode.tile_keys(c, said.get("page"))
     )

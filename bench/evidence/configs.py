@@ -36,23 +36,27 @@ class Configs:
     def cases(self, s: Setting) -> Iterator[Listed]:
         for kind in s.classes:
             for d in s.tiles:
-                for rich in (False, True):
-                    name = f"chosen/{kind}/{d}" + ("/rich" if rich else "")
-                    yield name, d == s.tiles[0] and not rich, {"kind": kind, "d": d, "rich": rich}
+                for with_modifiers in (False, True):
+                    name = f"chosen/{kind}/{d}" + ("/with_modifiers" if with_modifiers else "")
+                    yield (
+                        name,
+                        d == s.tiles[0] and not with_modifiers,
+                        {"kind": kind, "d": d, "with_modifiers": with_modifiers},
+                    )
         for kernel, d, config in rivals(s):
             yield spelled(kernel, d, config), False, {"kernel": kernel, "d": d, "config": config.to_row()}
 
     def check(
-        self, s: Setting, d: int, kind: str = "", rich: bool = False, kernel: str = "", config: Any = None
+        self, s: Setting, d: int, kind: str = "", with_modifiers: bool = False, kernel: str = "", config: Any = None
     ) -> dict[str, Any]:
         dtype = CLASSES[kind] if kind else s.half
         if config is None:
-            pins = {name: tuning.config(name, s.arch, dtype, d, d, rich=rich) for name in KERNELS}
+            pins = {name: tuning.config(name, s.arch, dtype, d, d, with_modifiers=with_modifiers) for name in KERNELS}
         else:
             pins = {kernel: Config.from_row(config)}
         gluon = kernel in GLUON
         case = Case("odd", hq=2, hkv=1, m=s.odd, d=d, causal=True, return_lse=True, deterministic=not gluon)
-        if rich:
+        if with_modifiers:
             case = replace(CASES["everything"], m=s.odd // 2, n=s.odd, d=d, dv=d)
         try:
             with tuning.override(**pins):

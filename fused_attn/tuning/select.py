@@ -7,8 +7,8 @@ A table, tables/<architecture>.json, maps `key(...)` to a row: the fields of Con
              on sm_90 hopper_forward and hopper_backward, which have no heuristic
     class    half (float16, bfloat16) or single (float32)
     D        the larger of the padded head dims of q and v: 16, 32, 64, 128, 256, 512
-    variant  rich: a modifier, tensor mask or dropout shares the registers. Without such a row the plain one serves,
-             one step smaller where it would not fit.
+    variant  with_modifiers: a modifier, tensor mask or dropout shares the registers. Without such a row the plain one
+             serves, one step smaller where it would not fit.
 
 Sequence lengths are no part of a key, so that a new length never compiles.
 """
@@ -47,10 +47,10 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def key(kernel: str, dtype: torch.dtype, d: int, dv: int, rich: bool = False) -> str:
+def key(kernel: str, dtype: torch.dtype, d: int, dv: int, with_modifiers: bool = False) -> str:
     """The name of a table row."""
     kind = "half" if dtype in HALF else "single"
-    return f"{kernel}/{kind}/{max(padded(d), padded(dv))}" + ("/rich" if rich else "")
+    return f"{kernel}/{kind}/{max(padded(d), padded(dv))}" + ("/with_modifiers" if with_modifiers else "")
 
 
 def architecture(device: torch.device) -> str:
@@ -77,31 +77,31 @@ def table(arch: str) -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text())["rows"] if file.is_file() else {}
 
 
-def config(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, *, rich: bool = False) -> Config:
-    """The configuration that a kernel runs with. rich: see `key`."""
+def config(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, *, with_modifiers: bool = False) -> Config:
+    """The configuration that a kernel runs with. with_modifiers: see `key`."""
     pinned = overridden(kernel)
-    return pinned if pinned is not None else _chosen(kernel, arch, dtype, d, dv, rich)
+    return pinned if pinned is not None else _chosen(kernel, arch, dtype, d, dv, with_modifiers)
 
 
 @functools.cache
-def _chosen(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, rich: bool) -> Config:
-    row = _row(kernel, arch, dtype, d, dv, rich)
-    return Config.from_row(row) if row else heuristic(kernel, arch, dtype, max(padded(d), padded(dv)), rich)
+def _chosen(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, with_modifiers: bool) -> Config:
+    row = _row(kernel, arch, dtype, d, dv, with_modifiers)
+    return Config.from_row(row) if row else heuristic(kernel, arch, dtype, max(padded(d), padded(dv)), with_modifiers)
 
 
-def _row(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, rich: bool) -> dict[str, Any]:
+def _row(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, with_modifiers: bool) -> dict[str, Any]:
     """The table's row that serves, or an empty one."""
     rows = table(arch)
-    return rows.get(key(kernel, dtype, d, dv, rich)) or rows.get(key(kernel, dtype, d, dv), {})
+    return rows.get(key(kernel, dtype, d, dv, with_modifiers)) or rows.get(key(kernel, dtype, d, dv), {})
 
 
 @functools.cache
-def validated(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, *, rich: bool = False) -> bool:
+def validated(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, *, with_modifiers: bool = False) -> bool:
     """Whether the kernel, with the configuration that the table gives it, has been right and fast on a GPU."""
-    return bool(_row(kernel, arch, dtype, d, dv, rich).get("validated"))
+    return bool(_row(kernel, arch, dtype, d, dv, with_modifiers).get("validated"))
 
 
-def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) -> Config:
+def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, with_modifiers: bool) -> Config:
     """What a table does not say: small enough for the shared memory and registers of the architecture."""
     if arch == "interpreter":
         # A tile costs about as much whatever its size, so few large ones; several, so that the loops are walked.
@@ -112,7 +112,7 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) ->
     if kernel.startswith("additive"):
         return _additive(kernel, arch, dtype, d)
     if kernel == "decode":
-        return _decode(arch, dtype, d, rich)
+        return _decode(arch, dtype, d, with_modifiers)
     if kernel in STATISTICS:
         return _statistics(kernel, arch, dtype, d)
     half = dtype in HALF
@@ -140,7 +140,7 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, rich: bool) ->
         chosen = Config(m, n, warps, stages)
     if not roomy and d >= 128:
         chosen = replace(chosen, num_stages=1)
-    if rich:
+    if with_modifiers:
         chosen = replace(chosen, overlap=False, num_stages=min(chosen.num_stages, 2))
     return chosen
 
@@ -178,13 +178,13 @@ def _statistics(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Config:
     return Config(*((swept, owned) if kernel == "key_mass" else (owned, swept)), num_warps=4, num_stages=stages)
 
 
-def _decode(arch: str, dtype: torch.dtype, d: int, rich: bool) -> Config:
+def _decode(arch: str, dtype: torch.dtype, d: int, with_modifiers: bool) -> Config:
     """Bound by memory: as many keys and values on their way as the shared memory of two programs holds. BLOCK_M is for
     packed rows at most; a step of generation has fewer. In float32 more rows, or fewer warps, spill."""
     if dtype not in HALF:
         return Config(16, 32 if d <= 128 else 16, num_warps=8, num_stages=2 if d <= 128 and arch != "gfx942" else 1)
     keys = {16: 128, 32: 128, 64: 128, 128: 64, 256: 32, 512: 16}[d]
-    keys = keys // 2 if rich and d in (64, 128) else keys
+    keys = keys // 2 if with_modifiers and d in (64, 128) else keys
     stages = max(1, min(3, SHARED[arch] // 2 // (4 * keys * d)))
     rows = {256: 32, 512: 16}.get(d, 64)
     return Config(rows, keys, num_warps=4 if d < 512 else 8, num_stages=1 if arch == "gfx942" else stages)

@@ -231,7 +231,7 @@ def test_keys_come_by_descriptors_where_tma_can_copy_them() -> None:
         LAUNCHES.clear()
         attention(q, x, x)
         words = dict(zip(LAUNCHES[0].box.src.fn.arg_names, LAUNCHES[0].args, strict=True))
-        chosen = tuning.config("forward", "sm_90", q.dtype, 256, 256, rich=name in refused)
+        chosen = tuning.config("forward", "sm_90", q.dtype, 256, 256, with_modifiers=name in refused)
         assert chosen.descriptors is (name in copied)
         assert (words["BLOCK_N"], words["OVERLAP"]) == (chosen.BLOCK_N, chosen.overlap)
         for box in (words["k_desc"], words["v_desc"]):

@@ -261,7 +261,11 @@ def test_a_hopper_row_needs_all_of_its_evidence(
 
     monkeypatch.setattr(tune, "TABLES", tmp_path / "tables")
     tune.TABLES.mkdir()
-    names = ("hopper_forward/half/64", "hopper_forward/half/64/rich", "hopper_forward/half/128/rich")
+    names = (
+        "hopper_forward/half/64",
+        "hopper_forward/half/64/with_modifiers",
+        "hopper_forward/half/128/with_modifiers",
+    )
     tune.save("sm_90", {name: {"BLOCK_M": 64, "validated": False} for name in names})
     cases = [
         swept("hopper_forward", 64, 1.1, 64),

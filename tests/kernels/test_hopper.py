@@ -111,10 +111,10 @@ def test_shipped_configuration(key: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(hopper, "_machine", lambda device: [])
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 2)
     row, d = table("sm_90")[key], int(key.split("/")[2])
-    rich = {"softcap": 5.0, "alibi": "h"} if key.endswith("/rich") else {}
+    modifiers = {"softcap": 5.0, "alibi": "h"} if key.endswith("/with_modifiers") else {}
     m, n = 2 * row["BLOCK_M"] * row["consumers"] + 17, (row["num_stages"] + 1) * row["BLOCK_N"] + 9
     case = Case(
-        "shipped", hq=2, hkv=1, m=m, n=n, d=d - 8, alignment="bottom_right", causal=True, return_lse=True, **rich
+        "shipped", hq=2, hkv=1, m=m, n=n, d=d - 8, alignment="bottom_right", causal=True, return_lse=True, **modifiers
     )
     assert hopper.why_not(testing.make_inputs(case, torch.bfloat16).problem()) == []
     assert len(compared(case, torch.bfloat16, 0).machines) == 1

@@ -67,8 +67,8 @@ def test_a_configuration_that_no_kernel_can_have_is_refused(changed: dict[str, i
 def test_every_architecture_has_an_answer_for_every_head_dim(kernel: str, dtype: torch.dtype) -> None:
     for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"):
         for dim in (1, 16, 40, 64, 96, 128, 192, 256, 512):
-            for rich in (False, True):
-                chosen = tuning.config(kernel, arch, dtype, dim, dim, rich=rich)
+            for with_modifiers in (False, True):
+                chosen = tuning.config(kernel, arch, dtype, dim, dim, with_modifiers=with_modifiers)
                 assert chosen.BLOCK_M >= 16
                 assert chosen.BLOCK_N >= 16
 

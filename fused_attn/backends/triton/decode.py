@@ -105,7 +105,7 @@ def decode(d: Decode) -> tuple[Tensor, Tensor]:
     p = _problem(d)
     out, lse = d.empty_out(), d.empty_lse()
     (b, _, m, n), hkv, dv = d.shape, p.k.shape[1], p.v.shape[3]
-    c = settings.config("decode", p, rich=d.tree is not None)
+    c = settings.config("decode", p, with_modifiers=d.tree is not None)
     rows = m * p.group
     c = replace(c, BLOCK_M=tile_rows(c, rows), BLOCK_N=tile_keys(c, None if d.cache.table is None else d.cache.page))
     tiles = -(-rows // c.BLOCK_M)

@@ -81,7 +81,7 @@ def unproven(p: Problem) -> list[str]:
     return [
         f"{name} has no validated row for this head dim in the {ARCHITECTURE} tuning table; reached only by name"
         for name in kernels
-        if not validated(name, ARCHITECTURE, p.q.dtype, p.q.shape[3], p.v.shape[3], rich=_rich(p))
+        if not validated(name, ARCHITECTURE, p.q.dtype, p.q.shape[3], p.v.shape[3], with_modifiers=_has_modifiers(p))
     ]
 
 
@@ -132,13 +132,13 @@ def _moved(span: Span, by: int) -> Span:
     return Span(left, right)
 
 
-def _rich(p: Problem) -> bool:
-    """Whether something beside the products wants registers in the loops."""
+def _has_modifiers(p: Problem) -> bool:
+    """True if a modifier, tensor mask or dropout needs registers in the loops."""
     return any(x is not None for x in (p.softcap, p.bias, p.slopes)) or not isinstance(p.scale, float)
 
 
 def _config(kernel: str, p: Problem) -> Config:
-    return config(kernel, ARCHITECTURE, p.q.dtype, p.q.shape[3], p.v.shape[3], rich=_rich(p))
+    return config(kernel, ARCHITECTURE, p.q.dtype, p.q.shape[3], p.v.shape[3], with_modifiers=_has_modifiers(p))
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:
@@ -186,7 +186,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             STAGES=c.num_stages,
             PING=c.pingpong,
             OWN_OUT=2 * _bytes(c.consumers * c.BLOCK_M, d) + 2 * _bytes(c.num_stages * c.BLOCK_N, d) <= ROOM,
-            UNPACKED=c.consumers == 2 and c.BLOCK_N + d // 2 <= (96 if _rich(p) else 160),
+            UNPACKED=c.consumers == 2 and c.BLOCK_N + d // 2 <= (96 if _has_modifiers(p) else 160),
             num_warps=c.num_warps,
         )
     return out, *found
@@ -211,7 +211,7 @@ def backward(
 
 def _one_pass(p: Problem, needs: frozenset[str]) -> bool:
     """Whether the one-pass backward serves. Its sums for dq are in no order, unless the configuration orders them."""
-    if _rich(p) or not needs >= {"q", "k", "v"} or needs - {"q", "k", "v", "sink"}:
+    if _has_modifiers(p) or not needs >= {"q", "k", "v"} or needs - {"q", "k", "v", "sink"}:
         return False
     if not 0 < p.scale < math.inf:
         return False

@@ -85,7 +85,7 @@ def _forward_config(p: Problem) -> tuple[Config, tuple[Any, Any]]:
         return c, (None, None)
     k, v = (_device_code().views.descriptor(x, c.BLOCK_N) for x in (p.k, p.v))
     if k is None or v is None:
-        return settings.config("forward", p, rich=True), (None, None)
+        return settings.config("forward", p, with_modifiers=True), (None, None)
     return c, (k, v)
 
 

@@ -35,8 +35,8 @@ def precision(p: Problem) -> str:
     return "tf32"
 
 
-def with_modifiers(p: Problem) -> bool:
-    """Whether something beside the products wants registers in the loops."""
+def has_modifiers(p: Problem) -> bool:
+    """True if a modifier, tensor mask or dropout needs registers in the loops."""
     beside = (p.softcap, p.bias, p.slopes, p.row_terms, p.mask, p.dropout, p.span.lo, p.span.hi)
     return p.sigmoid or p.needs_block_mask or any(x is not None for x in beside)
 
@@ -48,10 +48,10 @@ def wave(p: Problem, heads: int) -> int:
     return max(1, min(b * heads, CACHE // pair * (heads // p.k.shape[1])))
 
 
-def config(kernel: str, p: Problem, rich: bool = False) -> Config:
+def config(kernel: str, p: Problem, with_modifiers: bool = False) -> Config:
     dv = p.v.shape[3]
     d = dv if kernel.startswith("additive") else p.q.shape[3]
-    return select(kernel, architecture(p.q.device), p.q.dtype, d, dv, rich=rich or with_modifiers(p))
+    return select(kernel, architecture(p.q.device), p.q.dtype, d, dv, with_modifiers=with_modifiers or has_modifiers(p))
 
 
 def constants(c: Config, p: Problem) -> dict[str, Any]:
