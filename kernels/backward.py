@@ -52,7 +52,7 @@ from .scores import additive, products
 from .spans import Reach, interval, listed, live, pattern, sweep, visible, visit
 from .types import KeyGradients, RowGradients, View
 
-BLIND: tl.constexpr = tl.constexpr(0x7F800000)  # pair(0.0, +inf)
+FULLY_MASKED: tl.constexpr = tl.constexpr(0x7F800000)  # pair(0.0, +inf)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def row_numbers(known, tile, rows, seeing):
             peak, log2_sum = unpair(tl.load(known.normaliser + own))
             return peak, log2_sum, tl.load(known.delta + own)
         else:
-            peak, log2_sum = unpair(tl.load(known.normaliser + own, mask=seeing, other=BLIND))
+            peak, log2_sum = unpair(tl.load(known.normaliser + own, mask=seeing, other=FULLY_MASKED))
             return peak, log2_sum, tl.load(known.delta + own, mask=seeing, other=0.0)
 
 

@@ -61,9 +61,9 @@ def finish(m_i, l_i, acc, scale, sink, some):
     [BLOCK_M]: rows that see a key; the others end as if they had accumulated nothing. sink: a float32 logit, or None.
     """
     l_i = tl.where(some, l_i, 0.0)
-    blind = l_i == 0.0  # [BLOCK_M], fully masked rows
-    peak = tl.where(blind, 0.0, m_i)
-    c = tl.where(blind, float("-inf"), m_i * scale)  # [BLOCK_M]
+    fully_masked = l_i == 0.0  # [BLOCK_M]
+    peak = tl.where(fully_masked, 0.0, m_i)
+    c = tl.where(fully_masked, float("-inf"), m_i * scale)  # [BLOCK_M]
     rise = 0.0  # max(peak, sink) - peak
     if sink is not None:
         # Merge with the state of the sink: it adds to the denominator and has no value.
@@ -72,7 +72,7 @@ def finish(m_i, l_i, acc, scale, sink, some):
         share = tl.exp2((c - safe) * LOG2E)  # [BLOCK_M]
         l_i = l_i * share + tl.exp2((sink - safe) * LOG2E)
         acc = acc * share[:, None]
-        rise = safe - tl.where(blind, 0.0, c)
+        rise = safe - tl.where(fully_masked, 0.0, c)
         c = safe
     log = tl.log2(l_i) * LN2
     # [BLOCK_M, BLOCK_DV]

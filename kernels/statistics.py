@@ -211,14 +211,14 @@ def row_statistics_kernel(
     part = zero
     if found.weighs:
         c, shift, d = denominator(m_i, tl.where(some, l_i, 0.0), sink, tile.h)
-        blind = c == float("-inf")
-        part = tl.where(blind, 0.0, tl.exp2((c - shift) * LOG2E) / d)
+        fully_masked = c == float("-inf")
+        part = tl.where(fully_masked, 0.0, tl.exp2((c - shift) * LOG2E) / d)
         if found.entropy is not None:
             depth = shift - c + tl.log2(d) * LN2
-            tl.store(found.entropy + mine, tl.where(blind, 0.0, part * (t_i + depth * l_i)), mask=inside)
-        part = tl.where(blind, 0.0, 1.0 / d)
+            tl.store(found.entropy + mine, tl.where(fully_masked, 0.0, part * (t_i + depth * l_i)), mask=inside)
+        part = tl.where(fully_masked, 0.0, 1.0 / d)
         if found.shift is not None:
-            tl.store(found.shift + mine, tl.where(blind, float("inf"), shift), mask=inside)
+            tl.store(found.shift + mine, tl.where(fully_masked, float("inf"), shift), mask=inside)
             tl.store(found.part + mine, part, mask=inside)
     if found.indices is not None:
         best = descending(best, BLOCK_K)

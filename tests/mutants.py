@@ -458,7 +458,7 @@ MUTANTS = (
            ("backends/test_parity.py", "tiled and softmax1-float32")),
     # statistics and maps of the weights
     Mutant("statistics: a row that sees nothing has the entropy of one key", "kernels/statistics.py",
-           "tl.where(blind, 0.0, part * (t_i + depth * l_i))", "part * (t_i + depth * l_i)",
+           "tl.where(fully_masked, 0.0, part * (t_i + depth * l_i))", "part * (t_i + depth * l_i)",
            _statistics("see_nothing and triton")),
     Mutant("statistics: a masked key gets NaN from a row of NaN", "kernels/statistics.py",
            'return tl.where(x == float("-inf"), 0.0, p)', "return p", _statistics("nan and triton")),

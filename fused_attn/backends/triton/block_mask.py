@@ -114,11 +114,11 @@ def _indices(p: Problem, length: int, block: int) -> Tensor:
 def _visited(lo: Tensor, hi: Tensor, owned: Tensor, limit: int, block: int) -> Visited:
     """(B or 1, tiles owned, tiles visited), from intervals (B or 1, length). Indices that see nothing do not count."""
     lo, hi = (x[:, owned] for x in torch.broadcast_tensors(lo, hi))
-    blind = lo >= hi
+    fully_masked = lo >= hi
     begin = torch.arange(0, limit, block, device=lo.device)
-    first, last = lo.masked_fill(blind, limit).amin(-1), hi.masked_fill(blind, 0).amax(-1)
+    first, last = lo.masked_fill(fully_masked, limit).amin(-1), hi.masked_fill(fully_masked, 0).amax(-1)
     some = (first[..., None] < begin + block) & (last[..., None] > begin)
-    full_first, full_last = lo.masked_fill(blind, 0).amax(-1), hi.masked_fill(blind, limit).amin(-1)
+    full_first, full_last = lo.masked_fill(fully_masked, 0).amax(-1), hi.masked_fill(fully_masked, limit).amin(-1)
     return some, some & (full_first[..., None] <= begin) & (full_last[..., None] >= begin + block)
 
 
