@@ -84,7 +84,7 @@ def hopper_finish_kernel(
     store_rows(dq, head_pointer(dq, b, h), m, live, x * scale, BLOCK_M, D, BLOCK_D)
 
 
-class Problem(NamedTuple):
+class Plan(NamedTuple):
     """What every partition reads. From GROUP on all are constants.
 
     span: transposed, of keys over rows. HEADS, BATCHED_HEADS: of keys. ROWS, LEAD: layout of the row numbers. ticket:
@@ -149,56 +149,56 @@ class Shared(NamedTuple):
 
 
 @gluon.jit
-def assignment(p):
+def assignment(c):
     """The Task of this program. Every key is seen by some row."""
-    KEYS: gl.constexpr = p.TILES * p.KEYS
-    tiles = gl.cdiv(p.N, KEYS)
-    tile, head = schedule(p.ticket, tiles, p.BATCHED_HEADS, p.WAVE)
-    if p.ORDERED:
+    KEYS: gl.constexpr = c.TILES * c.KEYS
+    tiles = gl.cdiv(c.N, KEYS)
+    tile, head = schedule(c.ticket, tiles, c.BATCHED_HEADS, c.WAVE)
+    if c.ORDERED:
         tile = tiles - 1 - tile  # under a causal mask the shortest sweeps first, for short waits
     n = tile * KEYS
-    last_key = gl.minimum(n + KEYS, p.N) - 1
+    last_key = gl.minimum(n + KEYS, c.N) - 1
     first = 0
-    last = p.M
+    last = c.M
     full_first = 0
-    full_last = gl.cdiv(p.M, p.BLOCK_M) * p.BLOCK_M
-    if p.span.left is not None:
-        first = gl.maximum(first, n + decode(p.span.left))
-        full_first = gl.maximum(full_first, last_key + decode(p.span.left))
-    if p.span.right is not None:
-        last = gl.minimum(last, last_key + decode(p.span.right) + 1)
-        full_last = gl.minimum(full_last, n + decode(p.span.right) + 1)
-    if n + KEYS > p.N:
+    full_last = gl.cdiv(c.M, c.BLOCK_M) * c.BLOCK_M
+    if c.span.left is not None:
+        first = gl.maximum(first, n + decode(c.span.left))
+        full_first = gl.maximum(full_first, last_key + decode(c.span.left))
+    if c.span.right is not None:
+        last = gl.minimum(last, last_key + decode(c.span.right) + 1)
+        full_last = gl.minimum(full_last, n + decode(c.span.right) + 1)
+    if n + KEYS > c.N:
         full_last = 0  # keys past the end must not reach dq
     return Task(
         n,
-        head // p.HEADS,
-        head % p.HEADS,
+        head // c.HEADS,
+        head % c.HEADS,
         head,
-        first // p.BLOCK_M * p.BLOCK_M,
-        gl.cdiv(last, p.BLOCK_M) * p.BLOCK_M,
-        gl.cdiv(full_first, p.BLOCK_M) * p.BLOCK_M,
-        full_last // p.BLOCK_M * p.BLOCK_M,
+        first // c.BLOCK_M * c.BLOCK_M,
+        gl.cdiv(last, c.BLOCK_M) * c.BLOCK_M,
+        gl.cdiv(full_first, c.BLOCK_M) * c.BLOCK_M,
+        full_last // c.BLOCK_M * c.BLOCK_M,
     )
 
 
 @gluon.jit
-def produce(p, shared, q, k, v, dout, peak, log2_sum, delta):
+def produce(c, shared, q, k, v, dout, peak, log2_sum, delta):
     """The producer: copy q, dout and row numbers as soon as their buffers are free."""
-    t = assignment(p)
-    for g in gl.static_range(p.TILES):
-        fetch(k, [t.b, t.h, t.n + g * p.KEYS, 0], shared.k_full.index(0), shared.k.index(g))
+    t = assignment(c)
+    for g in gl.static_range(c.TILES):
+        fetch(k, [t.b, t.h, t.n + g * c.KEYS, 0], shared.k_full.index(0), shared.k.index(g))
     count = 0
-    for member in range(p.GROUP):
-        h = t.h * p.GROUP + member
-        for m in range(t.first, t.last, p.BLOCK_M):
-            row = (t.head * p.GROUP + member) * p.ROWS + p.LEAD + m
-            stage = count % p.STAGES
-            mbarrier.wait(shared.empty.index(stage), (count // p.STAGES & 1) ^ 1)
+    for member in range(c.GROUP):
+        h = t.h * c.GROUP + member
+        for m in range(t.first, t.last, c.BLOCK_M):
+            row = (t.head * c.GROUP + member) * c.ROWS + c.LEAD + m
+            stage = count % c.STAGES
+            mbarrier.wait(shared.empty.index(stage), (count // c.STAGES & 1) ^ 1)
             fetch(q, [t.b, h, m, 0], shared.full.index(stage), shared.q.index(stage))
             if count == 0:
-                for g in gl.static_range(p.TILES):
-                    fetch(v, [t.b, t.h, t.n + g * p.KEYS, 0], shared.v_full.index(g), shared.v.index(g))
+                for g in gl.static_range(c.TILES):
+                    fetch(v, [t.b, t.h, t.n + g * c.KEYS, 0], shared.v_full.index(g), shared.v.index(g))
             fetch(dout, [t.b, h, m, 0], shared.full.index(stage), shared.do.index(stage))
             fetch(peak, [row], shared.full.index(stage), shared.peak.index(stage))
             fetch(log2_sum, [row], shared.full.index(stage), shared.log2_sum.index(stage))
@@ -207,96 +207,96 @@ def produce(p, shared, q, k, v, dout, peak, log2_sum, delta):
 
 
 @gluon.jit
-def visible(p, order, n, m):
+def visible(c, order, n, m):
     """The mask predicate [KEYS, BLOCK_M] of keys from n and rows from m. order: 0, 1, 2 ... as [1, BLOCK_M]."""
-    j = n + gl.arange(0, p.KEYS, gl.SliceLayout(1, order.type.layout))  # [KEYS]
-    stop = gl.where(j < p.N, p.BLOCK_M, 0)  # [KEYS]
-    if p.span.right is not None:
-        stop = gl.minimum(stop, j + (decode(p.span.right) + 1 - m))
+    j = n + gl.arange(0, c.KEYS, gl.SliceLayout(1, order.type.layout))  # [KEYS]
+    stop = gl.where(j < c.N, c.BLOCK_M, 0)  # [KEYS]
+    if c.span.right is not None:
+        stop = gl.minimum(stop, j + (decode(c.span.right) + 1 - m))
     see = order < stop[:, None]  # [KEYS, BLOCK_M]
-    if p.span.left is not None:
-        see = see & (order >= (j + (decode(p.span.left) - m))[:, None])
+    if c.span.left is not None:
+        see = see & (order >= (j + (decode(c.span.left) - m))[:, None])
     return see
 
 
 @gluon.jit
-def prepare(p, shared, count):
+def prepare(c, shared, count):
     """-delta [KEYS, BLOCK_M] of the count-th rows, after waiting for them: the initial accumulator of dp.
 
     This saves a subtraction per element between dp and the next product. Call it before any product is in flight;
     otherwise it waits for the product.
     """
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
-    stage = count % p.STAGES
-    mbarrier.wait(shared.full.index(stage), count // p.STAGES & 1)
-    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_M, 16])
+    stage = count % c.STAGES
+    mbarrier.wait(shared.full.index(stage), count // c.STAGES & 1)
+    zeros = gl.zeros((c.KEYS, c.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
     return pin_all(zeros - shared.delta.index(stage).load(gl.SliceLayout(0, S))[None, :])
 
 
 @gluon.jit
-def scores(p, shared, g: gl.constexpr, count):
+def scores(c, shared, g: gl.constexpr, count):
     """Issue k q^T [KEYS, BLOCK_M] with the count-th rows."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
-    q = shared.q.index(count % p.STAGES).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_M, 16])
+    q = shared.q.index(count % c.STAGES).reshape([c.BLOCK_M, c.D])  # [BLOCK_M, D]
     # count >> 30 is 0, but not at compile time: else addresses of k, v and dq stay in registers across tiles.
-    k = shared.k.index(g + (count >> 30)).reshape([p.KEYS, p.D])  # [KEYS, D]
-    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
+    k = shared.k.index(g + (count >> 30)).reshape([c.KEYS, c.D])  # [KEYS, D]
+    zeros = gl.zeros((c.KEYS, c.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
     return warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def weigh(p, t, shared, g: gl.constexpr, count, m, s, less):
+def weigh(c, t, shared, g: gl.constexpr, count, m, s, less):
     """(p, dp) [KEYS, BLOCK_M] of the count-th rows, at m; the exponentials overlap with the product."""
     COLUMN: gl.constexpr = gl.SliceLayout(0, less.type.layout)
-    stage = count % p.STAGES
-    n = t.n + g * p.KEYS
+    stage = count % c.STAGES
+    n = t.n + g * c.KEYS
     partial = (m < t.full_first) | (m >= t.full_last)
-    do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
-    v = shared.v.index(g + (count >> 30)).reshape([p.KEYS, p.D])  # [KEYS, D]
+    do = shared.do.index(stage).reshape([c.BLOCK_M, c.D])  # [BLOCK_M, D]
+    v = shared.v.index(g + (count >> 30)).reshape([c.KEYS, c.D])  # [KEYS, D]
     dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)  # [KEYS, BLOCK_M]
     s = warpgroup_mma_wait(1, deps=(s,))
     # The cheaper place for the mask, in registers, depends on BLOCK_M.
-    if p.BLOCK_M > p.KEYS:  # noqa: SIM102
+    if c.BLOCK_M > c.KEYS:  # noqa: SIM102
         if partial:
-            s = gl.where(visible(p, shared.order.load(COLUMN).to(gl.int32)[None, :], n, m), s, float("-inf"))
+            s = gl.where(visible(c, shared.order.load(COLUMN).to(gl.int32)[None, :], n, m), s, float("-inf"))
     # [KEYS, BLOCK_M]; peak first, as in backward.py.
     w = s - shared.peak.index(stage).load(COLUMN)[None, :]
-    w = gl.exp2(w * p.factor - shared.log2_sum.index(stage).load(COLUMN)[None, :])
-    if p.BLOCK_M <= p.KEYS:  # noqa: SIM102
+    w = gl.exp2(w * c.factor - shared.log2_sum.index(stage).load(COLUMN)[None, :])
+    if c.BLOCK_M <= c.KEYS:  # noqa: SIM102
         if partial:
-            w = gl.where(visible(p, shared.order.load(COLUMN).to(gl.int32)[None, :], n, m), w, 0.0)
+            w = gl.where(visible(c, shared.order.load(COLUMN).to(gl.int32)[None, :], n, m), w, 0.0)
     w = pin_all(w)
     return w, warpgroup_mma_wait(0, deps=(dp,))
 
 
 @gluon.jit
-def spread(p, shared, g: gl.constexpr, count, w, dp, dk, dv):
+def spread(c, shared, g: gl.constexpr, count, w, dp, dk, dv):
     """Use p and dp of the count-th rows: returns (dk, dv), with dk still in flight, and hands this consumer's half of
     the rows' dq, summed over both tiles of keys, to the partition that adds it."""
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
     ROWS: gl.constexpr = shared.dq.shape[2]
     WIDTH: gl.constexpr = shared.dq.shape[3]
     T: gl.constexpr = shared.q.dtype
-    stage = count % p.STAGES
+    stage = count % c.STAGES
     half = count & 1
     ds = (w * dp).to(T)  # [KEYS, BLOCK_M]
     shared.ds.index(half * 2 + g).store(ds)
     fence_async_shared()
     mbarrier.arrive(shared.ds_full.index(half), count=1)
-    do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+    do = shared.do.index(stage).reshape([c.BLOCK_M, c.D])  # [BLOCK_M, D]
     dv = warpgroup_mma(gl.convert_layout(w.to(T), gl.DotOperandLayout(0, A, 2)), do, dv, is_async=True)  # [KEYS, D]
     mbarrier.wait(shared.ds_full.index(half), count // 2 & 1)
     # [ROWS, WIDTH]
     dq = gl.zeros((ROWS, WIDTH), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
     for x in gl.static_range(2):
         a = shared.ds.index(half * 2 + x)  # [KEYS, BLOCK_M]
-        b = shared.k.index(x + (count >> 30)).reshape([p.KEYS, p.D])  # [KEYS, D]
-        if ROWS == p.BLOCK_M:  # each consumer takes all rows of the tile and half of the columns
+        b = shared.k.index(x + (count >> 30)).reshape([c.KEYS, c.D])  # [KEYS, D]
+        if ROWS == c.BLOCK_M:  # each consumer takes all rows of the tile and half of the columns
             b = b.slice(g * WIDTH, WIDTH, 1)
         else:
             a = a.slice(g * ROWS, ROWS, 1)
         dq = warpgroup_mma(a.permute([1, 0]), b, dq, use_acc=x > 0, is_async=True)
-    q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+    q = shared.q.index(stage).reshape([c.BLOCK_M, c.D])  # [BLOCK_M, D]
     dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)  # [KEYS, D]
     dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
     mbarrier.wait(shared.dq_empty.index(g), (count & 1) ^ 1)
@@ -307,109 +307,109 @@ def spread(p, shared, g: gl.constexpr, count, w, dp, dk, dv):
 
 
 @gluon.jit
-def advance(p, t, m):
+def advance(c, t, m):
     """The next tile of rows after m, or the first one of the next head."""
-    m += p.BLOCK_M
+    m += c.BLOCK_M
     if m == t.last:
         m = t.first
     return m
 
 
 @gluon.jit
-def consume(p, shared, dk_out, dv_out, scale, g: gl.constexpr):
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
-    t = assignment(p)
+def consume(c, shared, dk_out, dv_out, scale, g: gl.constexpr):
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
+    t = assignment(c)
     mbarrier.wait(shared.k_full.index(0), 0)
     mbarrier.wait(shared.v_full.index(g), 0)
-    dk = gl.zeros((p.KEYS, p.D), gl.float32, A)  # [KEYS, D]
-    dv = gl.zeros((p.KEYS, p.D), gl.float32, A)  # [KEYS, D]
+    dk = gl.zeros((c.KEYS, c.D), gl.float32, A)  # [KEYS, D]
+    dv = gl.zeros((c.KEYS, c.D), gl.float32, A)  # [KEYS, D]
     m = t.first
-    tiles = (t.last - t.first) // p.BLOCK_M * p.GROUP
-    if p.OVERLAP:
+    tiles = (t.last - t.first) // c.BLOCK_M * c.GROUP
+    if c.OVERLAP:
         # The scores of the next tile are issued after dk of this one; nothing is in flight at the end of the loop.
-        less = prepare(p, shared, 0)  # [KEYS, BLOCK_M]
-        w, dp = weigh(p, t, shared, g, 0, m, scores(p, shared, g, 0), less)  # [KEYS, BLOCK_M]
+        less = prepare(c, shared, 0)  # [KEYS, BLOCK_M]
+        w, dp = weigh(c, t, shared, g, 0, m, scores(c, shared, g, 0), less)  # [KEYS, BLOCK_M]
         for count in range(tiles - 1):
-            m = advance(p, t, m)
-            dk, dv = spread(p, shared, g, count, w, dp, dk, dv)
-            less = prepare(p, shared, count + 1)  # [KEYS, BLOCK_M]
-            s = scores(p, shared, g, count + 1)  # [KEYS, BLOCK_M]
+            m = advance(c, t, m)
+            dk, dv = spread(c, shared, g, count, w, dp, dk, dv)
+            less = prepare(c, shared, count + 1)  # [KEYS, BLOCK_M]
+            s = scores(c, shared, g, count + 1)  # [KEYS, BLOCK_M]
             dk = warpgroup_mma_wait(1, deps=(dk,))
-            mbarrier.arrive(shared.empty.index(count % p.STAGES), count=1)
-            w, dp = weigh(p, t, shared, g, count + 1, m, s, less)  # [KEYS, BLOCK_M]
-        dk, dv = spread(p, shared, g, tiles - 1, w, dp, dk, dv)
+            mbarrier.arrive(shared.empty.index(count % c.STAGES), count=1)
+            w, dp = weigh(c, t, shared, g, count + 1, m, s, less)  # [KEYS, BLOCK_M]
+        dk, dv = spread(c, shared, g, tiles - 1, w, dp, dk, dv)
         dk = warpgroup_mma_wait(0, deps=(dk,))
     else:
         for count in range(tiles):
-            less = prepare(p, shared, count)  # [KEYS, BLOCK_M]
-            w, dp = weigh(p, t, shared, g, count, m, scores(p, shared, g, count), less)  # [KEYS, BLOCK_M]
-            dk, dv = spread(p, shared, g, count, w, dp, dk, dv)
+            less = prepare(c, shared, count)  # [KEYS, BLOCK_M]
+            w, dp = weigh(c, t, shared, g, count, m, scores(c, shared, g, count), less)  # [KEYS, BLOCK_M]
+            dk, dv = spread(c, shared, g, count, w, dp, dk, dv)
             dk = warpgroup_mma_wait(0, deps=(dk,))
-            mbarrier.arrive(shared.empty.index(count % p.STAGES), count=1)
-            m = advance(p, t, m)
+            mbarrier.arrive(shared.empty.index(count % c.STAGES), count=1)
+            m = advance(c, t, m)
     # This consumer alone reads this tile of v, and has finished: reuse its memory.
     tile = shared.v.index(g)
-    tile.reshape([p.KEYS, p.D]).store(dv.to(shared.v.dtype))
+    tile.reshape([c.KEYS, c.D]).store(dv.to(shared.v.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dv_out, [t.b, t.h, t.n + g * p.KEYS, 0], tile)
+    tma.async_copy_shared_to_global(dv_out, [t.b, t.h, t.n + g * c.KEYS, 0], tile)
     tma.store_wait(0)
-    tile.reshape([p.KEYS, p.D]).store((dk * scale).to(shared.v.dtype))
+    tile.reshape([c.KEYS, c.D]).store((dk * scale).to(shared.v.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dk_out, [t.b, t.h, t.n + g * p.KEYS, 0], tile)
+    tma.async_copy_shared_to_global(dk_out, [t.b, t.h, t.n + g * c.KEYS, 0], tile)
     tma.store_wait(0)
 
 
 @gluon.jit
-def add(p, shared, sums, semaphores):
+def add(c, shared, sums, semaphores):
     """The partition that adds each tile of dq to the accumulator: in any order or, if ORDERED, after the
     programs of lower rank."""
-    t = assignment(p)
+    t = assignment(c)
     ROWS: gl.constexpr = sums.block_type.shape[1]
     WIDTH: gl.constexpr = sums.block_type.shape[2]
-    ACROSS: gl.constexpr = p.D // WIDTH
+    ACROSS: gl.constexpr = c.D // WIDTH
     BUFFERS: gl.constexpr = shared.dq.shape[0]
-    ROUNDS: gl.constexpr = p.BLOCK_M // ROWS * ACROSS // BUFFERS
+    ROUNDS: gl.constexpr = c.BLOCK_M // ROWS * ACROSS // BUFFERS
     count = 0
-    for member in range(p.GROUP):
-        head = t.head * p.GROUP + member
-        for m in range(t.first, t.last, p.BLOCK_M):
-            index = 1 + head * (p.ROWS // p.BLOCK_M) + m // p.BLOCK_M
-            rank = rank_of(p, t, m)
+    for member in range(c.GROUP):
+        head = t.head * c.GROUP + member
+        for m in range(t.first, t.last, c.BLOCK_M):
+            index = 1 + head * (c.ROWS // c.BLOCK_M) + m // c.BLOCK_M
+            rank = rank_of(c, t, m)
             for r in gl.static_range(ROUNDS):
                 for g in gl.static_range(BUFFERS):
                     mbarrier.wait(shared.dq_full.index(g), (count * ROUNDS + r) & 1)
-                    if p.ORDERED and r + g == 0:
+                    if c.ORDERED and r + g == 0:
                         wait_for(semaphores + index, rank)
                     row = m + (r * BUFFERS + g) // ACROSS * ROWS
                     reduce_add(sums, [head, row, (r * BUFFERS + g) % ACROSS * WIDTH], shared.dq.index(g))
                 tma.store_wait(0)
                 for g in gl.static_range(BUFFERS):
                     mbarrier.arrive(shared.dq_empty.index(g), count=1)
-            if p.ORDERED:
+            if c.ORDERED:
                 bulk_wait()
                 store_release(semaphores + index, rank + 1)
             count += 1
 
 
 @gluon.jit
-def rank_of(p, t, m):
+def rank_of(c, t, m):
     """The number of programs that add to the tile of dq at m before this one: those with later keys."""
-    last = p.N - 1
-    if p.span.left is not None:
-        last = gl.minimum(last, m + p.BLOCK_M - 1 - decode(p.span.left))
-    return (last - t.n) // (p.TILES * p.KEYS)
+    last = c.N - 1
+    if c.span.left is not None:
+        last = gl.minimum(last, m + c.BLOCK_M - 1 - decode(c.span.left))
+    return (last - t.n) // (c.TILES * c.KEYS)
 
 
 @gluon.jit
-def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
+def share(c, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
     """Start the partitions. A function of its own, because constants inside of tuples survive only as arguments."""
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (p, shared, dk, dv, scale, 0)),
-            (consume, (p, shared, dk, dv, scale, 1)),
-            (produce, (p, shared, q, k, v, dout, peak, log2_sum, delta)),
-            (add, (p, shared, sums, semaphores)),
+            (consume, (c, shared, dk, dv, scale, 0)),
+            (consume, (c, shared, dk, dv, scale, 1)),
+            (produce, (c, shared, q, k, v, dout, peak, log2_sum, delta)),
+            (add, (c, shared, sums, semaphores)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -442,7 +442,7 @@ def hopper_backward_kernel(
     order = gl.allocate_shared_memory(gl.int16, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])).to(gl.int16))
     share(
-        Problem(
+        Plan(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
             GROUP, BLOCK_M, KEYS, 2, D, STAGES, ORDERED, OVERLAP,
         ),

@@ -70,7 +70,7 @@ class Shared(NamedTuple):
     pingpong: Any
 
 
-class Tile(NamedTuple):
+class Task(NamedTuple):
     """A consumer's tile in the program's `slot`: rows from m on, and the parameters of their scores."""
 
     m: Any
@@ -81,26 +81,26 @@ class Tile(NamedTuple):
 
 
 @gluon.jit
-def assignment(p, slot):
+def assignment(c, slot):
     """(m, b, h, visited tiles) of a program's `slot`. Every second round of slots is reversed, so that a program that
     got a long tile gets a short one next."""
-    ROWS: gl.constexpr = p.ROWS * p.CONSUMERS
+    ROWS: gl.constexpr = c.ROWS * c.CONSUMERS
     programs = gl.num_programs(0)
     program = gl.program_id(0)
     if slot % 2 == 1:
         program = programs - 1 - program
-    tiles = gl.cdiv(p.M, ROWS)
-    tile, head = schedule(slot * programs + program, tiles, p.BATCHED_HEADS, p.WAVE)
+    tiles = gl.cdiv(c.M, ROWS)
+    tile, head = schedule(slot * programs + program, tiles, c.BATCHED_HEADS, c.WAVE)
     m = (tiles - 1 - tile) * ROWS  # last rows first: under a causal mask they take longest
-    last = gl.minimum(m + ROWS, p.M) - 1
-    return m, head // p.HEADS, head % p.HEADS, visit(p.span, m, last, p.N, p.BLOCK_N)
+    last = gl.minimum(m + ROWS, c.M) - 1
+    return m, head // c.HEADS, head % c.HEADS, visit(c.span, m, last, c.N, c.BLOCK_N)
 
 
 @gluon.jit
-def slots(p):
+def slots(c):
     """The number of tiles of this program."""
-    ROWS: gl.constexpr = p.ROWS * p.CONSUMERS
-    total = gl.cdiv(p.M, ROWS) * p.BATCHED_HEADS
+    ROWS: gl.constexpr = c.ROWS * c.CONSUMERS
+    total = gl.cdiv(c.M, ROWS) * c.BATCHED_HEADS
     programs = gl.num_programs(0)
     rounds = total // programs
     program = gl.program_id(0)
@@ -112,37 +112,37 @@ def slots(p):
 
 
 @gluon.jit
-def produce(p, q, k, v, shared):
+def produce(c, q, k, v, shared):
     """The producer: copy q, k and v as soon as their buffers are free. The first scores need q and the first keys."""
     count = 0
-    for slot in range(slots(p)):
-        m, b, h, seen = assignment(p, slot)
+    for slot in range(slots(c)):
+        m, b, h, seen = assignment(c, slot)
         for i in range(seen.total):
-            n = tile_start(seen, i, p.BLOCK_N)
-            stage = count % p.STAGES
-            phase = count // p.STAGES & 1
+            n = tile_start(seen, i, c.BLOCK_N)
+            stage = count % c.STAGES
+            phase = count // c.STAGES & 1
             if i == 0:
                 mbarrier.wait(shared.q_empty.index(0), (slot & 1) ^ 1)
                 fetch(q, [b, h, m, 0], shared.q_full.index(0), shared.q.index(0))
             mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
-            fetch(k, [b, h // p.GROUP, n, 0], shared.k_full.index(stage), shared.k.index(stage))
+            fetch(k, [b, h // c.GROUP, n, 0], shared.k_full.index(stage), shared.k.index(stage))
             if i == 0:
-                for g in gl.static_range(1, p.CONSUMERS):
+                for g in gl.static_range(1, c.CONSUMERS):
                     mbarrier.wait(shared.q_empty.index(g), (slot & 1) ^ 1)
-                    fetch(q, [b, h, m + g * p.ROWS, 0], shared.q_full.index(g), shared.q.index(g))
+                    fetch(q, [b, h, m + g * c.ROWS, 0], shared.q_full.index(g), shared.q.index(g))
             mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
-            fetch(v, [b, h // p.GROUP, n, 0], shared.v_full.index(stage), shared.v.index(stage))
+            fetch(v, [b, h // c.GROUP, n, 0], shared.v_full.index(stage), shared.v.index(stage))
             count += 1
 
 
 @gluon.jit
-def scores(p, shared, group, count, S: gl.constexpr):
+def scores(c, shared, group, count, S: gl.constexpr):
     """Issue q k^T [ROWS, BLOCK_N] with the count-th keys, after waiting for them."""
-    stage = count % p.STAGES
-    mbarrier.wait(shared.k_full.index(stage), count // p.STAGES & 1)
-    q = shared.q.index(group).reshape([p.ROWS, p.D])  # [ROWS, D]
-    k = shared.k.index(stage).reshape([p.BLOCK_N, p.D]).permute([1, 0])  # [D, BLOCK_N]
-    zeros = gl.zeros((p.ROWS, p.BLOCK_N), gl.float32, S)  # [ROWS, BLOCK_N]
+    stage = count % c.STAGES
+    mbarrier.wait(shared.k_full.index(stage), count // c.STAGES & 1)
+    q = shared.q.index(group).reshape([c.ROWS, c.D])  # [ROWS, D]
+    k = shared.k.index(stage).reshape([c.BLOCK_N, c.D]).permute([1, 0])  # [D, BLOCK_N]
+    zeros = gl.zeros((c.ROWS, c.BLOCK_N), gl.float32, S)  # [ROWS, BLOCK_N]
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
 
 
@@ -153,123 +153,123 @@ def operand(e, ACC: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def packed(p, e, ACC: gl.constexpr, DTYPE: gl.constexpr, NOW: gl.constexpr):
+def packed(c, e, ACC: gl.constexpr, DTYPE: gl.constexpr, NOW: gl.constexpr):
     """The operand: converted when the weights are computed or, if UNPACKED, by the step that multiplies them."""
-    if NOW == p.UNPACKED:
+    if NOW == c.UNPACKED:
         return e
     else:
         return operand(e, ACC, DTYPE)
 
 
 @gluon.jit
-def averages(p, shared, weights, acc, count):
+def averages(c, shared, weights, acc, count):
     """Issue acc + weights v [ROWS, D] with the count-th values, after waiting for them."""
-    stage = count % p.STAGES
-    mbarrier.wait(shared.v_full.index(stage), count // p.STAGES & 1)
-    return warpgroup_mma(weights, shared.v.index(stage).reshape([p.BLOCK_N, p.D]), acc, is_async=True)
+    stage = count % c.STAGES
+    mbarrier.wait(shared.v_full.index(stage), count // c.STAGES & 1)
+    return warpgroup_mma(weights, shared.v.index(stage).reshape([c.BLOCK_N, c.D]), acc, is_async=True)
 
 
 @gluon.jit
-def bias_tile(p, tile, n, S: gl.constexpr):
+def bias_tile(c, t, n, S: gl.constexpr):
     """The bias of the scores at keys n, loaded before the wait for the scores; 0 without a bias."""
-    if tile.plane.score.bias is None:
+    if t.plane.score.bias is None:
         return 0
     else:
         # Beyond the edge repeat the last row and key, so that a load needs no mask; those scores are never used.
-        i = gl.minimum(gl.arange(0, p.ROWS, gl.SliceLayout(1, S)), p.M - 1 - tile.m)[:, None]  # [ROWS, 1]
-        j = gl.minimum(gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S)), p.N - 1 - n)[None, :]  # [1, BLOCK_N]
-        return gl.load(pointers(tile.plane.score.bias, tile.plane.own.bias, tile.m, n, i, j))
+        i = gl.minimum(gl.arange(0, c.ROWS, gl.SliceLayout(1, S)), c.M - 1 - t.m)[:, None]  # [ROWS, 1]
+        j = gl.minimum(gl.arange(0, c.BLOCK_N, gl.SliceLayout(0, S)), c.N - 1 - n)[None, :]  # [1, BLOCK_N]
+        return gl.load(pointers(t.plane.score.bias, t.plane.own.bias, t.m, n, i, j))
 
 
 @gluon.jit
-def weigh(p, tile, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
+def weigh(c, t, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
     """(weights, alpha, m_i, l_i) of scores s at keys n; see softmax.update."""
     S: gl.constexpr = s.type.layout
-    i = gl.arange(0, p.ROWS, gl.SliceLayout(1, S))[:, None]  # [ROWS, 1]
-    j = gl.arange(0, p.BLOCK_N, gl.SliceLayout(0, S))[None, :]  # [1, BLOCK_N]
+    i = gl.arange(0, c.ROWS, gl.SliceLayout(1, S))[:, None]  # [ROWS, 1]
+    j = gl.arange(0, c.BLOCK_N, gl.SliceLayout(0, S))[None, :]  # [1, BLOCK_N]
     x = s  # [ROWS, BLOCK_N]
-    if not tile.plane.score.folds:
-        x = capped(tile.plane, s, saturation(tile.plane, s))  # [ROWS, BLOCK_N]
-        if tile.plane.score.bias is not None:
+    if not t.plane.score.folds:
+        x = capped(t.plane, s, saturation(t.plane, s))  # [ROWS, BLOCK_N]
+        if t.plane.score.bias is not None:
             x += bias.to(gl.float32)
-        if tile.plane.score.slopes is not None:
-            x -= tile.plane.own.slope * apart(tile.plane, tile.m, n, i, j)
+        if t.plane.score.slopes is not None:
+            x -= t.plane.own.slope * apart(t.plane, t.m, n, i, j)
     allowed = None
     if MASKED:
-        i += tile.m
+        i += t.m
         j += n
         # [ROWS, BLOCK_N]
-        allowed = j < p.N
-        if p.span.left is not None:
-            allowed = allowed & (j >= i + decode(p.span.left))
-        if p.span.right is not None:
-            allowed = allowed & (j <= i + decode(p.span.right))
-    return update(m_i, l_i, x, allowed, tile.factor)
+        allowed = j < c.N
+        if c.span.left is not None:
+            allowed = allowed & (j >= i + decode(c.span.left))
+        if c.span.right is not None:
+            allowed = allowed & (j <= i + decode(c.span.right))
+    return update(m_i, l_i, x, allowed, t.factor)
 
 
 @gluon.jit
-def step(p, shared, tile, count, n, state, MASKED: gl.constexpr):
+def step(c, shared, t, count, n, state, MASKED: gl.constexpr):
     """One iteration: the scores of the count-th keys, at n, while p v of the values before them is in flight."""
     m_i, l_i, acc, e = state  # [ROWS], [ROWS], [ROWS, D], [ROWS, BLOCK_N]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_N, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_N, 16])
     ACC: gl.constexpr = acc.type.layout
-    weights = packed(p, e, ACC, shared.v.dtype, False)  # [ROWS, BLOCK_N]
-    if p.PING:
+    weights = packed(c, e, ACC, shared.v.dtype, False)  # [ROWS, BLOCK_N]
+    if c.PING:
         # The phase counts this consumer's steps: all but the first of each tile, which does not wait.
-        mbarrier.wait(shared.pingpong.index(tile.group), (count - 1 - tile.slot) & 1)
-    bias = bias_tile(p, tile, n, S)  # [ROWS, BLOCK_N]
-    s = scores(p, shared, tile.group, count, S)  # [ROWS, BLOCK_N]
-    o = averages(p, shared, weights, acc, count - 1)  # [ROWS, D]
-    if p.PING:
-        mbarrier.arrive(shared.pingpong.index((tile.group + 1) % p.CONSUMERS), count=1)
+        mbarrier.wait(shared.pingpong.index(t.group), (count - 1 - t.slot) & 1)
+    bias = bias_tile(c, t, n, S)  # [ROWS, BLOCK_N]
+    s = scores(c, shared, t.group, count, S)  # [ROWS, BLOCK_N]
+    o = averages(c, shared, weights, acc, count - 1)  # [ROWS, D]
+    if c.PING:
+        mbarrier.arrive(shared.pingpong.index((t.group + 1) % c.CONSUMERS), count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(shared.k_empty.index(count % p.STAGES), count=1)
-    e, alpha, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, n, MASKED)  # [ROWS, BLOCK_N], then [ROWS] each
+    mbarrier.arrive(shared.k_empty.index(count % c.STAGES), count=1)
+    e, alpha, m_i, l_i = weigh(c, t, s, bias, m_i, l_i, n, MASKED)  # [ROWS, BLOCK_N], then [ROWS] each
     l_i = pin(l_i)
     acc = warpgroup_mma_wait(0, deps=(o,))
-    mbarrier.arrive(shared.v_empty.index((count - 1) % p.STAGES), count=1)
+    mbarrier.arrive(shared.v_empty.index((count - 1) % c.STAGES), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
-    return m_i, l_i, acc, packed(p, e, ACC, shared.v.dtype, True)
+    return m_i, l_i, acc, packed(c, e, ACC, shared.v.dtype, True)
 
 
 @gluon.jit
-def attend(p, shared, tile, seen, count):
+def attend(c, shared, t, seen, count):
     """(m_i, l_i, acc) of a tile's rows over all keys that it visits. count: keys and values used by earlier tiles."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
-    mbarrier.wait(shared.q_full.index(tile.group), tile.slot & 1)
-    begin = tile_start(seen, 0, p.BLOCK_N)
-    bias = bias_tile(p, tile, begin, S)
-    s = warpgroup_mma_wait(0, deps=(scores(p, shared, tile.group, count, S),))  # [ROWS, BLOCK_N]
-    mbarrier.arrive(shared.k_empty.index(count % p.STAGES), count=1)
-    m_i = gl.full((p.ROWS,), LOWEST, gl.float32, gl.SliceLayout(1, S))
-    l_i = gl.zeros((p.ROWS,), gl.float32, gl.SliceLayout(1, S))
-    e, _, m_i, l_i = weigh(p, tile, s, bias, m_i, l_i, begin, True)  # [ROWS, BLOCK_N], then [ROWS] each
-    acc = gl.zeros((p.ROWS, p.D), gl.float32, ACC)  # [ROWS, D]
-    state = m_i, l_i, acc, packed(p, e, ACC, shared.v.dtype, True)
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
+    mbarrier.wait(shared.q_full.index(t.group), t.slot & 1)
+    begin = tile_start(seen, 0, c.BLOCK_N)
+    bias = bias_tile(c, t, begin, S)
+    s = warpgroup_mma_wait(0, deps=(scores(c, shared, t.group, count, S),))  # [ROWS, BLOCK_N]
+    mbarrier.arrive(shared.k_empty.index(count % c.STAGES), count=1)
+    m_i = gl.full((c.ROWS,), LOWEST, gl.float32, gl.SliceLayout(1, S))
+    l_i = gl.zeros((c.ROWS,), gl.float32, gl.SliceLayout(1, S))
+    e, _, m_i, l_i = weigh(c, t, s, bias, m_i, l_i, begin, True)  # [ROWS, BLOCK_N], then [ROWS] each
+    acc = gl.zeros((c.ROWS, c.D), gl.float32, ACC)  # [ROWS, D]
+    state = m_i, l_i, acc, packed(c, e, ACC, shared.v.dtype, True)
     partial = gl.maximum(seen.total - seen.full, 1)
     for i in range(1, partial):
-        state = step(p, shared, tile, count + i, tile_start(seen, i, p.BLOCK_N), state, True)
+        state = step(c, shared, t, count + i, tile_start(seen, i, c.BLOCK_N), state, True)
     for i in range(partial, seen.total):
-        state = step(p, shared, tile, count + i, tile_start(seen, i, p.BLOCK_N), state, False)
+        state = step(c, shared, t, count + i, tile_start(seen, i, c.BLOCK_N), state, False)
     m_i, l_i, acc, e = state
     last = count + seen.total - 1
-    if p.OWN_OUT:
-        mbarrier.arrive(shared.q_empty.index(tile.group), count=1)
-    acc = warpgroup_mma_wait(0, deps=(averages(p, shared, packed(p, e, ACC, shared.v.dtype, False), acc, last),))
-    mbarrier.arrive(shared.v_empty.index(last % p.STAGES), count=1)
+    if c.OWN_OUT:
+        mbarrier.arrive(shared.q_empty.index(t.group), count=1)
+    acc = warpgroup_mma_wait(0, deps=(averages(c, shared, packed(c, e, ACC, shared.v.dtype, False), acc, last),))
+    mbarrier.arrive(shared.v_empty.index(last % c.STAGES), count=1)
     return m_i, l_i, acc
 
 
 @gluon.jit
-def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
+def consume(group: gl.constexpr, c, shared, out, normaliser, score, sink):
     """A consumer: rows m + group * ROWS of every tile of this program."""
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16]))
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16]))
     count = 0
-    for slot in range(slots(p)):
-        m, b, h, seen = assignment(p, slot)
-        m += group * p.ROWS
-        tile = work_tile(None, b, h, m * 0, p.M, p.N, p.HEADS)
+    for slot in range(slots(c)):
+        m, b, h, seen = assignment(c, slot)
+        m += group * c.ROWS
+        tile = work_tile(None, b, h, m * 0, c.M, c.N, c.HEADS)
         own = parameters(score, None, b, h)
         scale = 1.0
         if score.folds:
@@ -277,21 +277,21 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         # The context is built inside the call: an assignment would turn the constants in it into run-time values.
         # [ROWS], [ROWS], [ROWS, D]
         m_i, l_i, acc = attend(
-            p, shared,
-            Tile(
-                m, slot, Plane(score, own, None, None, tile, p.ROWS, p.BLOCK_N), scale * LOG2E,
+            c, shared,
+            Task(
+                m, slot, Plane(score, own, None, None, tile, c.ROWS, c.BLOCK_N), scale * LOG2E,
                 group,
             ),
             seen, count,
         )  # fmt: skip
         count += seen.total
 
-        rows = m + gl.arange(0, p.ROWS, ROW)  # [ROWS]
-        some = rows < p.M
-        if p.span.left is not None:
-            some = some & (rows + decode(p.span.left) < p.N)
-        if p.span.right is not None:
-            some = some & (rows + decode(p.span.right) >= 0)
+        rows = m + gl.arange(0, c.ROWS, ROW)  # [ROWS]
+        some = rows < c.M
+        if c.span.left is not None:
+            some = some & (rows + decode(c.span.left) < c.N)
+        if c.span.right is not None:
+            some = some & (rows + decode(c.span.right) >= 0)
         logit = None
         if sink is not None:
             logit = gl.load(sink + h).to(gl.float32)
@@ -299,53 +299,53 @@ def consume(group: gl.constexpr, p, shared, out, normaliser, score, sink):
         found, lse, peak, log_sum = finish(
             gl.convert_layout(m_i, ROW), gl.convert_layout(l_i, ROW), acc, scale, logit, some
         )
-        store_normaliser(normaliser, row_base(tile) + rows, lse, peak, log_sum, rows < p.M)
-        if p.OWN_OUT:
+        store_normaliser(normaliser, row_base(tile) + rows, lse, peak, log_sum, rows < c.M)
+        if c.OWN_OUT:
             tma.store_wait(0)  # the previous tile's store
         buffer = shared.out.index(group)
-        buffer.reshape([p.ROWS, p.D]).store(found.to(shared.out.dtype))
+        buffer.reshape([c.ROWS, c.D]).store(found.to(shared.out.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out, [b, h, m, 0], buffer)
-        if not p.OWN_OUT:
+        if not c.OWN_OUT:
             tma.store_wait(0)
             mbarrier.arrive(shared.q_empty.index(group), count=1)
     tma.store_wait(0)
 
 
 @gluon.jit
-def specialize(p, q, k, v, out, normaliser, score, sink):
+def specialize(c, q, k, v, out, normaliser, score, sink):
     """Allocate shared memory and start the partitions."""
-    q_tiles = gl.allocate_shared_memory(q.dtype, [p.CONSUMERS, 1, 1, p.ROWS, p.D], q.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [c.CONSUMERS, 1, 1, c.ROWS, c.D], q.layout)
     out_tiles = q_tiles
-    if p.OWN_OUT:
-        out_tiles = gl.allocate_shared_memory(q.dtype, [p.CONSUMERS, 1, 1, p.ROWS, p.D], q.layout)
+    if c.OWN_OUT:
+        out_tiles = gl.allocate_shared_memory(q.dtype, [c.CONSUMERS, 1, 1, c.ROWS, c.D], q.layout)
     shared = Shared(
         q_tiles,
-        gl.allocate_shared_memory(k.dtype, [p.STAGES, 1, 1, p.BLOCK_N, p.D], k.layout),
-        gl.allocate_shared_memory(v.dtype, [p.STAGES, 1, 1, p.BLOCK_N, p.D], v.layout),
+        gl.allocate_shared_memory(k.dtype, [c.STAGES, 1, 1, c.BLOCK_N, c.D], k.layout),
+        gl.allocate_shared_memory(v.dtype, [c.STAGES, 1, 1, c.BLOCK_N, c.D], v.layout),
         out_tiles,
-        barriers(p.CONSUMERS, 1), barriers(p.CONSUMERS, 1), barriers(p.STAGES, 1), barriers(p.STAGES, p.CONSUMERS),
-        barriers(p.STAGES, 1), barriers(p.STAGES, p.CONSUMERS), barriers(p.CONSUMERS, 1),
+        barriers(c.CONSUMERS, 1), barriers(c.CONSUMERS, 1), barriers(c.STAGES, 1), barriers(c.STAGES, c.CONSUMERS),
+        barriers(c.STAGES, 1), barriers(c.STAGES, c.CONSUMERS), barriers(c.CONSUMERS, 1),
     )  # fmt: skip
     fence_async_shared()
-    if p.PING:
+    if c.PING:
         mbarrier.arrive(shared.pingpong.index(0), count=1)  # the first consumer may start
-    if p.CONSUMERS == 2:
+    if c.CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (0, p, shared, out, normaliser, score, sink)),
-                (consume, (1, p, shared, out, normaliser, score, sink)),
-                (produce, (p, q, k, v, shared)),
+                (consume, (0, c, shared, out, normaliser, score, sink)),
+                (consume, (1, c, shared, out, normaliser, score, sink)),
+                (produce, (c, q, k, v, shared)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consume, (0, p, shared, out, normaliser, score, sink)),
-                (consume, (1, p, shared, out, normaliser, score, sink)),
-                (consume, (2, p, shared, out, normaliser, score, sink)),
-                (produce, (p, q, k, v, shared)),
+                (consume, (0, c, shared, out, normaliser, score, sink)),
+                (consume, (1, c, shared, out, normaliser, score, sink)),
+                (consume, (2, c, shared, out, normaliser, score, sink)),
+                (produce, (c, q, k, v, shared)),
             ],
             [4, 4, 1], [160, 160, 32],
         )  # fmt: skip

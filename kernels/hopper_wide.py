@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barriers, pin_all
-from .hopper_backward import Problem, add, advance, assignment, produce, visible
+from .hopper_backward import Plan, add, advance, assignment, produce, visible
 
 
 class Shared(NamedTuple):
@@ -46,114 +46,114 @@ class Shared(NamedTuple):
 
 
 @gluon.jit
-def scores(p, shared, count):
+def scores(c, shared, count):
     """Issue k q^T [KEYS, BLOCK_M] with the count-th rows, which have arrived."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
-    q = shared.q.index(count % p.STAGES).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
-    k = shared.k.index(count >> 30).reshape([p.KEYS, p.D])  # 0, but not at compile time
-    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_M, 16])
+    q = shared.q.index(count % c.STAGES).reshape([c.BLOCK_M, c.D])  # [BLOCK_M, D]
+    k = shared.k.index(count >> 30).reshape([c.KEYS, c.D])  # 0, but not at compile time
+    zeros = gl.zeros((c.KEYS, c.BLOCK_M), gl.float32, S)
     return warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def weigh(p, t, shared, s, count, m, partial):
+def weigh(c, t, shared, s, count, m, partial):
     """The weights [KEYS, BLOCK_M] of scores s with the count-th rows, at m."""
     COLUMN: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    w = s - shared.peak.index(count % p.STAGES).load(COLUMN)[None, :]  # [KEYS, BLOCK_M]
-    w = gl.exp2(w * p.factor - shared.log2_sum.index(count % p.STAGES).load(COLUMN)[None, :])
+    w = s - shared.peak.index(count % c.STAGES).load(COLUMN)[None, :]  # [KEYS, BLOCK_M]
+    w = gl.exp2(w * c.factor - shared.log2_sum.index(count % c.STAGES).load(COLUMN)[None, :])
     if partial:
-        w = gl.where(visible(p, shared.order.load(COLUMN).to(gl.int32)[None, :], t.n, m), w, 0.0)
+        w = gl.where(visible(c, shared.order.load(COLUMN).to(gl.int32)[None, :], t.n, m), w, 0.0)
     return w
 
 
 @gluon.jit
-def hand_in(p, shared, dq, count):
+def hand_in(c, shared, dq, count):
     """Hand a box of dq to the partition that adds it. count: boxes so far."""
     mbarrier.wait(shared.dq_empty.index(0), (count & 1) ^ 1)
-    shared.dq.index(count >> 30).reshape([p.BLOCK_M, shared.dq.shape[3]]).store(dq)
+    shared.dq.index(count >> 30).reshape([c.BLOCK_M, shared.dq.shape[3]]).store(dq)
     fence_async_shared()
     mbarrier.arrive(shared.dq_full.index(0), count=1)
 
 
 @gluon.jit
-def spread(p, shared, count):
+def spread(c, shared, count):
     """dq of the count-th rows, box by box."""
     WIDTH: gl.constexpr = shared.dq.shape[3]
-    BOXES: gl.constexpr = p.D // WIDTH
+    BOXES: gl.constexpr = c.D // WIDTH
     half = count & 1
     mbarrier.wait(shared.ds_full.index(half), count // 2 & 1)
     ds = shared.ds.index(half).permute([1, 0])  # [BLOCK_M, KEYS]
-    k = shared.k.index(count >> 30).reshape([p.KEYS, p.D])  # [KEYS, D]
+    k = shared.k.index(count >> 30).reshape([c.KEYS, c.D])  # [KEYS, D]
     # [BLOCK_M, WIDTH]
-    zeros = gl.zeros((p.BLOCK_M, WIDTH), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
+    zeros = gl.zeros((c.BLOCK_M, WIDTH), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
     for x in gl.static_range(BOXES):
         dq = warpgroup_mma(ds, k.slice(x * WIDTH, WIDTH, 1), zeros, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         if x == BOXES - 1:
             mbarrier.arrive(shared.ds_empty.index(half), count=1)
-        hand_in(p, shared, dq, count * BOXES + x)
+        hand_in(c, shared, dq, count * BOXES + x)
 
 
 @gluon.jit
-def sum_values(p, t, shared, dv_out):
+def sum_values(c, t, shared, dv_out):
     """The consumer that computes dv and dq."""
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
     T: gl.constexpr = shared.v.dtype
-    dv = gl.zeros((p.KEYS, p.D), gl.float32, A)  # [KEYS, D]
+    dv = gl.zeros((c.KEYS, c.D), gl.float32, A)  # [KEYS, D]
     mbarrier.wait(shared.k_full.index(0), 0)
     mbarrier.wait(shared.full.index(0), 0)
     m = t.first
-    s = scores(p, shared, 0)  # [KEYS, BLOCK_M]
+    s = scores(c, shared, 0)  # [KEYS, BLOCK_M]
     s = warpgroup_mma_wait(0, deps=(s,))
-    w = weigh(p, t, shared, s, 0, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
+    w = weigh(c, t, shared, s, 0, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
     weights = gl.convert_layout(w.to(T), gl.DotOperandLayout(0, A, 2))
-    tiles = (t.last - t.first) // p.BLOCK_M * p.GROUP
+    tiles = (t.last - t.first) // c.BLOCK_M * c.GROUP
     for count in range(1, tiles):
-        m = advance(p, t, m)
-        mbarrier.wait(shared.full.index(count % p.STAGES), count // p.STAGES & 1)
-        s = scores(p, shared, count)  # [KEYS, BLOCK_M]
-        do = shared.do.index((count - 1) % p.STAGES).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+        m = advance(c, t, m)
+        mbarrier.wait(shared.full.index(count % c.STAGES), count // c.STAGES & 1)
+        s = scores(c, shared, count)  # [KEYS, BLOCK_M]
+        do = shared.do.index((count - 1) % c.STAGES).reshape([c.BLOCK_M, c.D])  # [BLOCK_M, D]
         sent = warpgroup_mma(weights, do, dv, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
-        w = weigh(p, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
+        w = weigh(c, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
         packed = pin_all(w.to(T))
         dv = warpgroup_mma_wait(0, deps=(sent,))
-        mbarrier.arrive(shared.empty.index((count - 1) % p.STAGES), count=1)
+        mbarrier.arrive(shared.empty.index((count - 1) % c.STAGES), count=1)
         weights = gl.convert_layout(packed, gl.DotOperandLayout(0, A, 2))
-        spread(p, shared, count - 1)
-    dv = warpgroup_mma(weights, shared.do.index((tiles - 1) % p.STAGES).reshape([p.BLOCK_M, p.D]), dv)
-    spread(p, shared, tiles - 1)
+        spread(c, shared, count - 1)
+    dv = warpgroup_mma(weights, shared.do.index((tiles - 1) % c.STAGES).reshape([c.BLOCK_M, c.D]), dv)
+    spread(c, shared, tiles - 1)
     # The last ds is complete, so v is no longer read: reuse its memory.
     tile = shared.v.index(0)
-    tile.reshape([p.KEYS, p.D]).store(dv.to(T))
+    tile.reshape([c.KEYS, c.D]).store(dv.to(T))
     fence_async_shared()
     tma.async_copy_shared_to_global(dv_out, [t.b, t.h, t.n, 0], tile)
     tma.store_wait(0)
 
 
 @gluon.jit
-def sum_keys(p, t, shared, dk_out, scale):
+def sum_keys(c, t, shared, dk_out, scale):
     """The consumer that computes ds and dk."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BLOCK_M, 16])
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_M, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
     T: gl.constexpr = shared.k.dtype
-    dk = gl.zeros((p.KEYS, p.D), gl.float32, A)  # [KEYS, D]
-    zeros = gl.zeros((p.KEYS, p.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
+    dk = gl.zeros((c.KEYS, c.D), gl.float32, A)  # [KEYS, D]
+    zeros = gl.zeros((c.KEYS, c.BLOCK_M), gl.float32, S)  # [KEYS, BLOCK_M]
     mbarrier.wait(shared.k_full.index(0), 0)
     mbarrier.wait(shared.v_full.index(0), 0)
     m = t.first
-    tiles = (t.last - t.first) // p.BLOCK_M * p.GROUP
+    tiles = (t.last - t.first) // c.BLOCK_M * c.GROUP
     for count in range(tiles):
-        stage = count % p.STAGES
+        stage = count % c.STAGES
         half = count & 1
-        mbarrier.wait(shared.full.index(stage), count // p.STAGES & 1)
+        mbarrier.wait(shared.full.index(stage), count // c.STAGES & 1)
         less = pin_all(zeros - shared.delta.index(stage).load(gl.SliceLayout(0, S))[None, :])  # [KEYS, BLOCK_M]
-        s = scores(p, shared, count)  # [KEYS, BLOCK_M]
-        v = shared.v.index(count >> 30).reshape([p.KEYS, p.D])  # [KEYS, D]
-        do = shared.do.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+        s = scores(c, shared, count)  # [KEYS, BLOCK_M]
+        v = shared.v.index(count >> 30).reshape([c.KEYS, c.D])  # [KEYS, D]
+        do = shared.do.index(stage).reshape([c.BLOCK_M, c.D])  # [BLOCK_M, D]
         dp = warpgroup_mma(v, do.permute([1, 0]), less, is_async=True)  # [KEYS, BLOCK_M]
         s = warpgroup_mma_wait(1, deps=(s,))
-        w = weigh(p, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
+        w = weigh(c, t, shared, s, count, m, (m < t.full_first) | (m >= t.full_last))  # [KEYS, BLOCK_M]
         w = pin_all(w)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         ds = (w * dp).to(T)  # [KEYS, BLOCK_M]
@@ -161,40 +161,40 @@ def sum_keys(p, t, shared, dk_out, scale):
         shared.ds.index(half).store(ds)
         fence_async_shared()
         mbarrier.arrive(shared.ds_full.index(half), count=1)
-        q = shared.q.index(stage).reshape([p.BLOCK_M, p.D])  # [BLOCK_M, D]
+        q = shared.q.index(stage).reshape([c.BLOCK_M, c.D])  # [BLOCK_M, D]
         dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, A, 2)), q, dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         mbarrier.arrive(shared.empty.index(stage), count=1)
-        m = advance(p, t, m)
+        m = advance(c, t, m)
     # The last dq is complete, so k is no longer read: reuse its memory.
     mbarrier.wait(shared.ds_empty.index((tiles - 1) & 1), (tiles - 1) // 2 & 1)
     tile = shared.k.index(0)
-    tile.reshape([p.KEYS, p.D]).store((dk * scale).to(T))
+    tile.reshape([c.KEYS, c.D]).store((dk * scale).to(T))
     fence_async_shared()
     tma.async_copy_shared_to_global(dk_out, [t.b, t.h, t.n, 0], tile)
     tma.store_wait(0)
 
 
 @gluon.jit
-def begin_values(p, shared, dv):
-    sum_values(p, assignment(p), shared, dv)
+def begin_values(c, shared, dv):
+    sum_values(c, assignment(c), shared, dv)
 
 
 @gluon.jit
-def begin_keys(p, shared, dk, scale):
-    sum_keys(p, assignment(p), shared, dk, scale)
+def begin_keys(c, shared, dk, scale):
+    sum_keys(c, assignment(c), shared, dk, scale)
 
 
 @gluon.jit
-def share(p, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
+def share(c, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
     """Start the partitions."""
     fence_async_shared()
     gl.warp_specialize(
         [
-            (begin_values, (p, shared, dv)),
-            (begin_keys, (p, shared, dk, scale)),
-            (produce, (p, shared, q, k, v, dout, peak, log2_sum, delta)),
-            (add, (p, shared, sums, semaphores)),
+            (begin_values, (c, shared, dv)),
+            (begin_keys, (c, shared, dk, scale)),
+            (produce, (c, shared, q, k, v, dout, peak, log2_sum, delta)),
+            (add, (c, shared, sums, semaphores)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -221,7 +221,7 @@ def hopper_backward_kernel(
     order = gl.allocate_shared_memory(gl.int16, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])).to(gl.int16))
     share(
-        Problem(
+        Plan(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
             GROUP, BLOCK_M, KEYS, 1, D, STAGES, ORDERED, OVERLAP,
         ),
