@@ -37,6 +37,7 @@ from .numerics import LOG2E, dot, reciprocal
 from .scores import (
     PEAKS,
     additive,
+    feature_start,
     first_features,
     following,
     halves,
@@ -45,7 +46,6 @@ from .scores import (
     pitch,
     products,
     query_features,
-    room,
     tanhs,
 )
 from .spans import Reach, interval, listed, live, pattern, visible, visit
@@ -70,19 +70,19 @@ def additive_prepare_kernel(
     start = tile.index * PEAKS
     rows = start + tl.arange(0, PEAKS) < tile.M  # [PEAKS]
     # [PEAKS, BLOCK_D]
-    found = load_rows(x, start_pointer(x, tile, tile.h, tile.row), start, rows, PEAKS, D, BLOCK_D).to(tl.float32)
+    x_tile = load_rows(x, start_pointer(x, tile, tile.h, tile.row), start, rows, PEAKS, D, BLOCK_D).to(tl.float32)
     d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
-    first = room(tile, tile.row) + start
-    own = tile.home.to(tl.int64) * FEATURES * pitch(blocks) + first
+    first = feature_start(tile, tile.row) + start
+    own = tile.memory_head.to(tl.int64) * FEATURES * pitch(blocks) + first
     offsets = d.to(tl.int64) * pitch(blocks) + tl.arange(0, PEAKS)[:, None]  # [PEAKS, BLOCK_D]
     width = FEATURES
     if ragged is not None:
         width = tl.where(start < tile.M, FEATURES, 0)  # a tile past the end of its sequence writes nothing
-    tl.store(features + own + offsets, found, mask=d < width)
+    tl.store(features + own + offsets, x_tile, mask=d < width)
     if PAIRS:
-        tl.store(exponentials + own + offsets, tl.exp2(found * (2.0 * LOG2E)), mask=d < width)
-        block = tile.home.to(tl.int64) * decode(blocks) + first // PEAKS
-        tl.store(peaks + block, tl.max(tl.max(tl.abs(found), 1), 0), mask=width > 0)
+        tl.store(exponentials + own + offsets, tl.exp2(x_tile * (2.0 * LOG2E)), mask=d < width)
+        block = tile.memory_head.to(tl.int64) * decode(blocks) + first // PEAKS
+        tl.store(peaks + block, tl.max(tl.max(tl.abs(x_tile), 1), 0), mask=width > 0)
 
 
 class Keys(NamedTuple):
@@ -107,21 +107,21 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def row_slot(tile, index, room_for, BLOCK: tl.constexpr):
+def row_slot(tile, index, slots, BLOCK: tl.constexpr):
     """Index of a tile of rows in memory with one entry per tile."""
-    if room_for is None:
+    if slots is None:
         return tile.head * tl.cdiv(tile.M, BLOCK) + index
     else:
-        return tile.home * room_for + tile.row // BLOCK + tile.b + index
+        return tile.memory_head * slots + tile.row // BLOCK + tile.b + index
 
 
 @triton.jit
-def key_slot(tile, room_for, BLOCK: tl.constexpr):
+def key_slot(tile, slots, BLOCK: tl.constexpr):
     """Index of the program's tile of keys in memory with one entry per tile."""
-    if room_for is None:
+    if slots is None:
         return tile.head * tl.cdiv(tile.N, BLOCK) + tile.index
     else:
-        return tile.home * room_for + tile.key // BLOCK + tile.b + tile.index
+        return tile.memory_head * slots + tile.key // BLOCK + tile.b + tile.index
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def add_rows(c, m, sums):
 
 
 @triton.jit
-def meet_rows(c, state):
+def sweep_rows(c, state):
     """Go through every tile of one query head's rows: absorb those that see the keys; advance the semaphores of all."""
     tiles = tl.cdiv(c.plane.tile.M, c.plane.BLOCK_M)
     visit = c.reach.visit
@@ -299,7 +299,7 @@ def additive_backward_kernel(
             bias_head = None
             if gradients.bias is not None:
                 bias_head = head_pointer(gradients.bias, tile.b, query_tile.h)
-            dv, columns, scale, caps, slopes = meet_rows(
+            dv, columns, scale, caps, slopes = sweep_rows(
                 Keys(
                     v_tile, n, tl.program_id(0), row_slots, key_slots,
                     dout, start_pointer(dout, tile, query_tile.h, tile.row), bias_head, known,

@@ -30,16 +30,16 @@ def length_of(sequences, b, N):
 
 @triton.jit
 def keys_of(sequences, pages, b):
-    """(home, entry) of sequence b: its row in the cache; and in a paged cache, the offset of its row in the page
+    """(cache_row, entry) of sequence b: its row in the cache; and in a paged cache, the offset of its row in the page
     table."""
-    home = b
+    cache_row = b
     if sequences.index is not None:
-        home = tl.load(sequences.index + b)
+        cache_row = tl.load(sequences.index + b)
     entry = b * 0
     if pages is not None:
-        home = b * 0
+        cache_row = b * 0
         entry = b.to(tl.int64) * decode(pages.stride)
-    return home, entry
+    return cache_row, entry
 
 
 @triton.jit
@@ -73,14 +73,14 @@ def per_row(x, b, heads):
 
 
 @triton.jit
-def before_tree(span, found, trunk, BLOCK: tl.constexpr):
+def before_tree(span, tiles, trunk, BLOCK: tl.constexpr):
     """The visit in which the tiles that reach into the tree are partial."""
     if span.tree is None:
-        return found
+        return tiles
     else:
-        begin = found.origin + found.head * BLOCK
-        full = tl.minimum(found.full, tl.maximum(trunk - begin, 0) // BLOCK)
-        return Visit(found.origin, found.head, full, found.total, found.first, found.last, found.block_mask)
+        begin = tiles.origin + tiles.head * BLOCK
+        full = tl.minimum(tiles.full, tl.maximum(trunk - begin, 0) // BLOCK)
+        return Visit(tiles.origin, tiles.head, full, tiles.total, tiles.first, tiles.last, tiles.block_mask)
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def decode_kernel(
     hi = tl.minimum(hi, begin + (part + 1) * size)
     reach = before_tree(span, visit(lo, hi, length, BLOCK_N), shift, BLOCK_N)
 
-    home, entry = keys_of(sequences, pages, b)
+    cache_row, entry = keys_of(sequences, pages, b)
     zero = head * 0
     slope = 0.0
     if score.slopes is not None:
@@ -144,10 +144,12 @@ def decode_kernel(
     m_i, l_i, acc = sweep(
         issue, absorb,
         Rows(
-            q_tile, index * BLOCK_M, k, head_pointer(k, home, h), None, v, head_pointer(v, home, h), None, pages, h,
+            q_tile, index * BLOCK_M, k, head_pointer(k, cache_row, h), None,
+            v, head_pointer(v, cache_row, h), None, pages, h,
             Plane(
                 score, Parameters(factor, cap, slope, 0, 0, 0, (query + shift)[:, None]), None, None,
-                WorkTile(b, h, head, index, M, length, shift, home, head, zero, entry, zero, zero), BLOCK_M, BLOCK_N,
+                WorkTile(b, h, head, index, M, length, shift, cache_row, head, zero, entry, zero, zero),
+                BLOCK_M, BLOCK_N,
             ),
             Reach(span, lo, hi, reach, Pattern(0, 0, 0, 0, tree_rows(span, b, query, M), shift)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,

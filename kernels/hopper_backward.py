@@ -55,17 +55,17 @@ def hopper_prepare_kernel(
     o = load_rows(out, head_pointer(out, b, h), start, seeing, BLOCK_M, D, BLOCK_D).to(tl.float32)  # [BLOCK_M, BLOCK_D]
     # [BLOCK_M, BLOCK_D]
     do = load_rows(dout, head_pointer(dout, b, h), start, seeing, BLOCK_M, D, BLOCK_D).to(tl.float32)
-    found = tl.sum(o * do, 1)  # [BLOCK_M]
+    row_delta = tl.sum(o * do, 1)  # [BLOCK_M]
     offs = head.to(tl.int64) * M + rows
     if dlse is not None:
-        found -= tl.load(dlse + offs, mask=seeing, other=0.0).to(tl.float32)
+        row_delta -= tl.load(dlse + offs, mask=seeing, other=0.0).to(tl.float32)
     log = tl.load(log_sum + offs, mask=seeing, other=float("-inf"))
     log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)  # [BLOCK_M]
     to = head.to(tl.int64) * ROWS + LEAD + rows
     inside = rows < ROWS - LEAD
     tl.store(known.peak + to, tl.load(peak + offs, mask=seeing, other=0.0), mask=inside)
     tl.store(known.log2_sum + to, log2_sum, mask=inside)
-    tl.store(known.delta + to, found, mask=inside)
+    tl.store(known.delta + to, row_delta, mask=inside)
     zeros = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     store_rows(total, head_pointer(total, b, h), start, (rows >= 0) & (rows < M), zeros, BLOCK_M, D, BLOCK_D)
 
@@ -270,7 +270,7 @@ def weigh(c, t, shared, g: gl.constexpr, count, m, s, less):
 
 
 @gluon.jit
-def spread(c, shared, g: gl.constexpr, count, w, dp, dk, dv):
+def accumulate(c, shared, g: gl.constexpr, count, w, dp, dk, dv):
     """Use p and dp of the count-th rows: returns (dk, dv), with dk still in flight, and hands this consumer's half of
     the rows' dq, summed over both tiles of keys, to the partition that adds it."""
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
@@ -331,19 +331,19 @@ def consume(c, shared, dk_out, dv_out, scale, g: gl.constexpr):
         w, dp = weigh(c, t, shared, g, 0, m, scores(c, shared, g, 0), less)  # [KEYS, BLOCK_M]
         for count in range(tiles - 1):
             m = advance(c, t, m)
-            dk, dv = spread(c, shared, g, count, w, dp, dk, dv)
+            dk, dv = accumulate(c, shared, g, count, w, dp, dk, dv)
             less = prepare(c, shared, count + 1)  # [KEYS, BLOCK_M]
             s = scores(c, shared, g, count + 1)  # [KEYS, BLOCK_M]
             dk = warpgroup_mma_wait(1, deps=(dk,))
             mbarrier.arrive(shared.empty.index(count % c.STAGES), count=1)
             w, dp = weigh(c, t, shared, g, count + 1, m, s, less)  # [KEYS, BLOCK_M]
-        dk, dv = spread(c, shared, g, tiles - 1, w, dp, dk, dv)
+        dk, dv = accumulate(c, shared, g, tiles - 1, w, dp, dk, dv)
         dk = warpgroup_mma_wait(0, deps=(dk,))
     else:
         for count in range(tiles):
             less = prepare(c, shared, count)  # [KEYS, BLOCK_M]
             w, dp = weigh(c, t, shared, g, count, m, scores(c, shared, g, count), less)  # [KEYS, BLOCK_M]
-            dk, dv = spread(c, shared, g, count, w, dp, dk, dv)
+            dk, dv = accumulate(c, shared, g, count, w, dp, dk, dv)
             dk = warpgroup_mma_wait(0, deps=(dk,))
             mbarrier.arrive(shared.empty.index(count % c.STAGES), count=1)
             m = advance(c, t, m)
@@ -401,7 +401,7 @@ def rank_of(c, t, m):
 
 
 @gluon.jit
-def share(c, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
+def start_partitions(c, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
     """Start the partitions. A function of its own, because constants inside of tuples survive only as arguments."""
     fence_async_shared()
     gl.warp_specialize(
@@ -441,7 +441,7 @@ def hopper_backward_kernel(
         ticket = gl.atomic_add(semaphores, 1)
     order = gl.allocate_shared_memory(gl.int16, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])).to(gl.int16))
-    share(
+    start_partitions(
         Plan(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
             GROUP, BLOCK_M, KEYS, 2, D, STAGES, ORDERED, OVERLAP,

@@ -162,7 +162,7 @@ def packed(c, e, ACC: gl.constexpr, DTYPE: gl.constexpr, NOW: gl.constexpr):
 
 
 @gluon.jit
-def averages(c, shared, weights, acc, count):
+def weighted_values(c, shared, weights, acc, count):
     """Issue acc + weights v [ROWS, D] with the count-th values, after waiting for them."""
     stage = count % c.STAGES
     mbarrier.wait(shared.v_full.index(stage), count // c.STAGES & 1)
@@ -219,7 +219,7 @@ def step(c, shared, t, count, n, state, MASKED: gl.constexpr):
         mbarrier.wait(shared.pingpong.index(t.group), (count - 1 - t.slot) & 1)
     bias = bias_tile(c, t, n, S)  # [ROWS, BLOCK_N]
     s = scores(c, shared, t.group, count, S)  # [ROWS, BLOCK_N]
-    o = averages(c, shared, weights, acc, count - 1)  # [ROWS, D]
+    o = weighted_values(c, shared, weights, acc, count - 1)  # [ROWS, D]
     if c.PING:
         mbarrier.arrive(shared.pingpong.index((t.group + 1) % c.CONSUMERS), count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -256,7 +256,7 @@ def attend(c, shared, t, seen, count):
     last = count + seen.total - 1
     if c.OWN_OUT:
         mbarrier.arrive(shared.q_empty.index(t.group), count=1)
-    acc = warpgroup_mma_wait(0, deps=(averages(c, shared, packed(c, e, ACC, shared.v.dtype, False), acc, last),))
+    acc = warpgroup_mma_wait(0, deps=(weighted_values(c, shared, packed(c, e, ACC, shared.v.dtype, False), acc, last),))
     mbarrier.arrive(shared.v_empty.index(last % c.STAGES), count=1)
     return m_i, l_i, acc
 
@@ -296,14 +296,14 @@ def consume(group: gl.constexpr, c, shared, out, normaliser, score, sink):
         if sink is not None:
             logit = gl.load(sink + h).to(gl.float32)
         # [ROWS, D], then [ROWS] each
-        found, lse, peak, log_sum = finish(
+        out_tile, lse, peak, log_sum = finish(
             gl.convert_layout(m_i, ROW), gl.convert_layout(l_i, ROW), acc, scale, logit, some
         )
         store_normaliser(normaliser, row_base(tile) + rows, lse, peak, log_sum, rows < c.M)
         if c.OWN_OUT:
             tma.store_wait(0)  # the previous tile's store
         buffer = shared.out.index(group)
-        buffer.reshape([c.ROWS, c.D]).store(found.to(shared.out.dtype))
+        buffer.reshape([c.ROWS, c.D]).store(out_tile.to(shared.out.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out, [b, h, m, 0], buffer)
         if not c.OWN_OUT:

@@ -67,7 +67,7 @@ def weigh(c, t, shared, s, count, m, partial):
 
 
 @gluon.jit
-def hand_in(c, shared, dq, count):
+def send_dq(c, shared, dq, count):
     """Hand a box of dq to the partition that adds it. count: boxes so far."""
     mbarrier.wait(shared.dq_empty.index(0), (count & 1) ^ 1)
     shared.dq.index(count >> 30).reshape([c.BLOCK_M, shared.dq.shape[3]]).store(dq)
@@ -76,7 +76,7 @@ def hand_in(c, shared, dq, count):
 
 
 @gluon.jit
-def spread(c, shared, count):
+def compute_dq(c, shared, count):
     """dq of the count-th rows, box by box."""
     WIDTH: gl.constexpr = shared.dq.shape[3]
     BOXES: gl.constexpr = c.D // WIDTH
@@ -91,7 +91,7 @@ def spread(c, shared, count):
         dq = warpgroup_mma_wait(0, deps=(dq,))
         if x == BOXES - 1:
             mbarrier.arrive(shared.ds_empty.index(half), count=1)
-        hand_in(c, shared, dq, count * BOXES + x)
+        send_dq(c, shared, dq, count * BOXES + x)
 
 
 @gluon.jit
@@ -120,9 +120,9 @@ def sum_values(c, t, shared, dv_out):
         dv = warpgroup_mma_wait(0, deps=(sent,))
         mbarrier.arrive(shared.empty.index((count - 1) % c.STAGES), count=1)
         weights = gl.convert_layout(packed, gl.DotOperandLayout(0, A, 2))
-        spread(c, shared, count - 1)
+        compute_dq(c, shared, count - 1)
     dv = warpgroup_mma(weights, shared.do.index((tiles - 1) % c.STAGES).reshape([c.BLOCK_M, c.D]), dv)
-    spread(c, shared, tiles - 1)
+    compute_dq(c, shared, tiles - 1)
     # The last ds is complete, so v is no longer read: reuse its memory.
     tile = shared.v.index(0)
     tile.reshape([c.KEYS, c.D]).store(dv.to(T))
@@ -186,7 +186,7 @@ def begin_keys(c, shared, dk, scale):
 
 
 @gluon.jit
-def share(c, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
+def start_partitions(c, shared, q, k, v, dout, peak, log2_sum, delta, sums, dk, dv, semaphores, scale):
     """Start the partitions."""
     fence_async_shared()
     gl.warp_specialize(
@@ -220,7 +220,7 @@ def hopper_backward_kernel(
         ticket = gl.atomic_add(semaphores, 1)
     order = gl.allocate_shared_memory(gl.int16, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     order.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])).to(gl.int16))
-    share(
+    start_partitions(
         Plan(
             span, M, N, HEADS, BATCHED_HEADS, WAVE, ROWS, LEAD, ticket, factor,
             GROUP, BLOCK_M, KEYS, 1, D, STAGES, ORDERED, OVERLAP,

@@ -15,8 +15,9 @@ class WorkTile(NamedTuple):
     """The tile a program works on: head h of sequence b, in a dense batch or a packed (varlen) one.
 
     head: b * heads + h. M, N: lengths of the sequence. shift: added to the span's offsets, to move the diagonal right.
-    In memory the sequence lies at batch entry `batch`, at `home` = batch * heads + h, from row `row` and key `key` on;
-    `rows` and `keys` are the extents of a head in memory. A dense batch has row = key = 0, rows = M, keys = N.
+    In memory the sequence lies at batch entry `batch`, at head `memory_head` = batch * heads + h, from row `row` and
+    key `key` on; `rows` and `keys` are the extents of a head in memory. A dense batch has row = key = 0, rows = M, keys
+    = N.
     """
 
     b: Any
@@ -27,7 +28,7 @@ class WorkTile(NamedTuple):
     N: Any
     shift: Any
     batch: Any
-    home: Any
+    memory_head: Any
     row: Any
     key: Any
     rows: Any
@@ -258,7 +259,7 @@ def member(tile, i, GROUP: tl.constexpr):
     """The WorkTile of query head `i` of a key-value head's group, from that of the key-value head."""
     return WorkTile(
         tile.b, tile.h * GROUP + i, tile.head * GROUP + i, tile.index, tile.M, tile.N, tile.shift,
-        tile.batch, tile.home * GROUP + i, tile.row, tile.key, tile.rows, tile.keys,
+        tile.batch, tile.memory_head * GROUP + i, tile.row, tile.key, tile.rows, tile.keys,
     )  # fmt: skip
 
 
@@ -266,10 +267,10 @@ def member(tile, i, GROUP: tl.constexpr):
 def row_base(tile):
     """Offset of the sequence's row 0 in tensors (batch, head, row). Call it where it is used: keeping the int64 costs
     two registers, and computing it again one multiplication."""
-    return tile.home.to(tl.int64) * tile.rows + tile.row
+    return tile.memory_head.to(tl.int64) * tile.rows + tile.row
 
 
 @triton.jit
 def key_base(tile):
     """Offset of the sequence's key 0 in tensors (batch, head, key)."""
-    return tile.home.to(tl.int64) * tile.keys + tile.key
+    return tile.memory_head.to(tl.int64) * tile.keys + tile.key

@@ -33,7 +33,7 @@ def pitch(blocks):
 
 
 @triton.jit
-def room(tile, start):
+def feature_start(tile, start):
     """Index where the features of a sequence begin, given that it begins at start in q or k. Each sequence has zeros
     after its end, so that a tile that extends past the end reads nothing of the next one. 0 in a dense batch, where
     start and b - batch are 0."""
@@ -43,15 +43,15 @@ def room(tile, start):
 @triton.jit
 def query_features(plane, base, m):
     """Pointer to feature 0 of row m, in the layout of q's features."""
-    head = plane.tile.home.to(tl.int64) * plane.score.additive.features
-    return base + (head * pitch(plane.score.additive.q_pitch) + room(plane.tile, plane.tile.row)) + m
+    head = plane.tile.memory_head.to(tl.int64) * plane.score.additive.features
+    return base + (head * pitch(plane.score.additive.q_pitch) + feature_start(plane.tile, plane.tile.row)) + m
 
 
 @triton.jit
 def key_features(plane, base, n):
     """Pointer to feature 0 of key n, in the layout of k's features."""
-    head = (plane.tile.home // plane.score.additive.group).to(tl.int64) * plane.score.additive.features
-    return base + (head * pitch(plane.score.additive.k_pitch) + room(plane.tile, plane.tile.key)) + n
+    head = (plane.tile.memory_head // plane.score.additive.group).to(tl.int64) * plane.score.additive.features
+    return base + (head * pitch(plane.score.additive.k_pitch) + feature_start(plane.tile, plane.tile.key)) + n
 
 
 @triton.jit
@@ -59,8 +59,8 @@ def peak(base, blocks, head, start, BLOCK: tl.constexpr):
     """The largest |feature| of a tile. It may skip NaN: both ways give NaN then."""
     offs = start // PEAKS + tl.arange(0, BLOCK // PEAKS)  # [BLOCK / PEAKS]
     # [BLOCK / PEAKS]
-    found = tl.load(base + head.to(tl.int64) * decode(blocks) + offs, mask=offs < decode(blocks), other=0.0)
-    return tl.max(found, 0)
+    peaks = tl.load(base + head.to(tl.int64) * decode(blocks) + offs, mask=offs < decode(blocks), other=0.0)
+    return tl.max(peaks, 0)
 
 
 @triton.jit
@@ -69,15 +69,15 @@ def paired(plane, m, n):
     q = peak(
         plane.score.additive.q_peaks,
         plane.score.additive.q_pitch,
-        plane.tile.home,
-        room(plane.tile, plane.tile.row) + m,
+        plane.tile.memory_head,
+        feature_start(plane.tile, plane.tile.row) + m,
         plane.BLOCK_M,
     )
     k = peak(
         plane.score.additive.k_peaks,
         plane.score.additive.k_pitch,
-        plane.tile.home // plane.score.additive.group,
-        room(plane.tile, plane.tile.key) + n,
+        plane.tile.memory_head // plane.score.additive.group,
+        feature_start(plane.tile, plane.tile.key) + n,
         plane.BLOCK_N,
     )
     return (q <= SAFE) & (k <= SAFE)

@@ -25,7 +25,7 @@ from .numerics import LN2, LOG2E, sigmoid
 from .scores import additive, products
 from .softmax import init, update
 from .spans import Reach, interval, listed, live, pattern, sweep, visible, visit
-from .types import Found, View
+from .types import RowStatistics, View
 
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)  # as int32; above every number
 LAST: tl.constexpr = tl.constexpr(2**31 - 1)  # no key is larger
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     h: Any
     plane: Plane
     reach: Reach
-    found: Found
+    outputs: RowStatistics
     bound: Any  # [BLOCK_M]
     D: Any
     BLOCK_D: Any
@@ -64,7 +64,7 @@ def logits(plane, s, see, m, n, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def share(plane, x, shift, part):
+def weights(plane, x, shift, part):
     """Weights of scores x, given shift and 1 / d of their rows. 0 where x is -inf, even in a row of NaN."""
     if plane.score.sigmoid:
         p = sigmoid(x)  # [BLOCK_M, BLOCK_N]
@@ -96,13 +96,13 @@ def unpacked(best):
 
 
 @triton.jit
-def nobody(BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def no_entries(BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """[BLOCK_M, BLOCK_K] of distinct empty entries."""
     return tl.zeros([BLOCK_M, BLOCK_K], tl.int64) + (NOTHING + 1) + tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
 
 
 @triton.jit
-def admit(best, keys):
+def insert(best, keys):
     """Merge keys [BLOCK_M, BLOCK_N] into best [BLOCK_M, BLOCK_K]: while a row has an entry above the least of its best,
     that entry replaces it."""
     least, most = tl.min(best, 1), tl.max(keys, 1)  # [BLOCK_M]
@@ -116,13 +116,13 @@ def admit(best, keys):
 @triton.jit
 def descending(best, BLOCK_K: tl.constexpr):
     """Sort each row in descending order."""
-    found = best
+    result = best
     slots = tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
     for slot in tl.range(0, BLOCK_K):
         most = tl.max(best, 1)[:, None]  # [BLOCK_M, 1]
-        found = tl.where(slots == slot, most, found)
+        result = tl.where(slots == slot, most, result)
         best = tl.where(best == most, NOTHING, best)
-    return found
+    return result
 
 
 # Rows
@@ -133,17 +133,17 @@ def observe(c, state, s, n, MASKED: tl.constexpr):
     """Add the tile of keys at n to the state."""
     m_i, l_i, t_i, top, nan, best = state  # [BLOCK_M] each, but best [BLOCK_M, BLOCK_K]
     x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)  # [BLOCK_M, BLOCK_N]
-    if c.found.max_logit is not None:
+    if c.outputs.max_logit is not None:
         top = tl.maximum(top, tl.max(x, 1))
         nan = tl.maximum(nan, tl.max((x != x).to(tl.int32), 1))
-    if c.found.indices is not None:
+    if c.outputs.indices is not None:
         keys = packed(x, n)  # [BLOCK_M, BLOCK_N]
         if c.bound is not None:
             keys = tl.where(keys < c.bound[:, None], keys, NOTHING)
-        best = admit(best, keys)
-    if c.found.weighs:
+        best = insert(best, keys)
+    if c.outputs.weighs:
         p, alpha, peak, total = update(m_i, l_i, x, None, LOG2E)  # [BLOCK_M, BLOCK_N], then [BLOCK_M] each
-        if c.found.entropy is not None:
+        if c.outputs.entropy is not None:
             rise = tl.where(l_i == 0.0, 0.0, (peak - m_i) * l_i)  # [BLOCK_M]
             t_i = alpha * (t_i + rise) + tl.sum(p * tl.minimum(peak[:, None] - x, FAR), 1)
         m_i, l_i = peak, total
@@ -168,11 +168,11 @@ def denominator(m_i, l_i, sink, h):
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE", "FIRST", "TOP"])
 def row_statistics_kernel(
-    q, k, score, span, mask, sink, ragged, found, M, N, HEADS, BATCHED_HEADS, WAVE, FIRST, TOP,
+    q, k, score, span, mask, sink, ragged, outputs, M, N, HEADS, BATCHED_HEADS, WAVE, FIRST, TOP,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, mask: Views; sink: pointer (Hq,); found: Found. Writes ranks FIRST to FIRST + BLOCK_K of TOP."""
+    """q, k, mask: Views; sink: pointer (Hq,); outputs: RowStatistics. Writes ranks FIRST to FIRST + BLOCK_K of TOP."""
     tile = scheduled_tile(ragged, tl.program_id(0), tl.cdiv(M, BLOCK_M), M, N, HEADS, BATCHED_HEADS, WAVE, True)
     m = tile.index * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -181,8 +181,8 @@ def row_statistics_kernel(
     mine = row_base(tile) + rows
     inside = rows < tile.M
     bound = None
-    if found.bound is not None:
-        bound = tl.load(found.bound + mine, mask=inside, other=0)
+    if outputs.bound is not None:
+        bound = tl.load(outputs.bound + mine, mask=inside, other=0)
 
     own = parameters(score, mask, tile.b, tile.h)
     # [BLOCK_M, BLOCK_D]
@@ -196,43 +196,43 @@ def row_statistics_kernel(
             q_tile, m, k, start_pointer(k, tile, tile.h // GROUP, tile.key), None, None, tile.h // GROUP,
             Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N),
             Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
-            found, bound, D, BLOCK_D, PRECISION,
+            outputs, bound, D, BLOCK_D, PRECISION,
         ),
-        (m_i, l_i, zero, zero + float("-inf"), tl.zeros([BLOCK_M], tl.int32), nobody(BLOCK_M, BLOCK_K)),
+        (m_i, l_i, zero, zero + float("-inf"), tl.zeros([BLOCK_M], tl.int32), no_entries(BLOCK_M, BLOCK_K)),
         reach, BLOCK_N, False,
     )  # fmt: skip
 
     # Full tiles have no mask, so rows that see nothing have accumulated too.
     some = lo < hi
-    if found.max_logit is not None:
+    if outputs.max_logit is not None:
         top = tl.where(nan > 0, float("nan"), top)
-        tl.store(found.max_logit + mine, tl.where(some, top, float("-inf")), mask=inside)
+        tl.store(outputs.max_logit + mine, tl.where(some, top, float("-inf")), mask=inside)
     shift = zero
     part = zero
-    if found.weighs:
+    if outputs.weighs:
         c, shift, d = denominator(m_i, tl.where(some, l_i, 0.0), sink, tile.h)
         fully_masked = c == float("-inf")
         part = tl.where(fully_masked, 0.0, tl.exp2((c - shift) * LOG2E) / d)
-        if found.entropy is not None:
+        if outputs.entropy is not None:
             depth = shift - c + tl.log2(d) * LN2
-            tl.store(found.entropy + mine, tl.where(fully_masked, 0.0, part * (t_i + depth * l_i)), mask=inside)
+            tl.store(outputs.entropy + mine, tl.where(fully_masked, 0.0, part * (t_i + depth * l_i)), mask=inside)
         part = tl.where(fully_masked, 0.0, 1.0 / d)
-        if found.shift is not None:
-            tl.store(found.shift + mine, tl.where(fully_masked, float("inf"), shift), mask=inside)
-            tl.store(found.part + mine, part, mask=inside)
-    if found.indices is not None:
+        if outputs.shift is not None:
+            tl.store(outputs.shift + mine, tl.where(fully_masked, float("inf"), shift), mask=inside)
+            tl.store(outputs.part + mine, part, mask=inside)
+    if outputs.indices is not None:
         best = descending(best, BLOCK_K)
         x, key = unpacked(best)  # [BLOCK_M, BLOCK_K]
         x = tl.where(some[:, None], x, float("-inf"))
         slots = FIRST + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
         places = mine[:, None] * TOP + slots  # [BLOCK_M, BLOCK_K]
         wanted = inside[:, None] & (slots < TOP)  # [BLOCK_M, BLOCK_K]
-        tl.store(found.indices + places, tl.where(some[:, None], key, -1).to(tl.int64), mask=wanted)
+        tl.store(outputs.indices + places, tl.where(some[:, None], key, -1).to(tl.int64), mask=wanted)
         # [BLOCK_M, BLOCK_K]
-        p = share(Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N), x, shift[:, None], part[:, None])
-        tl.store(found.weights + places, p, mask=wanted)
-        if found.next is not None:
-            tl.store(found.next + mine, tl.min(best, 1), mask=inside)
+        p = weights(Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N), x, shift[:, None], part[:, None])
+        tl.store(outputs.weights + places, p, mask=wanted)
+        if outputs.next is not None:
+            tl.store(outputs.next + mine, tl.min(best, 1), mask=inside)
 
 
 # Keys
@@ -275,7 +275,7 @@ def collect(c, mass, s, m, MASKED: tl.constexpr):
         offs = row_base(c.plane.tile) + rows
         shift = tl.load(c.shift + offs, mask=rows < c.plane.tile.M, other=0.0)
         part = tl.load(c.part + offs, mask=rows < c.plane.tile.M, other=0.0)
-    return mass + tl.sum(share(c.plane, x, shift[None, :], part[None, :]), 1)
+    return mass + tl.sum(weights(c.plane, x, shift[None, :], part[None, :]), 1)
 
 
 @triton.jit(do_not_specialize=["M", "N", "HEADS", "BATCHED_HEADS", "WAVE"])
@@ -337,7 +337,7 @@ class Shown(NamedTuple):
 def show(c, state, s, n, MASKED: tl.constexpr):
     """Store the weights of the tile of keys at n."""
     x = logits(c.plane, s, visible(c.reach, c.plane, c.m, n, MASKED, False), c.m, n, False)  # [BLOCK_M, BLOCK_N]
-    p = share(c.plane, x, c.shift[:, None], c.part[:, None])  # [BLOCK_M, BLOCK_N]
+    p = weights(c.plane, x, c.shift[:, None], c.part[:, None])  # [BLOCK_M, BLOCK_N]
     cols = tl.arange(0, c.plane.BLOCK_N)[None, :]  # [1, BLOCK_N]
     tl.store(c.ptrs[:, None] + (n + cols), p, mask=c.chosen[:, None] & (cols < c.plane.tile.N - n))
     return state

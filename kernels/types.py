@@ -294,7 +294,7 @@ class RowGradients(NamedTuple):
     end: None = None
 
 
-class Found(NamedTuple):
+class RowStatistics(NamedTuple):
     """Outputs asked of row_statistics_kernel: pointers to float32 (B, Hq, M) unless noted.
 
     max_logit, entropy. shift, part: what key_mass_kernel needs to compute weights. indices (int64), weights:

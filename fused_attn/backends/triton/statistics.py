@@ -88,7 +88,7 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
             *(q, k, score, span, mask),
             None if p.sink is None else p.sink.contiguous(),
             schedule,
-            types.Found(*others, *ranked, views._booleans[weighs]),
+            types.RowStatistics(*others, *ranked, views._booleans[weighs]),
             *tile_scheduler.lengths(p),
             *(hq, b * hq, settings.wave(p, hq), first, top_k),
             **_constants(c, p),
