@@ -274,18 +274,18 @@ def test_second_derivatives(backend: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *x: attention_varlen(*x, *cuts, **words), leaves)
 
 
-# ----------------------------------------------------------------------------------------------------------- turns
+# ------------------------------------------------------------------------------------------------------- schedules
 
 
 def problem(lengths: Any, span: Any = None, alignment: str = "bottom_right") -> Problem:
     q, k, v, *cuts = packed(lengths, 1, 1, 4, grad=False)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     ragged = Ragged(*cuts, q.shape[2], k.shape[2], alignment)
-    return Problem(q, k, v, 1.0, span=span or fused_attn.spec.problem.problem.Span(), ragged=ragged)
+    return Problem(q, k, v, 1.0, span=span or fused_attn.spec.problem.Span(), ragged=ragged)
 
 
 def unpacked(keys: Tensor) -> list[list[int]]:
-    """(sequence, tile) of each turn; -1 for no tile."""
+    """(sequence, tile) of each slot; -1 for no tile."""
     none = 2**22 - 1
     return [[x >> 22 & none, -1 if x & none == none else x & none] for x in keys.tolist()]
 
@@ -296,11 +296,11 @@ SPANS = st.sampled_from([(None, None), (None, 0), (-3, 5), (2, None), (-20, 0)])
 
 @given(LISTS, st.sampled_from((16, 32)), st.booleans(), SPANS, st.sampled_from(("top_left", "bottom_right")))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_every_tile_has_one_turn_and_the_longest_come_first(
+def test_every_tile_has_one_slot_and_the_longest_come_first(
     lengths: Any, block: int, by_keys: bool, bounds: Any, alignment: str
 ) -> None:
     tile_scheduler = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
-    span = fused_attn.spec.problem.problem.Span(*bounds)
+    span = fused_attn.spec.problem.Span(*bounds)
     p = problem(lengths, span, alignment)
     slots = unpacked(tile_scheduler.schedule(p, block, by_keys).schedule)
     assert len(slots) * 3 == tile_scheduler.programs(p, block, 3, by_keys)
@@ -329,7 +329,7 @@ def test_one_long_sequence_does_not_begin_last() -> None:
     """Turns taken by whichever of 16 programs is free end within a tenth of the best that there is."""
     tile_scheduler = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
     lengths = [(n, n) for n in [40] * 50 + [1500] + [40] * 50 + [700]]
-    p = problem(lengths, fused_attn.spec.problem.problem.Span(right=0))
+    p = problem(lengths, fused_attn.spec.problem.Span(right=0))
     work = [min(lengths[b][1], (i + 1) * 64) for b, i in unpacked(tile_scheduler.schedule(p, 64).schedule) if i >= 0]
     free = [0] * 16
     for x in work:

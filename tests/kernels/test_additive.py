@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from fused_attn.backends.triton import additive as launch
-from fused_attn.backends.triton import portable
+from fused_attn.backends.triton import settings
 from fused_attn.tuning import Config, override
 
 SMALL = {"score": "additive", "parameter": "hd", "d": 4, "m": 25, "n": 41}
@@ -142,7 +142,7 @@ def test_any_order_of_programs_gives_the_same_bits(
 ) -> None:
     """Without a GPU: nothing waits for ever, and nothing is added before its turn."""
     expected = gradients(CASES[name])
-    monkeypatch.setattr(portable, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(settings, "multiprocessors", lambda device: 2)
     orders = set()
     for seed in range(3):
         turns.append(Turns(seed))
@@ -156,7 +156,7 @@ def test_any_order_of_programs_gives_the_same_bits(
 def test_fewer_programs_than_tiles_do_all_of_them(turns: list[Turns], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gradients(CASES["full"])
     monkeypatch.setattr(launch, "RESIDENT", 2)
-    monkeypatch.setattr(portable, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(settings, "multiprocessors", lambda device: 1)
     turns.append(Turns(0))
     assert all(torch.equal(found, expected[what]) for what, found in gradients(CASES["full"]).items())
 
