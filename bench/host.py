@@ -13,6 +13,7 @@ kernels cannot share a process, so this module sets TRITON_INTERPRET=0.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -89,6 +90,7 @@ def _inputs(m: int, n: int, requires_grad: bool = False, dtype: torch.dtype = to
 # ---------------------------------------------------------------------------------------------------------- overhead
 
 
+@functools.cache
 def _empty_operator() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Operators that allocate the outputs of the forward and of the backward, and do nothing else."""
     library = torch.library.Library("fused_attn_empty", "DEF")

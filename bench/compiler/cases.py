@@ -13,6 +13,7 @@ from bench.compiler import decoding
 from fused_attn.api.bind import bind
 from fused_attn.backends.triton.statistics import ADDITIVE
 from fused_attn.scores import Additive, Distance
+from fused_attn.spec.options import Options
 from fused_attn.spec.problem import Mask, Problem, Ragged
 from fused_attn.tuning import Config, config, override
 
@@ -175,7 +176,7 @@ class Case:
         # The one-pass backward needs deterministic=False, except for the feature "ordered".
         deterministic = self.direction != "hopper_backward" or self.feature == "ordered"
         given = {"return_lse": True, "deterministic": deterministic} | options[self.feature]()
-        return bind(q, k, v, **given).lower()
+        return bind(q, k, v, Options(**given)).lower()
 
 
 SEEN = ("top_k", "mask", "softcap", "causal", "additive", "sigmoid")

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..runtime import call_cache, dispatch
+from ..runtime.autocast import no_autocast
 from ..spec import state
 from ..spec.checks import as_bool, check_choice
-from ..spec.problem import Mask, describe
+from ..spec.options import Options
+from ..spec.problem import Mask, Problem, describe
 from . import keywords, nested
-from .bind import LAYOUTS, bind, heads_first, no_autocast
+from .bind import LAYOUTS, bind, heads_first
 from .varlen import bind_packed
 
 
@@ -103,43 +105,23 @@ def attention(
     """
     if extra or unknown:
         keywords.check(attention, unknown, extra)
-    lse: Any
-    call = call_cache.find(
-        (q, k, v, mask, bias, alibi_slopes, sink),
-        (layout, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer, return_lse,
-         deterministic),
-        backend,
+    options = Options(
+        mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
+        return_lse, deterministic,
     )  # fmt: skip
-    found = None
-    if call is not None and call.known:
-        swapped = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if layout == "bshd" else (q, k, v)
-        found = call((*swapped, mask, bias, alibi_slopes, sink))
-    if found is not None:
-        out, lse = found
-    elif nested.is_nested(q, k, v):
-        return nested.attention(
-            q, k, v, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment, bias=bias,
-            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
-            normalizer=normalizer, layout=layout, return_lse=return_lse, deterministic=deterministic, backend=backend,
-        )  # fmt: skip
-    else:
-        heads = heads_first(q, k, v, layout, score)
-        with no_autocast(q):
-            problem = bind(
-                *heads, score=score, scale=scale, mask=mask, causal=causal, window=window, alignment=alignment,
-                bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, seed=seed,
-                normalizer=normalizer, return_lse=return_lse, deterministic=deterministic,
-            )  # fmt: skip
-            name, problem = dispatch.choose(problem, backend)
-            out, lse = dispatch.run(problem, name)
-        if (
-            call is not None
-            and not call.known
-            and all(x.dtype == y.dtype for x, y in zip(heads, (q, k, v), strict=True))
-        ):
-            call.learn((*heads, mask, bias, alibi_slopes, sink), problem, name)
+    if nested.is_nested(q, k, v):
+        return nested.attention(q, k, v, options, layout, backend)
+    lse: Any
+    out, lse = _attend(q, k, v, options, layout, backend)
     out = out.transpose(1, 2) if layout == "bshd" else out
     return (out, lse) if return_lse else out
+
+
+@call_cache.cached
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str) -> Problem:
+    heads = heads_first(q, k, v, layout, options.score)
+    with no_autocast(q):
+        return bind(*heads, options)
 
 
 def explain(
@@ -158,11 +140,11 @@ def explain(
     packed = [options.pop(x, None) for x in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
     keywords.check(attention, options, caller="explain")
     if options.get("seed") is None:
-        options["seed"] = 0  # none is drawn
+        options["seed"] = 0  # no random number is drawn
+    given = Options(**options)
     if any(x is not None for x in packed):
-        return dispatch.explain(bind_packed(q, k, v, *packed, **options), backend)
-    heads = heads_first(q, k, v, layout, options.get("score", "dot"))
-    return dispatch.explain(bind(*heads, **options), backend)
+        return dispatch.explain(bind_packed(q, k, v, given, *packed), backend)
+    return dispatch.explain(bind(*heads_first(q, k, v, layout, given.score), given), backend)
 
 
 def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd") -> tuple[Tensor, Tensor]:

@@ -5,16 +5,19 @@ Every error names the argument, what it was and what is allowed.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.autocast import autocast
 from ..scores import Bilinear, Distance, Score
 from ..spec.checks import as_bool, as_float, as_int, check_choice, is_integers
+from ..spec.conditions import Condition, Window
 from ..spec.dropout import Dropout
+from ..spec.options import Options
+from ..spec.patterns import Pattern
 from ..spec.problem import (
     ALIGNMENTS,
     DTYPES,
@@ -22,13 +25,13 @@ from ..spec.problem import (
     Mask,
     Problem,
     Ragged,
+    Span,
     check_broadcastable,
     check_parameter,
     check_window,
     describe,
     diagonal_offset,
 )
-from ..spec.torch_internals import any_autocast
 
 SCORES = "Additive(w), Bilinear(w), Cosine(t) or Distance(h)"
 LARGEST = torch.finfo(torch.float32).max
@@ -36,6 +39,7 @@ NAMES = {"sdpa": ("query", "key", "value")}
 HEADS = {"bshd": 2}
 # torch.use_deterministic_algorithms overrides deterministic=False. Checks that only want its NaN fill clear this.
 FOLLOW_TORCH = True
+UNMASKED: tuple[Span, Pattern | None, Tensor | None] = (Span(), None, None)
 
 
 def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") -> None:
@@ -95,94 +99,98 @@ def _layout_advice(q: Tensor, k: Tensor, layout: str) -> str:
     return f'; if dim {at} counts heads, pass layout="{other}"'
 
 
-def bind(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    score: Any = "dot",
-    scale: float | Tensor | None = None,
-    mask: Tensor | Mask | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    alignment: str | None = None,
-    bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | Tensor | None = None,
-    sink: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    normalizer: str = "softmax",
-    return_lse: bool = False,
-    deterministic: bool | None = None,
-    ragged: Ragged | None = None,
-) -> Problem:
-    """Heads-first tensors that `check_qkv` has passed and the words of `attention`, checked and made into a Problem.
+def bind(q: Tensor, k: Tensor, v: Tensor, options: Options, ragged: Ragged | None = None) -> Problem:
+    """A Problem from heads-first tensors that `check_qkv` has passed and from options, which are checked here.
 
-    ragged: the batch is one of sequences, whose alignment it has already.
+    ragged: the batch is packed sequences; it holds their alignment.
     """
+    (
+        mask, bias, slopes, sink, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
+        return_lse, deterministic,
+    ) = options  # fmt: skip
     heads = q.shape[1]
     shape = (*q.shape[:3], k.shape[2]) if ragged is None else (ragged.batch, heads, ragged.max_q, ragged.max_k)
 
     if alignment is not None:
         check_choice("alignment", alignment, ALIGNMENTS, "None or one of")
     offset = 0
-    if alibi_slopes is not None:
-        if not isinstance(alibi_slopes, Tensor):
-            raise TypeError(f"alibi_slopes: expected a tensor, got {describe(alibi_slopes)}")
-        check_parameter("alibi_slopes", alibi_slopes, q, (heads,), (shape[0], heads))
+    if slopes is not None:
+        _check_parameter("alibi_slopes", slopes, q, (heads,), (shape[0], heads))
         offset = diagonal_offset(alignment, shape[2], shape[3], "alibi_slopes", ragged)
-
-    if mask is None:
-        mask = Mask()
-    elif isinstance(mask, Tensor):
-        mask = Mask.tensor(mask)
-    elif not isinstance(mask, Mask):
-        raise TypeError(f"mask: expected a bool tensor or a fused_attn.Mask, got {describe(mask)}")
-    if as_bool("causal", causal):
-        mask = mask & Mask.causal(alignment)
-    if window is not None:
-        mask = mask & Mask.window(*check_window(window), alignment)
-    span, pattern, allowed = mask.resolve(shape, q.device, ragged)
-    said = (span.lo, span.hi, *(() if pattern is None else (pattern.q_ids, pattern.kv_ids, pattern.blocks)))
-    for x in (allowed, *said):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"mask: expected q's device {q.device}, got {x.device}")
-
+    conditions = _conditions(mask, as_bool("causal", causal), window, alignment)
+    span, pattern, allowed = Mask(conditions).resolve(shape, q.device, ragged) if conditions else UNMASKED
+    if mask is not None:
+        _check_device(span, pattern, allowed, q.device)
     score = _score(score, q, k)
+    if bias is not None:
+        _check_parameter("bias", bias, q)
+        bias = check_broadcastable("bias", bias, shape)
+    if sink is not None:
+        _check_parameter("sink", sink, q, (heads,))
+    return_lse = as_bool("return_lse", return_lse)
+    _check_normalizer(normalizer, sink is not None, return_lse)
+    return Problem(
+        q, k, v, _scale(scale, score, q), _softcap(softcap, score, q), bias, slopes, sink,
+        mask=allowed, span=span, pattern=pattern, offset=offset,
+        dropout=_dropout(dropout_p, seed, q), return_lse=return_lse, deterministic=_deterministic(deterministic),
+        normalizer=normalizer, score=score, ragged=ragged,
+    )  # fmt: skip
+
+
+def _check_parameter(name: str, x: Any, q: Tensor, *shapes: tuple[int, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
+    check_parameter(name, x, q, *shapes)
+
+
+def _conditions(mask: Any, causal: bool, window: Any, alignment: str | None) -> tuple[Condition, ...]:
+    """The conditions that a key must meet to be visible: those of the mask, causality and the window."""
+    conditions: tuple[Condition, ...] = ()
+    if isinstance(mask, Tensor):
+        mask = Mask.tensor(mask)
+    if isinstance(mask, Mask):
+        conditions = mask.parts
+    elif mask is not None:
+        raise TypeError(f"mask: expected a bool tensor or a fused_attn.Mask, got {describe(mask)}")
+    if causal:
+        conditions = (*conditions, Window(None, 0, alignment))
+    if window is not None:
+        conditions = (*conditions, Window(*check_window(window), alignment))
+    return conditions
+
+
+def _check_device(span: Span, pattern: Pattern | None, allowed: Tensor | None, device: torch.device) -> None:
+    """The tensors of a mask lie on q's device."""
+    ids_and_blocks = () if pattern is None else (pattern.q_ids, pattern.kv_ids, pattern.blocks)
+    for x in (allowed, span.lo, span.hi, *ids_and_blocks):
+        if x is not None and x.device != device:
+            raise ValueError(f"mask: expected q's device {device}, got {x.device}")
+
+
+def _scale(scale: Any, score: Score | None, q: Tensor) -> float | Tensor:
+    if scale is None:
+        return q.shape[3] ** -0.5 if score is None else score.default_scale(q.shape[3])
     if isinstance(scale, Tensor):
-        check_parameter("scale", scale, q, (), (heads,))
-    elif scale is not None:
-        scale = as_float("scale", scale, "a float or a tensor")
-        if isinstance(scale, float) and LARGEST < abs(scale) < math.inf and q.dtype != torch.float64:
-            raise ValueError(f"scale: must fit float32, got {scale}")
-    else:
-        scale = q.shape[3] ** -0.5 if score is None else score.default_scale(q.shape[3])
+        check_parameter("scale", scale, q, (), (q.shape[1],))
+        return scale
+    scale = as_float("scale", scale, "a float or a tensor")
+    if isinstance(scale, float) and LARGEST < abs(scale) < math.inf and q.dtype != torch.float64:
+        raise ValueError(f"scale: must fit float32, got {scale}")
+    return scale
+
+
+def _softcap(softcap: Any, score: Score | None, q: Tensor) -> float | Tensor | None:
+    if softcap is None:
+        return None
     if isinstance(softcap, Tensor):
         check_parameter("softcap", softcap, q, ())
-    elif softcap is not None:
+    else:
         softcap = as_float("softcap", softcap, "a float or a tensor")
         if not softcap > 0:
             raise ValueError(f"softcap: must be > 0, got {softcap}")
-    if softcap is not None and isinstance(score, Distance):
+    if isinstance(score, Distance):
         raise ValueError("softcap: scores.Distance has none, got both")
-    if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"bias: expected a tensor, got {describe(bias)}")
-        bias = check_broadcastable("bias", check_parameter("bias", bias, q), shape)
-    if sink is not None:
-        if not isinstance(sink, Tensor):
-            raise TypeError(f"sink: expected a tensor, got {describe(sink)}")
-        check_parameter("sink", sink, q, (heads,))
-
-    return_lse = as_bool("return_lse", return_lse)
-    _check_normalizer(normalizer, sink is not None, return_lse)
-
-    return Problem(
-        q, k, v, scale, softcap, bias, alibi_slopes, sink, mask=allowed, span=span, pattern=pattern,
-        offset=offset, dropout=_dropout(dropout_p, seed, q), return_lse=return_lse,
-        deterministic=_deterministic(deterministic), normalizer=normalizer, score=score, ragged=ragged,
-    )  # fmt: skip
+    return softcap
 
 
 def _score(score: Any, q: Tensor, k: Tensor) -> Score | None:
@@ -228,30 +236,6 @@ def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
 def _deterministic(asked: bool | None) -> bool:
     wanted = asked is None or as_bool("deterministic", asked, "None or a bool")
     return wanted or (FOLLOW_TORCH and torch.are_deterministic_algorithms_enabled())
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device. Those that have none, such as meta, raise when they are asked."""
-    if not any_autocast():
-        return False
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast, q, k and v in its dtype, as torch's own ops take them."""
-    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), None)
-    if device is None or not autocasts(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    castable = (torch.float16, torch.bfloat16, torch.float32)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
-
-
-def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast has done its work on the inputs; inside, it would change the types of the products."""
-    if autocasts(q.device.type):
-        return torch.autocast(q.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 LAYOUTS = ("bhsd", "bshd")

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..runtime import decode_ops, dispatch
+from ..runtime.autocast import autocasts, no_autocast
 from ..spec.checks import as_bool, as_int, as_int32, check_parameter, check_shape, describe
 from ..spec.decoding import Cache, Decode, Rotary
+from ..spec.options import Options
 from ..spec.problem import DTYPES, Problem, TransformError
 from ..spec.transforms import forward_mode
 from . import keywords
-from .bind import autocasts, bind, no_autocast
+from .bind import bind
 
 
 @keywords.closed
@@ -113,10 +115,11 @@ def attention_decode(
     added = k_new.shape[1] if isinstance(k_new, Tensor) and k_new.ndim == 4 else 0
     cache = _cache(q, k_cache, v_cache, cache_seqlens, page_table, cache_batch_idx, added)
     with torch.no_grad(), no_autocast(q):
-        words = _words(
-            q, k_cache, v_cache, scale=scale, causal=causal, window=window, alibi_slopes=alibi_slopes, softcap=softcap,
-            sink=sink, normalizer=normalizer,
+        options = Options(
+            alibi_slopes=alibi_slopes, sink=sink, scale=scale, causal=causal, window=window, alignment="bottom_right",
+            softcap=softcap, normalizer=normalizer,
         )  # fmt: skip
+        p = _problem(q, k_cache, v_cache, options)
         if cache_leftpad is not None:
             cache_leftpad = _indices("cache_leftpad", cache_leftpad, q, q.shape[0])
         if tree_mask is not None:
@@ -125,14 +128,14 @@ def attention_decode(
         if k_new is not None or v_new is not None:
             _check_new(k_new, v_new, cache, q.shape[0])
         num_splits = None if num_splits is None else _splits(num_splits, batch_invariant)
-        name, words = dispatch.choose(words, backend, task="decoding")
-        left, right = words.span.left, words.span.right
+        name, p = dispatch.choose(p, backend, task="decoding")
+        left, right = p.span.left, p.span.right
         if k_new is not None and v_new is not None:
             moves = left is not None or right is not None
             q = decode_ops.append(cache, cache_leftpad, k_new, v_new, q, turn, moves, name)
             cache = replace(cache, added=added)
         asked = Decode(
-            q, cache, words.scale, words.softcap, words.slopes, words.sink, None if left is None else -left, right,
+            q, cache, p.scale, p.softcap, p.slopes, p.sink, None if left is None else -left, right,
             cache_leftpad, tree_mask, num_splits, batch_invariant,
         )  # fmt: skip
         out, lse = decode_ops.decode(asked, name)
@@ -237,13 +240,13 @@ def _lengths(given: Any, q: Tensor, cache: Cache) -> Tensor:
     return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
 
 
-def _words(q: Tensor, k: Tensor, v: Tensor, **words: Any) -> Problem:
-    """The words that `attention` has too, checked as there: of a problem with a key for each query, in no memory."""
-    if words["normalizer"] == "sigmoid":
+def _problem(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Problem:
+    """The options that `attention` has too, checked as there: of a problem with one key for each query."""
+    if options.normalizer == "sigmoid":
         raise ValueError('normalizer: expected "softmax" or "softmax1", got \'sigmoid\'')
     b, m, _, _ = q.shape
     keys, values = (x.new_empty(()).expand(b, x.shape[2], m, x.shape[3]) for x in (k, v))
-    return bind(q.transpose(1, 2), keys, values, alignment="bottom_right", **words).lower()
+    return bind(q.transpose(1, 2), keys, values, options).lower()
 
 
 def _check_tree(tree: Any, q: Tensor) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..spec.checks import check_choice, describe
+from ..spec.options import Options
 from ..spec.problem import Mask
 from ..spec.torch_internals import jagged_bounds, jagged_dim, jagged_longest
 from .bind import check_qkv
-from .varlen import attention_varlen
+from .varlen import attend_packed
 
 LAYOUTS = {"bhsd": 2, "bshd": 1}  # the jagged dim
 # torch (2.10 to 2.15) logs advice to itself at the first call of its public nested_tensor_from_jagged.
@@ -31,13 +32,10 @@ def attention(
     q: Any,
     k: Any,
     v: Any,
-    *,
-    mask: Tensor | Mask | None,
-    bias: Tensor | None,
+    options: Options,
     layout: str,
-    return_lse: bool,
+    backend: str | None,
     names: tuple[str, str, str] = ("q", "k", "v"),
-    **words: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fused_attn.attention` of jagged q, k and v: out with q's offsets, and lse (B, Hq, j) with the same.
 
@@ -52,46 +50,35 @@ def attention(
         raise ValueError(f"{names[2]}: expected {names[1]}'s offsets, lengths {keys}, got lengths {values}")
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"{names[1]}: expected {names[0]}'s {q.shape[0]} sequences, got {k.shape[0]}")
+    mask = options.mask
     if isinstance(mask, Tensor) or (isinstance(mask, Mask) and mask.remainder):
         raise NotImplementedError("mask: a tensor mask has no jagged form; causal, window and Mask's others have")
-    if bias is not None:
+    if options.bias is not None:
         raise NotImplementedError("bias: it has no jagged form; alibi_slopes has")
     starts = q.offsets().int()
     starts_k = starts if keys == rows else k.offsets().int()
     packed_q, packed_k, packed_v = (_packed(x, layout) for x in (q, k, v))
     longest_q, longest_k = (_longest(x, needed=mask is not None) for x in (q, k))
-    result: Any = attention_varlen(
-        packed_q, packed_k, packed_v, starts, starts_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, mask=mask,
-        return_lse=return_lse, **words,
-    )  # fmt: skip
-    if not return_lse:
+    result: Any = attend_packed(packed_q, packed_k, packed_v, options, starts, starts_k, longest_q, longest_k, backend)
+    if not options.return_lse:
         return _jagged(result, q, layout)
     out, lse = result
     return _jagged(out, q, layout), _jagged(lse, q, "bhsd")
 
 
 def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    **words: Any,
+    query: Any, key: Any, value: Any, options: Options, enable_gqa: bool, backend: str | None
 ) -> Tensor:
-    """The SDPA door of jagged tensors (B, H, j, D), in autocast's dtype."""
+    """The SDPA wrapper of jagged tensors (B, H, j, D), in autocast's dtype."""
     names = ("query", "key", "value")
     for name, x in zip(names, (query, key, value), strict=True):
         _check(name, x, "bhsd")
     check_qkv(query.values(), key.values(), value.values(), "sdpa")
-    if attn_mask is not None:
+    if options.mask is not None or options.bias is not None:
         raise NotImplementedError("attn_mask: it has no jagged form; is_causal, window and alibi_slopes have")
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError(f"key: {key.shape[1]} heads beside query's {query.shape[1]} need enable_gqa")
-    out: Any = attention(
-        query, key, value, mask=None, bias=None, layout="bhsd", return_lse=False, names=names, causal=is_causal,
-        alignment="top_left", **words,
-    )  # fmt: skip
+    out: Any = attention(query, key, value, options, "bhsd", backend, names)
     return out
 
 

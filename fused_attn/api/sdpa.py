@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime import call_cache, dispatch
+from ..runtime import call_cache
+from ..runtime.autocast import autocast, no_autocast
 from ..spec.checks import as_bool, axes_advice, is_integers, one_of
-from ..spec.problem import describe
+from ..spec.options import Options
+from ..spec.problem import Problem, describe
 from . import keywords, nested
-from .bind import autocast, bind, check_qkv, no_autocast
+from .bind import bind, check_qkv
 
 
 @keywords.closed
@@ -52,30 +54,33 @@ def scaled_dot_product_attention(
     """
     if unknown:
         keywords.check(scaled_dot_product_attention, unknown)
-    allows = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
-    mask, bias = (attn_mask, None) if allows else (None, attn_mask)
-    given = (query, key, value, mask, bias, alibi_slopes, sink)
-    call = call_cache.find(given, ("sdpa", scale, is_causal, window, softcap, dropout_p, enable_gqa), backend)
-    found = call(given) if call is not None and call.known else None
-    if found is not None:
-        return found[0]
-    query, key, value = autocast(query, key, value)
+    is_mask = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    mask, bias = (attn_mask, None) if is_mask else (None, attn_mask)
+    options = Options(mask, bias, alibi_slopes, sink, "dot", scale, is_causal, window, "top_left", softcap, dropout_p)
     if nested.is_nested(query, key, value):
-        return nested.scaled_dot_product_attention(
-            query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, softcap=softcap,
-            window=window, alibi_slopes=alibi_slopes, sink=sink, backend=backend,
-        )  # fmt: skip
-    check_qkv(query, key, value, "sdpa")
-    if as_bool("is_causal", is_causal) and attn_mask is not None:
+        query, key, value = autocast(query, key, value)
+        return nested.scaled_dot_product_attention(query, key, value, options, enable_gqa, backend)
+    out, _ = _attend(query, key, value, options, "sdpa", backend, (), enable_gqa)
+    if out.shape[-1] != value.shape[-1]:  # a head dim of 0 was padded
+        out = out[..., : value.shape[-1]]
+    if query.ndim == key.ndim == value.ndim == 4:
+        return out
+    lead = _lead(query, key, value, as_bool("enable_gqa", enable_gqa))
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+@call_cache.cached
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, layout: str, starts: tuple[()], enable_gqa: bool
+) -> Problem:
+    query, key, value = autocast(query, key, value)
+    check_qkv(query, key, value, layout)
+    attn_mask = options.bias if options.mask is None else options.mask
+    if as_bool("is_causal", options.causal) and attn_mask is not None:
         raise ValueError("attn_mask: must be None when is_causal is True")
     enable_gqa = as_bool("enable_gqa", enable_gqa)
     if not query.shape[-1] or not value.shape[-1]:
-        q, k, v = (x if x.shape[-1] else F.pad(x, (0, 1)) for x in (query, key, value))
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap=softcap, window=window,
-            alibi_slopes=alibi_slopes, sink=sink, backend=backend,
-        )  # fmt: skip
-        return out[..., : value.shape[-1]]
+        query, key, value = (x if x.shape[-1] else F.pad(x, (0, 1)) for x in (query, key, value))
     lead = _lead(query, key, value, enable_gqa)
     if enable_gqa and key.shape[-3] != value.shape[-3]:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
@@ -83,16 +88,9 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = _four_dim_mask(attn_mask, query, (*lead, query.shape[-2], key.shape[-2]))
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+        options = options._replace(mask=mask, bias=bias)
     with no_autocast(q):
-        problem = bind(
-            q, k, v, scale=scale, mask=mask, causal=is_causal, window=window, alignment="top_left", bias=bias,
-            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p,
-        )  # fmt: skip
-        name, problem = dispatch.choose(problem, backend)
-        out, _ = dispatch.run(problem, name)
-    if call is not None and not call.known:
-        call.learn(given, problem, name)
-    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+        return bind(q, k, v, options)
 
 
 def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..backends import reference
 from ..runtime import dispatch, ops
+from ..runtime.autocast import no_autocast
 from ..runtime.no_derivative import underived
 from ..spec.checks import as_bool, as_int, describe
+from ..spec.options import Options
 from ..spec.problem import Mask, Problem, Statistics
 from . import keywords
-from .bind import bind, heads_first, no_autocast
+from .bind import bind, heads_first
 from .varlen import bind_packed
 
 
@@ -103,11 +105,10 @@ def attention_stats(
         found = torch.ops.fused_attn.statistics(*ops.flatten(p, name), *asked)
         return tuple(x if there else None for x, there in zip(found, (*asked, top_k), strict=True))
 
-    found = _look(
-        "attention_stats", find, q, k, layout, backend, score=score, scale=scale, mask=mask, causal=causal,
-        window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink,
-        normalizer=normalizer, packed=packed,
-    )  # fmt: skip
+    options = Options(
+        mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, normalizer=normalizer
+    )
+    found = _look("attention_stats", find, q, k, options, layout, backend, packed)
     found = [x.float() if x is not None and x.is_floating_point() else x for x in found]
     if packed is not None:
         found = [None if x is None else x[0].transpose(0, 1) for x in found]
@@ -162,16 +163,15 @@ def attention_map(
     """
     if extra or unknown:
         keywords.check(attention_map, unknown, extra)
-    found = weights_of(
-        q, k, rows, heads, layout, backend, score=score, scale=scale, mask=mask, causal=causal, window=window,
-        alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, normalizer=normalizer,
-    )  # fmt: skip
-    return found.float()
+    options = Options(
+        mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, normalizer=normalizer
+    )
+    return weights_of(q, k, options, rows, heads, layout, backend).float()
 
 
 def weights_of(
-    q: Tensor, k: Tensor, rows: Any = None, heads: Any = None, layout: str = "bhsd", backend: str | None = None,
-    **words: Any,
+    q: Tensor, k: Tensor, options: Options, rows: Any = None, heads: Any = None, layout: str = "bhsd",
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """`attention_map` in the dtype it is computed in: float64 where q is float64."""
 
@@ -181,24 +181,24 @@ def weights_of(
             return (reference.weights(p, *chosen),)
         return (torch.ops.fused_attn.weights(*ops.flatten(p, name), *chosen),)
 
-    (found,) = _look("attention_map", find, q, k, layout, backend, **{"score": "dot"} | words)
+    (found,) = _look("attention_map", find, q, k, options, layout, backend)
     return found
 
 
 def _look(
-    what: str, find: Any, q: Tensor, k: Tensor, layout: str, backend: str | None, packed: Any = None, **words: Any
+    what: str, find: Any, q: Tensor, k: Tensor, options: Options, layout: str, backend: str | None, packed: Any = None
 ) -> Any:
-    """What `find` finds by the backend that is chosen; it remembers that it has no derivative.
+    """The result of `find` by the backend that is chosen; it remembers that it has no derivative.
 
-    packed: starts and longest lengths of queries and keys, of packed sequences.
+    packed: starts and longest lengths of the queries and the keys of packed sequences.
     """
     v = k[..., :1] if isinstance(k, Tensor) and k.ndim and not k.is_nested else k  # nobody looks at values
     if packed is None:
-        heads = heads_first(q, k, v, layout, words["score"])
+        heads = heads_first(q, k, v, layout, options.score)
         with no_autocast(q):
-            p = bind(*heads, **words)
+            p = bind(*heads, options)
     else:
-        p = bind_packed(q, k, v, *packed, **words)
+        p = bind_packed(q, k, v, options, *packed)
     with torch.no_grad(), no_autocast(q):
         name, form = dispatch.choose(p, backend, task="seeing")
         found = find(name, form)

@@ -6,11 +6,13 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from ..runtime import dispatch
+from ..runtime import call_cache
+from ..runtime.autocast import autocast, no_autocast
 from ..spec.checks import as_int, as_starts, check_choice, check_starts, readable
+from ..spec.options import Options
 from ..spec.problem import ALIGNMENTS, Mask, Problem, Ragged
 from . import keywords
-from .bind import autocast, bind, check_qkv, no_autocast
+from .bind import bind, check_qkv
 
 
 @keywords.closed
@@ -77,29 +79,42 @@ def attention_varlen(
     """
     if extra or unknown:
         keywords.check(attention_varlen, unknown, extra)
-    p = bind_packed(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, score=score, scale=scale, mask=mask,
-        causal=causal, window=window, alignment=alignment, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
-        sink=sink, dropout_p=dropout_p, seed=seed, normalizer=normalizer, return_lse=return_lse,
-        deterministic=deterministic,
+    options = Options(
+        mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
+        return_lse, deterministic,
     )  # fmt: skip
-    with no_autocast(q):
-        name, p = dispatch.choose(p, backend)
-        out, lse = dispatch.run(p, name)
+    return attend_packed(q, k, v, options, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, backend)
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, starts_q: Any, starts_k: Any, max_q: int | None,
+    max_k: int | None, backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention_varlen` with its options as one value."""
+    out, lse = _attend(q, k, v, options, "packed", backend, (starts_q, starts_k), (max_q, max_k))
     out = out[0].transpose(0, 1)
-    return (out, lse[0].T) if return_lse else out  # type: ignore[index]
+    return (out, lse[0].T) if options.return_lse else out  # type: ignore[index]
 
 
 def bind_packed(
-    q: Tensor, k: Tensor, v: Tensor, starts_q: Any, starts_k: Any, max_q: int | None, max_k: int | None, **words: Any
-) -> Problem:
-    """Packed tensors, where their sequences begin and how long they are at most, and the words of `attention`."""
-    heads = _heads_first(q, k, v, words.get("score", "dot"))
-    ragged = _ragged(heads[0], heads[1], starts_q, starts_k, max_q, max_k, words.get("alignment"))
+    q: Tensor, k: Tensor, v: Tensor, options: Options, starts_q: Any, starts_k: Any, max_q: int | None,
+    max_k: int | None,
+) -> Problem:  # fmt: skip
+    """A Problem from packed tensors (T, H, D), the starts of their sequences, and the longest lengths if known."""
+    heads = _heads_first(q, k, v, options.score)
+    ragged = _ragged(heads[0], heads[1], starts_q, starts_k, max_q, max_k, options.alignment)
     with no_autocast(q):
-        p = bind(*heads, **words, ragged=ragged)
+        p = bind(*heads, options, ragged)
     _check_longest(p, ragged, max_q, max_k)
     return p
+
+
+@call_cache.cached
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, starts: tuple[Any, Any],
+    longest: tuple[int | None, int | None],
+) -> Problem:  # fmt: skip
+    return bind_packed(q, k, v, options, *starts, *longest)
 
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor, score: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..api.attention import attention
 from ..api.statistics import weights_of
 from ..spec.dropout import Dropout
+from ..spec.options import Options
 from ..spec.transforms import transform_of, vjp
 
 COLUMNS = 128  # of the identity in one pass, and the most keys for which that pass is taken
@@ -55,7 +56,7 @@ def _of_map(q: Tensor, k: Tensor, average: bool, dropout_p: float = 0.0, seed: A
     b, heads, m, n = *q.shape[:3], k.shape[2]
     found = q.new_zeros(b, *(() if average else (heads,)), m, n, dtype=torch.promote_types(q.dtype, torch.float32))
     for head in range(heads):
-        part = weights_of(q, k, heads=[head], **options)[:, 0]
+        part = weights_of(q, k, Options(**options), heads=[head])[:, 0]
         if dropout_p:
             _drop(part, heads, head, dropout_p, seed)
         if average:

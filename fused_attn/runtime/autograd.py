@@ -20,15 +20,18 @@ from ..spec.transforms import Version, by_operations, transform_of_cotangents, v
 from . import ops
 
 
-def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the operator, with a derivative where one is wanted."""
+def attend(p: Problem, backend: str, plain: bool = False) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the operator, with a derivative where one is wanted.
+
+    plain: nothing traces or transforms the call, so the backend is called without the operator, which costs more.
+    """
     args = ops.flatten(p, backend)
     if torch.compiler.is_compiling() or jit_tracing():
         # Compilers and torch.jit.trace record the operator, which has the formula registered below.
         return torch.ops.fused_attn.forward(*args)[:2]
     if torch.is_grad_enabled() and any(_wants(x) for x in args[: len(DIFFERENTIABLE)]):
-        return _apply(*args)[:2]
-    return _forward(*args)[:2]
+        return _apply(p if plain else None, *args)[:2]
+    return (ops.serving(p, backend).forward(p) if plain else _forward(*args))[:2]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,10 +53,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, ctx.needs_input_grad, dout, dlse)
+
+
+def _gradients(
+    ctx: Any, needs_input_grad: tuple[bool, ...], dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     *tensors, out, peak, log_sum = ctx.saved_tensors
     if ctx.version.changed():
         out, _lse, peak, log_sum = _forward(*tensors, *ctx.settings)
-    needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+    needs = list(needs_input_grad[: len(DIFFERENTIABLE)])
     absent = (None,) * (len(tensors) + len(ctx.settings) - len(DIFFERENTIABLE))
     if dout is None and dlse is None:
         return (None,) * len(DIFFERENTIABLE) + absent
@@ -90,21 +99,20 @@ def differentiable(
 
 
 class Attention(torch.autograd.Function):
-    """Flat arguments of `ops.flatten` -> what the operator returns."""
+    """Flat arguments of `ops.flatten` -> the results of the operator; with their Problem, without the operator."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup_context(ctx, inputs, output)
+    def forward(ctx: Any, p: Problem | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = _forward(*args) if p is None else ops.serving(p, args[-1]).forward(p)
+        _setup_context(ctx, args, found)
         ctx.context = copy_context()
+        return found
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         # On a GPU autograd has a thread of its own, which a scoped configuration would not reach.
-        return ctx.context.copy().run(_backward, ctx, dout, dlse)
+        needs = ctx.needs_input_grad[1:]
+        return None, *ctx.context.copy().run(_gradients, ctx, needs, dout, dlse)
 
 
 class _Once(torch.autograd.Function):

@@ -1,13 +1,15 @@
-"""Calls that have been made before: what binding and dispatch found out about them, by everything that they asked.
+"""A cache of bound and dispatched calls, keyed by everything that binding and dispatch depend on.
 
-A `Call` stands for all calls that agree in all but the contents of their tensors. The first is noted, the second is
-learned from, the third is recorded if its backend can be (`record`), and the others are replayed. What a call depends
-on beside its arguments, the state of torch, is part of its key. Where torch is compiling, tracing, transforming or
-watching, or a tensor is more than plain memory, nothing is looked up and the long way is taken.
+A `CachedCall` stands for all calls that agree in all but the contents of their tensors. The first call of a key is
+noted, the second is learned from, the third is recorded if its backend can be (`record`), and later ones are replayed.
+The key holds the arguments and the state of torch. While torch compiles, traces, transforms or profiles, and for tensor
+subclasses, nothing is looked up and every call is bound.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,15 +18,26 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from ..backends.sdpa.kernel import Repeated
+from ..spec import checks
+from ..spec.options import TENSORS as OPTIONAL
+from ..spec.options import Options
 from ..spec.problem import DIFFERENTIABLE, Mask, Problem
 from ..spec.torch_internals import any_autocast, deterministic_algorithms, float32_matmul_precision, observed
-from . import autograd, environment, ops
+from . import autograd, dispatch, environment, ops
+from .autocast import no_autocast
 
-TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink")  # that a call may hold; scale and softcap as numbers
-PLAIN = {int, float, bool, str, tuple, type(None)}  # of tuples, what they hold is looked at
+TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink", "q_starts", "k_starts")  # of a call, by name
+PLACES = tuple(TENSORS.index(name) if name in TENSORS else None for name in ops.NAMES)
+PLAIN = {int, float, bool, str, tuple, type(None)}  # of tuples, the items are looked at
 LIMIT = 4096  # calls kept
 
 Given = tuple[Any, ...]  # tensors and None
+
+# Heads-first views of q, k and v by layout.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bshd": lambda x: x.transpose(1, 2),
+    "packed": lambda x: x.transpose(0, 1)[None],
+}
 
 HIP = torch.version.hip is not None
 
@@ -61,36 +74,71 @@ def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return tuple(parts)
 
 
-def find(tensors: Given, words: tuple[Any, ...], backend: str | None) -> Call | None:
-    """The call of these tensors and options; None at its first time, and where the long way is the only one.
+def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """(out, lse), heads first, of a call that `bind` makes a Problem of; repeated calls skip binding and dispatch.
 
-    words: the options, all but tensors and the backend; they are told apart by type as well, for 1 equals True.
+    bind(q, k, v, options, layout, starts, others) takes the last two if the call gives them: starts, tensors where
+    packed sequences begin; others, whatever else it depends on, which must be hashable.
+    """
+
+    @functools.wraps(bind)
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, backend: str | None, *form: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        cached_call, plain = lookup(q, k, v, options, layout, backend, form)
+        if cached_call is not None and cached_call.known:
+            view = VIEWS.get(layout)
+            heads = (q, k, v) if view is None else (view(q), view(k), view(v))
+            result = cached_call(_tensors(*heads, options, form))
+            if result is not None:
+                return result
+        p = bind(q, k, v, options, layout, *form)
+        with no_autocast(q):
+            name, p = dispatch.choose(p, backend)
+            result = dispatch.run(p, name, plain)
+        if cached_call is not None and not cached_call.known:
+            view = VIEWS.get(layout)
+            heads = (q, k, v) if view is None else (view(q), view(k), view(v))
+            cached_call.learn(_tensors(*heads, options, form), p, name)
+        return result
+
+    return call
+
+
+def _tensors(q: Tensor, k: Tensor, v: Tensor, options: Options, form: tuple[Any, ...]) -> Given:
+    """In the order of `TENSORS`."""
+    return (q, k, v, *options[:OPTIONAL], *form[0]) if form else (q, k, v, *options[:OPTIONAL])
+
+
+def lookup(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, backend: str | None, form: tuple[Any, ...]
+) -> tuple[CachedCall | None, bool]:
+    """The call of these tensors and options, None at its first time; and whether torch only runs it.
+
+    Options are told apart by type as well, for 1 equals True.
     """
     if is_compiling():
-        return None
+        return None, False
     asked = backend or environment.read()
-    if type(tensors[3]) is Mask:
-        lengths = tensors[3].kv_lengths
+    tensors, words = _tensors(q, k, v, options, form), (layout, *form[1:], *options[OPTIONAL:])
+    if type(options.mask) is Mask:
+        lengths = options.mask.kv_lengths
         if lengths is None:
-            return None
-        tensors = (*tensors[:3], lengths, *tensors[4:])
-        words = (*words, "Mask.lengths")
+            return None, False
+        tensors, words = (q, k, v, lengths, *tensors[4:]), (*words, "Mask.lengths")
     kinds = tuple(map(type, words))
     if tuple in kinds:
         words = tuple(y for x in words for y in (x if type(x) is tuple else (x,)))
         kinds += tuple(map(type, words))
     key = _key(tensors, (kinds, asked, words))
-    if key is None:
-        return None
-    try:
-        call = _calls.get(key)
-    except TypeError:  # an option that cannot be hashed
-        return None
-    if call is None and PLAIN.issuperset(kinds) and _recorded(asked, tensors[0]):
+    if key is None or not PLAIN.issuperset(kinds):
+        return None, False
+    cached_call = _calls.get(key)
+    if cached_call is None and _recorded(asked, q) and not (form and form[0] and checks.readable(q)):
         if len(_calls) >= LIMIT:
             _calls.clear()
-        _calls[key] = Call()
-    return call
+        _calls[key] = CachedCall()
+    return cached_call, True
 
 
 def _recorded(asked: Any, q: Any) -> bool:
@@ -99,7 +147,7 @@ def _recorded(asked: Any, q: Any) -> bool:
     return chosen or asked in ("hopper", "triton", "sdpa")
 
 
-class Call:
+class CachedCall:
     """All calls of one key. known: how it was bound is known, and by which backend it can be made again.
 
     Of its tensors, in the order of `TENSORS`, it speaks without the absent ones at the end.
@@ -133,23 +181,19 @@ class Call:
         self.backend, self.settings = backend, flat[ops.TENSORS :]
         self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())
         # Binding may have made tensors, from what is not known here.
-        self.known = all(x is y for x, y in zip(flat, self._flat(tensors), strict=True)) and not p.empty
+        self.known = all(map(_same, flat, self._flat(tensors))) and not p.empty
 
     def _flat(self, tensors: Given) -> tuple[Any, ...]:
         """The operators' arguments, as `ops.flatten` gives them."""
-        all_of_them: Given = tensors + (None,) * (len(TENSORS) - len(tensors))
-        q, k, v, mask, bias, slopes, sink = all_of_them
-        absent = (None,) * (ops.TENSORS - 12)  # behind the mask
-        return q, k, v, None, None, bias, slopes, sink, None, None, None, mask, *absent, *self.settings
+        count = len(tensors)
+        return *(tensors[i] if i is not None and i < count else None for i in PLACES), *self.settings
 
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse); None: these tensors hold something for which the call must be bound again."""
         if self.kernel is not None:
             q, k, v, mask, bias = map(_four_dims, tensors[:5]) if self.short else tensors[:5]
             out = self.kernel(q, k, v, mask.kv_lengths if self.lengths else mask, bias)
-            if out is None:
-                return None
-            return out[(0,) * (4 - max(x.ndim for x in tensors[:3]))] if self.short else out, None
+            return None if out is None else (out, None)
         given = tensors[: self.count]
         return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]
 
@@ -214,9 +258,15 @@ def _four_dims(x: Any) -> Any:
 
 def _is_view(bound: Tensor | None, given: Tensor | None) -> bool:
     """Whether binding took a tensor as it is, or with leading dims of 1."""
-    if bound is given or bound is None or given is None or given.ndim >= 4:
-        return bound is given
-    return bound.data_ptr() == given.data_ptr() and tuple(bound.shape) == (1,) * (4 - given.ndim) + tuple(given.shape)
+    return _same(bound, _four_dims(given))
 
 
-_calls: dict[tuple[Any, ...], Call] = {}
+def _same(x: Any, y: Any) -> bool:
+    """One object, or two views of the same elements."""
+    if x is y or not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return x is y or (not isinstance(x, Tensor) and not isinstance(y, Tensor) and x == y)
+    layouts = ((z.data_ptr(), z.shape, z.stride(), z.dtype) for z in (x, y))
+    return next(layouts) == next(layouts)
+
+
+_calls: dict[tuple[Any, ...], CachedCall] = {}

@@ -116,11 +116,11 @@ def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str,
     return choice.backend, taken(choice.backend, p, lowered)
 
 
-def run(p: Problem, name: str) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) by the backend chosen."""
+def run(p: Problem, name: str, plain: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) by the backend chosen. plain: see `autograd.attend`."""
     if name == "reference" or (name == "sdpa" and not (p.q.device.type == "cpu" and _tracing())):
         out, lse = PLAIN[name].attention(p)
-        return autograd.attend(p, "tiled") if out is None else (out, lse)
+        return autograd.attend(p, "tiled", plain) if out is None else (out, lse)
     if name == "tiled" and transformed(p):
         return tiled.attention(p)
-    return autograd.attend(p, name)
+    return autograd.attend(p, name, plain)

@@ -43,7 +43,12 @@ PROBLEM = (
     "SymInt height, SymInt width, SymInt offset, SymInt max_q, SymInt max_k, "
     "bool bottom_right, bool deterministic, str normalizer, str backend"
 )
-TENSORS = 20  # how many of the problem's arguments are tensors; they come first
+# The problem's tensors, which come first. "scale" and "softcap" are absent where they are numbers.
+NAMES = (
+    "q", "k", "v", "scale", "softcap", "bias", "slopes", "sink", "w", "row_terms", "key_terms", "mask", "lo", "hi",
+    "q_ids", "kv_ids", "blocks", "rng", "q_starts", "k_starts",
+)  # fmt: skip
+TENSORS = len(NAMES)
 
 _library = torch.library.Library("fused_attn", "DEF")
 _library.define(f"forward({PROBLEM}) -> (Tensor out, Tensor lse, Tensor peak, Tensor log_sum)")
@@ -109,7 +114,8 @@ def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
     return problem, backend
 
 
-def _serving(p: Problem, backend: str) -> ModuleType:
+def serving(p: Problem, backend: str) -> ModuleType:
+    """The module that computes p for a backend."""
     # With no score to compute there is nothing to launch: a loop over no tiles gives every backend's answer.
     return launcher("tiled" if p.empty else backend)
 
@@ -127,7 +133,7 @@ def _check_ragged(p: Problem) -> None:
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, backend = rebuild(args)
     _check_ragged(p)
-    return _serving(p, backend).forward(p)
+    return serving(p, backend).forward(p)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
@@ -136,7 +142,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     wanted = frozenset(name for name, need in zip(DIFFERENTIABLE, needs, strict=True) if need)
     # backward() may be called under autocast, which would change the types of the products inside.
     with torch.autocast(p.q.device.type, enabled=False):
-        found = _serving(p, backend).backward(p, out, peak, log_sum, dout, dlse, wanted)
+        found = serving(p, backend).backward(p, out, peak, log_sum, dout, dlse, wanted)
     return tuple(found[name] if name in wanted else p.q.new_empty(0) for name in DIFFERENTIABLE)
 
 

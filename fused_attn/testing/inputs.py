@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..api.bind import bind
 from ..scores import Additive, Bilinear, Cosine, Distance, Score
+from ..spec.options import Options
 from ..spec.problem import Mask, Problem, Ragged
 from ..spec.reach import reached
 from .cases import CASES, MASK_SHAPES, PARAMETERS, Case
@@ -341,8 +342,8 @@ class Inputs:
         return self.options | named
 
     def _bind(self, tensors: dict[str, Tensor]) -> Problem:
-        keywords = self._keywords(tensors) | {"return_lse": self.case.return_lse, "ragged": self.ragged}
-        return bind(*(tensors[x] for x in "qkv"), **keywords)
+        options = Options(**self._keywords(tensors), return_lse=self.case.return_lse)
+        return bind(tensors["q"], tensors["k"], tensors["v"], options, self.ragged)
 
 
 def _place_packed(x: dict[str, Tensor], buffers: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

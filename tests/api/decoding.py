@@ -16,6 +16,7 @@ from torch import Tensor
 from fused_attn import Mask, attention_decode, testing
 from fused_attn.api.bind import bind
 from fused_attn.backends import reference
+from fused_attn.spec.options import Options
 from fused_attn.spec.problem import Problem
 from fused_attn.testing.absolute_sums import absolutes
 
@@ -194,7 +195,7 @@ class Given:
             own = slopes[i : i + 1] if c.alibi_batch else slopes
             options = {x: y.to(torch.float32) if isinstance(y, Tensor) else y for x, y in options.items()}
             found.append(
-                bind(*heads, **options, alibi_slopes=own, mask=mask, alignment="bottom_right", return_lse=True)
+                bind(*heads, Options(**options, alibi_slopes=own, mask=mask, alignment="bottom_right", return_lse=True))
             )
         return found
 

@@ -160,7 +160,7 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if reasons := testing.why_not("ragged", "triton"):
         pytest.skip(reasons[0])
     monkeypatch.setattr(checks, "readable", lambda x: False)
-    monkeypatch.setattr(fused_attn.api.attention.varlen, "readable", lambda x: False)
+    monkeypatch.setattr(fused_attn.api.varlen, "readable", lambda x: False)
     monkeypatch.setattr(fused_attn.backends.triton.launcher, "launch", lambda *args, **options: None)
 
 

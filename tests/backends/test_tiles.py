@@ -10,12 +10,13 @@ import torch
 from fused_attn import Mask, attention, testing
 from fused_attn.api.bind import bind
 from fused_attn.backends.tiled import tiles
+from fused_attn.spec.options import Options
 from fused_attn.testing.cases import CASES
 
 
 def chunks(b: int, n: int, mask: Mask | None, heads: int = 2) -> list[tiles.Chunk]:
     q, k, v = (torch.zeros(1, 1, 1, 1).expand(b, heads, n, 16) for _ in range(3))
-    return list(tiles.chunks(bind(q, k, v, mask=mask)))
+    return list(tiles.chunks(bind(q, k, v, Options(mask=mask))))
 
 
 def lengths(b: int, n: int) -> Mask:

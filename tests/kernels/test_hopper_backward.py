@@ -14,6 +14,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 from fused_attn import testing
 from fused_attn.api.bind import bind
 from fused_attn.backends.triton import hopper
+from fused_attn.spec.options import Options
 from fused_attn.testing import CASES, Case
 from fused_attn.tuning import Config, override
 from fused_attn.tuning.select import table
@@ -138,7 +139,7 @@ def test_keys_that_do_not_exist(form: Form, monkeypatch: pytest.MonkeyPatch) -> 
     generator = torch.Generator().manual_seed(0)
     v, dout = torch.randn(1, 1, 41, 16, generator=generator), torch.randn(1, 1, 40, 16, generator=generator)
     q, k, v, dout = (x.bfloat16() for x in (q, k, v, dout))
-    problem = replace(bind(q, k, v), deterministic=form.config.ordered)
+    problem = replace(bind(q, k, v, Options()), deterministic=form.config.ordered)
     with torch.no_grad(), override(hopper_forward=FORWARD[0], hopper_backward=form.config), emulated():
         out, lse, *normaliser = hopper.forward(problem)
         found = hopper.backward(problem, out, *normaliser, dout, None, frozenset("qkv"))

@@ -79,12 +79,8 @@ def arguments(case: Case, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...
     return flat, (*plain, out, *normaliser, inputs.dout, inputs.dlse, needs)
 
 
-@pytest.mark.parametrize(
-    ("backend", "name"),
-    # The backends share the operators; one that launches kernels needs a look at little beside its launch.
-    [("tiled", x) for x in PROBLEMS]
-    + [pytest.param("triton", x, marks=[] if x in ("plain", "half") else pytest.mark.nightly) for x in PROBLEMS],
-)
+@pytest.mark.parametrize("backend", LAUNCHED)
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_opcheck(backend: str, name: str) -> None:
     """Torch's own examination of an operator: schema, autograd registration, fake tensors, AOT dispatch."""
     available(backend, PROBLEMS[name])
@@ -114,7 +110,7 @@ def test_fake_tensors_have_the_real_layout(backend: str, memory: str, dtype: tor
     grads = torch.ops.fused_attn.backward(*flat, real[0], *real[2:], inputs.dout, None, needs)
     for x, y in zip((*real, *grads), (*fake, *fake_grads), strict=True):
         assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
-    order = fused_attn.spec.problem.problem.memory_order
+    order = fused_attn.spec.problem.memory_order
     assert order(real[0]) == order(p.empty_out())
     if memory not in ("transposed", "strided"):
         assert order(real[0]) == order(p.q)
@@ -234,7 +230,7 @@ def test_backward_under_autocast(backend: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
         out, lse = attention(*inputs.qkv, **inputs.kwargs, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = testing.gradients(out, lse, inputs.tensors, inputs)
+        inside = testing.parity.gradients(out, lse, inputs.tensors, inputs)
     for name, g in inside.items():
         assert torch.equal(g, outside[name]), name
 
@@ -257,7 +253,7 @@ def test_saved_tensors(backend: str) -> None:
     with torch.no_grad():  # what was not saved through the hooks is destroyed
         for x in inputs.tensors.values():
             x.detach().zero_()
-    for name, g in testing.gradients(out, lse, inputs.tensors, inputs).items():
+    for name, g in testing.parity.gradients(out, lse, inputs.tensors, inputs).items():
         assert torch.equal(g, expected[name]), name
 
 
@@ -285,15 +281,8 @@ def test_nothing_leaks(backend: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- compilers
 
 
-@pytest.mark.parametrize(
-    ("backend", "dynamic"),
-    # The reference traces operation by operation, which takes long with symbolic sizes.
-    [
-        pytest.param(x, y, marks=pytest.mark.nightly if (x, y) == ("reference", True) else [])
-        for x in ("triton", "tiled", "reference", "sdpa", None)
-        for y in (False, True)
-    ],
-)
+@pytest.mark.parametrize("backend", ("triton", "tiled", "reference", "sdpa", None))
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_compile_fullgraph(backend: str | None, dynamic: bool) -> None:
     """torch.compile without a graph break, forward and gradients, over changing lengths."""
     if backend is not None:
@@ -437,11 +426,12 @@ def test_the_same_bits_every_time(backend: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     x = torch.zeros(1, 1, 2, 4)
     from fused_attn.api.bind import bind
+    from fused_attn.spec.options import Options
 
-    assert bind(x, x, x).deterministic and not bind(x, x, x, deterministic=False).deterministic
+    assert bind(x, x, x, Options()).deterministic and not bind(x, x, x, Options(deterministic=False)).deterministic
     torch.use_deterministic_algorithms(True)
     try:
-        assert bind(x, x, x, deterministic=False).deterministic
+        assert bind(x, x, x, Options(deterministic=False)).deterministic
     finally:
         torch.use_deterministic_algorithms(False)
 

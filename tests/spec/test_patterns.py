@@ -18,6 +18,7 @@ from fused_attn import Mask
 from fused_attn.api.bind import bind
 from fused_attn.backends.tiled import tiles
 from fused_attn.spec import masks, reach
+from fused_attn.spec.options import Options
 from fused_attn.spec.problem import Problem
 from fused_attn.tuning import Config, override
 
@@ -28,7 +29,7 @@ SHAPE = (2, 2, 7, 9)
 def problem(mask: Mask, shape: Shape, group: int = 1) -> Problem:
     b, h, m, n = shape
     q, k = torch.zeros(b, h, m, 4), torch.zeros(b, h // group, n, 4)
-    return bind(q, k, k, mask=mask)
+    return bind(q, k, k, Options(mask=mask))
 
 
 def by_loop(shape: Shape, allowed: Callable[[int, int, int, int], Any]) -> Tensor:

@@ -11,6 +11,7 @@ from fused_attn import Mask
 from fused_attn.api.bind import bind
 from fused_attn.spec import state
 from fused_attn.spec.dropout import Dropout
+from fused_attn.spec.options import Options
 from fused_attn.spec.problem import Span, check_broadcastable, diagonal_offset, memory_order
 from fused_attn.testing.cases import CASES
 from fused_attn.testing.inputs import make_inputs
@@ -172,7 +173,7 @@ def test_dropout_extremes() -> None:
 def test_out_follows_the_memory_order_of_q(order: tuple) -> None:
     sizes = (2, 3, 5, 8)
     q = torch.zeros([sizes[d] for d in order] + [8]).permute([*(order.index(d) for d in range(3)), 3])
-    p = bind(q, torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, 6))
+    p = bind(q, torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, 6), Options())
     assert memory_order(q)[0] == [*order, 3]
     for out in (p.empty_out(), p.in_order(torch.zeros(2, 3, 5, 6))):
         assert out.shape == (2, 3, 5, 6) and memory_order(out) == memory_order(q)

@@ -102,36 +102,51 @@ def signature(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], devic
     ):
         return None
     hip = kernel.device_caches[device][2].backend == "hip"
+    classes: list[Any] = []
     try:
-        classes = tuple(
-            _width(x) if type(x) is int and param.do_not_specialize else classify(x, hip)
-            for x, param in zip(args, kernel.params, strict=False)
-        )
+        for x, param in zip(args, kernel.params, strict=False):
+            if type(x) is int and param.do_not_specialize:
+                classes.append(_width(x))
+            else:
+                _classify((x,), classes, hip)
     except Unknown:
         return None
-    return id(kernel), classes, *options.items(), kinds
+    return id(kernel), *classes, *options.items(), kinds
 
 
-def _width(x: int) -> int:
-    """The type that holds an integer."""
-    return 0 if x in INT32 else 1 if x in INT64 else 2
-
-
-def classify(x: Any, hip: bool = False) -> Any:
+def classify(x: Any, hip: bool = False) -> tuple[Any, ...]:
     """The class of one argument: what distinguishes it from others in the eyes of the binder."""
-    kind = type(x)
-    if kind is int:
-        return ("=1",) if x == 1 else (x % 16 == 0, _width(x))
-    if kind is Tensor or kind is Parameter:
-        aligned = x.data_ptr() % 16 == 0
-        # On AMD short buffers are addressed by 32-bit offsets.
-        return (x.dtype, aligned, x.untyped_storage().nbytes() < 2**31) if hip else (x.dtype, aligned)
-    if kind is float or kind is bool or x is None:
-        return kind
-    if kind is constexpr and type(x.value) in CONSTANTS:
-        return constexpr, type(x.value), x.value
-    if kind in DESCRIPTORS:
-        return kind, x.base.dtype, tuple(x.block_shape), getattr(x, "layout", None)
-    if isinstance(x, tuple):
-        return (kind, *[classify(y, hip) for y in x])
-    raise Unknown(kind)
+    classes: list[Any] = []
+    _classify((x,), classes, hip)
+    return tuple(classes)
+
+
+def _width(x: int) -> str:
+    """The type that holds an integer."""
+    return "i32" if x in INT32 else "i64" if x in INT64 else "u64"
+
+
+def _classify(items: tuple[Any, ...], classes: list[Any], hip: bool) -> None:
+    """Append the classes of items, those of nested tuples in place: one list costs less than a tuple for each level."""
+    for x in items:
+        kind = type(x)
+        if x is None or kind is float or kind is bool:
+            classes.append(kind)
+        elif kind is int:
+            classes.append("1" if x == 1 else _width(x) if x % 16 else _width(x) + "x16")
+        elif kind is constexpr:
+            value = x.value
+            if type(value) not in CONSTANTS:
+                raise Unknown(kind)
+            classes += kind, type(value), value
+        elif kind is Tensor or kind is Parameter:
+            classes += x.dtype, x.data_ptr() % 16 == 0
+            if hip:  # where short buffers are addressed by 32-bit offsets
+                classes.append(x.untyped_storage().nbytes() < 2**31)
+        elif isinstance(x, tuple):
+            classes += kind, len(x)
+            _classify(x, classes, hip)
+        elif kind in DESCRIPTORS:
+            classes += kind, x.base.dtype, tuple(x.block_shape), getattr(x, "layout", None)
+        else:
+            raise Unknown(kind)
