@@ -141,9 +141,9 @@ PERSISTENT = (
 def prove(seed: int, codes: Mapping | None = None) -> None:
     """One problem under one configuration and one schedule, all of the seed's choosing."""
     config = FORWARD[seed % len(FORWARD)]
-    room = 0 if seed % 3 == 1 else hopper.ROOM  # without room for it, out takes the place of q
+    memory = 0 if seed % 3 == 1 else hopper.TILE_MEMORY  # without memory for out, it reuses that of q
     with pytest.MonkeyPatch.context() as patch, override(hopper_forward=config):
-        patch.setattr(hopper, "ROOM", room)
+        patch.setattr(hopper, "TILE_MEMORY", memory)
         patch.setattr(hopper, "_multiprocessors", lambda device: 1 + seed % 2)
         emulation = compared(PERSISTENT[seed % len(PERSISTENT)], HALF[seed % 2], seed, codes)
     if config.pingpong:

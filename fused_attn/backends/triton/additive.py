@@ -1,4 +1,4 @@
-"""Additive scores on the way to the kernels: features, and the one-pass backward."""
+"""Host side of additive scores: features, and the one-pass backward."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ...tuning.select import padded
 from . import block_mask, launcher, settings, tile_scheduler, views
 
 BLOCK = scores.PEAKS.value
-ROOM = scores.GAP.value  # no tile is longer, so that tiles at the end need no mask
+GAP = scores.GAP.value  # padding after a sequence; no tile is longer, so tiles at the end need no mask
 
-RESIDENT = 4  # programs of the backward on a multiprocessor, at most
+RESIDENT = 4  # programs of the backward per multiprocessor, at most
 
 
 class Features(NamedTuple):
-    """q or k feature by feature, (B * H, features, length up to whole tiles); their exponentials and peaks."""
+    """Features of q or k, (B * H, features, length padded to whole tiles), their exponentials and peaks."""
 
     plain: Tensor
     exponentials: Tensor
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 
 def pairs(p: Problem) -> bool:
-    """Whether tiles may take two features with one reciprocal. float32 is promised the accuracy of tanh itself."""
+    """True if tiles may share one reciprocal between two features. float32 needs the accuracy of tanh itself."""
     return p.q.dtype in HALF
 
 
@@ -40,12 +40,13 @@ def even(d: int) -> int:
 
 
 def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
-    """starts: of ragged sequences, which have zeros behind the end of each; see `kernels.scores.room`."""
+    """starts: cumulative lengths of a packed batch, whose sequences are separated by zeros; see
+    `kernels.scores.feature_start`."""
     b, heads, length, d = x.shape
-    blocks = -(-length // ROOM) * ROOM // BLOCK
+    blocks = -(-length // GAP) * GAP // BLOCK
     memory, ragged, programs = x.new_empty, None, blocks * b * heads
     if starts is not None:
-        blocks = -(-length // BLOCK) + (len(starts) - 1) * (ROOM // BLOCK + 1)
+        blocks = -(-length // BLOCK) + (len(starts) - 1) * (GAP // BLOCK + 1)
         memory, ragged = x.new_zeros, tile_scheduler.alone(starts, length, BLOCK)
         programs = len(ragged.schedule) * heads
     plain = memory(b * heads, even(d), blocks * BLOCK, dtype=torch.float32)
@@ -65,12 +66,12 @@ def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
 
 
 def view(p: Problem) -> Any:
-    """The score as kernels read it; for an additive one, features are prepared by a kernel of their own."""
+    """The score as kernels read it; a kernel of its own prepares the features of an additive one."""
     return views.score(p, score(p, fast=settings.architecture(p.q.device).startswith("sm_")))
 
 
 def score(p: Problem, fast: bool) -> Additive | None:
-    """What the kernels read of q, k and w; None where the score is a dot product. fast: see `numerics.reciprocal`."""
+    """The kernels' form of q, k and w; None if the score is a dot product. fast: see `numerics.reciprocal`."""
     if p.w is None:
         return None
     paired, d = pairs(p), p.q.shape[3]
@@ -86,10 +87,10 @@ def score(p: Problem, fast: bool) -> Additive | None:
 
 
 class Sums(NamedTuple):
-    """What the backward kernel added up, for the gradients that are not there yet."""
+    """Sums that the backward kernel returns, for gradients that are still to be reduced."""
 
-    columns: dict[str, Tensor]  # (B, Hq, N) by name: of dx, "sums", and what it gives scale, softcap and slopes
-    rows: Tensor | None  # (B, Hq, M) of dx
+    columns: dict[str, Tensor]  # (B, Hq, N): column sums of dx, and of the gradients of scale, softcap, slopes
+    rows: Tensor | None  # (B, Hq, M): row sums of dx
     grads: dict[str, Tensor]  # q, k and w
 
 
@@ -98,7 +99,7 @@ def backward(
     dv: Tensor | None, dbias: Any, needs: frozenset[str], wave: int, precision: str,
     multiprocessors: int,
 ) -> Sums:  # fmt: skip
-    """One launch. known: RowNumbers, or None; planes: score, mask and dropout; needs: of q, k, w, scale, softcap,
+    """One launch. known: RowNumbers, or None. planes: score, mask and dropout. needs: of q, k, w, scale, softcap,
     slopes, and the sums of dx, "columns" and "rows"."""
     (b, hq, m, d), (hkv, n) = p.q.shape, p.k.shape[1:3]
     features, tiles = even(d), tile_scheduler.tiles(p, c.BLOCK_N, True)
@@ -154,12 +155,12 @@ def backward(
 
 
 def _rows_of(features: Tensor, like: Tensor, starts: Tensor | None, scale: float | Tensor) -> Tensor:
-    """The inverse of preparing, in like's dtype and memory order."""
+    """The inverse of `_features`, in like's dtype and memory order."""
     b, heads, length, d = like.shape
     found = features.view(b, heads, *features.shape[1:])[:, :, :d].mT
     if starts is None:
         found = found[:, :, :length]
     else:
         own, index = places(starts, length)
-        found = found[:, :, (-(-starts[own] // BLOCK) + own * (ROOM // BLOCK + 1)) * BLOCK + index]
+        found = found[:, :, (-(-starts[own] // BLOCK) + own * (GAP // BLOCK + 1)) * BLOCK + index]
     return torch.mul(found, scale, out=torch.empty_like(like))

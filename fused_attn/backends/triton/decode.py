@@ -1,4 +1,4 @@
-"""Decoding on the way to its kernels: which parts the keys are cut into, and three launches."""
+"""Host side of decoding: the split of the keys into parts, and the launches of three kernels."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ...tuning import Config
 from ...tuning.select import padded
 from . import launcher, settings, views
 
-INVARIANT = 512  # keys of a part whose place depends on nothing else; a multiple of every tile
-RESIDENT = 2  # programs on a multiprocessor
+INVARIANT = 512  # keys per part if batch_invariant: a multiple of every tile
+RESIDENT = 2  # programs per multiprocessor
 MOST = 128  # parts
-ENOUGH = 0.85  # of the best share of a device that a number of parts keeps busy
+ENOUGH = 0.85  # of the best occupancy that any number of parts gives
 
 
 @functools.lru_cache(4096)
 def parts_for(work: int, tiles: int, slots: int) -> int:
-    """The fewest parts that keep `slots` programs about as busy as any number of them would, of `work` programs' keys
-    with so many tiles each."""
+    """The smallest number of parts that keeps `slots` resident programs nearly as busy as the best number does. work:
+    programs without a split; tiles: of keys, per program."""
     if work >= 0.8 * slots:
         return 1
 
@@ -43,7 +43,7 @@ def parts_for(work: int, tiles: int, slots: int) -> int:
 
 
 def parts(d: Decode, c: Config, tiles_of_rows: int) -> tuple[int, int]:
-    """(how many parts at most, the fewest keys of one); nothing here depends on values."""
+    """(largest number of parts, fewest keys per part), from metadata only."""
     b, _, m, n = d.shape
     if d.batch_invariant:
         return max(1, -(-n // INVARIANT)), INVARIANT
@@ -72,7 +72,8 @@ def _sequences(cache: Cache, leftpad: Tensor | None = None) -> types.Sequences:
 
 
 def _span(d: Decode) -> types.Span:
-    """With a leftpad rows have a first key, which they look at where their window has a left edge, however far."""
+    """A leftpad is a first key. Kernels look for it only where a window has a left edge, so one is set infinitely
+    far."""
     left = views.FAR if d.left is None and d.leftpad is not None else d.left
     span = views.span(Span(None if left is None else -left, d.right))
     if d.tree is None:
@@ -82,18 +83,18 @@ def _span(d: Decode) -> types.Span:
 
 
 def _problem(d: Decode) -> Problem:
-    """What the queries ask of all the cache, as far as configurations and scores are concerned."""
+    """The Problem of these queries over the whole cache, for configurations and scores."""
     k, v = (x.transpose(1, 2) for x in (d.cache.k, d.cache.v))
     return Problem(d.q.transpose(1, 2), k, v, d.scale, d.softcap, slopes=d.slopes, sink=d.sink, span=Span())
 
 
 def tile_rows(c: Config, rows: int) -> int:
-    """Packed rows of a tile: no more than the configuration has, and than there are."""
+    """Packed rows of a tile: at most the configuration's, and no more than needed."""
     return min(c.BLOCK_M, max(16, 1 << (rows - 1).bit_length()))
 
 
 def tile_keys(c: Config, page: int | None) -> int:
-    """Keys of a tile: so many that one page holds it, and is looked up once, if that leaves at least 32."""
+    """Keys of a tile: few enough that a page holds it and is looked up once, if that leaves at least 32."""
     if page is None:
         return c.BLOCK_N
     sizes = (c.BLOCK_N >> i for i in range(4))
@@ -101,7 +102,7 @@ def tile_keys(c: Config, page: int | None) -> int:
 
 
 def decode(d: Decode) -> tuple[Tensor, Tensor]:
-    """(out, lse), under no_grad."""
+    """(out, lse); call under no_grad."""
     p = _problem(d)
     out, lse = d.empty_out(), d.empty_lse()
     (b, _, m, n), hkv, dv = d.shape, p.k.shape[1], p.v.shape[3]
@@ -143,28 +144,28 @@ def decode(d: Decode) -> tuple[Tensor, Tensor]:
 
 
 def append(cache: Cache, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None, advance: bool) -> Tensor:
-    """Write k and v behind the sequences of a cache; q rotated, or an empty tensor where nothing rotates."""
+    """Write k and v after the sequences of a cache. Returns q rotated, or an empty tensor without rotary embedding."""
     (b, t, hkv, d), (_, m, hq, _), dv = k.shape, q.shape, v.shape[3]
-    q_turned = q.new_empty(0) if rotary is None else torch.empty_like(q)
-    turning = None
+    q_rotated = q.new_empty(0) if rotary is None else torch.empty_like(q)
+    tables = None
     if rotary is not None:
-        turning = types.Rotary(
+        tables = types.Rotary(
             *(views.view(x[None, None]) for x in (rotary.cos, rotary.sin)), views.encode(len(rotary.cos)),
             views.constant(rotary.cos.shape[1]), views.constant(rotary.interleaved),
         )  # fmt: skip
     tokens = t if rotary is None else max(t, m)
-    slots = 2 * hkv + (0 if rotary is None else hq)
+    heads = 2 * hkv + (0 if rotary is None else hq)
     block = 1 if tokens == 1 else 16
-    if b * slots * tokens == 0:
-        return q_turned
+    if b * heads * tokens == 0:
+        return q_rotated
     with torch.cuda.device_of(q):
         launcher.launch(
             append_kernels.append_kernel,
-            slots * -(-tokens // block) * b,
+            heads * -(-tokens // block) * b,
             *map(_heads_first, (k, v, cache.k, cache.v)),
-            *((None, None) if rotary is None else map(_heads_first, (q, q_turned))),
-            *(_sequences(cache), _pages(cache), turning),
-            *(t, 0 if rotary is None else m, cache.capacity, hkv, slots),
+            *((None, None) if rotary is None else map(_heads_first, (q, q_rotated))),
+            *(_sequences(cache), _pages(cache), tables),
+            *(t, 0 if rotary is None else m, cache.capacity, hkv, heads),
             ADVANCE=advance,
             D=d,
             DV=dv,
@@ -173,4 +174,4 @@ def append(cache: Cache, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None,
             BLOCK_T=block,
             num_warps=1 if block == 1 else 4,
         )
-    return q_turned
+    return q_rotated

@@ -1,4 +1,4 @@
-"""The "hopper" backend: Gluon kernels for sm_90, which the portable ones serve wherever these cannot or do not yet."""
+"""The "hopper" backend: Gluon kernels for sm_90. Calls that they do not support run on the portable kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...tuning.select import SHARED
 from . import launcher, portable, settings
 
 ARCHITECTURE = "sm_90"
-HEAD_DIMS = (64, 128, 256)  # that tiles have
-WASTE = 4 / 3  # of padding that is still worth it
+HEAD_DIMS = (64, 128, 256)  # of tiles
+WASTE = 4 / 3  # the most that padding may multiply the head dim by
 
 
 @functools.cache
 def _device_code() -> Any:
-    """The kernel, and the descriptors that it takes; imported when first asked for, because they import triton."""
+    """The kernels and their descriptors; imported on first use, because they import triton."""
     from types import SimpleNamespace
 
     from triton.experimental.gluon import language as gl
@@ -46,7 +46,8 @@ def _device_code() -> Any:
 
 
 def why_not(p: Problem) -> list[str]:
-    """Every reason why these kernels cannot run p. Gluon aborts the process on other GPUs, so this comes first."""
+    """Every reason why these kernels cannot run p. The device is checked first: Gluon aborts the process on other
+    GPUs."""
     reasons = _machine(p.q.device)
     if p.q.dtype not in HALF:
         reasons.append(f"{p.q.dtype} is not supported; float16 and bfloat16 are")
@@ -76,7 +77,7 @@ def why_not(p: Problem) -> list[str]:
 
 
 def unproven(p: Problem) -> list[str]:
-    """Why a call that names no backend should not come here yet."""
+    """Why a call that names no backend does not come here yet."""
     kernels = ["hopper_forward"] if p.deterministic else ["hopper_forward", "hopper_backward"]
     return [
         f"{name} has no validated row for this head dim in the {ARCHITECTURE} tuning table; reached only by name"
@@ -102,15 +103,15 @@ def _tile_dim(d: int) -> int | None:
 
 
 def _copyable(x: Tensor) -> bool:
-    """Whether TMA can copy boxes of x: a pointer and strides of 16 bytes, rows without gaps inside."""
+    """True if TMA can copy boxes of x: pointer and strides are multiples of 16 bytes, and rows are contiguous."""
     per = 16 // x.element_size()
     apart = [s for n, s in zip(x.shape[:3], x.stride(), strict=False) if n > 1]
     return x.stride(3) == 1 and _aligned(x) and all(s > 0 and s % per == 0 for s in apart)
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether x lies on a grid of 16 bytes. True where there is no address to ask, as while tracing or in a subclass:
-    the operator asks again."""
+    """True if x is aligned to 16 bytes, or has no address yet (while tracing, or in a subclass): the operator checks
+    again."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return True
     try:
@@ -120,14 +121,14 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _seen(p: Problem) -> tuple[int, int]:
-    """The keys that any row sees, from the first up to but not including the last."""
+    """The keys that any row sees, as (first, last), last excluded."""
     _, _, m, n = p.shape
     left, right = p.span.left, p.span.right
     return max(0, left or 0), n if right is None else min(n, m + right)
 
 
 def _moved(span: Span, by: int) -> Span:
-    """The same interval where the first row less the first key is by so much larger."""
+    """The same interval for rows and keys that are counted from elsewhere: (first row - first key) grows by `by`."""
     left, right = (None if x is None else x + by for x in (span.left, span.right))
     return Span(left, right)
 
@@ -142,22 +143,22 @@ def _config(kernel: str, p: Problem) -> Config:
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:
-    """Boxes of `rows` rows of one batch and head. What lies outside x reads as zeros and is not written."""
+    """A TMA descriptor with boxes of `rows` rows of one head. Elements outside x read as zeros and are not written."""
     code = _device_code()
     box = [1, 1, rows, _tile_dim(x.shape[3])]
-    # The stride of a dim of size 1 may be anything, and TMA checks it.
+    # TMA checks the stride of a dim of size 1 too, which may be anything.
     strides = [8 if n == 1 else s for n, s in zip(x.shape[:3], x.stride(), strict=False)]
     return code.Descriptor(x, list(x.shape), [*strides, 1], box, code.layout(box, code.dtypes[x.dtype]))
 
 
-record = portable.record  # nothing here looks at values
+record = portable.record  # nothing here reads values
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, peak, log_sum), under no_grad: see `ops`."""
+    """(out, lse, peak, log_sum); call under no_grad."""
     code = _device_code()
     b, hq, m, _ = p.shape
-    # Keys that no row sees may hold anything, so they are outside what the kernel is shown.
+    # Keys that no row sees may hold NaN, so the kernel does not get them.
     first, last = _seen(p)
     k, v = p.k, p.v
     if last - first < p.shape[3]:
@@ -185,55 +186,56 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             CONSUMERS=c.consumers,
             STAGES=c.num_stages,
             PING=c.pingpong,
-            OWN_OUT=2 * _bytes(c.consumers * c.BLOCK_M, d) + 2 * _bytes(c.num_stages * c.BLOCK_N, d) <= ROOM,
+            OWN_OUT=2 * _bytes(c.consumers * c.BLOCK_M, d) + 2 * _bytes(c.num_stages * c.BLOCK_N, d) <= TILE_MEMORY,
             UNPACKED=c.consumers == 2 and c.BLOCK_N + d // 2 <= (96 if _has_modifiers(p) else 160),
             num_warps=c.num_warps,
         )
     return out, *found
 
 
-ROOM = SHARED[ARCHITECTURE] - 1024  # for tiles; the rest is for barriers
+TILE_MEMORY = SHARED[ARCHITECTURE] - 1024  # for tiles; the rest is for barriers
 
 
 def _bytes(rows: int, d: int) -> int:
-    """Of shared memory, in half precision."""
+    """Bytes of shared memory of a tile in half precision."""
     return 2 * rows * d
 
 
 def backward(
     p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients that needs names, under no_grad: in one pass over the keys, or else by the portable kernels."""
+    """The gradients that needs names; call under no_grad. In one pass over the keys if possible, else by the portable
+    kernels."""
     with torch.cuda.device_of(p.q):
         form = _OnePass if _one_pass(p, needs) else portable._Backward
         return form(p, out, peak, log_sum, dout, dlse, needs).run()
 
 
 def _one_pass(p: Problem, needs: frozenset[str]) -> bool:
-    """Whether the one-pass backward serves. Its sums for dq are in no order, unless the configuration orders them."""
+    """True if the one-pass backward can run p. It adds dq in any order, unless the configuration is an ordered one."""
     if _has_modifiers(p) or not needs >= {"q", "k", "v"} or needs - {"q", "k", "v", "sink"}:
         return False
     if not 0 < p.scale < math.inf:
         return False
     first, last = _seeing(p)
     if p.sink is not None and (first > 0 or last < p.shape[2]):
-        return False  # the rows that see nothing have their part in the sink's gradient
+        return False  # rows that see nothing also contribute to the sink's gradient
     return not p.deterministic or _config("hopper_backward", p).ordered
 
 
 def _seeing(p: Problem) -> tuple[int, int]:
-    """The rows that see any key, from the first up to but not including the last."""
+    """The rows that see any key, as (first, last), last excluded."""
     _, _, m, n = p.shape
     left, right = p.span.left, p.span.right
     return max(0, -(right or 0)), m if left is None else min(m, n - left)
 
 
-WIDE = 256  # head dim from which on no consumer's registers hold both dk and dv
-FINE = 32  # rows of a program that prepares or finishes; the numbers of rows lie on a grid of so many
+WIDE = 256  # head dim from which a consumer's registers cannot hold both dk and dv
+FINE = 32  # rows per program of prepare and finish; row numbers are padded to a multiple
 
 
 class _OnePass(portable._Backward):
-    """One backward pass of the Gluon kernel, which shows it no row and no key that has no part in it."""
+    """The one-pass backward in Gluon. The kernel gets only rows that see a key and keys that are seen."""
 
     def run(self) -> dict[str, Tensor]:
         p, code = self.p, _device_code()

@@ -1,4 +1,4 @@
-"""The "triton" backend: allocate, choose a configuration, launch. Nothing here depends on values, only on metadata."""
+"""The "triton" backend: allocate, choose a configuration, launch. Nothing here reads values, only metadata."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_HEAD_DIM = 512
 
 @functools.cache
 def _device_code() -> Any:
-    """The kernels and the views they take; imported when first asked for, because they import triton."""
+    """The kernels and their views; imported on first use, because they import triton."""
     from types import SimpleNamespace
 
     from ...kernels import backward, forward, types
@@ -78,8 +78,8 @@ def _too_large(p: Problem) -> list[str]:
 
 
 def _forward_config(p: Problem) -> tuple[Config, tuple[Any, Any]]:
-    """The configuration, and descriptors of k and v or (None, None): a memory layout that has none wants the registers
-    of pointers, as a modifier wants its own."""
+    """The configuration, and TMA descriptors of k and v or (None, None). Without descriptors the kernel needs registers
+    for pointers, and takes the row for kernels with modifiers."""
     c = settings.config("forward" if p.w is None else "additive_forward", p)
     if not c.descriptors:
         return c, (None, None)
@@ -90,14 +90,14 @@ def _forward_config(p: Problem) -> tuple[Config, tuple[Any, Any]]:
 
 
 def record(work: Any, given: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
-    """work(*given), and the same as a replay: nothing here looks at values."""
+    """The results of work(*given), and a replay of it: nothing here reads values."""
     from .recording import record
 
     return record(work, given)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, peak, log_sum), under no_grad: see `ops`."""
+    """(out, lse, peak, log_sum); call under no_grad."""
     code = _device_code()
     views, tile_scheduler = code.views, code.tile_scheduler
     b, hq = p.shape[:2]
@@ -128,13 +128,13 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients that needs names, under no_grad. Deterministic: no atomics, and every sum in a fixed order."""
+    """The gradients that needs names; call under no_grad. Deterministic: no atomics, and every sum in a fixed order."""
     with torch.cuda.device_of(p.q):
         return _Backward(p, out, peak, log_sum, dout, dlse, needs).run()
 
 
 class _Backward:
-    """One backward pass: which kernels run, and what each writes, follows from needs."""
+    """One backward pass. needs decides which kernels run and what each writes."""
 
     def __init__(
         self, p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None,
@@ -146,7 +146,7 @@ class _Backward:
         self.code = _device_code()
         self.views, self.tile_scheduler = self.code.views, self.code.tile_scheduler
         self.grads: dict[str, Tensor] = {}
-        # Of dx, over the keys of each row and the rows of each key, where they are asked for.
+        # Sums of dx over each row and over each column, if needed.
         self.row_sums: Tensor | None = None
         self.column_sums: Tensor | None = None
         tensors = p.tensors()
@@ -182,31 +182,31 @@ class _Backward:
         return self.grads
 
     def _keep(self, name: str, value: Tensor) -> None:
-        """In the parameter's own dtype and memory order."""
+        """Store a gradient in the parameter's dtype and memory order."""
         own = self.p.tensors()[name]
         self.grads[name] = torch.empty_like(own).copy_(value.view(own.shape))
 
     def _by_sequence(self, x: Tensor, by_keys: bool = False) -> Tensor:
-        """Of rows or keys, as bias is laid out."""
+        """Row or key numbers of a packed batch in the padded layout of bias."""
         ragged = self.p.ragged
         if ragged is None:
             return x
         return padded_sequences(x, *((ragged.k, ragged.max_k) if by_keys else (ragged.q, ragged.max_q)))
 
     def _bias_form(self) -> str:
-        """How the bias's gradient is had: contract by contract, the cheapest that is exact."""
+        """How the bias's gradient is computed: the cheapest exact way for its shape."""
         b, hq, m, n = self.p.shape
         have = self.p.bias.shape
         if have[3] != n:
-            return "rows"  # one value a row or less: in closed form
+            return "rows"  # at most one value per row: closed form
         if have[2] != m:
-            return "columns"  # one value a key: sums in the key-major kernel
+            return "columns"  # one value per key: column sums in the key-major kernel
         return "dense" if (have[0], have[1]) == (b, hq) else "shared"
 
     def _row_numbers(self) -> Any:
-        """What every other kernel knows of a row."""
+        """RowNumbers for the other kernels."""
         p = self.p
-        b, hq, m, _ = p.q.shape  # a row knows of no other, wherever its sequence begins
+        b, hq, m, _ = p.q.shape  # rows are independent, whatever their sequence
         normaliser = torch.empty_like(self.log_sum, dtype=torch.int64)
         known = self.code.types.RowNumbers(normaliser, torch.empty_like(self.log_sum))
         c = settings.config("delta", p)
@@ -238,7 +238,7 @@ class _Backward:
         return _device_code().additive.view(p), self.views.plane_view(p.mask, p.shape), self.views.dropout(p)
 
     def _inputs(self, span: Any, schedule: Any) -> tuple[Any, ...]:
-        """What the kernels that compute weights again begin with."""
+        """The first arguments of the kernels that recompute weights."""
         score, mask, dropout = self._planes
         return *self._operands, self.known, score, span, mask, dropout, schedule
 
@@ -285,7 +285,7 @@ class _Backward:
         self._keep_sums(sums)
 
     def _keep_sums(self, sums: dict[str, Tensor], by_keys: bool = False) -> None:
-        """Of rows or keys, (B, Hq, length), as the gradients of what they are named for."""
+        """Reduce row or key sums (B, Hq, length) to the gradients of the parameters that they are named after."""
         ragged = self.p.ragged
         for name, x in sums.items():
             own = self.p.tensors()[name]
@@ -296,13 +296,13 @@ class _Backward:
                 self._keep(name, x.sum() if own.ndim == 0 else x.sum((0, 2)))
 
     def _dense_bias(self) -> Any:
-        """A bias of which every entry has one score, to be written; tiles that no row sees are never visited."""
+        """The gradient of a bias with one entry per score; zeroed first if some tiles are not visited."""
         whole = self.p.unbounded and self.p.ragged is None
         self.grads["bias"] = (torch.empty_like if whole else torch.zeros_like)(self.p.bias)
         return self.views.plane_output(self.grads["bias"], self.p.shape)
 
     def _additive(self, dense: bool, columns: bool, rows: bool) -> None:
-        """Everything but a shared bias, in one pass."""
+        """Every gradient but a shared bias's, in one pass."""
         p = self.p
         wanted = self.needs & {"q", "k", "w", "scale", "softcap", "slopes"}
         wanted |= {name for name, there in (("columns", columns), ("rows", rows)) if there}
@@ -333,13 +333,13 @@ class _Backward:
         )
 
     def _sink_weights(self) -> Tensor:
-        """(B, Hq, M): the share of the sink in each row's denominator."""
+        """(B, Hq, M): the sink's share of each row's denominator."""
         peak = self.peak * self.p.scale if self._planes[0].folds.value else self.peak
         share = torch.exp(self.p.sink.float()[:, None] - peak - self.log_sum)
         return torch.where(self.log_sum == -torch.inf, 0.0, share)
 
     def _row_gradient(self) -> Tensor:
-        """(B, Hq, M): the sum of dx over a row, dlse + delta * P_sink, because weights and sink add up to one."""
+        """(B, Hq, M): the sum of dx over a row. It is dlse + delta * P_sink, because weights and sink sum to one."""
         total = torch.zeros_like(self.log_sum) if self.dlse is None else self.dlse.float()
         if self.p.sink is not None:
             return total + self.known.delta * self._sink_weights()
@@ -347,6 +347,6 @@ class _Backward:
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    """x summed over the dims in which shape is 1, and broadcast where x is."""
+    """x summed over the dims where shape is 1 and x is not."""
     dims = [i for i, (have, want) in enumerate(zip(x.shape, shape, strict=True)) if have != want and want == 1]
     return x.sum(dims, keepdim=True) if dims else x

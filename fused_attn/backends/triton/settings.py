@@ -1,4 +1,4 @@
-"""Settings that launches of several kernels share: configuration, precision, how many heads run side by side."""
+"""Settings shared by launches of several kernels: configuration, precision, heads per wave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CACHE = 32 * 2**20  # bytes of keys and values that heads in flight together may
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which triton decides when it is imported."""
+    """True if kernels run in Triton's interpreter, which triton decides when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -29,7 +29,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def precision(p: Problem) -> str:
-    """How float32 operands are multiplied; half precision does not ask."""
+    """The precision of products of float32 operands; half precision ignores it."""
     if p.q.dtype in HALF or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"
@@ -42,7 +42,7 @@ def has_modifiers(p: Problem) -> bool:
 
 
 def wave(p: Problem, heads: int) -> int:
-    """How many of B * heads heads run side by side: as many as have their keys and values in the cache together."""
+    """Heads that run side by side, of B * heads: as many as fit their keys and values into the cache together."""
     b, _, _, n = p.shape
     pair = n * (p.q.shape[3] + p.v.shape[3]) * p.q.element_size()
     return max(1, min(b * heads, CACHE // pair * (heads // p.k.shape[1])))
@@ -55,7 +55,7 @@ def config(kernel: str, p: Problem, with_modifiers: bool = False) -> Config:
 
 
 def constants(c: Config, p: Problem) -> dict[str, Any]:
-    """What a kernel that multiplies is compiled for, and how."""
+    """The compile-time arguments and options of a kernel with matrix products."""
     return _constants_of(c, p.group, p.q.shape[3], p.v.shape[3], precision(p))
 
 

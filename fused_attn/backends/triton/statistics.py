@@ -1,4 +1,4 @@
-"""The statistics kernels: allocate, choose a configuration, launch."""
+"""Host side of the statistics kernels: allocate, choose a configuration, launch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ...tuning.config import overridden
 from ...tuning.select import padded
 from . import launcher, settings
 
-MOST = 32  # places ranked at once: of 64, sm_80 would spill some
-# Whose tiles are right for additive scores, which are bound by other things than products are.
+MOST = 32  # keys ranked per launch; 64 would spill registers on sm_80
+# Additive scores have other bottlenecks, and take the tiles of these kernels.
 ADDITIVE = {"row_statistics": "additive_forward", "map": "additive_forward", "key_mass": "additive_backward"}
 
 
 @functools.cache
 def _kernels() -> tuple[Any, ...]:
-    """The row-major kernel, the key-major one, that of maps, and the host's and the device's nouns."""
+    """The row-major, key-major and map kernels, and the modules of views; imported on first use."""
     from ...kernels import statistics, types
     from . import additive, block_mask, tile_scheduler, views
 
@@ -43,18 +43,18 @@ def _constants(c: Config, p: Problem) -> dict[str, Any]:
 
 
 def _tiles(kernel: str, p: Problem) -> Config:
-    """The configuration of a kernel; one that is pinned by its own name is taken whatever the score."""
+    """The configuration of a kernel. One pinned by its own name is used whatever the score."""
     return settings.config(kernel if p.w is None or overridden(kernel) else ADDITIVE[kernel], p)
 
 
 def _planes(p: Problem) -> tuple[Any, ...]:
-    """q, k, the score and the mask, as every one of them takes them."""
+    """q, k, the score and the mask, as all three kernels take them."""
     views, score = _kernels()[3], _kernels()[7].view(p)
     return views.view(p.q), views.view(p.k), score, views.plane_view(p.mask, p.shape)
 
 
 def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
-    """What is asked for of a problem, under no_grad."""
+    """The requested statistics of a problem; call under no_grad."""
     found = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)
     if p.empty:
         return found
@@ -75,7 +75,7 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
     c = _tiles("row_statistics", p)
     span, schedule = block_mask.rows(p, c), tile_scheduler.schedule(p, c.BLOCK_M)
     top_k = 0 if found.top_k_indices is None else found.top_k_indices.shape[3]
-    # Where there are more places than a program ranks at once, further launches rank what is below the last of them.
+    # If top_k is larger than a launch can rank, further launches rank the scores below its last one.
     size = max(2, min(MOST, c.BLOCK_N, 1 << (top_k - 1).bit_length())) if top_k else 2
     bound, others = None, (found.max_logit, found.entropy, shift, part)
     weighs = not p.sigmoid and (top_k > 0 or any(x is not None for x in others[1:]))
@@ -115,7 +115,7 @@ def _mass(
 
 
 def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
-    """(B, len(heads), len(rows), N), under no_grad."""
+    """(B, len(heads), len(rows), N); call under no_grad."""
     _, _, kernel, _, block_mask, *_ = _kernels()
     b, hq, m, n = p.shape
     once, back = torch.unique(torch.tensor(rows, dtype=torch.int64), return_inverse=True)

@@ -1,4 +1,4 @@
-"""From tensors to the nouns of kernels/types.py: encoded strides, alignment, and the int64 decision."""
+"""Tensors as the tuples of kernels/types.py: encoded strides, alignment, and whether offsets need int64."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _booleans = {x: tl.constexpr(x) for x in (False, True)}
 
 
 def strides_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """A dim of size 1 gets the stride that costs no class of its own."""
+    """Strides in which dims of size 1 have stride 0, so that they cause no further specialisation."""
     return tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
 
 
@@ -43,7 +43,8 @@ def strides_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, .
 def _layout(
     shape: tuple[int, ...], strides: tuple[int, ...], target: tuple[int, ...], size: int, aligned: bool
 ) -> tuple[tuple[int, ...], Any, Any, Any, Any]:
-    """Every field of View but the pointer, for elements of `size` bytes; aligned speaks of the pointer."""
+    """Every field of View but the pointer, for elements of `size` bytes. aligned: the pointer is a multiple of 16
+    bytes."""
     strides = strides_of(shape, strides)
     rows = int(shape[2] == target[2])
     adjacent = strides[3] == 1 or target[3] == 1
@@ -75,10 +76,10 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
 
 
 def plane_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
-    """A tensor to read that broadcasts to `shape`, (B, H, M, N).
+    """An input that broadcasts to `shape`, (B, H, M, N).
 
-    Its strides depend on lengths, and so would the alignment of its rows, for which kernels are compiled: where rows
-    are adjacent elements but not aligned, they are copied so that they are. Dims along which it is expanded stay so.
+    Its strides depend on lengths, and kernels are compiled for the alignment of rows. Contiguous rows that are not
+    aligned are therefore copied into aligned ones; expanded dims stay expanded.
     """
     if x is None:
         return None
@@ -94,7 +95,7 @@ def plane_view(x: Tensor | None, shape: tuple[int, ...]) -> View | None:
 
 
 def plane_output(x: Tensor, shape: tuple[int, ...]) -> View:
-    """A tensor to write, with the strides that it has, and one class for all of them."""
+    """An output, with its own strides; always compiled as unaligned."""
     return View(x, *_layout(x.shape, x.stride(), shape, x.element_size(), False))
 
 
@@ -130,7 +131,7 @@ def transposed_span(s: Interval, n: int) -> Span:
 
 
 def score(p: Problem, additive: Additive | None) -> Score:
-    """additive: see `launch.additive.score`."""
+    """additive: see `additive.score` of this package."""
     alone = all(x is None for x in (p.softcap, p.bias, p.slopes, p.row_terms)) and not p.sigmoid
     return Score(
         scalar(p.scale),
