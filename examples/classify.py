@@ -338,13 +338,13 @@ def figures(runs: tuple[Run, Run], held_out: list[Sentence]) -> Table:
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = runner.parser(__doc__)
-    for name, kind, default, meaning in (
-        ("areas", runner.within(int, 2, 8), 8, "of law, the first of the file"),
-        ("epochs", runner.within(int, 1, 100), 3, "in which every sentence is read once"),
-        ("batch", runner.within(int, 1, 100), 16, "sentences a step"),
-        ("seed", runner.SEED, 0, "of the last layer's weights and of the batches"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning} (default %(default)s)")
+    runner.add_numbers(
+        parser,
+        ("areas", runner.Within(int, 2, 8), 8, "areas of law, the first ones of the file"),
+        ("epochs", runner.Within(int, 1, 100), 3, "passes over the training sentences"),
+        ("batch", runner.Within(int, 1, 100), 16, "sentences per step"),
+        ("seed", runner.SEED, 0, "seed of the last layer's weights and the batches"),
+    )
     devices.add_option(parser)
     return parser.parse_args(given)
 

@@ -403,25 +403,20 @@ def draw(ours: Run, theirs: Run, entropy: float, path: Path) -> None:
 
 def arguments(given: list[str] | None, corpus: Corpus) -> argparse.Namespace:
     parser = runner.parser(__doc__)
-    for name, default, meaning in (
-        ("steps", 500, "of training"),
-        ("batch", 8, "windows a step"),
-        ("context", 160, "characters a window; more than 128 take several tiles of rows, more than 512 of keys"),
-        ("layers", 4, "blocks of attention and feed-forward"),
-        ("heads", 4, "of attention, in each layer"),
-        ("width", 128, "of the model; a multiple of twice the heads"),
-        ("length", 500, "characters to write at the end"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=runner.within(int, 1), default=default, help=f"{meaning} (default %(default)s)"
-        )
-    parser.add_argument(
-        "--seed", type=runner.SEED, default=0, help="of weights, batches and what is written (default %(default)s)"
+    positive = runner.Within(int, 1)
+    runner.add_numbers(
+        parser,
+        ("steps", positive, 500, "training steps"),
+        ("batch", positive, 8, "windows per step"),
+        ("context", positive, 160, "characters per window; above 128 rows and above 512 keys take several tiles"),
+        ("layers", positive, 4, "layers of attention and feed-forward"),
+        ("heads", positive, 4, "attention heads of a layer"),
+        ("width", positive, 128, "model width, a multiple of twice the heads"),
+        ("length", positive, 500, "characters to write at the end"),
+        ("seed", runner.SEED, 0, "seed of the weights, the batches and the written text"),
+        ("rate", runner.Within(float, 1e-6, 1), 2e-3, "peak learning rate"),
     )
-    parser.add_argument(
-        "--rate", type=runner.within(float, 1e-6, 1), default=2e-3, help="of learning, at its highest (%(default)s)"
-    )
-    parser.add_argument("--prompt", default="def ", help="what the written text begins with (default %(default)r)")
+    parser.add_argument("--prompt", default="def ", help="start of the written text (default %(default)r)")
     devices.add_option(parser)
     options = parser.parse_args(given)
     if options.width % (2 * options.heads):

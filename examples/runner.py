@@ -12,6 +12,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,22 +42,27 @@ def imports(*later: str) -> Iterator[None]:
         _interrupted(KeyboardInterrupt())
 
 
-def within(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], Any]:
+@dataclass(frozen=True)
+class Within:
     """A `type` for add_argument: numbers from low to high, both included. NaN and infinity are never accepted."""
-    allowed = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
 
-    def parsed(text: str) -> int | float:
+    kind: type[int] | type[float]
+    low: float
+    high: float = math.inf
+
+    def __call__(self, text: str) -> int | float:
         with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and value != math.inf:
+            value = self.kind(text)
+            if self.low <= value <= self.high and value != math.inf:
                 return value
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {what} {allowed}, not {text!r}")
+        what = "a whole number" if self.kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what}, {self}, not {text!r}")
 
-    return parsed
+    def __str__(self) -> str:
+        return f"at least {self.low}" if self.high == math.inf else f"{self.low} to {self.high}"
 
 
-SEED = within(int, 0, 2**63 - 1)
+SEED = Within(int, 0, 2**63 - 1)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -64,6 +70,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("out"), help="directory for pictures (default ./%(default)s)")
     return made
+
+
+def add_numbers(parser: argparse.ArgumentParser, *options: tuple[str, Within, float, str]) -> None:
+    """Adds options (name, range, default, meaning), whose help shows the range and the default."""
+    for name, allowed, default, meaning in options:
+        text = f"{meaning}, {allowed} (default %(default)s)"
+        parser.add_argument(f"--{name}", type=allowed, default=default, help=text)
 
 
 def prepare(directory: Path) -> None:
@@ -100,11 +113,15 @@ def counted(progress: Any) -> Iterator[Any]:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Exits with main's status, or after Ctrl-C with one line and status 130."""
+    """Exits with main's status, or with one line after Ctrl-C (status 130) and if FUSED_ATTN_BACKEND cannot run it."""
     try:
         status = main()
     except KeyboardInterrupt as stop:
         _interrupted(stop)
+    except ValueError as error:
+        if "FUSED_ATTN_BACKEND" not in str(error):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     sys.exit(status)
 
 

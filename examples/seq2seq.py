@@ -350,19 +350,24 @@ def thirds(curve: dict[int, float]) -> tuple[float, float]:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = runner.parser(__doc__)
-    parser.add_argument("--score", choices=SCORES, default="additive", help="default: %(default)s")
-    for name, kind, default, meaning in (
-        ("accuracy", runner.within(float, 0, 1), 0.98, "to reach with attention"),
-        ("longest", runner.within(int, 14, LONGEST), LONGEST, "characters of a sentence"),  # 14: sums of a day
-        ("pairs", runner.within(int, 1, 100_000), 1000, "of each length, to train on"),
-        ("heldout", runner.within(int, 1, 100_000), 40, "of each length, to judge by"),
-        ("steps", runner.within(int, 3), 1000, "of training"),
-        ("batch", runner.within(int, 1), 64, "pairs a step"),
-        ("size", runner.within(int, 2), 128, "of a state, an even number"),
-        ("rate", runner.within(float, 1e-6, 1), 4e-3, "of learning, at its peak"),
-        ("seed", runner.SEED, 0, "of weights and sentences"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning}; default: %(default)s")
+    parser.add_argument("--score", choices=SCORES, default="additive", help="attention score (default %(default)s)")
+    runner.add_numbers(
+        parser,
+        ("accuracy", runner.Within(float, 0, 1), 0.98, "share of sentences that attention must translate"),
+        (
+            "longest",
+            runner.Within(int, 14, LONGEST),
+            LONGEST,
+            "characters of the longest sentence",
+        ),  # 14: sums of a day
+        ("pairs", runner.Within(int, 1, 100_000), 1000, "training pairs of each length"),
+        ("heldout", runner.Within(int, 1, 100_000), 40, "held-out pairs of each length"),
+        ("steps", runner.Within(int, 3), 1000, "training steps"),
+        ("batch", runner.Within(int, 1), 64, "pairs per step"),
+        ("size", runner.Within(int, 2), 128, "size of a state, an even number"),
+        ("rate", runner.Within(float, 1e-6, 1), 4e-3, "peak learning rate"),
+        ("seed", runner.SEED, 0, "seed of the weights and the sentences"),
+    )
     devices.add_option(parser)
     options = parser.parse_args(arguments)
     if options.size % 2:

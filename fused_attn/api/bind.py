@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..runtime.autocast import autocast
 from ..scores import Bilinear, Distance, Score
-from ..spec.checks import as_bool, as_float, as_int, check_choice, is_integers
+from ..spec.checks import as_bool, as_float, as_int, check_choice, check_dense, is_integers
 from ..spec.conditions import Condition, Window
 from ..spec.dropout import Dropout
 from ..spec.options import Options
@@ -50,6 +50,7 @@ def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") 
             raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
         if x.is_nested:
             raise NotImplementedError(f"{name}: nested tensors are built for attention and the SDPA door alone")
+        check_dense(name, x)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
         if x.dtype != q.dtype:

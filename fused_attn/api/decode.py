@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..runtime import decode_ops, dispatch
 from ..runtime.autocast import autocasts, no_autocast
-from ..spec.checks import as_bool, as_int, as_int32, check_parameter, check_shape, describe
+from ..spec.checks import as_bool, as_int, as_int32, check_dense, check_parameter, check_shape, describe
 from ..spec.decoding import Cache, Decode, Rotary
 from ..spec.options import Options
 from ..spec.problem import DTYPES, Problem, TransformError
@@ -157,6 +157,7 @@ def _check_kind(name: str, x: Any, like: Tensor | None = None, shape: str = "4 d
     """A 4-d floating tensor, of the dtype and device of q, which is `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
+    check_dense(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
     if like is not None and x.dtype != like.dtype:
@@ -253,6 +254,7 @@ def _check_tree(tree: Any, q: Tensor) -> None:
     b, m = q.shape[:2]
     if not isinstance(tree, Tensor) or tree.dtype != torch.bool:
         raise TypeError(f"tree_mask: expected a bool tensor, got {describe(tree)}")
+    check_dense("tree_mask", tree)
     if tree.device != q.device:
         raise ValueError(f"tree_mask: expected q's device {q.device}, got {tree.device}")
     if tuple(tree.shape) not in ((b, m, m), (1, m, m)):

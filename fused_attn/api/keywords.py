@@ -16,18 +16,36 @@ from ..spec.checks import describe
 F = TypeVar("F", bound=Callable[..., Any])
 
 WEIGHTS = "attention_map(q, k, ...) returns the weights of chosen rows and heads"
-# Keywords of torch, flash-attn, FlexAttention, xFormers, JAX and Transformers, by the parameter that means the same.
+# By parameter: the keywords of torch, flash-attn, FlexAttention, xFormers, JAX and Transformers with the same meaning.
 NAMES = {
-    "is_causal": "causal", "attn_bias": "bias", "softmax_scale": "scale", "sm_scale": "scale", "scaling": "scale",
-    "logits_soft_cap": "softcap", "attn_logits_soft_cap": "softcap", "soft_cap": "softcap", "logit_cap": "softcap",
-    "dropout": "dropout_p", "attn_dropout": "dropout_p", "dropout_rate": "dropout_p", "alibi": "alibi_slopes",
-    "sinks": "sink", "s_aux": "sink", "learnable_sink": "sink", "return_softmax_lse": "return_lse",
-    "tensor_layout": "layout", "qkv_format": "layout", "impl": "backend", "implementation": "backend",
-    "attn_implementation": "backend", "block_table": "page_table", "leftpad_k": "cache_leftpad", "k": "k_new",
-    "v": "v_new", "dropout_seed": "seed", "generator": "seed", "rng": "seed", "block_tables": "page_table",
-    "num_blocks": "num_pages", "block_size": "page_size",
-}  # fmt: skip
-# The same, where there is more to say: (parameter, advice).
+    "q": ("query",),
+    "k": ("key",),
+    "v": ("value",),
+    "query": ("q",),
+    "key": ("k",),
+    "value": ("v",),
+    "attn_mask": ("mask", "bias", "attn_bias", "attention_mask", "key_padding_mask"),
+    "causal": ("is_causal",),
+    "bias": ("attn_bias",),
+    "scale": ("softmax_scale", "sm_scale", "scaling"),
+    "softcap": ("logits_soft_cap", "attn_logits_soft_cap", "soft_cap", "logit_cap"),
+    "dropout_p": ("dropout", "attn_dropout", "dropout_rate"),
+    "seed": ("dropout_seed", "generator", "rng"),
+    "alibi_slopes": ("alibi",),
+    "sink": ("sinks", "s_aux", "learnable_sink"),
+    "return_lse": ("return_softmax_lse",),
+    "layout": ("tensor_layout", "qkv_format"),
+    "backend": ("impl", "implementation", "attn_implementation"),
+    "k_cache": ("key_cache",),
+    "v_cache": ("value_cache",),
+    "k_new": ("k",),
+    "v_new": ("v",),
+    "page_table": ("block_table", "block_tables"),
+    "cache_leftpad": ("leftpad_k",),
+    "num_pages": ("num_blocks",),
+    "page_size": ("block_size",),
+}
+# Keywords that need more advice: (parameter, advice).
 ADVICE = {
     "attn_mask": ("mask", "mask= where it is bool (True = may attend), bias= where it is added to the scores"),
     "attention_mask": ("mask", "mask= where it is bool (True = may attend), bias= where it is added to the scores"),
@@ -41,8 +59,14 @@ ADVICE = {
     "rotary_sin": ("rotary", "rotary=(cos, sin, interleaved)"),
     "rotary_interleaved": ("rotary", "rotary=(cos, sin, interleaved)"),
 }
-# What no keyword does here.
+CACHED = (
+    "cache_seqlens= and cache_leftpad= bound the keys of each sequence, window= those of a row, and tree_mask= selects"
+    " among the new ones"
+)
+# Keywords without a parameter of the same meaning.
 INSTEAD = {
+    **dict.fromkeys(("mask", "attn_mask", "attention_mask", "key_padding_mask"), CACHED),
+    **dict.fromkeys(("bias", "attn_bias"), "alibi_slopes= is the only bias over a cache"),
     "enable_gqa": "grouped heads need no keyword: the key-value heads may be fewer and must divide the query heads",
     "cu_seqlens": "attention_varlen takes packed sequences",
     "cu_seqlens_q": "attention_varlen takes packed sequences",
@@ -51,7 +75,7 @@ INSTEAD = {
         ("return_weights", "return_attn_weights", "return_attn_probs", "need_weights", "output_attentions"), WEIGHTS
     ),
 }
-# What a positional argument too many probably is, by function.
+# By function: what surplus positional arguments probably are.
 POSITIONAL = {
     "attention": ADVICE["attn_mask"][1],
     "attention_varlen": f"max_seqlen_q= and max_seqlen_k= for lengths, {ADVICE['attn_mask'][1]}",
@@ -62,10 +86,17 @@ POSITIONAL = {
 
 
 def closed(function: F) -> F:
-    """Hide `*extra` and `**unknown` from the function's signature."""
+    """Hide `*extra` and `**unknown` from the function's signature, and let it report required arguments by itself.
+
+    Required ones default to None when the function runs. Otherwise Python would report `attention(query=x)` as a call
+    without q, k and v, before `check` could say that the keyword is q.
+    """
     signature = inspect.signature(function)
     named = [x for x in signature.parameters.values() if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)]
     function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    positional = sum(x.kind is x.POSITIONAL_OR_KEYWORD for x in named)
+    defaults = function.__defaults__ or ()
+    function.__defaults__ = (None,) * (positional - len(defaults)) + defaults
     return function
 
 
@@ -95,10 +126,13 @@ def check(
 
 
 def _hint(name: str, has: Collection[str], advice: Mapping[str, tuple[str, str]], instead: Mapping[str, str]) -> str:
-    ours, said = advice.get(name) or (NAMES.get(name, ""), f"{NAMES.get(name, '')}=")
-    close = difflib.get_close_matches(name, has, n=1)
-    if ours in has:
-        return f"; here it is {said}"
+    parameter, text = advice.get(name, ("", ""))
+    if parameter in has:
+        return f"; here it is {text}"
+    for parameter in has:
+        if name in NAMES.get(parameter, ()):
+            return f"; here it is {parameter}="
     if name in instead:
         return f"; {instead[name]}"
+    close = difflib.get_close_matches(name, has, n=1)
     return f"; did you mean {close[0]}=?" if close else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..runtime import call_cache
 from ..runtime.autocast import autocast, no_autocast
-from ..spec.checks import as_bool, axes_advice, is_integers, one_of
+from ..spec.checks import as_bool, axes_advice, check_dense, is_integers, one_of
 from ..spec.options import Options
 from ..spec.problem import Problem, describe
 from . import keywords, nested
@@ -136,6 +136,7 @@ def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     """attn_mask as a 4-d view of the folded problem, its broadcast dims kept at size 1 wherever that is possible."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask: expected a tensor, got {describe(mask)}")
+    check_dense("attn_mask", mask)
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         advice = "; pass attn_mask != 0" if is_integers(mask) else ""
         raise TypeError(f"attn_mask: expected bool, float32 or query's {query.dtype}, got {mask.dtype}{advice}")

@@ -119,7 +119,7 @@ def lookup(
     """
     if is_compiling():
         return None, False
-    asked = backend or environment.read()
+    asked = environment.read() if backend is None else backend
     tensors, words = _tensors(q, k, v, options, form), (layout, *form[1:], *options[OPTIONAL:])
     if type(options.mask) is Mask:
         lengths = options.mask.kv_lengths

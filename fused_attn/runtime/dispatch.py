@@ -83,11 +83,11 @@ def _rounded(p: Problem) -> bool:
 def _explain(
     p: Problem, lowered: Problem, backend: str | None, task: str = "", names: tuple[str, ...] = BACKENDS
 ) -> Explanation:
-    asked = backend or environment.backend
-    if asked is not None:
-        check_choice(
-            "backend" if backend else "FUSED_ATTN_BACKEND", asked, BACKENDS, "None or one of" if backend else "one of"
-        )
+    asked = environment.backend if backend is None else backend
+    if backend is not None:
+        check_choice("backend", backend, BACKENDS, "None or one of")
+    elif asked is not None:
+        check_choice("FUSED_ATTN_BACKEND", asked, BACKENDS)
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
     for name in names if asked is None else (asked,):
@@ -111,7 +111,7 @@ def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str,
     if choice.backend is None:
         asked, reasons = next(reversed(choice.reasons.items()))
         error = TransformError if transformed(p) else BackendError
-        chosen = "" if backend or environment.backend is None else ", which FUSED_ATTN_BACKEND chose,"
+        chosen = "" if backend is not None or environment.backend is None else ", which FUSED_ATTN_BACKEND chose,"
         raise error(f"backend {asked!r}{chosen} cannot run this call: " + "; ".join(reasons))
     return choice.backend, taken(choice.backend, p, lowered)
 

@@ -29,6 +29,11 @@ def describe(x: Any) -> str:
     return f"{kind} {value if len(value) <= LONGEST else value[: LONGEST - 3] + '...'}"
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}; pass {name}.to_dense()")
+
+
 def as_int(name: str, x: Any, allowed: str = "an int") -> int:
     """A whole number: of Python, of numpy, a 0-d integer tensor, or anything with `__index__` that is no bool.
 
@@ -106,6 +111,7 @@ def check_choice(name: str, x: Any, allowed: tuple[str, ...], what: str = "one o
 
 def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -> Tensor:
     """A tensor parameter of an allowed shape, dtype and device."""
+    check_dense(name, x)
     if shapes and not one_of(tuple(x.shape), shapes):
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
     if x.dtype not in (torch.float32, q.dtype):
@@ -151,6 +157,7 @@ def as_int32(name: str, x: Any) -> Tensor:
     """An integer tensor of any width as int32, clamped: a length or an index that does not fit stays out of range."""
     if not is_integers(x):
         raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
+    check_dense(name, x)
     return x if x.dtype == torch.int32 else x.long().clamp(-(2**31), 2**31 - 1).int()
 
 
@@ -163,6 +170,7 @@ def as_starts(q: Any, k: Any) -> tuple[Tensor, Tensor]:
 def check_integers(name: str, x: Any, *ranks: int) -> None:
     if not is_integers(x):
         raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
+    check_dense(name, x)
     if x.ndim not in ranks:
         raise ValueError(f"{name}: expected rank {' or '.join(map(str, ranks))}, got shape {tuple(x.shape)}")
 

@@ -58,8 +58,8 @@ class Prefix(Condition):
 
     def resolve(self, shape: Shape, ragged: Ragged | None) -> Span:
         b, _, m, n = shape
-        check_batch("lengths", self.lengths, b)
-        lengths = check_lengths("lengths", self.lengths, n, "N")
+        check_batch("Mask.prefix(lengths)", self.lengths, b)
+        lengths = check_lengths("Mask.prefix(lengths)", self.lengths, n, "N")
         offset: Any = diagonal_offset(self.alignment, m, n, "a prefix mask", ragged)
         offset = offset if ragged is None else ragged.offsets()
         rows = torch.arange(m, device=lengths.device)
@@ -77,12 +77,12 @@ class Lengths(Condition):
 
     def resolve(self, shape: Shape, ragged: Ragged | None) -> Span:
         b, _, m, n = shape
-        check_batch("kv", self.kv, b)
-        hi = check_lengths("kv", self.kv, n, "N")[:, None].expand(-1, m)
+        check_batch("Mask.lengths(kv)", self.kv, b)
+        hi = check_lengths("Mask.lengths(kv)", self.kv, n, "N")[:, None].expand(-1, m)
         if self.q is None:
             return Span(hi=hi.int().contiguous())
-        check_batch("q", self.q, b)
-        tail = torch.arange(m, device=hi.device) >= check_lengths("q", self.q, m, "M")[:, None]
+        check_batch("Mask.lengths(q)", self.q, b)
+        tail = torch.arange(m, device=hi.device) >= check_lengths("Mask.lengths(q)", self.q, m, "M")[:, None]
         # A padded row is empty at the far end, so that neither bound decreases.
         return Span(lo=(tail * n).int(), hi=torch.where(tail, n, hi).int())
 
@@ -99,7 +99,7 @@ class Segments(Condition):
     def resolve(self, shape: Shape, ragged: Ragged | None) -> Span | Pattern:
         b, _, m, n = shape
         keys = self.q_ids if self.kv_ids is None else self.kv_ids
-        for name, ids, length in (("q_ids", self.q_ids, m), ("kv_ids", keys, n)):
+        for name, ids, length in (("Mask.segments(q_ids)", self.q_ids, m), ("Mask.segments(kv_ids)", keys, n)):
             if ids.shape[-1] != length or (ids.ndim == 2 and not one_of(ids.shape[0], (1, b))):
                 raise ValueError(f"{name}: expected shape ({length},) or ({b}, {length}), got {tuple(ids.shape)}")
         if not self._in_order():
@@ -116,7 +116,7 @@ class Segments(Condition):
         the promise is believed, and without one the pattern is right for all ids."""
         if self.sorted is False:
             return False
-        for name, ids in (("q_ids", self.q_ids), ("kv_ids", self.kv_ids)):
+        for name, ids in (("Mask.segments(q_ids)", self.q_ids), ("Mask.segments(kv_ids)", self.kv_ids)):
             if ids is None:
                 continue
             if not readable(ids):
@@ -139,7 +139,8 @@ class Blocks(Condition):
     def resolve(self, shape: Shape, ragged: Ragged | None) -> Pattern:
         (b, h, m, n), (height, width) = shape, self.block
         grid = f"(B, Hq, ceil(M / {height}), ceil(N / {width}))"
-        blocks = check_broadcastable("allowed", self.allowed, (b, h, -(-m // height), -(-n // width)), grid)
+        shape = b, h, -(-m // height), -(-n // width)
+        blocks = check_broadcastable("Mask.blocks(allowed)", self.allowed, shape, grid)
         rows, cols = blocks.shape[2:]
         # One row or column of blocks is one for all.
         high, wide = max(m, 1) if rows == 1 else height, max(n, 1) if cols == 1 else width

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_bool, as_device, as_int, check_integers, check_window, describe, is_integers
+from .checks import as_bool, as_device, as_int, check_dense, check_integers, check_window, describe, is_integers
 from .conditions import Allowed, Blocks, Condition, Lengths, Prefix, Segments, Window
 from .patterns import Pattern
 from .ragged import Ragged
@@ -85,7 +85,7 @@ class Mask:
     @staticmethod
     def prefix(lengths: Tensor, alignment: str | None = None) -> Mask:
         """Every row of batch b sees the first lengths[b] keys, and the rest causally. lengths: int (B,), 0 to N."""
-        check_integers("lengths", lengths, 1)
+        check_integers("Mask.prefix(lengths)", lengths, 1)
         return Mask((Prefix(lengths, alignment),))
 
     @staticmethod
@@ -95,9 +95,9 @@ class Mask:
         kv: int (B,) of any width, from 0 to N; q: the same, from 0 to M. What they hold is checked at each call on the
         CPU, and under `fused_attn.debug()` elsewhere, where numbers outside count as the nearest inside.
         """
-        check_integers("kv", kv, 1)
+        check_integers("Mask.lengths(kv)", kv, 1)
         if q is not None:
-            check_integers("q", q, 1)
+            check_integers("Mask.lengths(q)", q, 1)
         return Mask((Lengths(kv, q),))
 
     @staticmethod
@@ -119,12 +119,12 @@ class Mask:
                 [0, 1, 0, 1]])
         """
         keys = q_ids if kv_ids is None else kv_ids
-        for name, value in (("q_ids", q_ids), ("kv_ids", keys)):
+        for name, value in (("Mask.segments(q_ids)", q_ids), ("Mask.segments(kv_ids)", keys)):
             check_integers(name, value, 1, 2)
             if value.device != q_ids.device:
                 raise ValueError(f"{name}: expected q_ids' device {q_ids.device}, got {value.device}")
         if torch.uint64 in (q_ids.dtype, keys.dtype) and q_ids.dtype != keys.dtype:
-            raise TypeError(f"kv_ids: expected q_ids' {q_ids.dtype}, as torch.uint64 needs, got {keys.dtype}")
+            raise TypeError(f"{name}: expected q_ids' {q_ids.dtype}, as torch.uint64 needs, got {keys.dtype}")
         sorted = None if sorted is None else as_bool("sorted", sorted, "None or a bool")
         return Mask((Segments(q_ids, None if kv_ids is q_ids else kv_ids, sorted),))
 
@@ -143,7 +143,8 @@ class Mask:
                 [0, 0, 1, 1]])
         """
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-            raise TypeError(f"allowed: expected a bool tensor, got {describe(allowed)}")
+            raise TypeError(f"Mask.blocks(allowed): expected a bool tensor, got {describe(allowed)}")
+        check_dense("Mask.blocks(allowed)", allowed)
         sizes = block if isinstance(block, (tuple, list)) else (block, block)
         if len(sizes) != 2:
             raise TypeError(f"block: expected an int or a pair of ints, got {describe(block)}")
@@ -160,6 +161,7 @@ class Mask:
             if isinstance(allowed, Tensor) and allowed.is_floating_point():
                 advice = "; what is added to the scores is bias="
             raise TypeError(f"mask: expected a bool tensor, got {describe(allowed)}{advice}")
+        check_dense("mask", allowed)
         return Mask((Allowed(allowed),))
 
     def __and__(self, other: Mask | Tensor) -> Mask:

@@ -60,6 +60,9 @@ sdpa_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cp
 # A tensor's number of in-place changes, described in torch's notes on autograd under this name alone.
 version = attrgetter("_version")
 
+# torch has no public test for tensors of zeros without memory, which forward-mode AD makes.
+is_zero_tensor = Tensor._is_zerotensor
+
 # Tensor._base, the other test for a view, is private too.
 is_view = Tensor._is_view
 

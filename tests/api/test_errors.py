@@ -106,6 +106,9 @@ ATTENTION = [
     ("layout", "sbhd", ValueError, "expected one of ('bhsd', 'bshd'), got str 'sbhd'"),
     ("scale", 1e39, ValueError, "must fit float32"),
     ("backend", "cuda", ValueError, "expected None or one of ('hopper', 'triton', 'sdpa', 'tiled', 'reference')"),
+    ("backend", "", ValueError, "'reference'), got str ''"),
+    ("backend", 0, ValueError, "'reference'), got int 0"),
+    ("backend", False, ValueError, "'reference'), got bool False"),
     ("alignment", "top", ValueError, "('top_left', 'bottom_right'), got str 'top'"),
 ]
 
@@ -131,17 +134,17 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("window below zero", {"window": (-1, 0), "alignment": "top_left"}, ValueError, "window: left .*>= 0, got -1"),
     ("window of floats", {"window": (1, 0.5), "alignment": "top_left"}, TypeError, "right: expected .*int, got .* 0.5"),
     ("lengths of another batch", {"mask": Mask.lengths(torch.ones(3, dtype=torch.int32))}, ValueError,
-     r"kv: expected one length for each of the 2 batches, got shape \(3,\)"),
+     r"Mask.lengths\(kv\): expected one length for each of the 2 batches, got shape \(3,\)"),
     ("prefix lengths of another batch", {"mask": Mask.prefix(torch.ones(3, dtype=torch.int32), "top_left")}, ValueError,
-     r"lengths: expected one length for each of the 2 batches, got shape \(3,\)"),
+     r"Mask.prefix\(lengths\): expected one length for each of the 2 batches, got shape \(3,\)"),
     ("ids of another length", {"mask": Mask.segments(torch.arange(M))}, ValueError,
-     r"kv_ids: expected shape \(7,\) or \(2, 7\), got \(5,\)"),
+     r"Mask.segments\(kv_ids\): expected shape \(7,\) or \(2, 7\), got \(5,\)"),
     ("ids of another length, in any order", {"mask": Mask.segments(torch.arange(M), sorted=False)}, ValueError,
-     r"kv_ids: expected shape \(7,\) or \(2, 7\), got \(5,\)"),
+     r"Mask.segments\(kv_ids\): expected shape \(7,\) or \(2, 7\), got \(5,\)"),
     ("ids elsewhere", {"mask": Mask.segments(zeros(M, dtype=torch.int32, device="meta"),
      zeros(N, dtype=torch.int32, device="meta"), sorted=False)}, ValueError, "mask: expected q's device cpu, got meta"),
     ("blocks of another grid", {"mask": Mask.blocks(torch.ones(2, 4, 3, 3) > 0, 2)}, ValueError,
-     r"allowed: shape \(2, 4, 3, 3\) does not broadcast to \(B, Hq, ceil\(M / 2\), ceil\(N / 2\)\) = \(2, 4, 3, 4\)"),
+     r"Mask.blocks\(allowed\): shape \(2, 4, 3, 3\) does not broadcast to \(B, Hq, ceil\(M / 2\), .*= \(2, 4, 3, 4\)"),
     ("blocks elsewhere", {"mask": Mask.blocks(zeros(3, 4, device="meta") > 0, 2)}, ValueError,
      "mask: expected q's device cpu, got meta"),
     ("sinks without an alignment", {"mask": Mask.window(1, 0, sinks=2)}, ValueError,
@@ -192,26 +195,30 @@ MASKS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Mask((torch.ones(2, 2) > 0,)), TypeError, "Mask: expected conditions, .*got torch.bool tensor"),
     (lambda: Mask([]), TypeError, "Mask: expected no argument, got list"),
     (lambda: Mask.causal() & zeros(2, 2), TypeError, "mask: expected a bool tensor"),
-    (lambda: Mask.lengths(torch.ones(2)), TypeError, "kv: expected an integer tensor, got torch.float32"),
-    (lambda: Mask.lengths([1, 2]), TypeError, r"kv: expected an integer tensor, got list \[1, 2\]"),
-    (lambda: Mask.lengths(torch.ones(2, 2, dtype=torch.int32)), ValueError, r"kv: expected rank 1, got shape \(2, 2\)"),
-    (lambda: Mask.lengths(torch.arange(2), torch.ones(2)), TypeError, "q: expected an integer tensor"),
-    (lambda: Mask.prefix(torch.ones(2, dtype=torch.bool)), TypeError, "lengths: expected an integer tensor"),
-    (lambda: Mask.segments(torch.ones(2)), TypeError, "q_ids: expected an integer tensor, got torch.float32"),
-    (lambda: Mask.segments(torch.tensor([0, 1]), torch.tensor([[True]])), TypeError, "kv_ids: .* got torch.bool"),
+    (lambda: Mask.lengths(torch.ones(2)), TypeError, r"^Mask.lengths\(kv\): .* integer tensor, got torch.float32"),
+    (lambda: Mask.lengths([1, 2]), TypeError, r"^Mask.lengths\(kv\): expected an integer tensor, got list \[1, 2\]"),
+    (lambda: Mask.lengths(torch.ones(2, 2).int()), ValueError, r"^Mask.lengths\(kv\): .*rank 1, got shape \(2, 2\)"),
+    (lambda: Mask.lengths(torch.arange(2), torch.ones(2)), TypeError, r"^Mask.lengths\(q\): .* integer tensor"),
+    (lambda: Mask.prefix(torch.ones(2, dtype=torch.bool)), TypeError, r"^Mask.prefix\(lengths\): .* integer tensor"),
+    (lambda: Mask.segments(torch.ones(2)), TypeError, r"^Mask.segments\(q_ids\): .* integer tensor, got torch.float32"),
+    (
+        lambda: Mask.segments(torch.arange(2), torch.tensor([[True]])),
+        TypeError,
+        r"^Mask.segments\(kv_ids\): .*torch.bool",
+    ),
     (
         lambda: Mask.segments(torch.tensor([0, 1]), torch.tensor([0], device="meta")),
         ValueError,
-        "kv_ids: expected q_ids' device cpu, got meta",
+        r"^Mask.segments\(kv_ids\): expected q_ids' device cpu, got meta",
     ),
     (lambda: Mask.segments(torch.tensor([0, 1]), sorted="yes"), TypeError, "sorted: expected None or a bool, got str"),
-    (lambda: Mask.segments(torch.tensor(3)), ValueError, r"q_ids: expected rank 1 or 2, got shape \(\)"),
+    (lambda: Mask.segments(torch.tensor(3)), ValueError, r"^Mask.segments\(q_ids\): .* rank 1 or 2, got shape \(\)"),
     (lambda: Mask.window(-1, 0), ValueError, "window: left must be None or >= 0, got -1"),
     (lambda: Mask.window(True, 0), TypeError, "window: left: expected None or an int, got bool True"),
     (lambda: Mask.window(1, 0, sinks=-1), ValueError, "sinks: must be >= 0, got -1"),
     (lambda: Mask.window(1, 0, sinks=1.0), TypeError, "sinks: expected an int, got float 1.0"),
-    (lambda: Mask.blocks(zeros(2, 2), 4), TypeError, "allowed: expected a bool tensor, got torch.float32"),
-    (lambda: Mask.blocks([[True]], 4), TypeError, "allowed: expected a bool tensor, got list"),
+    (lambda: Mask.blocks(zeros(2, 2), 4), TypeError, r"^Mask.blocks\(allowed\): .* bool tensor, got torch.float32"),
+    (lambda: Mask.blocks([[True]], 4), TypeError, r"^Mask.blocks\(allowed\): .* bool tensor, got list"),
     (lambda: Mask.blocks(zeros(2, 2) > 0, 0), ValueError, "block: must be >= 1, got 0"),
     (lambda: Mask.blocks(zeros(2, 2) > 0, (4, -1)), ValueError, r"block: must be >= 1, got \(4, -1\)"),
     (
@@ -298,6 +305,67 @@ def test_sdpa(what: str, changed: dict[str, Any], error: type[Exception], words:
         sdpa(**changed)
 
 
+# ----------------------------------------------------------------------------------------------------- sparse tensors
+
+
+def sparse(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return zeros(*shape, dtype=dtype).to_sparse()
+
+
+def cached(**changed: Any) -> Any:
+    given = {"q": zeros(B, 1, HQ, D), "k_cache": zeros(B, N, HKV, D), "v_cache": zeros(B, N, HKV, DV)} | changed
+    return fused_attn.attention_decode(given.pop("q"), given.pop("k_cache"), given.pop("v_cache"), **given)
+
+
+def packed(**changed: Any) -> Any:
+    starts = {f"cu_seqlens_{x}": torch.tensor([0, n], dtype=torch.int32) for x, n in (("q", M), ("k", N))}
+    given = {"q": zeros(M, HQ, D), "k": zeros(N, HKV, D), "v": zeros(N, HKV, DV)} | starts | changed
+    return fused_attn.attention_varlen(**given)
+
+
+LENGTHS = zeros(B, dtype=torch.int64).to_sparse()
+SPARSE: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (call, {"q": sparse(B, HQ, M, D)}, "q"),
+    (call, {"k": sparse(B, HKV, N, D).coalesce()}, "k"),
+    (call, {"v": sparse(B, HKV, N, DV)}, "v"),
+    (call, {"mask": sparse(M, N, dtype=torch.bool)}, "mask"),
+    (call, {"bias": sparse(M, N)}, "bias"),
+    (call, {"scale": sparse(HQ)}, "scale"),
+    (call, {"sink": sparse(HQ)}, "sink"),
+    (call, {"alibi_slopes": sparse(HQ), "alignment": "top_left"}, "alibi_slopes"),
+    (sdpa, {"query": sparse(B, HQ, M, D)}, "query"),
+    (sdpa, {"attn_mask": sparse(M, N)}, "attn_mask"),
+    (sdpa, {"attn_mask": sparse(M, N, dtype=torch.bool)}, "attn_mask"),
+    (packed, {"k": sparse(N, HKV, D)}, "k"),
+    (packed, {"cu_seqlens_q": torch.tensor([0, M]).to_sparse()}, "cu_seqlens_q"),
+    (cached, {"q": sparse(B, 1, HQ, D)}, "q"),
+    (cached, {"k_cache": sparse(B, N, HKV, D)}, "k_cache"),
+    (cached, {"cache_seqlens": LENGTHS}, "cache_seqlens"),
+    (cached, {"tree_mask": sparse(B, 1, 1, dtype=torch.bool)}, "tree_mask"),
+]
+
+
+@pytest.mark.parametrize(("function", "changed", "name"), SPARSE, ids=[f"{x[0].__name__}-{x[2]}" for x in SPARSE])
+def test_sparse_tensors(function: Callable, changed: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected a dense tensor, got layout torch.sparse_.*{name}.to_den"):
+        function(**changed)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    (
+        (lambda: Mask.tensor(sparse(M, N, dtype=torch.bool)), "mask"),
+        (lambda: Mask.lengths(LENGTHS), "Mask.lengths(kv)"),
+        (lambda: Mask.prefix(LENGTHS), "Mask.prefix(lengths)"),
+        (lambda: Mask.segments(zeros(M, dtype=torch.int32), LENGTHS), "Mask.segments(kv_ids)"),
+        (lambda: Mask.blocks(sparse(2, 2, dtype=torch.bool), 4), "Mask.blocks(allowed)"),
+    ),
+)
+def test_sparse_masks(make: Callable, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)}: expected a dense tensor, got layout torch.sparse_coo"):
+        make()
+
+
 # ---------------------------------------------------------------------------------------------------- explicit choice
 
 
@@ -327,6 +395,11 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
         attention(x, x, x, sink=zeros(2))
     with pytest.raises(BackendError, match="backend 'sdpa' cannot run this call: "):
         attention(x, x, x, sink=zeros(2), backend="sdpa")
+    for wrong in ("", 0, False):  # the argument wins, right or wrong
+        with pytest.raises(ValueError, match=f"^backend: expected None or one of .*, got {type(wrong).__name__}"):
+            attention(x, x, x, backend=wrong)
+    monkeypatch.setenv("FUSED_ATTN_BACKEND", "")
+    assert fused_attn.explain(x, x, x, sink=zeros(2)).backend == "tiled"  # empty is unset
     assert attention(x, x, x, sink=zeros(2), backend="tiled").shape == x.shape
     monkeypatch.setenv("FUSED_ATTN_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"FUSED_ATTN_BACKEND: expected one of .*got str 'fastest'"):
@@ -418,6 +491,8 @@ FOREIGN = [
     ("return_attn_probs", "attention_map.* returns the weights"),
     ("normaliser", "did you mean normalizer="),
     ("temperature", ""),
+    ("query", "here it is q="),
+    ("key", "here it is k="),
 ]
 X = zeros(1, 2, 4, 8)
 STARTS = torch.tensor([0, 4], dtype=torch.int32)
@@ -451,12 +526,32 @@ def test_keywords_of_other_libraries(name: str) -> None:
         (lambda **x: fused_attn.attention_decode(X, X, X, **x), "block_table", "here it is page_table="),
         (lambda **x: fused_attn.attention_decode(X, X, X, **x), "k", "here it is k_new="),
         (lambda **x: fused_attn.attention_decode(X, X, X, **x), "rotary_cos", r"here it is rotary=\(cos, sin, inter"),
+        (lambda **x: scaled_dot_product_attention(X, X, X, **x), "k", "here it is key="),
+        (lambda **x: scaled_dot_product_attention(X, X, X, **x), "mask", "here it is attn_mask="),
+        (lambda **x: fused_attn.attention_decode(X, X, X, **x), "mask", "cache_seqlens= and cache_left.* tree_mask="),
+        (lambda **x: fused_attn.attention_decode(X, X, X, **x), "attn_mask", "cache_seqlens= and cache_leftpad="),
+        (lambda **x: fused_attn.attention_decode(X, X, X, **x), "bias", "alibi_slopes= is the only bias"),
+        (lambda **x: fused_attn.attention_decode(X, X, X, **x), "key_cache", "here it is k_cache="),
+        (lambda **x: attention(**x), "query", "here it is q="),
+        (lambda **x: attention(X, **x), "value", "here it is v="),
+        (lambda **x: scaled_dot_product_attention(**x), "q", "here it is query="),
+        (lambda **x: fused_attn.attention_varlen(**x), "query", "here it is q="),
+        (lambda **x: fused_attn.attention_decode(**x), "query", "here it is q="),
+        (lambda **x: fused_attn.attention_map(**x), "key", "here it is k="),
         (lambda **x: fused_attn.warmup([(1, 1, 1, 1, 1, 1)], device="cpu", **x), "is_causal", "here it is causal="),
     ],
 )
 def test_keyword(call: Callable, keyword: str, hint: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'" + (f"; .*{hint}" if hint else "$")):
         call(**{keyword: None})
+
+
+@pytest.mark.parametrize("name", ("attention", "attention_varlen", "attention_decode", "attention_map"))
+def test_required_arguments(name: str) -> None:
+    function = getattr(fused_attn, name)
+    assert inspect.signature(function).parameters["k_cache" if "decode" in name else "k"].default is inspect._empty
+    with pytest.raises(TypeError, match=r"^q: expected a tensor, got NoneType None"):
+        function()
 
 
 MASK_OR_BIAS = r"mask= where it is bool \(True = may attend\), bias= where it is added to the scores"

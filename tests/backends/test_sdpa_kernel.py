@@ -57,6 +57,26 @@ def test_a_bias_that_learns_is_tiled() -> None:
         assert fused_attn.explain(q, q, q, bias=bias).backend == "sdpa"
 
 
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+@pytest.mark.parametrize("grad", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("name", QKV)
+def test_zero_tensors(name: str, grad: bool, compiled: bool) -> None:
+    """torch's dispatcher gives them strides of 0, which torch's kernel does not heed."""
+    tensors = {x: torch.randn(1, 2, 5, 8) for x in QKV}
+    dense = tensors | {name: torch.zeros(1, 2, 5, 8)}
+    tensors[name] = torch._efficientzerotensor((1, 2, 5, 8))
+
+    def outcome(tensors: dict[str, Tensor]) -> list[Tensor]:
+        leaves = [x.requires_grad_() if grad else x for x in tensors.values()]
+        out = function(*leaves)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)] if grad else [out]
+
+    function = attention
+    expected = outcome(dense)
+    function = torch.compile(attention, backend="eager") if compiled else attention
+    assert all(map(torch.equal, outcome(tensors), expected))
+
+
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -357,7 +377,7 @@ def test_repeated_calls_read_their_buffer(
             assert all(map(torch.equal, found, call(x)))
     if how == "lengths":
         lengths.fill_(34)
-        with pytest.raises(ValueError, match="kv: expected lengths from 0 to N = 33"):
+        with pytest.raises(ValueError, match=r"^Mask.lengths\(kv\): expected lengths from 0 to N = 33"):
             call(x)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fused_attn
 from tests import ROOT
 from tests.examples.test_examples import loaded, refused
 from tests.processes import run
@@ -56,11 +57,22 @@ def devices() -> ModuleType:
     ],
 )
 def test_within(runner: ModuleType, kind: Any, low: Any, high: Any, right: list[str], wrong: list[str]) -> None:
-    parsed = runner.within(kind, low) if high is None else runner.within(kind, low, high)
+    parsed = runner.Within(kind, low) if high is None else runner.Within(kind, low, high)
     assert [parsed(x) for x in right] == [kind(x) for x in right]
     for text in wrong:
         with pytest.raises(argparse.ArgumentTypeError, match=f"must be a .*{low}.*not {text!r}"):
             parsed(text)
+
+
+def test_help_has_ranges_and_defaults(runner: ModuleType) -> None:
+    parser = runner.parser("An example.")
+    runner.add_numbers(parser, ("steps", runner.Within(int, 3), 1000, "training steps"))
+    runner.add_numbers(parser, ("accuracy", runner.Within(float, 0, 1), 0.98, "share of sentences"))
+    text = " ".join(parser.format_help().split())
+    assert "--steps STEPS training steps, at least 3 (default 1000)" in text
+    assert "--accuracy ACCURACY share of sentences, 0 to 1 (default 0.98)" in text
+    options = parser.parse_args(["--steps", "3"])
+    assert (options.steps, options.accuracy) == (3, 0.98)
 
 
 # --- devices
@@ -318,6 +330,27 @@ def test_interrupted_elsewhere(runner: ModuleType, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as stop, runner.imports():
         raise KeyboardInterrupt
     assert (stop.value.code, capsys.readouterr().err) == (130, "Interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    (
+        ("fastest", "FUSED_ATTN_BACKEND: expected one of ('hopper', 'triton', 'sdpa', 'tiled', 'reference'), got str"),
+        ("sdpa", "backend 'sdpa', which FUSED_ATTN_BACKEND chose, cannot run this call: torch's kernel has no sink"),
+    ),
+)
+def test_a_backend_of_the_environment_that_cannot_run(
+    runner: ModuleType, backend: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line; other errors keep their traceback."""
+    monkeypatch.setenv("FUSED_ATTN_BACKEND", backend)
+    x = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(SystemExit, match=re.escape(said)) as stop:
+        runner.run(lambda: fused_attn.attention(x, x, x, sink=torch.zeros(2)).ndim)
+    assert "\n" not in stop.value.code and stop.value.code.startswith(Path(sys.argv[0]).name)
+    monkeypatch.delenv("FUSED_ATTN_BACKEND")
+    with pytest.raises(ValueError, match="sink: expected shape"):
+        runner.run(lambda: fused_attn.attention(x, x, x, sink=torch.zeros(3)).ndim)
 
 
 @pytest.mark.nightly

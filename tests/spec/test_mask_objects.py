@@ -168,7 +168,7 @@ def test_a_buffer_filled_anew(name: str, backend: str | None) -> None:
 def test_a_false_promise(ids: tuple[Tensor, Tensor | None]) -> None:
     mask = Mask.segments(*ids, sorted=True)
     name = "q_ids" if ids[0] is SECOND else "kv_ids"
-    with pytest.raises(ValueError, match=f"{name}: sorted=True promises ids that never decrease"):
+    with pytest.raises(ValueError, match=rf"Mask.segments\({name}\): sorted=True promises ids that never decrease"):
         mask.materialize(SHAPE)
 
 
@@ -178,7 +178,7 @@ def test_ids_on_a_device_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> N
     assert Mask.segments(FIRST).resolve(SHAPE)[1] is not None
     assert Mask.segments(FIRST, sorted=True).resolve(SHAPE)[1] is None
     assert Mask.segments(SECOND, sorted=True).resolve(SHAPE)[1] is None
-    with fused_attn.debug(), pytest.raises(ValueError, match="q_ids: sorted=True"):
+    with fused_attn.debug(), pytest.raises(ValueError, match=r"Mask.segments\(q_ids\): sorted=True"):
         Mask.segments(SECOND, sorted=True).resolve(SHAPE)
 
 
@@ -208,14 +208,14 @@ def test_ids_beyond_int64(order: bool | None) -> None:
     ids = torch.tensor([0, 1, -(2**63), -(2**63), -1, -1]).view(torch.uint64)
     expected = ids.view(torch.int64)[:, None] == ids.view(torch.int64)
     assert torch.equal(Mask.segments(ids, sorted=order).materialize((1, 1, 6, 6))[0, 0], expected)
-    with pytest.raises(TypeError, match=r"kv_ids: expected q_ids' torch.uint64"):
+    with pytest.raises(TypeError, match=r"Mask.segments\(kv_ids\): expected q_ids' torch.uint64"):
         Mask.segments(ids, ids.view(torch.int64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("make", [Mask.lengths, Mask.prefix, Mask.segments])
 def test_what_is_no_integer(make: Any, dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=r"(kv|lengths|q_ids): expected an integer tensor, got torch\."):
+    with pytest.raises(TypeError, match=r"Mask\.\w+\((kv|lengths|q_ids)\): expected an integer tensor, got torch\."):
         make(torch.ones(6).to(dtype))
 
 
@@ -226,7 +226,7 @@ def test_lengths_that_lie(wrong: int, dtype: torch.dtype) -> None:
     makes = (("kv", lambda: Mask.lengths(given)), ("q", lambda: Mask.lengths(lengths(3, 3), given)),
              ("lengths", lambda: Mask.prefix(given)))  # fmt: skip
     for name, make in makes:
-        with pytest.raises(ValueError, match=f"{name}: expected lengths from 0 to [MN] = 6, got "):
+        with pytest.raises(ValueError, match=rf"{name}\): expected lengths from 0 to [MN] = 6, got "):
             make().materialize(SHAPE)
 
 

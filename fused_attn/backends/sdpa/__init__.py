@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...spec.checks import readable
 from ...spec.problem import Problem
 from ..tiled import attention as tiled
-from .kernel import LARGE, LARGEST, Kernel
+from .kernel import LARGE, LARGEST, Kernel, stored
 from .pieces import pieces_of_problem, run
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -113,6 +113,7 @@ def _why_not_on_cuda(p: Problem) -> list[str]:
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, peak, log_sum) on the CPU, under no_grad; torch's kernel knows no parts, so its log_sum is 0."""
+    p = stored(p)
     kernel = Kernel(p)
     mask = kernel.additive(p)
     out, lse = kernel.forward(p.q, p.k, p.v, mask)
@@ -126,6 +127,7 @@ def backward(
     p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients that needs names: of q, k and v."""
+    p = stored(p)
     lse, kernel = peak + log_sum, Kernel(p)
     mask = kernel.additive(p)
     if dlse is not None or not kernel.sound(p.q, p.k, p.v, mask, lse, LARGE):
@@ -138,6 +140,7 @@ def backward(
 def attention(p: Problem) -> tuple[Tensor | None, None]:
     """out, or None where torch's kernel computes it wrongly; the kernel returns no log-sum-exp."""
     if p.q.device.type == "cpu":
+        p = stored(p)
         kernel = Kernel(p)
         return kernel(p.q, p.k, p.v, kernel.additive(p)), None
     shape = run(p.span, (0, p.shape[2]), (0, p.shape[3]))

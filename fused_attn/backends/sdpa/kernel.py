@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import threshold
 
 from ...spec.problem import Mask, Problem, ordered_like
-from ...spec.torch_internals import is_view, sdpa_on_cpu, sdpa_on_cpu_backward
+from ...spec.torch_internals import is_view, is_zero_tensor, sdpa_on_cpu, sdpa_on_cpu_backward
 from ...spec.transforms import Version, by_operations, transform_of_cotangents, vjp
 from ..tiled import attention as tiled
 from .pieces import ALL, Piece, pieces_of_lengths, pieces_of_problem, pieces_of_seen, searched, seen_by_all
@@ -24,6 +24,19 @@ from .pieces import ALL, Piece, pieces_of_lengths, pieces_of_problem, pieces_of_
 LARGE = 64.0  # largest |log-sum-exp| whose rounding, 2**-18, the backward may put into a weight
 LARGEST = torch.finfo(torch.float32).max
 FEW = 4096  # elements of a mask that one operator converts faster than three
+
+
+def stored(p: Problem) -> Problem:
+    """p with memory for zero tensors (`torch._efficientzerotensor`) among q, k and v.
+
+    torch's dispatcher hands them on with strides of 0, and its kernel reads the last dim as contiguous.
+    """
+    zeros = {
+        name: x.clone(memory_format=torch.contiguous_format)
+        for name, x in (("q", p.q), ("k", p.k), ("v", p.v))
+        if is_zero_tensor(x) or x.stride(3) == 0
+    }
+    return p.replace(**zeros) if zeros else p
 
 
 def additive_mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
