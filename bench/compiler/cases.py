@@ -98,7 +98,7 @@ class Case:
 
     def launcher(self, configs: dict[str, dict[str, Any]]) -> Callable[[], Any]:
         """A call of the launch path; configs overrides tuning-table rows by kernel."""
-        from fused_attn.backends.triton import hopper, portable
+        from fused_attn.backends.triton import hopper, portable, statistics
 
         scope = {kernel: Config.from_row(row) for kernel, row in configs.items()}
         if self.direction in decoding.DIRECTIONS:
@@ -119,14 +119,14 @@ class Case:
             with override(**scope):
                 return backend.backward(p, out, *normaliser, torch.zeros_like(out), None, frozenset(p.tensors()))
 
-        def statistics() -> None:
+        def inspect() -> None:
             with override(**scope):
-                backend.statistics(p, True, True, True, 8 if self.feature == "top_k" else 0)
+                statistics.statistics(p, True, True, True, 8 if self.feature == "top_k" else 0)
                 if p.ragged is None:
-                    backend.weights(p, [0, LENGTH - 1], [0])
+                    statistics.weights(p, [0, LENGTH - 1], [0])
 
         if self.direction == "statistics":
-            return torch.no_grad()(statistics)
+            return torch.no_grad()(inspect)
         return torch.no_grad()(backward if self.direction.endswith("backward") else forward)
 
     def problem(self) -> Problem:

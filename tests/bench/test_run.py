@@ -89,6 +89,9 @@ def test_kernels_name_their_tiles(tmp_path: Path) -> None:
     assert code == 0
     (x,) = about(rows, metric="ms", direction="forward")
     assert re.fullmatch(r"forward \d+x\d+w\ds\d\w*, dkdv \S+, dq \S+", x["config"])
+    assert [x.split()[0] for x in providers.tiles("hopper", sample("plain").problem)] == list(
+        providers.KERNELS["hopper"]
+    )
 
 
 def test_time_runs_out(tmp_path: Path) -> None:
