@@ -6,6 +6,7 @@ python -m bench.report --check     exit with an error where a document is not wh
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import re
@@ -279,8 +280,13 @@ def rewritten(name: str) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="print the stale documents; exit code 1 if there are any")
+    args = parser.parse_args()
     stale = [name for name in DOCUMENTS if rewritten(name) != (ROOT / name).read_text()]
-    if "--check" in sys.argv:
+    if args.check:
         print("\n".join(stale))
         return int(bool(stale))
     for name in stale:

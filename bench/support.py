@@ -9,6 +9,7 @@ interpreter would be, and `hopper` as if the GPU were there; no row tests the an
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import itertools
@@ -133,5 +134,8 @@ def spelled(rows: Iterable[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m bench.support", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     TABLE.write_text(spelled(matrix()))
     print(TABLE)

@@ -99,7 +99,7 @@ for name in sys.argv[1:]:
 
 
 def test_programs_answer_help() -> None:
-    """All of them in one process, because most of their time is the import of torch."""
+    """Those of the documents and every command of bench, in one process: most of their time is the import of torch."""
     lines = [shlex.split(line, comments=True) for line in COMMANDS]
     programs = {
         words[at + 2] if words[at + 1] == "-m" else words[at + 1]
@@ -108,6 +108,7 @@ def test_programs_answer_help() -> None:
         for at in [words.index("python")]
     }
     assert {"fused_attn", "bench.run", "examples/gpt.py"} <= programs
+    programs |= {f"bench.{x.stem}" for x in (ROOT / "bench").glob("*.py") if "__main__" in x.read_text()}
     run(sys.executable, "-c", HELP, *sorted(programs), cwd=ROOT, path=(ROOT,))
 
 
