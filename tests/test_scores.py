@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_attn import attention, attention_varlen, explain, scores, testing
 from fused_attn.testing import Case
+from tests.parity import within_budget
 
 BACKENDS = ("triton", "tiled", "reference")
 
@@ -51,7 +52,9 @@ def test_zero_vectors_score_zero(backend: str, qkv: tuple[Tensor, ...]) -> None:
     q = torch.zeros(2, 2, 9, 6, requires_grad=True)
     t = torch.tensor(4.0, requires_grad=True)
     out, lse = attention(q, k, v, score=scores.Cosine(t), return_lse=True, backend=backend)
-    torch.testing.assert_close(lse, torch.log(torch.tensor(13.0)).expand_as(lse))
+    within_budget(
+        "lse", lse, *(torch.tensor(13.0, dtype=x).log().expand_as(lse) for x in (torch.float64, torch.float32))
+    )
     found = torch.autograd.grad((out.sum(), lse.sum()), (q, t))
     assert all(x.isfinite().all() for x in found)
 

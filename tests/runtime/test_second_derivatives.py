@@ -19,13 +19,13 @@ import fused_attn
 from fused_attn import attention, attention_varlen, scaled_dot_product_attention, scores, testing
 from fused_attn.compat import flash_attn
 from fused_attn.testing.cases import CASES, LEAVES
+from tests.parity import within_budget
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning", "ignore:The PyTorch API of nested tensors"
 )
 
 Call = Callable[[Tensor, str], Tensor]  # what is to be differentiated, of x, by a backend
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # rounding of float64
 
 
 def numbers(x: Tensor) -> Tensor:
@@ -238,22 +238,21 @@ def test_entry_points_say_who_has_it(entry_point: Callable[..., Tensor]) -> None
         (first,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
         with pytest.raises(fused_attn.TransformError, match=r'double backward .*"triton".*"tiled" and "reference"'):
             first.sum().backward()
-    torch.testing.assert_close(first, derivatives(entry_point, x, "reference")[0], rtol=1e-4, atol=1e-4)
+    (oracle,) = derivatives(entry_point, x.detach().double().requires_grad_(), "reference", create_graph=False)
+    within_budget("first", first, oracle, derivatives(entry_point, x, "reference", create_graph=False)[0])
 
 
 @pytest.mark.parametrize("backend", ("tiled", "reference", "triton"))
 def test_forward_mode_is_right_or_refused(entry_point: Callable[..., Tensor], backend: str) -> None:
     x = leaf(5, 2, 8).detach().to(torch.float32 if backend == "triton" else torch.float64)
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, x.flip(0))
         try:
-            tangent = forward_ad.unpack_dual(entry_point(dual, backend)).tangent
+            entry_point(forward_ad.make_dual(x, x.flip(0)), backend)
         except NotImplementedError:  # TransformError, or torch's own of jagged tensors
             return
     assert backend != "triton"
-    step = 1e-6 * x.flip(0)
-    numerical = (entry_point(x + step, backend) - entry_point(x - step, backend)) / 2e-6
-    torch.testing.assert_close(tangent, numerical, rtol=1e-6, atol=1e-7)
+    forward = {"check_forward_ad": True, "check_backward_ad": False, "fast_mode": True}
+    assert torch.autograd.gradcheck(lambda x: entry_point(x, backend), [x.requires_grad_()], **forward)
 
 
 @pytest.mark.parametrize("name", ("q", "k_cache", "v_cache", "k_new", "v_new", "sink", "alibi_slopes", "scale"))
@@ -298,7 +297,7 @@ def test_forward_mode_of_a_backward(transform: str, backend: str) -> None:
     """It is linear, so its derivative in a direction is its value there."""
     vjp, a, b = vjp_of(backend, torch.float64)
     tangent = OF_VJP[transform](vjp, a, b)
-    torch.testing.assert_close(tangent, vjp(b), **CLOSE)
+    torch.testing.assert_close(tangent, vjp(b))
     assert not tangent.requires_grad
 
 
@@ -325,4 +324,4 @@ def test_batched_cotangents(backend: str) -> None:
     (first,) = torch.autograd.grad(**batched, create_graph=True)
     (second,) = torch.autograd.grad(first.sin().sum(), x, retain_graph=True)
     one_by_one = [torch.autograd.grad(out, x, g, create_graph=True)[0] for g in (a, b)]
-    torch.testing.assert_close(second, torch.autograd.grad(torch.stack(one_by_one).sin().sum(), x)[0], **CLOSE)
+    torch.testing.assert_close(second, torch.autograd.grad(torch.stack(one_by_one).sin().sum(), x)[0])
