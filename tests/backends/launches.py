@@ -706,7 +706,7 @@ def test_unknown_arguments_go_to_the_binder() -> None:
     kernel = portable._device_code().delta
     assert launch_cache.signature(kernel, (Strange(),), {"DV": 1, "BLOCK_DV": 1, "BLOCK_M": 1}, 0) is None
     recorder = recording.Recorder((), ())
-    with pytest.raises(recording.NotKept):
+    with pytest.raises(recording.NotRecordable):
         recorder.launched(None, kernel, 1, (Strange(),), {})
 
 

@@ -1,13 +1,13 @@
-"""A launch cache in front of Triton's binder, which costs more than the launch.
+"""A launch cache in front of Triton's binder, which takes longer than the launch.
 
-The binder reads every argument of every launch to learn which compiled kernel serves it. `signature` asks the same of
-the arguments and forgets everything else, so launches of one signature share the compiled kernel that the binder chose
-for the first of them. It may tell more launches apart than the binder does, which costs a second question; it must
-never tell fewer, which would run a kernel that was compiled for other arguments.
+The binder reads every argument of every launch to find the compiled kernel. `signature` reads the same properties of
+the arguments and ignores the rest, so launches with equal signatures share the kernel that the binder chose for the
+first. Two launches that the binder treats alike may have different signatures, which costs a second call of the binder.
+The reverse must not happen: it would run a kernel compiled for other arguments.
 
-What is not an argument (hooks, debugging, the driver, the device) is asked at each launch, and so is the stream. Where
-a hook wants to see launches, where kernels are interpreted, and under a triton whose launch protocol has not been read,
-Triton does all of it.
+`launch_context` holds everything else that a launch depends on (hooks, debugging, the driver, the device). It is read
+at each launch, and so is the stream. Triton handles the whole launch if a hook is set, if kernels are interpreted, or
+if its version is not in READ.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from triton.language import constexpr
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-READ = ("3.6.", "3.7.")  # the versions whose JITFunction.run and CompiledKernel were read
+READ = ("3.6.", "3.7.")  # versions whose JITFunction.run and CompiledKernel this file was written for
 KNOWN = triton.__version__.startswith(READ) and not knobs.runtime.interpret
-LIMIT = 4096  # signatures kept
-CONSTANTS = {int, float, bool, str, type(None)}  # what a kernel may be compiled for here
+LIMIT = 4096  # entries
+CONSTANTS = {int, float, bool, str, type(None)}  # types of compile-time arguments
 DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 
 INT32, INT64 = range(-(2**31), 2**31), range(-(2**63), 2**63)
 
 
 class Unknown(Exception):
-    """An argument whose meaning to the binder is not known here."""
+    """An argument of a type that this cache does not know."""
 
 
 class Compiled:
-    """A compiled kernel and what its launcher wants beside the arguments."""
+    """A compiled kernel, and the further arguments of its launcher."""
 
     __slots__ = ("constants", "function", "kernel", "metadata", "run")
 
     def __init__(self, kernel: Any, compiled: Any, constants: tuple[Any, ...]) -> None:
-        self.kernel = kernel  # alive as long as its id stands in a key
+        self.kernel = kernel  # kept alive while its id is in a key
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
         self.constants = constants
 
@@ -54,10 +54,10 @@ class Compiled:
 _compiled: dict[tuple[Any, ...], Compiled] = {}
 
 
-def circumstances() -> tuple[Any, ...] | None:
-    """What a launch depends on beside its kernel and arguments; None where it must not be told apart from others.
+def launch_context() -> tuple[Any, ...] | None:
+    """What a launch depends on, beside its kernel and arguments; None if it must not be cached.
 
-    Nothing is asked, and the tuple is empty, where Triton does every launch itself.
+    Empty if Triton handles every launch.
     """
     if not KNOWN:
         return ()
@@ -69,18 +69,18 @@ def circumstances() -> tuple[Any, ...] | None:
     return active, active.get_current_device(), runtime.debug, knobs.compilation.instrumentation_mode
 
 
-def stream(around: tuple[Any, ...]) -> int | None:
-    """The current stream: it may be another at every launch."""
-    return around[0].get_current_stream(around[1]) if around else None
+def stream(context: tuple[Any, ...]) -> int | None:
+    """The current stream, which may differ from launch to launch."""
+    return context[0].get_current_stream(context[1]) if context else None
 
 
 def launch(kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> Compiled | None:
-    """Launch, and the compiled kernel if the next launch of this signature may use it without asking."""
-    around = circumstances()
-    key = signature(kernel, args, options, around[1]) if around and isinstance(kernel, JITFunction) else None
-    found = None if key is None else _compiled.get((around, *key))
+    """Launch. Returns the compiled kernel if the next launch with this signature may use it directly."""
+    context = launch_context()
+    key = signature(kernel, args, options, context[1]) if context and isinstance(kernel, JITFunction) else None
+    found = None if key is None else _compiled.get((context, *key))
     if found is not None:
-        found(grid, stream(around), args)
+        found(grid, stream(context), args)
         return found
     compiled = kernel[(grid,)](*args, **options)
     if key is None or type(compiled) is not CompiledKernel:
@@ -88,12 +88,12 @@ def launch(kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any
     if len(_compiled) >= LIMIT:
         _compiled.clear()
     constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
-    found = _compiled[(around, *key)] = Compiled(kernel, compiled, constants)
+    found = _compiled[(context, *key)] = Compiled(kernel, compiled, constants)
     return found
 
 
 def signature(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], device: int) -> tuple[Any, ...] | None:
-    """What the binder sees of a launch, hashable: launches of one signature are one to it. None: unknown to us."""
+    """What the binder reads of a launch, as a hashable tuple; None if an argument is unknown."""
     kinds = tuple(map(type, options.values()))
     if (
         kernel.pre_run_hooks
@@ -115,19 +115,19 @@ def signature(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], devic
 
 
 def classify(x: Any, hip: bool = False) -> tuple[Any, ...]:
-    """The class of one argument: what distinguishes it from others in the eyes of the binder."""
+    """The class of one argument: what the binder distinguishes."""
     classes: list[Any] = []
     _classify((x,), classes, hip)
     return tuple(classes)
 
 
 def _width(x: int) -> str:
-    """The type that holds an integer."""
+    """The type of an integer."""
     return "i32" if x in INT32 else "i64" if x in INT64 else "u64"
 
 
 def _classify(items: tuple[Any, ...], classes: list[Any], hip: bool) -> None:
-    """Append the classes of items, those of nested tuples in place: one list costs less than a tuple for each level."""
+    """Append the classes of items, and of those of nested tuples, to one list: cheaper than a tuple per level."""
     for x in items:
         kind = type(x)
         if x is None or kind is float or kind is bool:
@@ -141,7 +141,7 @@ def _classify(items: tuple[Any, ...], classes: list[Any], hip: bool) -> None:
             classes += kind, type(value), value
         elif kind is Tensor or kind is Parameter:
             classes += x.dtype, x.data_ptr() % 16 == 0
-            if hip:  # where short buffers are addressed by 32-bit offsets
+            if hip:  # buffers below 2 GB have 32-bit offsets
                 classes.append(x.untyped_storage().nbytes() < 2**31)
         elif isinstance(x, tuple):
             classes += kind, len(x)

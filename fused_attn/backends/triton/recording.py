@@ -1,11 +1,10 @@
-"""A backend's work on tensors of one metadata, written down once: what it allocates and what it launches.
+"""Recordings of a backend's work on tensors of given metadata: what it allocates and what it launches.
 
-A backend never looks at values, so two calls whose tensors agree in all but their contents do the same. `record` runs
-the work once under a mode that sees every operation of torch, and keeps it as a Python function in which only pointers
-are left open. Work that does more than allocate and launch cannot be kept, and is done again at every call.
+A backend never reads values, so two calls whose tensors differ only in content do the same work. `record` runs it once
+under a mode that sees every torch operation, and writes it as a Python function whose arguments are the tensors. Work
+that does anything but allocate and launch cannot be recorded, and runs again at every call.
 
-A replay asks what else launches depend on, each time, and refuses where it is not as it was: see
-`launch_cache.circumstances`.
+A replay compares `launch_cache.launch_context` with that of the recording, each time, and refuses if they differ.
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ ALLOCATIONS = {
 }
 
 
-class NotKept(Exception):
-    """The work holds something beside allocations and launches of them and of its arguments."""
+class NotRecordable(Exception):
+    """The work does something beside allocations and launches on them and on its arguments."""
 
 
 class Recorder(TorchDispatchMode):
-    """Names for the tensors that a piece of work is given and makes, and its launches in order."""
+    """Names the tensors that a piece of work gets and makes, and records its launches in order."""
 
-    def __init__(self, given: tuple[Tensor | None, ...], around: tuple[Any, ...]) -> None:
+    def __init__(self, given: tuple[Tensor | None, ...], context: tuple[Any, ...]) -> None:
         super().__init__()
-        self.around = around
+        self.context = context
         self.given = [f"given_{i}" for i in range(len(given))]
         self.names = {id(x): name for x, name in zip(given, self.given, strict=True) if x is not None}
         self.made: dict[str, Tensor] = {}
-        self.alive: list[Tensor] = []  # so that no id is used twice
+        self.alive: list[Tensor] = []  # no id may be reused
         self.constants: dict[str, Any] = {}
         self.kernels: list[str] = []
         self.launches: list[str] = []
-        self.why: str | None = None  # it cannot be kept
+        self.why: str | None = None  # why it cannot be recorded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -71,21 +70,22 @@ class Recorder(TorchDispatchMode):
         self.alive.append(x)
 
     def launch(self, kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Launch, and note it."""
+        """Launch, and record it."""
         with _disable_current_modes():
             compiled = launch_cache.launch(kernel, grid, args, options)
-        if launch_cache.circumstances() != self.around:
+        if launch_cache.launch_context() != self.context:
             self.why = "a launch on a device that was not the current one"
             return
         try:
             self.launched(compiled, kernel, grid, args, options)
-        except NotKept as error:
+        except NotRecordable as error:
             self.why = str(error)
 
     def launched(self, compiled: launch_cache.Compiled | None, kernel: Any, grid: int, args: Any, options: Any) -> None:
-        """One launch, as a line of Python: by its compiled kernel, or again through Triton where it does them all."""
+        """Record a launch as a line of Python: by its compiled kernel, or through Triton if that handles all
+        launches."""
         if not launch_cache.CONSTANTS.issuperset(map(type, options.values())):
-            raise NotKept("an option that is not a plain constant")
+            raise NotRecordable("an option that is not a plain constant")
         if compiled is None:
             self.launches.append(
                 f"launch({self._constant(kernel)}, {grid}, {self._open(args)}, {self._constant(options)})"
@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):
             return
         self.kernels.append(self._constant(kernel))
         run, function, metadata = map(self._constant, (compiled.run, compiled.function, compiled.metadata))
-        # A launcher counts the items of a tuple and does not ask for its kind.
+        # A launcher flattens tuples of any type.
         arguments = ", ".join(self._open(x, plain=True) for x in (*args, *compiled.constants))
         self.launches.append(f"{run}({grid}, 1, 1, stream, {function}, {metadata}, None, None, None, {arguments})")
 
@@ -103,7 +103,7 @@ class Recorder(TorchDispatchMode):
         return name
 
     def _open(self, x: Any, plain: bool = False) -> str:
-        """An argument as an expression over the names of tensors; plain: tuples without names for their items."""
+        """An argument as an expression over the names of tensors. plain: named tuples become tuples."""
         if isinstance(x, Tensor):
             return self._name(x)
         if isinstance(x, tuple) and not _plain(x):
@@ -113,23 +113,24 @@ class Recorder(TorchDispatchMode):
             rest = ", ".join(self._constant(getattr(x, field.name)) for field in fields(x) if field.name != "base")
             return f"{self._constant(type(x))}({self._name(x.base)}, {rest})"
         if not _plain(x):
-            raise NotKept(f"a {type(x).__name__}, which may hold a tensor")
+            raise NotRecordable(f"a {type(x).__name__}, which may hold a tensor")
         return self._constant(x)
 
     def _name(self, x: Tensor) -> str:
         if id(x) not in self.names:
-            raise NotKept("a tensor that is neither given nor allocated")
+            raise NotRecordable("a tensor that is neither given nor allocated")
         return self.names[id(x)]
 
     def written(self, results: tuple[Tensor | None, ...]) -> Callable[..., Any]:
-        """The work as a function of the stream and the tensors given; it gives None where Triton would do otherwise."""
+        """The work as a function of the stream and the tensors. It returns None if Triton would now do something
+        else."""
         if self.why is not None:
-            raise NotKept(self.why)
+            raise NotRecordable(self.why)
         lines = [f"def work(stream, {', '.join(self.given)}):"]
         lines += [f"    if {kernel}.pre_run_hooks: return None" for kernel in self.kernels]
         for name, x in self.made.items():
             if x.layout != torch.strided or not _dense(x):
-                raise NotKept("an allocation that empty_strided does not make")
+                raise NotRecordable("an allocation that empty_strided does not make")
             shape, strides = self._constant(tuple(x.shape)), self._constant(x.stride())
             kind = f"dtype={self._constant(x.dtype)}, device={self._constant(x.device)}"
             lines.append(f"    {name} = empty_strided({shape}, {strides}, {kind})")
@@ -144,7 +145,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _plain(x: Any) -> bool:
-    """It holds no tensor."""
+    """True if x holds no tensor."""
     return all(map(_plain, x)) if isinstance(x, tuple) else type(x) in launch_cache.CONSTANTS or type(x) is constexpr
 
 
@@ -152,39 +153,40 @@ def _dense(x: Tensor) -> bool:
     return x.numel() * x.element_size() == x.untyped_storage().nbytes()
 
 
-def _around() -> tuple[Any, ...] | None:
-    """The circumstances of a replay: None where launches must take the long way."""
+def _context() -> tuple[Any, ...] | None:
+    """The launch context of a replay; None if launches must not be replayed."""
     if launcher.launch is not launcher.LAUNCH or overrides():
         return None
-    return launch_cache.circumstances()
+    return launch_cache.launch_context()
 
 
 class Replay:
-    """Work that has been recorded, and the circumstances in which it was."""
+    """A recording, and the launch context that it is valid in."""
 
-    __slots__ = ("around", "work")
+    __slots__ = ("context", "work")
 
-    def __init__(self, around: tuple[Any, ...], work: Callable[..., Any] | None) -> None:
-        self.around, self.work = around, work
+    def __init__(self, context: tuple[Any, ...], work: Callable[..., Any] | None) -> None:
+        self.context, self.work = context, work
 
     def __call__(self, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        """The results for other tensors of the same metadata; None where it cannot be done this way now."""
-        around = self.around
+        """The results for other tensors of the same metadata; None if it cannot be replayed now."""
+        context = self.context
         if self.work is None or launcher.launch is not launcher.LAUNCH or overrides():
             return None
-        if launch_cache.circumstances() != around:
+        if launch_cache.launch_context() != context:
             return None
-        return self.work(around[0].get_current_stream(around[1]) if around else None, *given)
+        return self.work(context[0].get_current_stream(context[1]) if context else None, *given)
 
 
 def record(work: Work, given: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor | None, ...], Replay | None]:
-    """work(*given), and the same as a Replay, which refuses where the work cannot be kept; None: ask another time."""
-    around = _around()
-    if around is None:
+    """The results of work(*given), and a Replay, which refuses if the work cannot be recorded; None: try again
+    later."""
+    context = _context()
+    if context is None:
         return work(*given), None
-    # Of their own, so that one tensor given twice has two names.
+    # New tensors, so that one that is given twice has two names.
     given = tuple(None if x is None else x.detach() for x in given)
-    recorder = Recorder(given, around)
+    recorder = Recorder(given, context)
     token = launcher.RECORDER.set(recorder)
     try:
         with recorder:
@@ -192,6 +194,6 @@ def record(work: Work, given: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor |
     finally:
         launcher.RECORDER.reset(token)
     try:
-        return results, Replay(around, recorder.written(results))
-    except NotKept:
-        return results, Replay(around, None)
+        return results, Replay(context, recorder.written(results))
+    except NotRecordable:
+        return results, Replay(context, None)
