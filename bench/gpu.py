@@ -39,7 +39,7 @@ from bench import ROOT
 from bench.evidence.configs import GLUON
 from bench.evidence.parts import PARTS
 from bench.evidence.setting import STAGES, TINY, Refused, Setting
-from bench.harness.providers import DIRECTIONS
+from bench.harness.rounds import DIRECTIONS
 from bench.harness.table import source
 from bench.harness.workers import Pool
 from fused_attn import tuning

@@ -32,9 +32,10 @@ from typing import Any
 import torch
 
 import fused_attn
-from bench.harness import memory, peers, providers, revisions, table
+from bench.harness import memory, peers, providers, revisions, rounds, table
 from bench.harness.clock import DIRECTIONS, milliseconds
-from bench.harness.providers import Provider, Turns
+from bench.harness.providers import Provider
+from bench.harness.rounds import Turns
 from bench.harness.samples import ADDITIVE, EVERYDAY, GRID, MODIFIED, Sample, everyday, sized
 from bench.harness.table import Row, figure
 from fused_attn.testing import Case
@@ -134,7 +135,7 @@ def measured(case: Case, what: Row, chosen: list[Provider], size: Size, tick: Ca
     rows: list[Row] = []
     calls, found, notes = {}, {}, {}
     for provider in chosen:
-        started = providers.run_once(provider, x, size.device)
+        started = rounds.run_once(provider, x, size.device)
         note = judged(provider, x, started)
         where = what | {"provider": provider.name}
         if note.get("status"):
@@ -144,8 +145,8 @@ def measured(case: Case, what: Row, chosen: list[Provider], size: Size, tick: Ca
             calls[provider], found[provider.name] = started.call, started.found
             notes[provider.name] = note | {"config": provider.config(x)}
         del started
-        providers.release(size.device)
-    timed = providers.interleave(calls, found, x, size.turns, tick)
+        rounds.release(size.device)
+    timed = rounds.interleave(calls, found, x, size.turns, tick)
     for name, entries in timed["providers"].items():
         for direction, entry in entries.items():
             where = what | {"provider": name, "direction": direction} | notes[name]
@@ -158,7 +159,7 @@ def measured(case: Case, what: Row, chosen: list[Provider], size: Size, tick: Ca
     return [*rows, ceiling("matmul", size, "tflops", top, length=size.turns.matmul)]
 
 
-def judged(provider: Provider, x: Sample, started: providers.Started) -> Row:
+def judged(provider: Provider, x: Sample, started: rounds.Started) -> Row:
     """The result of the check; it has a status if the provider is not to be timed."""
     error = started.error
     if started.call is None or (provider.ours and error is not None):
@@ -172,7 +173,7 @@ def judged(provider: Provider, x: Sample, started: providers.Started) -> Row:
     try:
         used = x.judge(started.result, started.grads)
     except AssertionError as failure:
-        return {"status": "refused", "reason": str(failure)[: providers.REASON_LENGTH]}
+        return {"status": "refused", "reason": str(failure)[: rounds.REASON_LENGTH]}
     return {"share": max(row["share"] for row in used.values()), "error": used["out"]["error"]}
 
 
@@ -385,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     keep(revisions.measured(case, what, own, size.dtype, size.turns, sides, lambda: step(steps=1)))
             except Exception as error:
-                keep([what | {"status": "refused", "reason": f"error: {providers.reason(error, [])}"}])
+                keep([what | {"status": "refused", "reason": f"error: {rounds.reason(error, [])}"}])
                 end = end if answers(size.device) else 0.0
         for threads in args.threads if daily else ():
             torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.evidence.setting import Listed, Refused, Setting, compared, judged, seconds, verify
-from bench.harness import providers
+from bench.harness import providers, rounds
 from bench.harness.providers import Provider, ours
 from fused_attn import tuning
 from fused_attn.backends.triton import hopper, portable
@@ -90,7 +90,7 @@ class Overlap:
         answer = Configs().check(s, d, kernel=kernel, config=config)
         rival = self.provider("rival", kernel, Config.from_row(config))
         for causal in (False, True):
-            providers.start(rival, s.sample(d, s.lengths[0], causal), s.device)  # compiled in the parallel stage
+            rounds.start(rival, s.sample(d, s.lengths[0], causal), s.device)  # compiled in the parallel stage
         return answer
 
     def measure(self, s: Setting, checked: dict[str, Any], kernel: str, d: int, config: Any) -> dict[str, Any]:

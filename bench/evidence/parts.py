@@ -21,7 +21,7 @@ from bench.evidence.configs import Configs, Overlap, Tune
 from bench.evidence.decoding import Steps
 from bench.evidence.ragged import RaggedBatches
 from bench.evidence.setting import Listed, Setting, bits, compared, judged, poisoned, seconds, throughputs, verify
-from bench.harness import first_call, providers
+from bench.harness import first_call, providers, rounds
 from bench.harness.packed import ragged_case
 from bench.harness.providers import ours
 from bench.harness.samples import ADDITIVE, MODIFIED, Sample, heavy_tail, sized
@@ -150,8 +150,8 @@ class Costs:
         if length:
             x = replace(s, tokens=length).sample(d, length, False)
             inputs = sum(t.untyped_storage().nbytes() for t in (*x.leaves, *x.cotangents))
-            _, found = providers.start(ours(), x, s.device)
-            if any("refused" in found[direction] for direction in providers.DIRECTIONS):
+            _, found = rounds.start(ours(), x, s.device)
+            if any("refused" in found[direction] for direction in rounds.DIRECTIONS):
                 raise RuntimeError(f"ours did not run: {found}")
             return {"input_bytes": inputs, "beyond": found}
         return first_call.measured(device=s.device, dtype=str(s.half).removeprefix("torch."), d=d)
@@ -175,7 +175,7 @@ class Timing:
         refused, took = {}, {}
         for provider in providers.COMPILED:
             began = time.perf_counter()
-            _, found = providers.start(provider, x, s.device)
+            _, found = rounds.start(provider, x, s.device)
             took[provider.name] = round(time.perf_counter() - began, 2)
             if "refused" in found["forward"]:
                 refused[provider.name] = found["forward"]["refused"]
@@ -189,9 +189,9 @@ class Timing:
             if backend and not fused_attn.explain(*x.inputs.qkv, causal=causal, backend=backend).reasons:
                 right[provider.name] = verify(provider, x)
         willing = [p for p in providers.PROVIDERS if p.name not in refused or p.name in right]
-        found = compared(willing, x, s, providers.DIRECTIONS, list(right))
+        found = compared(willing, x, s, rounds.DIRECTIONS, list(right))
         for name in refused.keys() - right.keys():
-            found["providers"][name] = {direction: {"refused": refused[name]} for direction in providers.DIRECTIONS}
+            found["providers"][name] = {direction: {"refused": refused[name]} for direction in rounds.DIRECTIONS}
         return found | {"rows": right, "shape": list(x.problem.q.shape)}
 
 
@@ -246,7 +246,7 @@ class AdditiveScores:
 
     def measure(self, s: Setting, checked: dict[str, Any], case: str, d: int) -> dict[str, Any]:
         x, pair = self.sample(s, case, d), [ours(), providers.NAIVE]
-        found = compared(pair, x, s, providers.DIRECTIONS[:2], [pair[0].name])
+        found = compared(pair, x, s, rounds.DIRECTIONS[:2], [pair[0].name])
         b, h, m, n = x.problem.shape
         for direction, times in EVALUATIONS.items():
             own, eager = (found["providers"][p.name][direction] for p in pair)

@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.evidence.setting import Listed, Setting, compared, seconds, throughputs, verify
 from bench.harness.packed import PEERS, ragged_case
-from bench.harness.providers import DIRECTIONS, ours
+from bench.harness.providers import ours
+from bench.harness.rounds import DIRECTIONS
 from bench.harness.samples import Sample, heavy_tail, sized
 
 FILL = {"heavy": 0.3, "equal": 1.0}  # share of the padded batch that is not padding

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.harness import providers
+from bench.harness import rounds
 from bench.harness.clock import directed, gradients, milliseconds
 from bench.harness.providers import Provider, ours
 from bench.harness.samples import Sample, sized
@@ -91,7 +91,7 @@ def compared(
     some: list[Provider], x: Sample, s: Setting, directions: tuple[str, ...], needed: list[str]
 ) -> dict[str, Any]:
     """Timings of some providers; raises if one of the needed ones was not timed."""
-    found = providers.compare(some, x, s.device, s.rounds, directions, s.matmul)
+    found = rounds.compare(some, x, s.device, s.rounds, directions, s.matmul)
     for name, direction in ((n, d) for n in needed for d in directions):
         if "ms" not in found["providers"][name][direction]:
             raise RuntimeError(f"{name}, {direction}: {found['providers'][name][direction]}")
@@ -102,7 +102,7 @@ def throughputs(samples: list[Sample], s: Setting) -> dict[str, list[tuple[float
     """fused_attn on several samples, interleaved: by direction, (milliseconds, FLOPs per millisecond) of each."""
     calls = [ours().bind(x) for x in samples]
     found = {}
-    for direction in providers.DIRECTIONS:
+    for direction in rounds.DIRECTIONS:
         timed = [directed(direction, f, x.leaves, x.cotangents) for f, x in zip(calls, samples, strict=True)]
         turns = [[milliseconds(call, s.device) for call in timed] for _ in range(s.rounds)]
         took = [statistics.median(x) for x in zip(*turns, strict=True)]

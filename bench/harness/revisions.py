@@ -23,7 +23,8 @@ import torch
 
 from bench import ROOT
 from bench.harness import clock
-from bench.harness.providers import Provider, Turns
+from bench.harness.providers import Provider
+from bench.harness.rounds import Turns
 from bench.harness.samples import Sample
 from bench.harness.table import Row, figure, quantiles, said
 from fused_attn import Mask

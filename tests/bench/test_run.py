@@ -14,7 +14,7 @@ import torch
 
 import fused_attn
 from bench import ragged, report, run
-from bench.harness import peers, providers, revisions, table
+from bench.harness import peers, providers, revisions, rounds, table
 from bench.harness.clock import DIRECTIONS, directed, gradients
 from bench.harness.packed import PEERS, Padded, ragged_case
 from bench.harness.providers import Provider
@@ -171,14 +171,14 @@ def test_what_is_wrong_is_not_timed(
 def test_a_case_that_breaks_off(alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs itself, and on a device that is lost with it, those after it."""
     broken_off = iter((True, False))
-    interleave = providers.interleave
+    interleave = rounds.interleave
 
     def fault(*arguments: Any) -> Any:
         if next(broken_off):
             raise RuntimeError("an illegal memory access")
         return interleave(*arguments)
 
-    monkeypatch.setattr(providers, "interleave", fault)
+    monkeypatch.setattr(rounds, "interleave", fault)
     monkeypatch.setattr(run, "answers", lambda device: alive and torch.ones(1, device=device).item() == 1)
     code, rows = rehearse(tmp_path, "--only", "causal", "--providers", "naive")
     assert code == 1
@@ -266,7 +266,7 @@ def test_flex_is_told_of_every_modifier(monkeypatch: pytest.MonkeyPatch) -> None
     refused = set()
     for name in (*GRID, *MODIFIED, *ADDITIVE, "segments"):
         x = sample(name)
-        started = providers.run_once(flex, x, "cpu")
+        started = rounds.run_once(flex, x, "cpu")
         assert "no backward on the CPU" in started.found["backward"]["refused"] or started.call is None
         if started.call is None:
             assert "FlexAttention has no" in started.found["forward"]["refused"]
@@ -340,7 +340,7 @@ def test_padding_takes_no_part_where_it_is_masked() -> None:
 
 
 def test_peers_of_packed_sequences_say_what_they_lack() -> None:
-    said = {p.name: providers.run_once(p, packed_sample(), "cpu").found["forward"]["refused"] for p in PEERS}
+    said = {p.name: rounds.run_once(p, packed_sample(), "cpu").found["forward"]["refused"] for p in PEERS}
     assert "not installed" in said["flash_attn"] and all("GPU" in said[x] for x in ("varlen", "nested"))
 
 
