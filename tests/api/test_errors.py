@@ -299,7 +299,7 @@ def test_a_seed_is_a_tensor_of_any_integers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("what", "changed", "error", "words"), SDPA, ids=[x[0] for x in SDPA])
 def test_sdpa(what: str, changed: dict[str, Any], error: type[Exception], words: str) -> None:
-    """The door of F.scaled_dot_product_attention, which itself lets several of these pass."""
+    """scaled_dot_product_attention refuses what torch's function in part lets pass."""
     assert sdpa().shape == (B, HQ, M, DV)
     with pytest.raises(error, match=words):
         sdpa(**changed)

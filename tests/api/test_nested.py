@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_attn
-import fused_attn.compat.sdpa as door
+import fused_attn.compat.sdpa as compat_sdpa
 from fused_attn import Mask, attention, scaled_dot_product_attention
 from tests.parity import within_budget
 
@@ -160,7 +160,7 @@ def test_a_model(causal: bool) -> None:
         model.to(dtype).zero_grad()
         xs = [x.to(dtype) for x in batch]
         if nested:
-            with door.scope():
+            with compat_sdpa.scope():
                 x = torch.nested.nested_tensor(xs, layout=torch.jagged)
                 y = model(x, F.scaled_dot_product_attention, is_causal=causal).values()
         else:
@@ -175,7 +175,7 @@ def test_a_model(causal: bool) -> None:
 
 
 def test_functional(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The SDPA door takes them without a word to torch: scale, groups, a window, other offsets for the keys."""
+    """Replaced SDPA takes them without a word to torch: scale, groups, a window, other offsets for the keys."""
     packed = [
         torch.randn(sum(ROWS), HEADS, DIM),
         torch.randn(sum(KEYS), KV_HEADS, DIM),
@@ -191,7 +191,7 @@ def test_functional(monkeypatch: pytest.MonkeyPatch) -> None:
 
     q, k, v = (jagged(x, n) for x, n in zip(packed, (rows, keys, keys), strict=True))
     words: dict[str, Any] = {"scale": 0.3, "is_causal": True, "enable_gqa": True}
-    with door.scope():
+    with compat_sdpa.scope():
         out = F.scaled_dot_product_attention(q, k, v, **words)
     within_budget("out", values_of(out), run(torch.float64, **words), run(torch.float32, **words))
     words |= {"window": (2, 0), "softcap": 2.0}

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from fused_attn import CacheFullError, PagedKVCache, attention_decode
-from fused_attn.api import paged_cache as room
+from fused_attn.api import paged_cache as module
 
 LAYERS, PAGES, HEADS, D, DV = 2, 12, 2, 4, 3
 
@@ -453,4 +453,4 @@ def test_a_cache_that_cannot_be(changed: dict[str, Any], error: type[Exception],
 
 
 def test_docstrings() -> None:
-    assert doctest.testmod(room, raise_on_error=True).attempted >= 5
+    assert doctest.testmod(module, raise_on_error=True).attempted >= 5

@@ -299,9 +299,9 @@ def test_kvcache_errors() -> None:
         )
 
 
-@pytest.mark.parametrize("room", [flash, bert_padding], ids=lambda room: room.__name__)
-def test_examples(room: Any) -> None:
-    assert doctest.testmod(room, raise_on_error=True).attempted >= len(room.__all__)
+@pytest.mark.parametrize("module", [flash, bert_padding], ids=lambda module: module.__name__)
+def test_examples(module: Any) -> None:
+    assert doctest.testmod(module, raise_on_error=True).attempted >= len(module.__all__)
 
 
 def test_errors_are_flash_attns() -> None:

@@ -158,14 +158,14 @@ def test_a_step_over_pages(flash: list[str]) -> None:
 
 def test_flash_attention_2_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scopes and calls nest, and all is as it was afterwards."""
-    from transformers import modeling_flash_attention_utils as room
+    from transformers import modeling_flash_attention_utils as flash_utils
     from transformers.integrations import flash_attention as integration
 
-    entry = room.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]
+    entry = flash_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]
     falcon = transformers.models.falcon.modeling_falcon
 
     def state() -> tuple:
-        names = room._lazy_imports, room.is_flash_attn_available, falcon.is_flash_attn_available
+        names = flash_utils._lazy_imports, flash_utils.is_flash_attn_available, falcon.is_flash_attn_available
         return *names, integration.get_target_dtype, dict(entry)
 
     before = state()
@@ -173,13 +173,13 @@ def test_flash_attention_2_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         models.register_flash_attention_2()
         with models.flash_attention_2():
             pass
-        assert room.lazy_import_flash_attention(models.FLASH)[0][0] is flash_attn.flash_attn_func
+        assert flash_utils.lazy_import_flash_attention(models.FLASH)[0][0] is flash_attn.flash_attn_func
         assert not any(x == y for x, y in zip(state(), before, strict=True) if x is not falcon.is_flash_attn_available)
     models.unregister_flash_attention_2()
     assert state() == before
     with pytest.raises(ImportError, match="FlashAttention2"):
         build("bert").set_attn_implementation(models.FLASH)
-    monkeypatch.delattr(room, "_lazy_imports")
+    monkeypatch.delattr(flash_utils, "_lazy_imports")
     with pytest.raises(NotImplementedError, match="looks for flash-attn in a way that is not known"):
         models.register_flash_attention_2()
 

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper
 from torch.overrides import TorchFunctionMode
 
 import fused_attn
-import fused_attn.compat.sdpa as door
+import fused_attn.compat.sdpa as compat_sdpa
 from tests import ROOT
 from tests.parity import within_budget
 
@@ -35,8 +35,8 @@ def arrivals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
         found.append(tuple(query.shape))
         return fused_attn.scaled_dot_product_attention(query, *args, **kwargs)
 
-    monkeypatch.setattr(door, "fused", counted)
-    monkeypatch.setattr(door, "_warned", set())
+    monkeypatch.setattr(compat_sdpa, "fused", counted)
+    monkeypatch.setattr(compat_sdpa, "_warned", set())
     yield found
     assert F.scaled_dot_product_attention is TORCH
     assert torch.backends.mha.get_fastpath_enabled()
@@ -46,7 +46,7 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float32)
 
 
-def test_doors_open_by_name() -> None:
+def test_submodules_are_found_by_name() -> None:
     """Without an import of their own."""
     script = """
 import sys, fused_attn
@@ -96,7 +96,7 @@ def test_functional(arrivals: list, call: Callable, lengths: tuple[int, int]) ->
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
     plain, oracle = run(torch.float32), run(torch.float64)
-    with door.scope():
+    with compat_sdpa.scope():
         ours = run(torch.float32)
     assert arrivals == [(2, 4, lengths[0], 8)]
     for name, got, exact, theirs in zip(("out", "dq", "dk", "dv"), ours, oracle, plain, strict=True):
@@ -108,7 +108,7 @@ def test_causal_bias_with_more_queries_than_keys(arrivals: list) -> None:
     q, k, v = randn(1, 2, 9, 8), randn(1, 2, 4, 8), randn(1, 2, 4, 8)
     with pytest.warns(UserWarning, match="NaNs"):
         bias = causal_lower_right(9, 4)
-    with door.scope():
+    with compat_sdpa.scope():
         out = F.scaled_dot_product_attention(q, k, v, bias)
         tail = F.scaled_dot_product_attention(q[:, :, 5:], k, v, is_causal=True)
     assert len(arrivals) == 2
@@ -119,7 +119,7 @@ def test_causal_bias_with_more_queries_than_keys(arrivals: list) -> None:
 def test_compiled(arrivals: list) -> None:
     q, k, v = (randn(1, 2, 13, 8) for _ in range(3))
     eager = TORCH(q, k, v, is_causal=True)
-    with door.scope():
+    with compat_sdpa.scope():
         out = torch.compile(causal_by_flag, fullgraph=True, backend="aot_eager")(q, k, v)
     assert arrivals
     within_budget("out", out, TORCH(q.double(), k.double(), v.double(), is_causal=True), eager)
@@ -140,7 +140,7 @@ def test_multihead_attention(arrivals: list, training: bool) -> None:
             return layer(*(x.to(dtype),) * 3, key_padding_mask=padding, need_weights=False)[0].detach()
 
     plain, oracle = run(torch.float32), run(torch.float64)
-    with door.scope():
+    with compat_sdpa.scope():
         ours = run(torch.float32)
     assert arrivals == [(2, 4, 9, 4)]
     within_budget("out", ours, oracle, plain)
@@ -151,7 +151,7 @@ def test_transformer_layer(arrivals: list) -> None:
     x = randn(2, 9, 16)
     with torch.inference_mode():
         plain = layer(x)
-        with door.scope():
+        with compat_sdpa.scope():
             ours = layer(x)
         oracle = layer.double()(x.double())
     assert arrivals == [(2, 4, 9, 4)]
@@ -160,10 +160,10 @@ def test_transformer_layer(arrivals: list) -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_refused_calls_go_to_torch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_warned", set())
+    monkeypatch.setattr(compat_sdpa, "_warned", set())
     nested = torch.nested.nested_tensor([randn(2, 5, 8), randn(2, 3, 8)], layout=torch.strided)
     expected = TORCH(nested, nested, nested).values()
-    with door.scope():
+    with compat_sdpa.scope():
         with pytest.warns(UserWarning, match="leaves a call to torch: query: expected a nested tensor of layout"):
             out = F.scaled_dot_product_attention(nested, nested, nested)
         again = F.scaled_dot_product_attention(nested, nested, nested)  # a second warning would be an error
@@ -177,10 +177,10 @@ def test_refused_causal_bias_is_spelled_out_for_torch(arrivals: list, monkeypatc
     def refuse(*args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError("not today")
 
-    monkeypatch.setattr(door, "fused", refuse)
+    monkeypatch.setattr(compat_sdpa, "fused", refuse)
     q, k = randn(1, 2, 4, 8), randn(1, 2, 9, 8)
     expected = TORCH(q, k, k, attn_mask=torch.ones(4, 9, dtype=torch.bool).tril(5))
-    with door.scope(), pytest.warns(UserWarning, match="not today"):
+    with compat_sdpa.scope(), pytest.warns(UserWarning, match="not today"):
         out = F.scaled_dot_product_attention(q, k, k, causal_lower_right(4, 9))
     assert torch.equal(out, expected)
 
@@ -197,37 +197,37 @@ def test_what_torch_makes_of_a_wrong_call(arrivals: list) -> None:
             return type(error), str(error)
 
     expected = outcome(TORCH)
-    with door.scope(), pytest.warns(UserWarning, match="attn_mask: must be None when is_causal"):
+    with compat_sdpa.scope(), pytest.warns(UserWarning, match="attn_mask: must be None when is_causal"):
         assert outcome(F.scaled_dot_product_attention) == expected
     bias: CausalBias = causal_upper_left(4, 5)
-    with door.scope(), pytest.warns(UserWarning, match="lengths"), pytest.raises(RuntimeError):
+    with compat_sdpa.scope(), pytest.warns(UserWarning, match="lengths"), pytest.raises(RuntimeError):
         F.scaled_dot_product_attention(q, q, q, bias)
 
 
 def test_a_named_backend_never_falls_back(arrivals: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ATTN_BACKEND", "hopper")
     q = randn(1, 2, 4, 8)
-    with door.scope(), pytest.raises(fused_attn.BackendError, match="hopper"):
+    with compat_sdpa.scope(), pytest.raises(fused_attn.BackendError, match="hopper"):
         F.scaled_dot_product_attention(q, q, q)
 
 
 def test_switch(arrivals: list) -> None:
     """enable and disable are idempotent, scopes nest, an exception leaves one, and the fast path comes back."""
-    ours = door.scaled_dot_product_attention
-    door.enable()
-    door.enable()
+    ours = compat_sdpa.scaled_dot_product_attention
+    compat_sdpa.enable()
+    compat_sdpa.enable()
     assert F.scaled_dot_product_attention is ours
     assert not torch.backends.mha.get_fastpath_enabled()
-    with door.scope():
+    with compat_sdpa.scope():
         pass
     assert F.scaled_dot_product_attention is ours
-    door.disable()
-    door.disable()
+    compat_sdpa.disable()
+    compat_sdpa.disable()
     assert F.scaled_dot_product_attention is TORCH
-    with door.scope():
-        with pytest.raises(KeyError), door.scope():
+    with compat_sdpa.scope():
+        with pytest.raises(KeyError), compat_sdpa.scope():
             raise KeyError
-        door.disable()
+        compat_sdpa.disable()
         assert F.scaled_dot_product_attention is ours
     assert F.scaled_dot_product_attention is TORCH
 
@@ -236,7 +236,7 @@ def test_a_later_replacement_is_kept(arrivals: list, monkeypatch: pytest.MonkeyP
     def theirs(*args: Any, **kwargs: Any) -> Tensor:
         return TORCH(*args, **kwargs)
 
-    with door.scope():
+    with compat_sdpa.scope():
         F.scaled_dot_product_attention = theirs
     try:
         assert F.scaled_dot_product_attention is theirs
@@ -252,8 +252,8 @@ def test_scopes_of_many_threads(arrivals: list) -> None:
     def work() -> None:
         barrier.wait()
         for _ in range(50):
-            with door.scope():
-                if F.scaled_dot_product_attention is not door.scaled_dot_product_attention:
+            with compat_sdpa.scope():
+                if F.scaled_dot_product_attention is not compat_sdpa.scaled_dot_product_attention:
                     wrong.append("not ours")
                 F.scaled_dot_product_attention(q, q, q)
 
@@ -279,7 +279,7 @@ KERNELS = {
     "with a mask": lambda q: fused_attn.attention(q, q, q, mask=torch.ones(7, 7, dtype=torch.bool).tril()),
     "sdpa": lambda q: fused_attn.scaled_dot_product_attention(q, q, q, is_causal=True),
     "varlen": one_head_at_a_time,
-    "inside scope": door.scope()(lambda q: F.scaled_dot_product_attention(q, q, q)),
+    "inside scope": compat_sdpa.scope()(lambda q: F.scaled_dot_product_attention(q, q, q)),
     "Jagged": lambda q: fused_attn.attention(*[torch.nested.nested_tensor_from_jagged(
         q[0].transpose(0, 1).contiguous(), torch.tensor([0, 3, 7])).transpose(1, 2)] * 3).values(),
 }  # fmt: skip
@@ -298,9 +298,9 @@ def test_torchs_choice_of_kernels(kernel: str, call: Callable) -> None:
 
 
 COMPILED: dict[str, Callable[[Callable, Callable], Callable]] = {
-    "decorated": lambda call, compiled: door.scope()(compiled(call)),
-    "compiled before": lambda call, compiled: door.scope()(used(compiled(call))),
-    "inside, with a graph break": lambda call, compiled: compiled(door.scope()(call)),
+    "decorated": lambda call, compiled: compat_sdpa.scope()(compiled(call)),
+    "compiled before": lambda call, compiled: compat_sdpa.scope()(used(compiled(call))),
+    "inside, with a graph break": lambda call, compiled: compiled(compat_sdpa.scope()(call)),
 }
 
 
@@ -333,7 +333,7 @@ def test_scope_and_compiled_functions(arrivals: list, way: str) -> None:
     within_budget("out", out, exact, plain)
 
 
-@pytest.mark.parametrize("switch", (lambda: door.scope().__enter__(), door.enable, door.disable))
+@pytest.mark.parametrize("switch", (lambda: compat_sdpa.scope().__enter__(), compat_sdpa.enable, compat_sdpa.disable))
 def test_the_switch_is_not_compiled(arrivals: list, switch: Callable) -> None:
     """The error says where the switch belongs, and nothing is left switched."""
 
@@ -360,7 +360,7 @@ def test_script(arrivals: list) -> None:
     """torch.jit.script compiles torch's function, and what it compiles can be saved."""
     q, mask = randn(1, 2, 5, 8), randn(5, 5)
     expected, buffer = scripted(q, mask), io.BytesIO()
-    with door.scope():
+    with compat_sdpa.scope():
         compiled = torch.jit.script(scripted)
         assert torch.equal(compiled(q, mask), expected)
         torch.jit.save(compiled, buffer)
@@ -373,7 +373,7 @@ def test_script(arrivals: list) -> None:
 def test_script_of_layers(arrivals: list) -> None:
     x = randn(2, 5, 8)
     for layer, args in ((nn.MultiheadAttention(8, 2), (x, x, x)), (nn.TransformerEncoderLayer(8, 2, 16).eval(), (x,))):
-        with door.scope():
+        with compat_sdpa.scope():
             inside = torch.jit.script(layer)
         got, expected = inside(*args), torch.jit.script(layer)(*args)
         assert torch.equal(*(y[0] if isinstance(y, tuple) else y for y in (got, expected))) and not arrivals
@@ -408,7 +408,7 @@ class Noting(TorchFunctionMode):
 
 def test_subclasses_and_modes(arrivals: list) -> None:
     q = randn(1, 2, 4, 8)
-    with door.scope():
+    with compat_sdpa.scope():
         assert F.scaled_dot_product_attention(q, q.as_subclass(Overriding), q) == "its own" and not arrivals
         assert type(F.scaled_dot_product_attention(q.as_subclass(Plain), q, q)) is Plain
         with Noting() as noting:
@@ -422,7 +422,7 @@ def test_subclasses_and_modes(arrivals: list) -> None:
 def test_symbolic_trace(arrivals: list) -> None:
     """torch.fx records the call, without a warning."""
     q = randn(1, 2, 4, 8)
-    with door.scope():
+    with compat_sdpa.scope():
         traced = torch.fx.symbolic_trace(causal_by_flag)
         assert not arrivals
         assert torch.equal(traced(q, q, q), fused_attn.scaled_dot_product_attention(q, q, q, is_causal=True))

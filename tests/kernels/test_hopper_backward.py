@@ -98,9 +98,9 @@ def gradients(
 
 
 def _gradients(
-    case: Case, dtype: torch.dtype, config: Config, seed: int, codes: Mapping | None, room: str
+    case: Case, dtype: torch.dtype, config: Config, seed: int, codes: Mapping | None, file: str
 ) -> dict[str, torch.Tensor]:
-    """room: the file whose kernel computes them."""
+    """file: the one whose kernel computes them."""
     inputs, _, out, normaliser = _prepared(case, dtype)
     problem = replace(inputs.problem().lower(), deterministic=config.ordered)
     dout = torch.zeros_like(out) if inputs.dout is None else inputs.dout
@@ -108,8 +108,8 @@ def _gradients(
     with torch.no_grad(), override(hopper_backward=config), running as emulation:
         found = hopper.backward(problem, out, *normaliser, dout, inputs.dlse, frozenset(inputs.leaves))
     inputs.check_untouched()
-    rooms = [machine.kernel.partition(".")[0] for machine in emulation.machines]
-    assert rooms == ["hopper_backward", room, "hopper_backward"]
+    files = [machine.kernel.partition(".")[0] for machine in emulation.machines]
+    assert files == ["hopper_backward", file, "hopper_backward"]
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_attn import testing
 from fused_attn.modules import MultiheadAttention
-from fused_attn.modules import weights as weights_room
+from fused_attn.modules import weights as weights_module
 from tests.parity import randn
 
 NESTED = "ignore:The PyTorch API of nested tensors"
@@ -135,4 +135,4 @@ def autocast_agrees(ours: nn.Module, theirs: nn.Module, args: tuple[Tensor, ...]
 def few_and_many_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to come by weights; with many keys the second, and its derivative in several passes."""
     if request.param == "many_keys":
-        monkeypatch.setattr(weights_room, "COLUMNS", 3)
+        monkeypatch.setattr(weights_module, "COLUMNS", 3)

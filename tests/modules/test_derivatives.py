@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fused_attn
-from fused_attn.modules import weights as weights_room
+from fused_attn.modules import weights as weights_module
 from tests.modules.layers import B, E, causal, padding, pair
 from tests.modules.test_scored import SCORED, scored
 from tests.parity import randn, within_budget
@@ -90,8 +90,8 @@ OPTIONS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 def keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of one pass, and of more keys than that."""
     if request.param == "many keys":
-        monkeypatch.setattr(weights_room, "COLUMNS", 3)
-        monkeypatch.setattr(weights_room, "WIDE", 6)
+        monkeypatch.setattr(weights_module, "COLUMNS", 3)
+        monkeypatch.setattr(weights_module, "WIDE", 6)
 
 
 def compare(transform: str, ours: Function, theirs: Function, x: Tensor) -> None:
@@ -148,7 +148,7 @@ def test_parameters() -> None:
 @pytest.mark.parametrize("transform", ("double backward", "jvp"))
 def test_the_threshold_as_it_is(transform: str) -> None:
     layers = [x.double() for x in pair(batch_first=True)]
-    for n in (weights_room.COLUMNS, weights_room.COLUMNS + 1):
+    for n in (weights_module.COLUMNS, weights_module.COLUMNS + 1):
         key = randn(1, n, E, seed=1).double()
         ours, theirs = ((lambda x, f=f, key=key: f(x, key * x.mean(), key)) for f in layers)
         compare(transform, ours, theirs, randn(1, 3, E).double())

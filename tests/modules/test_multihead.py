@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fused_attn import modules
 from fused_attn.modules import MultiheadAttention, inputs, multihead, scored
-from fused_attn.modules import weights as weights_room
+from fused_attn.modules import weights as weights_module
 from tests.modules.layers import (
     B,
     E,
@@ -143,7 +143,7 @@ def test_zero_sizes() -> None:
 @pytest.mark.parametrize("average", (True, False))
 @pytest.mark.parametrize("masks", MASKS)
 def test_weights_of_many_keys(masks: str, average: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_room, "COLUMNS", 3)
+    monkeypatch.setattr(weights_module, "COLUMNS", 3)
     ours, theirs = pair(**KINDS["both"])
     agree(ours, theirs, batch(**KINDS["both"]), MASKS[masks](H) | {"average_attn_weights": average})
 
@@ -151,7 +151,7 @@ def test_weights_of_many_keys(masks: str, average: bool, monkeypatch: pytest.Mon
 def test_weights_of_more_keys_than_one_pass() -> None:
     """The threshold as it is: on both sides of it, the weights and their derivative are what torch's are."""
     ours, theirs = pair(batch_first=True)
-    for n in (weights_room.COLUMNS, weights_room.COLUMNS + 1):
+    for n in (weights_module.COLUMNS, weights_module.COLUMNS + 1):
         agree(ours, theirs, (randn(1, 3, E), randn(1, n, E), randn(1, n, E, seed=1)), {"attn_mask": randn(3, n)})
 
 
@@ -368,7 +368,11 @@ def test_flags_as_torch_takes_them(yes: Any, no: Any) -> None:
     assert layer(**arguments(), need_weights=no)[1] is None
 
 
-@pytest.mark.parametrize("room", (modules, inputs, multihead, scored, weights_room), ids=lambda room: room.__name__)
-def test_examples(room: Any) -> None:
+@pytest.mark.parametrize(
+    "module", (modules, inputs, multihead, scored, weights_module), ids=lambda module: module.__name__
+)
+def test_examples(module: Any) -> None:
     """What the docstrings show is what comes out."""
-    assert doctest.testmod(room, raise_on_error=True).attempted >= {modules: 4, multihead: 6, scored: 10}.get(room, 0)
+    assert doctest.testmod(module, raise_on_error=True).attempted >= {modules: 4, multihead: 6, scored: 10}.get(
+        module, 0
+    )
