@@ -278,10 +278,7 @@ def consume(group: gl.constexpr, c, shared, out, normaliser, score, sink):
         # [ROWS], [ROWS], [ROWS, D]
         m_i, l_i, acc = attend(
             c, shared,
-            Task(
-                m, slot, Plane(score, own, None, None, tile, c.ROWS, c.BLOCK_N), scale * LOG2E,
-                group,
-            ),
+            Task(m, slot, Plane(score, own, None, None, tile, c.ROWS, c.BLOCK_N), scale * LOG2E, group),
             seen, count,
         )  # fmt: skip
         count += seen.total

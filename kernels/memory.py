@@ -1,13 +1,11 @@
-"""Where row n lives: pointers into a View, loads and stores that stay inside it, and the tile that a program works
-on."""
+"""Where row n lives: pointers into a View, loads and stores that stay inside it, and the tile of each program."""
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-# of the sequence's index, and of the tile's, in a sort key; see tile_scheduler.py
-BITS: tl.constexpr = tl.constexpr(22)
+BITS: tl.constexpr = tl.constexpr(22)  # of the sequence and of the tile in a sort key; see tile_scheduler.py
 NONE: tl.constexpr = tl.constexpr(2**22 - 1)  # no tile
 
 
@@ -16,8 +14,8 @@ class WorkTile(NamedTuple):
 
     head: b * heads + h. M, N: lengths of the sequence. shift: added to the span's offsets, to move the diagonal right.
     In memory the sequence lies at batch entry `batch`, at head `memory_head` = batch * heads + h, from row `row` and
-    key `key` on; `rows` and `keys` are the extents of a head in memory. A dense batch has row = key = 0, rows = M, keys
-    = N.
+    key `key` on; `rows` and `keys` are the extents of a head in memory. In a dense batch row and key are 0, rows is
+    M and keys is N.
     """
 
     b: Any

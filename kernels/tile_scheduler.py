@@ -1,4 +1,4 @@
-"""Longest-first tile schedule for packed (varlen) batches: one sort key per program, decoded by `memory.owner`.
+"""Longest-first tile schedule for packed (varlen) batches: one sort key per slot, decoded by `memory.scheduled_tile`.
 
 From the highest bits down, a key holds how many keys the tile sees, the sequence and the tile. Sorted in descending
 order, the longest tiles come first. Entries without a tile hold sequence 0 and tile NONE.
