@@ -55,12 +55,20 @@ def _under_36(case: testing.Case, dtype: torch.dtype) -> bool:
     return "core" in case.tags and (dtype == torch.float32 or (dtype == torch.bfloat16 and case.name == "everything"))
 
 
+# Long in the interpreter, and a combination of what other cases have.
+LONG = {
+    "additive_bias_columns", "additive_bias_shared", "everything_tensor", "only_parameter_additive",
+    "ragged_bias_bhmn", "ragged_bias_b11n", "ragged_bias_bhm1", "ragged_everything_tensor",
+}  # fmt: skip
+
+
 def _marks(backend: str, case: testing.Case, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
     """Interpreted half precision costs most: each case runs daily in one of its types."""
-    found = [pytest.mark.triton36] if backend == "triton" and _under_36(case, dtype) else []
-    if backend == "triton" and dtype in HALF and dtype not in _daily_half(case):
-        found.append(pytest.mark.nightly)
-    return found
+    if backend != "triton":
+        return []
+    found = [pytest.mark.triton36] if _under_36(case, dtype) else []
+    nightly = case.name in LONG or (dtype in HALF and dtype not in _daily_half(case))
+    return [*found, pytest.mark.nightly] if nightly else found
 
 
 PARAMETERS = [

@@ -256,7 +256,7 @@ def sample(count: int) -> list[dict]:
 
 @pytest.mark.aot
 @pytest.mark.slow
-@pytest.mark.parametrize("count", (12, pytest.param(60, marks=pytest.mark.nightly)))
+@pytest.mark.parametrize("count", (6, pytest.param(60, marks=pytest.mark.nightly)))
 def test_a_sample_of_the_table_compiles_to_the_committed_figures(count):
     path, table = older_triton(), static.read()
     with Pool(2, path) as pool:

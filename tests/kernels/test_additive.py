@@ -127,7 +127,7 @@ def gradients(case: Case, seed: int = 0) -> dict[str, Tensor]:
 
 CASES = {
     "full": Case("full", **SMALL),
-    "causal_gqa": Case("causal_gqa", **SMALL, hq=4, hkv=2, causal=True, alignment="bottom_right", bias="1h1n"),
+    "causal_gqa": Case("causal_gqa", **SMALL, hq=2, hkv=1, causal=True, alignment="bottom_right", bias="1h1n"),
     "segments": Case("segments", **SMALL | {"m": 41}, b=2, hq=1, masks=("segments_gap",), scale_tensor="h", alibi="h"),
     "ragged": Case(
         "ragged", **SMALL, lengths=((20, 17), (3, 40), (0, 5), (33, 18)), causal=True, alignment="bottom_right"
@@ -144,7 +144,7 @@ def test_any_order_of_programs_gives_the_same_bits(
     expected = gradients(CASES[name])
     monkeypatch.setattr(settings, "multiprocessors", lambda device: 2)
     orders = set()
-    for seed in range(3):
+    for seed in range(2):
         turns.append(Turns(seed))
         found = gradients(CASES[name])
         orders.add(turns[-1].switches)

@@ -79,8 +79,12 @@ def arguments(case: Case, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...
     return flat, (*plain, out, *normaliser, inputs.dout, inputs.dlse, needs)
 
 
-@pytest.mark.parametrize("backend", LAUNCHED)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    # The backends share the operators; one that launches kernels needs a look at little beside its launch.
+    [("tiled", x) for x in PROBLEMS]
+    + [pytest.param("triton", x, marks=[] if x in ("plain", "half") else pytest.mark.nightly) for x in PROBLEMS],
+)
 def test_opcheck(backend: str, name: str) -> None:
     """Torch's own examination of an operator: schema, autograd registration, fake tensors, AOT dispatch."""
     available(backend, PROBLEMS[name])
@@ -281,8 +285,15 @@ def test_nothing_leaks(backend: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- compilers
 
 
-@pytest.mark.parametrize("backend", ("triton", "tiled", "reference", "sdpa", None))
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    # The reference traces operation by operation, which takes long with symbolic sizes.
+    [
+        pytest.param(x, y, marks=pytest.mark.nightly if (x, y) == ("reference", True) else [])
+        for x in ("triton", "tiled", "reference", "sdpa", None)
+        for y in (False, True)
+    ],
+)
 def test_compile_fullgraph(backend: str | None, dynamic: bool) -> None:
     """torch.compile without a graph break, forward and gradients, over changing lengths."""
     if backend is not None:
