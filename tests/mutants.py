@@ -503,7 +503,7 @@ MUTANTS = (
            ("runtime/test_second_derivatives.py", "of_one_tensor and plain")),
     Mutant("derivatives: keys between sinks and window are read", "fused_attn/backends/tiled/attention.py",
            "reached(p) if p.span.sinks else seen(p)", "seen(p)",
-           ("runtime/test_second_derivatives.py", "test_battery and window_sinks_wide")),
+           ("runtime/test_second_derivatives.py", "test_every_case and window_sinks_wide")),
     Mutant("derivatives: tangents of a cotangent are not seen", "fused_attn/spec/transforms.py",
            "return torch.is_grad_enabled() or forward_mode(dout, dlse)", "return torch.is_grad_enabled()",
            ("runtime/test_second_derivatives.py", "forward_mode_of_a_backward and tiled")),

@@ -1,7 +1,7 @@
 """Named calls of `attention_decode`, with caches that hold NaN outside of the sequences, and their oracle.
 
 A call starts from the keys and values of each sequence, one behind another. They are put into a cache or into pages of
-it, and the oracle is dense attention over each sequence by itself, in float64.
+it, and the oracle is dense attention over each sequence, in float64.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Given:
         return found
 
     def problems(self, dtype: torch.dtype) -> list[Problem]:
-        """Dense attention over each sequence by itself, its rows the last ones."""
+        """Dense attention over each sequence, whose last rows are the queries."""
         c, words = self.call, self.kwargs
         moves = c.causal or c.window not in (None, (None, None))
         q = self.turned(self.q, self.old, moves)

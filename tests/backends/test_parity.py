@@ -159,7 +159,7 @@ def test_a_write_into_a_gap_is_seen() -> None:
 
 
 def test_poison_is_there() -> None:
-    """The cases hold what they promise: NaN around every tensor, and in keys that nobody may see."""
+    """The inputs of a case hold NaN around every tensor and in unseen keys."""
     inputs = testing.make_inputs("lengths")
     assert inputs.tensors["k"].isnan().any() and not inputs.clean["k"].isnan().any()
     for name in "qkv":

@@ -29,7 +29,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "triton36", "tests/b
 def test_core_cases() -> None:
     pytest.importorskip("triton")
     if importlib.metadata.version("triton") == VERSION:
-        pytest.skip(f"triton is {VERSION} here, and the whole battery runs under it")
+        pytest.skip(f"triton is {VERSION} here, and every parity test runs under it")
     folder = Path(os.environ.get("FUSED_ATTN_TRITON36") or ROOT / ".venv" / "triton36")
     if not (folder / "triton").is_dir():
         pytest.skip(f"triton {VERSION} is not in {folder}; set FUSED_ATTN_TRITON36, or let `make test` install it")

@@ -152,7 +152,7 @@ QUICK = {
     [pytest.param(x, marks=[] if x in QUICK else pytest.mark.nightly) for x, c in CASES.items()
      if torch.float64 in c.dtypes and "large" not in c.tags and c.backward and set(LEAVES) == set(c.needs)],
 )  # fmt: skip
-def test_battery(name: str) -> None:
+def test_every_case(name: str) -> None:
     """Every tensor of a case made from those before it. With an infinite scale all is NaN, and must stay so."""
     case = CASES[name]
     if case.values.startswith("nan"):
