@@ -1,7 +1,7 @@
-"""torch's own attention kernel for the CPU: how it is called for a problem, its derivatives, and what it gets wrong.
+"""torch's attention kernel for the CPU: its calls for a problem, their derivatives, and the check of its results.
 
-What it does wrong (seen in torch 2.10 to 2.15) is found afterwards in its log-sum-exp, which is as short as the
-sequence: see `Kernel.sound`.
+For NaN, Inf and very large scores the kernel (torch 2.10 to 2.15) returns wrong numbers. `Kernel.sound` detects that
+from its log-sum-exp, in O(M).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ...spec.problem import Mask, Problem, ordered_like
 from ...spec.torch_internals import is_view, is_zero_tensor, sdpa_on_cpu, sdpa_on_cpu_backward
 from ...spec.transforms import Version, by_operations, transform_of_cotangents, vjp
 from ..tiled import attention as tiled
-from .pieces import ALL, Piece, pieces_of_lengths, pieces_of_problem, pieces_of_seen, searched, seen_by_all
+from .pieces import ALL, Piece, padding_of, pieces_of_lengths, pieces_of_padding, pieces_of_problem, searched
 
-LARGE = 64.0  # largest |log-sum-exp| whose rounding, 2**-18, the backward may put into a weight
+LARGE = 64.0  # largest |log-sum-exp| for the backward: rounding it changes a weight by 2**-18
 LARGEST = torch.finfo(torch.float32).max
-FEW = 4096  # elements of a mask that one operator converts faster than three
+FEW = 4096  # largest mask, in elements, for which one operator is faster than three
 
 
 def stored(p: Problem) -> Problem:
-    """p with memory for zero tensors (`torch._efficientzerotensor`) among q, k and v.
+    """p with zero tensors (`torch._efficientzerotensor`) among q, k and v copied to memory.
 
-    torch's dispatcher hands them on with strides of 0, and its kernel reads the last dim as contiguous.
+    The dispatcher gives them strides of 0, but the kernel needs a last stride of 1.
     """
     zeros = {
         name: x.clone(memory_format=torch.contiguous_format)
@@ -40,27 +40,27 @@ def stored(p: Problem) -> Problem:
 
 
 def additive_mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask and a bias as the one tensor that is added to the scores."""
+    """A bool mask and a bias as one additive tensor."""
     if mask is None:
         return bias
     if bias is not None:
         return torch.where(mask, bias, -math.inf)
     if mask.numel() <= FEW:
         return torch.where(mask, mask.new_zeros((), dtype=dtype), -math.inf)
-    # In vector instructions, which torch.where on bool is not: 6 times as fast. 0 becomes -inf and any other byte 0.
+    # 0 becomes -inf and any other byte 0. Vectorized, unlike torch.where on bool: 6 times as fast.
     added = mask.view(torch.uint8).to(dtype)
     return threshold(added, 0.5, -math.inf, inplace=True).clamp_max_(0)
 
 
 class Step(NamedTuple):
-    """A piece as the kernel is called for it: what to take of the tensors, and which of the keys read to hide."""
+    """The kernel call of one piece: indices into (B, H, M or N) and an additive mask for the keys read beyond it."""
 
     rows: tuple[slice, ...]
     keys: tuple[slice, ...]
     read: tuple[slice, ...]
-    length: int  # of keys
+    length: int  # number of keys
     causal: bool
-    hidden: Tensor | None  # additive
+    hidden: Tensor | None  # additive mask of `Piece.tail`
 
     @staticmethod
     def of(piece: Piece, dtype: torch.dtype) -> Step:
@@ -72,91 +72,91 @@ class Step(NamedTuple):
         return Step(rows, keys, read, piece.keys.stop - piece.keys.start, piece.causal, hidden)
 
     def added(self, mask: Tensor | None) -> Tensor | None:
-        """Its additive mask, of that of the problem."""
+        """The additive mask of this call, given that of the problem."""
         if mask is None:
             return self.hidden
-        places = zip((*self.rows, self.read[2]), mask.shape, strict=True)
-        part = mask[tuple(place if size > 1 else ALL for place, size in places)]
+        dims = zip((*self.rows, self.read[2]), mask.shape, strict=True)
+        part = mask[tuple(index if size > 1 else ALL for index, size in dims)]
         return part if self.hidden is None else part + self.hidden
 
 
 class Kernel:
-    """How torch's CPU kernel computes a problem, and every other that differs in the contents of its tensors alone."""
+    """The calls of torch's CPU kernel that compute a problem, valid for every problem with the same metadata."""
 
     __slots__ = (
-        "causal", "covers", "differentiable", "dtype", "peeked", "rows", "scale", "steps", "template", "unpadded",
+        "causal", "covers", "differentiable", "dtype", "overread", "rows", "scale", "steps", "template", "unpadded",
         "whole",
     )  # fmt: skip
 
     def __init__(self, p: Problem, search: bool = True) -> None:
         """search: whether to look for padding in the mask."""
-        seen = seen_by_all(p.mask) if search and p.mask is not None and searched(p) else None
-        found = None if seen is None else pieces_of_seen(p.span, p.shape, seen)
-        self.unpadded = found is not None
-        found = pieces_of_problem(p) if found is None else found
-        assert found is not None, "asked for what why_not refuses"
-        self.scale: Any = p.scale  # a number: why_not refuses tensors
+        visible = padding_of(p.mask) if search and p.mask is not None and searched(p) else None
+        pieces = None if visible is None else pieces_of_padding(p.span, p.shape, visible)
+        self.unpadded = pieces is not None
+        pieces = pieces_of_problem(p) if pieces is None else pieces
+        assert pieces is not None, "why_not refuses this problem"
+        self.scale: Any = p.scale  # a float: why_not refuses tensors
         self.rows, self.dtype = (p.q.shape[0], p.q.shape[2]), p.q.dtype
         self.whole = None if p.ragged is not None else (ALL, slice(0, p.shape[2]), slice(0, p.shape[3]))
         self.template: Any = None
         self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (p.q, p.k, p.v))
         if self.differentiable:
-            # For second derivatives; without q, k, v and the mask, which would live as long as this does.
-            mask = seen[:, None, None].clone() if self.unpadded and seen is not None else None
+            # For second derivatives. It omits q, k, v and the mask, which would stay in memory with this object.
+            mask = visible[:, None, None].clone() if self.unpadded and visible is not None else None
             starts = p.ragged and replace(p.ragged, q=p.ragged.q.clone(), k=p.ragged.k.clone())
             self.template = p.replace(q=None, k=None, v=None, mask=mask, bias=None, ragged=starts)
-        self._take(found)
+        self._set_pieces(pieces)
 
-    def _take(self, found: list[Piece]) -> None:
-        covering = [piece[:3] for piece in found] == [self.whole]
-        self.steps = None if covering else [Step.of(x, self.dtype) for x in found]  # None: one call does it all
-        self.causal = found[0].causal if covering else False
-        # Keys that are read and that no row sees.
-        self.peeked = [(x.batch, ALL, slice(x.keys.stop, x.read.stop)) for x in found if x.read != x.keys]
+    def _set_pieces(self, pieces: list[Piece]) -> None:
+        whole = [piece[:3] for piece in pieces] == [self.whole]
+        self.steps = None if whole else [Step.of(x, self.dtype) for x in pieces]  # None: one call on whole tensors
+        self.causal = pieces[0].causal if whole else False
+        # Keys that are read although no row sees them.
+        self.overread = [(x.batch, ALL, slice(x.keys.stop, x.read.stop)) for x in pieces if x.read != x.keys]
         batch, length = self.rows
-        self.covers = sum(piece.rows_of(batch) for piece in found) == batch * length  # every row is in a piece
+        self.covers = sum(piece.rows_of(batch) for piece in pieces) == batch * length  # every row is in a piece
 
-    def of(self, found: list[Piece], **seen: Any) -> Kernel:
-        """That of a problem which differs in nothing but its pieces, and the span or mask that they come from."""
+    def of(self, pieces: list[Piece], **source: Any) -> Kernel:
+        """A copy for a problem with other pieces; source: the span=... or mask=... that they come from."""
         other = copy.copy(self)
-        other.unpadded = "mask" in seen
-        other.template = self.template and self.template.replace(**seen)
-        other._take(found)
+        other.unpadded = "mask" in source
+        other.template = self.template and self.template.replace(**source)
+        other._set_pieces(pieces)
         return other
 
     def additive(self, p: Problem) -> Tensor | None:
-        """What is left to add to the scores of p."""
+        """The additive mask of p, without padding that the pieces leave out."""
         return additive_mask(None if self.unpadded else p.mask, p.bias, p.q.dtype)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
-        """out in q's memory order, with a derivative where one is wanted; None: torch's kernel gets it wrong."""
+        """out in q's memory order, differentiable if an input requires grad; None if torch's kernel is wrong here."""
         if self.differentiable:
             out, lse = _apply(self, q, k, v, mask)
-            right = self.sound(q, k, v, mask, lse, LARGE)
+            sound = self.sound(q, k, v, mask, lse, LARGE)
         else:
             out, lse = self.forward(q, k, v, mask)
-            right = self.sound(q, k, v, mask, lse)
-        if not right:
+            sound = self.sound(q, k, v, mask, lse)
+        if not sound:
             return None
         return out if out.stride() == q.stride() else ordered_like(out, q)
 
     def sound(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, limit: float | None = None
     ) -> bool:
-        """Whether out is right; with a limit, the backward too: no |log-sum-exp| is above it.
+        """True if out is right; with a limit, True if the backward is right too: no |log-sum-exp| exceeds the limit.
 
-        The kernel makes numbers of NaN and Inf scores, and leaves NaN, Inf or 0 in the log-sum-exp of such a row. A 0
-        is also that of a row that the mask hides. A weight of 0 does not hide NaN in a value, nor, in the backward,
-        in a key behind the diagonal.
+        For a row with NaN or Inf scores the kernel returns finite numbers, and NaN, Inf or 0 as its log-sum-exp. A
+        fully masked row has 0 too. Keys that are read but hidden must be finite: weight 0 times NaN is NaN, in the
+        values and, in the backward, in the keys.
         """
-        least, most = (x.item() for x in lse.aminmax())  # NaN where one is
+        least, most = (x.item() for x in lse.aminmax())  # NaN if any is
         if not max(-least, most) <= (LARGEST if limit is None else limit):
             return False
         if least <= 0 <= most and not (lse.all() or _finite_scores(q, k, mask, self.scale)):
             return False
-        if self.peeked:
+        if self.overread:
             for x in (v,) if limit is None else (k, v):
-                if not math.isfinite(_norm(torch.cat([x[place] for place in self.peeked], 2))):
+                if not math.isfinite(_norm(torch.cat([x[index] for index in self.overread], 2))):
                     return False
         return True
 
@@ -169,7 +169,7 @@ class Kernel:
         make = torch.empty_like if self.covers else torch.zeros_like
         out, lse = make(q), q.new_ones(q.shape[:3], dtype=torch.float32)
         for step in self.steps:
-            # Copied while it is in the cache; joining all of them in the end takes longer.
+            # Copied while in cache; concatenating at the end is slower.
             out[step.rows], lse[step.rows] = self._compute(step, q, k, v, mask)
         return out, lse
 
@@ -197,7 +197,7 @@ class Kernel:
     def differentiable_backward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dout: Tensor, needs: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        """dq, dk and dv by operations that can be differentiated again."""
+        """dq, dk and dv by differentiable operations."""
 
         def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return tiled.attention(self.template.replace(q=q, k=k, v=v, bias=mask))
@@ -206,28 +206,28 @@ class Kernel:
 
 
 class Repeated:
-    """A problem's kernel for calls that differ in the contents of their tensors alone.
+    """A problem's kernel for calls with the same metadata.
 
-    Where those decide what is computed, as lengths and padding do, the last ones' kernel is kept: all layers of a model
-    have the same.
+    Pieces may depend on values (lengths, padding). The kernel of the last values is kept, since all layers of a model
+    use the same ones.
     """
 
     __slots__ = ("kernel", "last", "lengths", "searched", "shape", "span")
 
     def __init__(self, p: Problem, lengths: bool) -> None:
-        """lengths: the span's `hi` is that of `Mask.lengths`; calls give the lengths in place of a mask."""
+        """lengths: the span's `hi` comes from `Mask.lengths`, and calls pass the lengths as `mask`."""
         self.kernel, self.searched, self.lengths = Kernel(p, search=False), searched(p), lengths
         self.shape, self.span = p.shape, replace(p.span, hi=None)
         self.last: tuple[Any, Kernel] | None = None
 
     @staticmethod
     def of(p: Problem, lengths: bool) -> Repeated | None:
-        """None where there is none."""
+        """None if the pieces depend on other values than these."""
         fixed = p.ragged is None and p.span.lo is None and (p.span.hi is None or lengths)
         return Repeated(p, lengths) if p.q.device.type == "cpu" and fixed else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """As `Kernel.__call__`; None also of lengths that are wrong or take another backend."""
+        """As `Kernel.__call__`; None also for lengths that are invalid or need another backend."""
         if mask is None:
             return self.kernel(q, k, v, bias)
         if self.lengths:
@@ -244,26 +244,26 @@ class Repeated:
             return last[1]
         if not all(0 <= x <= self.shape[3] for x in lengths):
             return None
-        found = pieces_of_lengths(self.span, self.shape, lengths)
-        if found is None:
+        pieces = pieces_of_lengths(self.span, self.shape, lengths)
+        if pieces is None:
             return None
         span = self.span & Mask.lengths(kv).resolve(self.shape)[0] if self.kernel.differentiable else self.span
-        return self._keep(lengths, self.kernel.of(found, span=span))
+        return self._keep(lengths, self.kernel.of(pieces, span=span))
 
     def _of_padding(self, mask: Tensor) -> Kernel | None:
-        seen, last = seen_by_all(mask), self.last
-        if seen is None:
+        visible, last = padding_of(mask), self.last
+        if visible is None:
             return None
-        if last is not None and torch.equal(last[0], seen):
+        if last is not None and torch.equal(last[0], visible):
             return last[1]
-        found = pieces_of_seen(self.span, self.shape, seen)
-        if found is None:
+        pieces = pieces_of_padding(self.span, self.shape, visible)
+        if pieces is None:
             return None
-        seen = seen.clone()
-        return self._keep(seen, self.kernel.of(found, mask=seen[:, None, None]))
+        visible = visible.clone()
+        return self._keep(visible, self.kernel.of(pieces, mask=visible[:, None, None]))
 
-    def _keep(self, of: Any, kernel: Kernel) -> Kernel:
-        self.last = of, kernel
+    def _keep(self, values: Any, kernel: Kernel) -> Kernel:
+        self.last = values, kernel
         return kernel
 
 
@@ -271,35 +271,35 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[2] > 1 or heads == kv_heads or causal or not (mask is None or mask.shape[1] == mask.shape[2] == 1):
         return sdpa_on_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    # One query a head: those of a group become rows that read their keys once.
+    # One query per head: the query heads of a group become rows, so that its keys are read once.
     out, lse = sdpa_on_cpu(q.view(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, attn_mask=mask, scale=scale)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 def _finite_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> bool:
-    """No score is NaN or +Inf. |q . k| is at most the product of the norms; they overflow a little early, which costs a
-    detour and never an answer."""
+    """False if a score may be NaN or +Inf: |q . k| is bounded by the product of the norms. A false alarm costs time,
+    not correctness."""
     if mask is not None and not mask.amax() < math.inf:
         return False
     return _norm(q) * _norm(k) * abs(scale) < LARGEST
 
 
 def _norm(x: Tensor) -> float:
-    """Euclidean; infinite where the squares overflow."""
+    """Euclidean norm; inf if the squares overflow."""
     x = x.detach()
     if x.dtype == torch.float32 and x.is_contiguous():
         flat = x.view(-1)
-        return math.sqrt(torch.dot(flat, flat))  # half the time of what follows
+        return math.sqrt(torch.dot(flat, flat))  # twice as fast as vector_norm
     return torch.linalg.vector_norm(x, dtype=torch.float32).item()
 
 
 class _Function(torch.autograd.Function):
-    """A `Kernel`, q, k, v and the additive mask -> (out, lse). An out that was changed in place is computed again."""
+    """(kernel, q, k, v, additive mask) -> (out, lse). The backward recomputes an out that was changed in place."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
         out, lse = kernel.forward(q, k, v, mask)
-        out = out.clone() if is_view(out) else out  # a view could not be changed in place
+        out = out.clone() if is_view(out) else out  # autograd forbids in-place changes of a returned view
         ctx.save_for_backward(q, k, v, mask, out.data, lse)
         ctx.kernel, ctx.version = kernel, Version(out)
         ctx.mark_non_differentiable(lse)
@@ -310,15 +310,15 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * 5
-        *given, out, lse = ctx.saved_tensors
+        *inputs, out, lse = ctx.saved_tensors
         if by_operations(dout, None) or (ctx.kernel.steps is not None and transform_of_cotangents(dout)):
-            grads = ctx.kernel.differentiable_backward(*given, dout, list(ctx.needs_input_grad[1:4]))
+            grads = ctx.kernel.differentiable_backward(*inputs, dout, list(ctx.needs_input_grad[1:4]))
         else:
             with torch.autocast("cpu", enabled=False):
-                out = ctx.kernel.forward(*given)[0] if ctx.version.changed() else out
-                grads = ctx.kernel.backward(*given, out, lse, dout)
+                out = ctx.kernel.forward(*inputs)[0] if ctx.version.changed() else out
+                grads = ctx.kernel.backward(*inputs, out, lse, dout)
         return None, *grads, None
 
 
-# `Function.apply` binds default arguments in Python at every call; the method below it does the same work without.
+# `Function.apply` binds default arguments in Python at every call; its base method does not.
 _apply = super(torch.autograd.Function, _Function).apply

@@ -190,8 +190,8 @@ def chunks(p: Problem) -> Iterator[Chunk]:
     if p.empty:
         return
     head = p.group * _rows(p) * min(n, KEYS)
-    heads = max(1, _elements(p.q.device) // head)
-    per_head, per_batch = min(kv_heads, heads), max(1, min(b, heads // kv_heads))
+    together = max(1, _elements(p.q.device) // head)
+    per_head, per_batch = min(kv_heads, together), max(1, min(b, together // kv_heads))
     pattern = p.pattern
     bounds = (p.span.lo, p.span.hi, *((pattern.q_ids, pattern.kv_ids, pattern.blocks) if pattern is not None else ()))
     # Batches or heads with different tiles skip more when separate; small ones stay together, as a step costs more.
