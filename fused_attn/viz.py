@@ -1,8 +1,8 @@
-"""Pictures of who attends to whom, labelled by tokens: an alignment heatmap, and the heaviest keys of every query.
+"""Plots of attention weights labelled by tokens: a heatmap, and the keys with the largest weights of each query.
 
-matplotlib draws, and is imported only then. Tokens of scripts that its own fonts lack are written in whatever installed
-fonts have them; a token that no font can write is called by its index, #0 the first, and one warning for each package
-of fonts says which to install.
+matplotlib draws, and is imported only when a plot is made. Labels use the families of rcParams["font.family"], then
+installed fallback fonts for the characters that those lack. If no installed font has a character, its token is
+labelled by index (#0 is the first) and a warning names the character.
 
 >>> import torch, fused_attn
 >>> weights = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
@@ -28,16 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = ["heatmap", "top_k", "writable"]
 
-# The last code point of a range, and Debian's package of fonts for it; a range begins where the one before it ends.
-_PACKAGES = (
-    (0x10FF, "fonts-noto-core"), (0x11FF, "fonts-noto-cjk"), (0x218F, "fonts-noto-core"), (0x2BFF, "fonts-symbola"),
-    (0x2E7F, "fonts-noto-core"), (0x9FFF, "fonts-noto-cjk"), (0xA95F, "fonts-noto-core"), (0xA97F, "fonts-noto-cjk"),
-    (0xABFF, "fonts-noto-core"), (0xD7FF, "fonts-noto-cjk"), (0xF8FF, ""), (0xFAFF, "fonts-noto-cjk"),
-    (0xFE2F, "fonts-noto-core"), (0xFE4F, "fonts-noto-cjk"), (0xFEFF, "fonts-noto-core"), (0xFFEF, "fonts-noto-cjk"),
-    (0x1EFFF, "fonts-noto-core"), (0x1F1FF, "fonts-symbola"), (0x1F2FF, "fonts-noto-cjk"), (0x1FFFF, "fonts-symbola"),
-    (0x3FFFF, "fonts-noto-cjk"), (0x10FFFF, ""),
+# Tried in this order for characters that the families of rcParams["font.family"] lack; then every other installed font.
+FALLBACKS = (
+    "Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP",
+    "Noto Sans KR", "Source Han Sans", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei",
+    "Yu Gothic", "Malgun Gothic", "WenQuanYi Zen Hei", "Arial Unicode MS", "Noto Sans Symbols 2", "Symbola",
+    "Segoe UI Symbol", "Apple Symbols",
 )  # fmt: skip
-_said: set[str] = set()  # of these packages, and "" for characters that none of them has
 
 
 def heatmap(
@@ -49,19 +46,25 @@ def heatmap(
     axes: Axes | None = None,
     path: str | os.PathLike | None = None,
 ) -> Axes:
-    """Draw weights (M, N): a row for each query, a column for each key, brighter where the query reads more.
+    """Draw attention weights (M, N) as a heatmap: rows are queries, columns are keys, brighter is larger.
 
     Args:
-        weights: (M, N), a tensor of any floating dtype and device or an array of numpy, such as
-            `attention_map(q, k, heads=[h])[b, 0]`. NaN is blank.
-        queries, keys: M and N tokens, or a string of as many characters; None numbers them from 0. What cannot be seen,
-            such as a newline, is written as Python writes it.
-        title: above the picture.
-        axes: matplotlib's axes to draw on, whose figure is yours to save; None makes a figure, at `.figure` of the
-            axes returned, without pyplot.
-        path: a file for the new figure; its ending is the format.
+        weights: (M, N), a floating tensor on any device or a numpy array, such as
+            `attention_map(q, k, heads=[h])[b, 0]`. NaN is drawn blank.
+        queries, keys: M and N tokens, or strings of M and N characters; None numbers them from 0. Invisible tokens,
+            such as a newline, are labelled by their `repr`.
+        title: of the plot.
+        axes: matplotlib axes to draw on; the caller saves their figure. None makes a new figure without pyplot,
+            available as `.figure` of the returned axes.
+        path: file to save the new figure to; the suffix selects the format. Not with axes.
 
-    Raises ValueError or TypeError for sizes and types that do not agree, ImportError without matplotlib.
+    Returns the matplotlib axes.
+    Raises ValueError or TypeError for invalid sizes and types, ImportError without matplotlib.
+
+    >>> import torch, fused_attn
+    >>> weights = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    >>> fused_attn.viz.heatmap(weights, ["the", "cat"], ["le", "chat"], title="layer 0").get_title()
+    'layer 0'
     """
     weights, rows, columns = _checked(weights, queries, keys)
     m, n = weights.shape
@@ -72,7 +75,7 @@ def heatmap(
     turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(n), columns, **_text(families), **(turned if max(map(len, columns)) > 2 else {}))
     axes.set_yticks(range(m), rows, **_text(families))
-    axes.set(xlabel="attended to", ylabel="attending")
+    axes.set(xlabel="key", ylabel="query")
     axes.set_title(title, **_text(families))
     axes.figure.colorbar(picture, ax=axes, label="weight")
     return _saved(axes, path)
@@ -89,18 +92,25 @@ def top_k(
     axes: Axes | None = None,
     path: str | os.PathLike | None = None,
 ) -> list[list[tuple[str, float]]]:
-    """The k heaviest keys of each query with their weights, heaviest first; drawn where axes or path is given.
+    """The k keys with the largest weights of each query, in descending order; also drawn if axes or path is given.
 
     Args:
-        weights: (M, N), as `heatmap` takes them; or, with indices, (M, K) with K >= k, each row descending, as
-            `attention_stats(q, k, top_k=K)` gives for one batch and head.
-        queries, keys: M and N tokens, as `heatmap` takes them.
-        k: how many keys, 1 <= k <= N. Equal weights put the lower index first.
-        indices: None, or integers (M, K): which key each weight is of, -1 for none.
-        title, axes, path: as `heatmap` takes them.
+        weights: (M, N), as in `heatmap`; or, with indices, (M, K) with K >= k and descending rows, as
+            `attention_stats(q, k, top_k=K)` returns for one batch and head.
+        queries, keys: M and N tokens, as in `heatmap`.
+        k: number of keys, 1 <= k <= N. The lower index comes first in a tie.
+        indices: None, or integers (M, K): the key of each weight, -1 for none.
+        title, axes, path: as in `heatmap`.
 
-    Returns M lists of (key, weight), shorter than k where indices have -1.
-    Raises ValueError or TypeError for sizes and types that do not agree, ImportError when drawing without matplotlib.
+    Returns M lists of (key, weight), shorter than k where indices are -1.
+    Raises ValueError or TypeError for invalid sizes and types, ImportError when drawing without matplotlib.
+
+    >>> import torch, fused_attn
+    >>> q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 4, 8)
+    >>> stats = fused_attn.attention_stats(q, k, top_k=2)
+    >>> weights, indices = stats.top_k_weights[0, 0], stats.top_k_indices[0, 0]
+    >>> fused_attn.viz.top_k(weights, "ab", "wxyz", 2, indices=indices)
+    [[('w', 0.25), ('x', 0.25)], [('w', 0.25), ('x', 0.25)]]
     """
     weights, indices, rows, columns = _heaviest(weights, indices, queries, keys, as_int("k", k))
     _one_of(axes, path)
@@ -108,19 +118,24 @@ def top_k(
         axes = axes or _new_axes(2.0 + 1.3 * weights.shape[1], 1.0 + 0.3 * len(rows))
         _draw_table(axes, weights, indices, rows, columns, title)
         _saved(axes, path)
-    found = zip(weights.tolist(), indices.tolist(), strict=True)
-    return [[(columns[j], weight) for weight, j in zip(*row, strict=True) if j >= 0] for row in found]
+    pairs = zip(weights.tolist(), indices.tolist(), strict=True)
+    return [[(columns[j], weight) for weight, j in zip(*row, strict=True) if j >= 0] for row in pairs]
 
 
 def writable(text: str) -> bool:
-    """Whether the fonts of this machine have every character of the text. Needs matplotlib."""
+    """True if the installed fonts have every character of the text. Needs matplotlib.
+
+    >>> import fused_attn
+    >>> fused_attn.viz.writable("the cat")
+    True
+    """
     return not _fonts({x for x in text if not x.isspace()})[1]
 
 
 def _draw_table(
     axes: Axes, weights: Tensor, indices: Tensor, queries: Sequence[str], keys: Sequence[str], title: str
 ) -> None:
-    """Weights (M, k) as a heatmap in which each cell names its key."""
+    """A heatmap of weights (M, k) with the key written in each cell."""
     families, (rows, columns), title = _written([queries, keys], title)
     m, k = weights.shape
     shown = weights.masked_fill(indices < 0, torch.nan)
@@ -130,12 +145,12 @@ def _draw_table(
         for rank in range(k):
             weight, j = weights[i, rank].item(), int(indices[i, rank])
             if j >= 0:
-                colour = "black" if weight > half else "white" if weight <= half else "grey"  # a NaN is neither
+                colour = "black" if weight > half else "white" if weight <= half else "grey"  # NaN
                 label = f"{columns[j]}  {weight:.2f}"
                 axes.text(rank, i, label, ha="center", va="center", color=colour, **_text(families))
     axes.set_xticks(range(k), [str(rank + 1) for rank in range(k)])
     axes.set_yticks(range(m), rows, **_text(families))
-    axes.set(xlabel="heaviest keys, in order", ylabel="attending")
+    axes.set(xlabel="rank of key", ylabel="query")
     axes.set_title(title, **_text(families))
 
 
@@ -143,7 +158,7 @@ def _draw_table(
 
 
 def _floats(weights: Any) -> Tensor:
-    """Weights of rows and columns, in float64 on the CPU."""
+    """weights as float64 on the CPU."""
     x = torch.tensor(weights) if hasattr(weights, "__array__") and not isinstance(weights, Tensor) else weights
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"weights: expected a floating tensor or array, got {describe(x)}")
@@ -157,14 +172,14 @@ def _labels(name: str, labels: Any, count: int) -> list[str]:
         return [str(i) for i in range(count)]
     if isinstance(labels, Tensor) or not isinstance(labels, Iterable):
         raise TypeError(f"{name}: expected strings, got {describe(labels)}")
-    found = list(labels)
-    if not all(isinstance(x, str) for x in found):
+    result = list(labels)
+    if not all(isinstance(x, str) for x in result):
         raise TypeError(f"{name}: expected strings, got {describe(labels)}")
-    return found
+    return result
 
 
 def _checked(weights: Any, queries: Any, keys: Any) -> tuple[Tensor, list[str], list[str]]:
-    """weights (M, N) in float64 on the CPU, and the labels of rows and columns."""
+    """(weights (M, N) as float64 on the CPU, labels of rows, labels of columns)."""
     weights = _floats(weights)
     rows, columns = (_labels(*x) for x in zip(("queries", "keys"), (queries, keys), weights.shape, strict=True))
     if tuple(weights.shape) != (len(rows), len(columns)) or 0 in weights.shape:
@@ -174,7 +189,7 @@ def _checked(weights: Any, queries: Any, keys: Any) -> tuple[Tensor, list[str], 
 
 
 def _heaviest(weights: Any, indices: Any, queries: Any, keys: Any, k: int) -> tuple[Tensor, Tensor, list, list]:
-    """weights and indices (M, k), heaviest first, and the labels of rows and of all columns."""
+    """(weights and indices (M, k) in descending order, labels of rows, labels of all columns)."""
     if indices is None:
         weights, rows, columns = _checked(weights, queries, keys)
         _check_k(k, len(columns))
@@ -205,18 +220,18 @@ def _check_k(k: int, keys: int) -> None:
 
 def _one_of(axes: Axes | None, path: object) -> None:
     if axes is not None and path is not None:
-        raise ValueError(f"path: with axes of your own, save their figure yourself; got {describe(path)}")
+        raise ValueError(f"path: must be None with axes, whose figure the caller saves; got {describe(path)}")
 
 
 # -------------------------------------------------------------------------------------------------- figures and labels
 
 
 def _new_axes(width: float, height: float) -> Axes:
-    """Axes in a figure of about so many inches, which no window and no pyplot knows of."""
+    """Axes in a new figure of about this size in inches, without pyplot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures are drawn with matplotlib, which is missing: pip install matplotlib") from error
+        raise ImportError("plots need matplotlib, which is missing: pip install matplotlib") from error
     figure = Figure(figsize=(min(max(width, 3.5), 40), min(max(height, 2.5), 40)), layout="constrained")
     return figure.add_subplot()
 
@@ -228,7 +243,7 @@ def _saved(axes: Axes, path: str | os.PathLike | None) -> Axes:
 
 
 def _text(families: list[str]) -> dict[str, Any]:
-    """How a token is written: as it is, a dollar sign is no mathematics."""
+    """Text properties of labels; "$" is not parsed as math."""
     return {"fontfamily": families, "parse_math": False}
 
 
@@ -237,86 +252,71 @@ def _visible(token: str) -> str:
 
 
 def _written(labels: list[Sequence[str]], title: str) -> tuple[list[str], list[list[str]], str]:
-    """(families of fonts, the labels as they can be written in these, the title likewise)."""
-    shown = [[_visible(token) for token in tokens] for tokens in labels]
-    families, lacking = _fonts(set(title).union(*map("".join, shown)) - {"\n"})
-    if lacking:
-        _warn(lacking)
-    written = [[f"#{i}" if lacking & set(x) else x for i, x in enumerate(tokens)] for tokens in shown]
-    return families, written, "".join("?" if x in lacking else x for x in title)
+    """(font families, the labels and the title, without characters that no font has)."""
+    visible = [[_visible(token) for token in tokens] for tokens in labels]
+    families, missing = _fonts(set(title).union(*map("".join, visible)) - {"\n"})
+    if missing:
+        _warn(missing)
+    written = [[f"#{i}" if missing & set(x) else x for i, x in enumerate(tokens)] for tokens in visible]
+    return families, written, "".join("?" if x in missing else x for x in title)
 
 
 def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
-    """(families that together write these characters, matplotlib's own first; the characters that no font has)."""
+    """(a list for `fontfamily` that covers the characters, the characters that no installed font has)."""
     from matplotlib import rcParams
 
     families = list(rcParams["font.family"])
-    lacking = characters.difference(*(_written_by(family, characters) for family in families))
-    candidates = _installed(lacking) if lacking else {}
-    while any(lacking & found for found in candidates.values()):
-        best = max(candidates, key=lambda family: len(lacking & candidates[family]))
-        found = _written_by(best, lacking & candidates.pop(best))
-        families += [best] if found else []
-        lacking = lacking - found
-    return families, lacking
+    missing = characters.difference(*(_covered(family, characters) for family in families))
+    for family, path in _installed() if missing else ():
+        if missing & _glyphs(path, missing):
+            covered = _covered(family, missing)
+            families += [family] if covered else []
+            missing = missing - covered
+    return families, missing
 
 
-def _written_by(family: str, characters: set[str]) -> set[str]:
-    """Those of the characters that the file has which matplotlib takes for this family."""
+def _covered(family: str, characters: set[str]) -> set[str]:
+    """The characters that matplotlib draws with this family: those in the file that it selects, the regular face."""
     from matplotlib import font_manager
 
     try:
-        return _glyphs(
-            font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False), characters
-        )
+        properties = font_manager.FontProperties(family=[family])
+        return _glyphs(font_manager.findfont(properties, fallback_to_default=False), characters)
     except ValueError:  # no such family
         return set()
 
 
-def _glyphs(file: str, characters: set[str]) -> set[str]:
+def _glyphs(path: str, characters: set[str]) -> set[str]:
     from matplotlib import font_manager
 
-    font = font_manager.get_font(file)
-    # A font of bitmaps, as those of coloured emoji are, cannot be drawn at our size.
+    font = font_manager.get_font(path)
+    # Bitmap fonts, such as colour emoji, have fixed sizes, which matplotlib cannot draw.
     return {x for x in characters if font.get_char_index(ord(x))} if font.scalable else set()
 
 
-def _installed(characters: set[str]) -> dict[str, set[str]]:
-    """Which of the characters each family on this machine has, in any of its files."""
+def _installed() -> list[tuple[str, str]]:
+    """(family, path) of every installed font, those of FALLBACKS first."""
     from matplotlib import font_manager
 
     manager = font_manager.fontManager
     known = {os.path.realpath(font.fname) for font in manager.ttflist}
-    for path in sorted(font_manager.findSystemFonts()):  # matplotlib's list is a cache, and fonts may be newer than it
+    for path in sorted(font_manager.findSystemFonts()):  # ttflist is a cache, without fonts installed later
         if os.path.realpath(path) not in known:
-            with contextlib.suppress(Exception):  # a file that it cannot read is no font of ours
+            with contextlib.suppress(Exception):  # an unreadable file
                 manager.addfont(path)
-    found: dict[str, set[str]] = {}
-    for font in sorted(manager.ttflist, key=lambda font: (font.name, font.fname)):
-        # The font of last resort has a box for every character, and a meaning for none.
-        if "last resort" not in font.name.lower() and os.path.isfile(font.fname):
-            found[font.name] = found.get(font.name, set()) | _glyphs(font.fname, characters)
-    return found
+    order = {family: i for i, family in enumerate(FALLBACKS)}
+    # "Last Resort" fonts have a placeholder for every character.
+    fonts = [
+        (font.name, font.fname)
+        for font in manager.ttflist
+        if "last resort" not in font.name.lower() and os.path.isfile(font.fname)
+    ]
+    return sorted(fonts, key=lambda font: (order.get(font[0], len(order)), font))
 
 
-def _warn(lacking: set[str]) -> None:
-    """Say once for each package of fonts that it is wanted."""
-    wanted: dict[str, str] = {}
-    for character in sorted(lacking):
-        package = next(package for last, package in _PACKAGES if ord(character) <= last)
-        wanted[package] = wanted.get(package, "") + character
-    new = {package: x for package, x in wanted.items() if package not in _said}
-    _said.update(new)
-    if new:
-        advice = "; ".join(
-            f"for {_some(x)} install {package}" if package else f"no package of fonts is known for {_some(x)}"
-            for package, x in new.items()
-        )
-        message = f"tokens that no font here can write are labelled by index (packages by Debian's names): {advice}"
-        warnings.warn(message, stacklevel=4)
-
-
-def _some(characters: str) -> str:
-    """Characters by code point, since whoever reads this may have no font for them either."""
-    codes = [f"{x} (U+{ord(x):04X})" for x in characters[:3]]
-    return ", ".join(codes) + (f" and {len(characters) - 3} more" if len(characters) > 3 else "")
+def _warn(missing: set[str]) -> None:
+    shown = sorted(missing)
+    # By code point too: the terminal may lack the glyphs as well.
+    names = ", ".join(f"{x} (U+{ord(x):04X})" for x in shown[:3])
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    warnings.warn(f"no installed font has {names}{more}; tokens with them are labelled by index", stacklevel=4)
