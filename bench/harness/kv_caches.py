@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_attn import testing
 from fused_attn.backends import reference
 from fused_attn.spec.decoding import Cache, Decode
-from fused_attn.testing.absolute_sums import absolutes
+from fused_attn.testing.absolute_sums import absolute_sums
 
 
 def caches(
@@ -56,7 +56,7 @@ def judged(q: Tensor, k: Tensor, v: Tensor, places: dict[str, Any], got: tuple[T
     rows: dict[str, Any] = {}
     for i, (p, near) in enumerate(zip(exact.problems(), plain.problems(), strict=True)):
         wanted, close = reference.attention(p, torch.float64), reference.attention(near, q.dtype)
-        terms = absolutes(p, SimpleNamespace(dout=None, dlse=None))
+        terms = absolute_sums(p, SimpleNamespace(dout=None, dlse=None))
         for j, (name, x) in enumerate((("out", got[0][i].transpose(0, 1)[None]), ("lse", got[1][i][None]))):
             dtype = q.dtype if name == "out" else torch.float32
             row = testing.assert_within_budget(f"{name} of {i}", x, wanted[j], close[j], terms[name], dtype)

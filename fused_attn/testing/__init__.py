@@ -1,7 +1,7 @@
-"""The public test kit: named cases, the one tolerance rule, and the parity check that tests and benchmarks share.
+"""Test utilities: named attention problems, the tolerance rule, and parity checks against float64.
 
-`CASES` are named problems, `make_inputs` gives a case its tensors, `check_parity` runs one forward and through every
-gradient. A project that depends on fused_attn can run them in its own CI:
+`CASES` holds the problems, `make_inputs` creates the tensors of one, and `check_parity` compares the output and every
+gradient of a backend with float64. A project that depends on fused_attn can run them in its own CI:
 
 >>> from fused_attn import testing
 >>> print(testing.check_parity("causal", backend="tiled").case.name)

@@ -1,4 +1,4 @@
-"""Named attention problems, shared by every backend, test and benchmark; `inputs` draws their tensors."""
+"""Named attention problems for tests and benchmarks of every backend; `make_inputs` creates their tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ LEAVES = ("q", "k", "v", *sorted(PARAMETERS))
 
 @dataclass(frozen=True)
 class Case:
-    """A problem by name: sizes, options, where its tensors live, what they hold, and which need a gradient.
+    """A named problem: its sizes and options, the memory layout and values of its tensors, and their gradients.
 
-    Shapes are spelled in letters: "bhmn" is (B, Hq, M, N), "h1n" is (Hq, 1, N), "" is ().
+    Shapes are strings with a letter per dim: "bhmn" is (B, Hq, M, N), "h1n" is (Hq, 1, N), "" is ().
+
+    >>> import dataclasses
+    >>> from fused_attn import testing
+    >>> case = dataclasses.replace(testing.CASES["causal"], name="causal_long", m=300)
+    >>> case.shape("bhmd")
+    (1, 2, 300, 32)
     """
 
     name: str
     tags: frozenset[str] = frozenset()
-    # sizes; hkv, n and dv follow hq, m and d unless given
+    # sizes; hkv, n, dv and dk default to hq, m, d and d
     b: int = 1
     hq: int = 2
     hkv: int | None = None
@@ -29,18 +35,18 @@ class Case:
     n: int | None = None
     d: int = 32
     dv: int | None = None
-    dk: int | None = None  # k's head dim, which only a bilinear score lets differ
-    lengths: tuple[tuple[int, int], ...] = ()  # M and N of ragged sequences, packed; b, m and n follow
+    dk: int | None = None  # k's head dim, for a bilinear score
+    lengths: tuple[tuple[int, int], ...] = ()  # (M, N) of packed sequences; sets b, m and n
     # options of `attention`
     score: str | None = None  # a key of SCORES
-    parameter: str | float = ""  # its shape, or the number that it is
+    parameter: str | float = ""  # of the score: its shape, or a float
     normalizer: str = "softmax"
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     alignment: str | None = None
     masks: tuple[str, ...] = ()  # keys of MASKS, intersected
     bias: str | None = None
-    bias_mask: str | None = None  # a key of MASKS: the bias is `bias_low` where it forbids
+    bias_mask: str | None = None  # a key of MASKS: where it is False, the bias is `bias_low`
     bias_low: float = -float("inf")
     alibi: str | None = None
     softcap: float | None = None
@@ -53,13 +59,13 @@ class Case:
     return_lse: bool = False
     deterministic: bool | None = None
     # inputs
-    memory: str = "gaps"  # a key of MEMORIES, "packed", or "dense": what a benchmark draws, on the device, without gaps
+    memory: str = "gaps"  # a key of MEMORIES, "packed", or "dense": drawn on the device, without gaps, for benchmarks
     values: str = "gaussian"  # a key of VALUES
-    unseen_nan: bool = False  # keys beyond every row's interval and pattern hold NaN
+    unseen_nan: bool = False  # NaN in k and v at keys that no row sees by interval or pattern
     float32_parameters: bool = False
     # outputs
-    dout: str | None = "gaps"  # a key of MEMORIES, "ones" (stride 0), or None: only the LSE has a gradient
-    needs: tuple[str, ...] = LEAVES
+    dout: str | None = "gaps"  # a key of MEMORIES, "ones" (stride 0), or None: only the LSE has a cotangent
+    needs: tuple[str, ...] = LEAVES  # tensors that require grad
     backward: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,7 +76,7 @@ class Case:
                 object.__setattr__(self, name, size)
 
     def sizes(self) -> dict[str, int]:
-        """B, Hq, Hkv, M, N, D, Dv and k's D by letter; g is Hkv, e is Dv and c is k's D."""
+        """Sizes by letter: b, h (Hq), g (Hkv), m, n, d, e (Dv), c (head dim of k) and 1."""
         hkv, n, dv, dk = (
             default if own is None else own
             for own, default in ((self.hkv, self.hq), (self.n, self.m), (self.dv, self.d), (self.dk, self.d))
@@ -78,7 +84,7 @@ class Case:
         return {"b": self.b, "h": self.hq, "g": hkv, "m": self.m, "n": n, "d": self.d, "e": dv, "c": dk, "1": 1}
 
     def held(self, letters: str) -> tuple[int, ...]:
-        """The shape of what lies as q or k does: the sequences of a ragged case behind one another in one batch."""
+        """As `shape`, but with the sequences of a ragged case packed: B = 1, and M and N are their total lengths."""
         if not self.lengths:
             return self.shape(letters)
         rows, keys = (sum(x) for x in zip(*self.lengths, strict=True))
@@ -86,6 +92,7 @@ class Case:
         return tuple(sizes[x] for x in letters)
 
     def shape(self, letters: str) -> tuple[int, ...]:
+        """The shape spelled by letters, such as "bhmd"."""
         sizes = self.sizes()
         return tuple(sizes[x] for x in letters)
 
@@ -99,16 +106,12 @@ def _table(*cases: Case) -> dict[str, Case]:
     return table
 
 
-def _tags(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
 def _case(name: str, tags: str = "", **fields: Any) -> Case:
-    return Case(name, _tags(tags), **fields)
+    return Case(name, frozenset(tags.split()), **fields)
 
 
 def _family(prefix: str, field_name: str, values: Iterable[Any], tags: str = "", **fields: Any) -> list[Case]:
-    """One case for each value of one field, named by it."""
+    """One case per value of a field, named after the value."""
     return [_case(f"{prefix}_{value}", tags, **{field_name: value}, **fields) for value in values]
 
 
@@ -119,7 +122,7 @@ EVERYTHING: dict[str, Any] = {
     "alignment": "bottom_right", "masks": ("random_b11n",), "bias": "1hmn", "alibi": "h", "softcap": 4.0, "sink": True,
     "dropout_p": 0.2, "return_lse": True,
 }  # fmt: skip
-# Queries and keys of ragged sequences: none of either, one, more than a tile, and less.
+# (M, N) of packed sequences: empty ones, 1, and more and less than a tile.
 RAGGED = ((33, 20), (0, 9), (5, 0), (1, 1), (97, 140), (20, 3))
 SELF = tuple((n, n) for n in (17, 0, 1, 90, 33))
 SHORT = ((9, 20), (0, 3), (33, 40), (2, 0), (17, 1))
@@ -131,8 +134,8 @@ SCORE_CASES: dict[str, dict[str, Any]] = {
     "additive": {"parameter": "hd", "d": 10},
 }
 
-# Tags: "core" is the subset for a second version of the toolchain and for a quick look, "half" the cases that also run
-# in float16 and bfloat16, "large" those too slow for the interpreter.
+# Tags: "core" is a subset for quick checks and for other toolchain versions; "half" also runs in float16 and bfloat16;
+# "large" is too slow for the interpreter.
 CASES: dict[str, Case] = _table(
     # sizes
     _case("plain", "core half", b=2),
@@ -184,7 +187,7 @@ CASES: dict[str, Case] = _table(
     _case("segments_causal", b=2, hq=1, masks=("segments", "causal")),
     _case("segments_window_tensor", b=2, hq=1, masks=("segments", "window", "random_bhmn")),
     _case("lengths_tensor", b=2, hq=1, masks=("random_n", "lengths"), unseen_nan=True),
-    # masks that are no interval
+    # masks that are not intervals
     _case("runs", "core", b=2, hq=1, m=163, masks=("runs",)),
     _case("runs_cross", b=2, hq=1, m=113, n=163, masks=("runs_cross",), return_lse=True, unseen_nan=True),
     _case("runs_causal", b=2, hq=1, masks=("runs", "causal"), return_lse=True),
@@ -211,7 +214,7 @@ CASES: dict[str, Case] = _table(
     _case("masked_rows", "core half", masks=("some_rows",), return_lse=True),
     _case("masked_rows_bias", hq=1, bias="bhmn", bias_mask="some_rows", return_lse=True),
     _case("masked_everywhere", m=63, masks=("nothing",), return_lse=True, bias="1hmn", softcap=5.0),
-    # What a float mask of a finite minimum makes of rows: their weights are equal, in float64 too.
+    # A float mask with a finite minimum: all weights of such a row are equal, in float64 too.
     _case("masked_rows_finite", "core", hq=1, bias="bhmn", bias_mask="some_rows", bias_low=-3e38, return_lse=True,
           dtypes=(torch.bfloat16, *FLOAT_ONLY)),
     _case("first_tile_masked", "core", hq=1, masks=("after_70",)),
@@ -357,7 +360,7 @@ CASES: dict[str, Case] = _table(
           dtypes=(torch.bfloat16, *FLOAT_ONLY)),
     _case("values_very_negative", "core", values="very_negative", m=97, hq=1, return_lse=True),
     *_family("values", "values", ("nan_q", "nan_k", "nan_v", "inf_q"), m=97, return_lse=True),
-    # who needs a gradient
+    # which tensors require grad
     *(_case(f"only_{x}", needs=(x,), b=2, m=63, bias="b11n", sink=True, softcap=3.0, softcap_tensor=True,
             scale_tensor="h", alibi="h") for x in LEAVES if x != "parameter"),
     _case("no_gradient", needs=(), m=63),

@@ -1,4 +1,4 @@
-"""The parity check that every backend, test and benchmark shares: one forward, and every gradient."""
+"""Parity checks: the output and every gradient of a backend against float64, within the tolerance rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..spec.problem import HALF, Problem
-from .absolute_sums import absolutes
+from .absolute_sums import absolute_sums
 from .cases import PARAMETERS, Case
 from .inputs import Inputs, make_inputs
 from .tolerance import Row, assert_within_budget
@@ -19,7 +19,7 @@ from .tolerance import Row, assert_within_budget
 
 @dataclass(frozen=True)
 class Parity:
-    """The verdict on one case."""
+    """The result of one check: a `Row` for each tensor, named "out", "lse", "dq" and so on."""
 
     case: Case
     backend: str
@@ -28,14 +28,14 @@ class Parity:
 
 
 def results(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """out, lse and every gradient by plain autograd through the reference, computed in dtype."""
+    """out, lse and every gradient of the reference, computed in dtype with plain autograd."""
     out, lse = reference.attention(problem, dtype)
-    found = {"out": out} if problem.sigmoid else {"out": out, "lse": lse}
-    return found | gradients(out, lse, problem.tensors(), inputs)
+    outputs = {"out": out} if problem.sigmoid else {"out": out, "lse": lse}
+    return outputs | gradients(out, lse, problem.tensors(), inputs)
 
 
 def gradients(out: Tensor, lse: Tensor | None, leaves: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
-    """The gradient of each leaf that wants one, by name; zero where no path leads to it. out is heads-first."""
+    """The gradient of each leaf that requires one, by name; zeros if it does not depend on it. out is heads-first."""
     leaves = {name: x for name, x in leaves.items() if x.requires_grad}
     pairs = [
         (y, g)
@@ -45,13 +45,13 @@ def gradients(out: Tensor, lse: Tensor | None, leaves: dict[str, Tensor], inputs
     if not leaves or not pairs:
         return {name: torch.zeros_like(x) for name, x in leaves.items()}
     outputs, cotangents = zip(*((y, g.to(y.dtype)) for y, g in pairs), strict=True)
-    found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
-    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), grads, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """What a case's results must be: by name, the float64 oracle, plain PyTorch in dtype, and A."""
+    """The expected results of a case, by name: three arguments of `assert_within_budget`."""
 
     oracle: dict[str, Tensor]
     plain: dict[str, Tensor]
@@ -59,27 +59,41 @@ class Expected:
 
 
 def expect(inputs: Inputs) -> Expected:
-    """The three columns of the tolerance rule, computed on the inputs' own device."""
+    """Compute the expected results of a case, on the device of its inputs.
+
+    >>> from fused_attn import testing
+    >>> testing.expect(testing.make_inputs("plain")).oracle["out"].dtype
+    torch.float64
+    """
     dtype = inputs.tensors["q"].dtype
     exact = inputs.clean_problem(torch.float64)
     oracle = results(exact, inputs, torch.float64)
     plain = results(inputs.clean_problem(dtype), inputs, torch.float32 if dtype == torch.float64 else dtype)
-    return Expected(oracle, plain, absolutes(exact, inputs))
+    return Expected(oracle, plain, absolute_sums(exact, inputs))
 
 
 def compare(inputs: Inputs, got: dict[str, Tensor], expected: Expected, label: str) -> dict[str, Row]:
-    """Every result against its budget; the error lists every tensor that failed."""
+    """Apply the tolerance rule to every result in got, by name; "out" and "lse" are outputs, other names gradients.
+
+    label begins the message of the AssertionError, which lists every tensor that failed.
+
+    >>> from fused_attn import testing
+    >>> inputs = testing.make_inputs("plain")
+    >>> got = testing.run_public(inputs, "tiled")
+    >>> sorted(testing.compare(inputs, got, testing.expect(inputs), "plain"))
+    ['dk', 'dq', 'dv', 'out']
+    """
     dtype = inputs.tensors["q"].dtype
     columns = (expected.oracle, expected.plain, expected.absolute)
     rows, failures = {}, []
     for name, x in got.items():
-        shown = name if name in ("out", "lse") else f"d{name}"
+        key = name if name in ("out", "lse") else f"d{name}"
         own = torch.promote_types(dtype, torch.float32) if name == "lse" else dtype
         oracle, plain, absolute = (column[name].detach() for column in columns)
         x = x.reshape(oracle.shape) if name == "bias" else x
         try:
             rounded = name in PARAMETERS and dtype in HALF
-            rows[shown] = assert_within_budget(shown, x, oracle, plain, absolute, own, rounded=rounded)
+            rows[key] = assert_within_budget(key, x, oracle, plain, absolute, own, rounded=rounded)
         except AssertionError as failure:
             failures.append(str(failure))
     if failures:
@@ -91,7 +105,7 @@ def compare(inputs: Inputs, got: dict[str, Tensor], expected: Expected, label: s
 
 
 def run_public(inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
-    """out, lse (where asked) and every gradient through `fused_attn.attention`, or `attention_varlen`."""
+    """out, lse (if the case returns it) and every gradient, from `fused_attn.attention` or `attention_varlen`."""
     from ..api.attention import attention
     from ..api.varlen import attention_varlen
 
@@ -107,24 +121,30 @@ def run_public(inputs: Inputs, backend: str | None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def run_module(inputs: Inputs, module: ModuleType) -> dict[str, Tensor]:
-    """The same by a linear-memory backend's own forward and backward, beneath autograd."""
+    """The same from the forward and backward of a backend module, such as `fused_attn.backends.tiled.attention`."""
     with torch.enable_grad():
         p = inputs.problem().lower()
-    out, lse, *normaliser = module.forward(p)
+    out, lse, *normalizer = module.forward(p)
     got = {"out": out} if p.sigmoid else {"out": out, "lse": lse}
     operands = {name: x for name, x in p.tensors().items() if x.requires_grad}
     if operands:
         dout = torch.zeros_like(out) if inputs.dout is None else inputs.dout
-        grads = module.backward(p, out, *normaliser, dout, inputs.dlse, frozenset(operands))
-        # The way back through what lowering did, which for most operands is nothing.
+        grads = module.backward(p, out, *normalizer, dout, inputs.dlse, frozenset(operands))
+        # Gradients of operands -> gradients of leaves, through `lower`.
         cotangents = [grads[name] for name in operands]
-        back = torch.autograd.grad(list(operands.values()), list(inputs.leaves.values()), cotangents)
-        got |= dict(zip(inputs.leaves, back, strict=True))
+        leaf_grads = torch.autograd.grad(list(operands.values()), list(inputs.leaves.values()), cotangents)
+        got |= dict(zip(inputs.leaves, leaf_grads, strict=True))
     return got
 
 
 def why_not(case: Case | str, backend: str, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> list[str]:
-    """Every reason why a backend cannot run a case; empty where it can."""
+    """Every reason why a backend cannot run a case; empty if it can.
+
+    >>> import torch
+    >>> from fused_attn import testing
+    >>> testing.why_not("plain", "sdpa", torch.float64)
+    ["torch's kernel runs in float16, bfloat16 and float32, not in torch.float64"]
+    """
     from ..runtime.dispatch import explain
 
     return explain(make_inputs(case, dtype, device).problem(), backend).reasons.get(backend, [])
@@ -138,10 +158,21 @@ def check_parity(
     *,
     seed: int = 0,
 ) -> Parity:
-    """Run a case forward and through every gradient, and hold each result to its budget.
+    """Check the output and every gradient of a case against float64 by the tolerance rule.
 
-    backend is a name, taken through the public `attention`, or a module with forward and backward, called directly.
-    Raises AssertionError naming every tensor that failed; what the backend itself raises passes through.
+    Args:
+        case: a key of `CASES`, or a `Case`.
+        backend: a name (the case runs through the public functions; None selects one), or a module with forward and
+            backward, which are called directly.
+        dtype, device: of the inputs.
+        seed: of their values.
+
+    Raises AssertionError naming every tensor that failed, or whatever the backend raises.
+
+    >>> from fused_attn import testing
+    >>> parity = testing.check_parity("gqa_3", "tiled")
+    >>> parity.rows["dq"].share < 1
+    True
     """
     inputs = make_inputs(case, dtype, device, seed)
     name = backend.__name__.rpartition(".")[2] if isinstance(backend, ModuleType) else str(backend)

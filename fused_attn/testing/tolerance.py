@@ -1,4 +1,7 @@
-"""The one tolerance rule: how far a result may be from float64."""
+"""The tolerance rule: the largest error of a result relative to float64.
+
+|got - oracle| <= 2 E + 8 eps(dtype) max|oracle| + 8 eps(float32) A,    elementwise, with E = max|plain - oracle|
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Row:
-    """How one tensor fared: its largest error, and the largest share of its budget that any element used."""
+    """The result of one comparison: the largest absolute error, the budget of the worst element, and share, that
+    element's error / budget."""
 
     error: float
     budget: float
@@ -27,14 +31,29 @@ def assert_within_budget(
     *,
     rounded: bool = False,
 ) -> Row:
-    """The one tolerance rule: |got - oracle| <= 2 E + 8 eps(dtype) max|oracle| + 8 eps(float32) A, elementwise.
+    """Raise AssertionError unless |got - oracle| <= 2 E + 8 eps(dtype) max|oracle| + 8 eps(float32) A, elementwise.
 
-    oracle is float64 on the same rounded inputs. E is the largest error of `plain`, the same formula in plain PyTorch
-    and in dtype. A, elementwise, is the quantity with every term taken absolute: cancellation noise grows with it.
-    `rounded` adds eps(dtype) to the last term, for parameter sums in half precision, where delta sees the rounded
-    output. In float64, where the oracle is plain PyTorch itself, `plain` is float32's; its error is scaled by the two
-    epsilons and counted a third time for the oracle's own, and eps(float64) stands for eps(float32). NaN must be NaN,
-    an infinity the same infinity, and a quantity none of whose terms is nonzero must be exactly zero.
+    Args:
+        name: of the tensor, for the error message.
+        got: the result to check, of any shape and floating dtype.
+        oracle: float64, the same shape: the exact result for the same rounded inputs.
+        plain: the same formula in plain PyTorch, computed in dtype; E is its largest error.
+        absolute: A: the result with every term of its sums replaced by its absolute value. Cancellation errors are
+            proportional to it.
+        dtype: of the computation.
+        rounded: add eps(dtype) to the factor of A, for gradients of parameters in half precision, whose delta is
+            computed from the rounded output.
+
+    In float64, `plain` is computed in float32: E is scaled by eps(float64) / eps(float32) and multiplied by 1.5 for
+    the oracle's own error, and eps(float64) replaces eps(float32). NaN must be NaN, an infinity the same infinity, and
+    the result is exactly zero where A is zero.
+
+    >>> import torch
+    >>> from fused_attn import testing
+    >>> x, y = torch.rand(1000), torch.rand(1000)
+    >>> oracle = torch.dot(x.double(), y.double())
+    >>> testing.assert_within_budget("dot", (x * y).sum(), oracle, torch.dot(x, y), oracle, torch.float32).share < 1
+    True
     """
     if got.shape != oracle.shape:
         raise AssertionError(f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}")
@@ -44,8 +63,8 @@ def assert_within_budget(
     if wrong.any():
         where = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{name}: {got[where].item()} where the oracle has {oracle[where].item()}, at {where}"
-            f" and {int(wrong.sum()) - 1} other places of {wrong.numel()}"
+            f"{name}: got {got[where].item()}, expected {oracle[where].item()} at {where};"
+            f" {int(wrong.sum())} of {wrong.numel()} elements are wrong"
         )
     error = torch.where(finite, (got - oracle).abs(), 0.0)
     if error.numel() == 0:
@@ -58,15 +77,15 @@ def assert_within_budget(
         where = tuple(torch.unravel_index(torch.tensor(worst), share.shape))
         where = tuple(int(x) for x in where)
         raise AssertionError(
-            f"{name}: {got[where].item():.9g} where the oracle has {oracle[where].item():.9g}, at {where};"
-            f" error {error[where].item():.3g}, budget {row.budget:.3g}, over budget at"
-            f" {int((share > 1).sum())} of {share.numel()} places"
+            f"{name}: got {got[where].item():.9g}, expected {oracle[where].item():.9g} at {where};"
+            f" error {error[where].item():.3g}, budget {row.budget:.3g};"
+            f" {int((share > 1).sum())} of {share.numel()} elements exceed their budget"
         )
     return row
 
 
 def allowed(oracle: Tensor, plain: Tensor, absolute: Tensor, dtype: torch.dtype, *, rounded: bool = False) -> Tensor:
-    """The right side of the rule, elementwise, of what has elements."""
+    """The right side of the rule, elementwise; the tensors must not be empty."""
     finite = oracle.isfinite()
     allowance = torch.where(finite & plain.isfinite(), (plain.double() - oracle).abs(), 0.0)
     peak = torch.where(finite, oracle.abs(), 0.0)

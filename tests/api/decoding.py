@@ -18,7 +18,7 @@ from fused_attn.api.bind import bind
 from fused_attn.backends import reference
 from fused_attn.spec.options import Options
 from fused_attn.spec.problem import Problem
-from fused_attn.testing.absolute_sums import absolutes
+from fused_attn.testing.absolute_sums import absolute_sums
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Given:
         plain_in = torch.float32 if self.dtype == torch.float64 else self.dtype
         for i, (exact, plain) in enumerate(zip(self.problems(torch.float64), self.problems(self.dtype), strict=True)):
             oracle, near = reference.attention(exact, torch.float64), reference.attention(plain, plain_in)
-            absolute = absolutes(exact, SimpleNamespace(dout=None, dlse=None))
+            absolute = absolute_sums(exact, SimpleNamespace(dout=None, dlse=None))
             got = {"out": out[i].transpose(0, 1)[None], "lse": lse[i][None]}
             for j, name in enumerate(("out", "lse")):
                 own = wide if name == "lse" else self.dtype

@@ -87,35 +87,37 @@ JUDGED = [
 def test_every_case(name: str, dtype: torch.dtype) -> None:
     """Each backend that takes the case; only float64 is refused. Most cases are interpreted in larger tiles.
 
-    The reference is its own oracle: it is judged only where its inputs differ from the oracle's dense ones.
+    The reference is its own oracle: it is checked only where its inputs differ from the oracle's dense ones.
     """
     core, large = "core" in CASES[name].tags, Config(128, 128, 1, 1)
-    seen = statistics.Witness(name, dtype, top_k=5 if core else 2)
+    check = statistics.StatisticsCheck(name, dtype, top_k=5 if core else 2)
     scope = {} if core else {"row_statistics": large, "key_mass": large, "map": Config(32, 128, 1, 1)}
     for backend in BACKENDS if varies_memory(CASES[name]) or dtype in HALF else BACKENDS[1:]:
         if reasons := testing.why_not(name, backend, dtype):
             with pytest.raises(BackendError, match=re.escape(reasons[0])):
-                seen.check(backend)
+                check.run(backend)
             assert backend == "triton"
         else:
             with tuning.override(**scope):
-                seen.check(backend)
+                check.run(backend)
 
 
 @pytest.mark.parametrize("name", ("key_mass", "entropy", "max_logit", "top_k_indices", "top_k_weights", "map"))
 def test_a_small_fault_is_seen(name: str) -> None:
     """One part in two thousand of one element, or one place next to the right one."""
-    seen = statistics.Witness("plain")
-    words = {x: y for x, y in seen.inputs.kwargs.items() if x not in statistics.OF_OUT} | {"backend": "reference"}
-    q, k, _ = seen.inputs.qkv
-    got = attention_stats(q, k, **seen.asked, **words)._asdict()
-    got["map"] = attention_map(q, k, rows=seen.rows, heads=seen.heads, **words)
+    check = statistics.StatisticsCheck("plain")
+    options = {x: y for x, y in check.inputs.kwargs.items() if x not in statistics.OUTPUT_OPTIONS} | {
+        "backend": "reference"
+    }
+    q, k, _ = check.inputs.qkv
+    got = attention_stats(q, k, **check.requested, **options)._asdict()
+    got["map"] = attention_map(q, k, rows=check.rows, heads=check.heads, **options)
     flat = got[name].detach().clone().flatten()
     worst = flat.abs().argmax()
     flat[worst] += -1 if name == "top_k_indices" else flat[worst] * 5e-4
     got[name] = flat.view(got[name].shape)
     with pytest.raises(AssertionError, match=name):
-        seen.judge_map(got.pop("map")) if name == "map" else seen.judge(Statistics(*list(got.values())[:5]))
+        check.compare_map(got.pop("map")) if name == "map" else check.compare(Statistics(*list(got.values())[:5]))
 
 
 def test_most_places_are_beyond_doubt() -> None:

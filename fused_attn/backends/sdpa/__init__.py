@@ -32,13 +32,15 @@ def why_not(p: Problem) -> list[str]:
     device = p.q.device.type
     reasons = [f"torch's kernel has no {name}" for name, present in _modifiers(p) if present]
     if device not in ("cpu", "cuda"):
-        reasons.append(f"it runs on cpu and cuda, not on {device}")
+        reasons.append(f"torch's kernel runs on cpu and cuda, not on {device}")
     if p.q.dtype not in DTYPES:
-        reasons.append(f"it runs in float16, bfloat16 and float32, not in {p.q.dtype}")
+        reasons.append(f"torch's kernel runs in float16, bfloat16 and float32, not in {p.q.dtype}")
     if isinstance(p.scale, float) and not abs(p.scale) <= LARGEST:
-        reasons.append(f"it needs a scale within float32, got {p.scale}")
+        reasons.append(f"torch's kernel needs a scale within float32, got {p.scale}")
     if p.v.shape[3] != p.q.shape[3]:
-        reasons.append(f"with Dv = {p.v.shape[3]} and D = {p.q.shape[3]} it stores the whole score matrix")
+        reasons.append(
+            f"torch's kernel stores the whole score matrix if D and Dv differ, got {p.q.shape[3]} and {p.v.shape[3]}"
+        )
     return [*reasons, *(_why_not_on_cuda(p) if device == "cuda" else _why_not_on_cpu(p))]
 
 
