@@ -38,9 +38,7 @@ def why_not(p: Problem) -> list[str]:
     if isinstance(p.scale, float) and not abs(p.scale) <= LARGEST:
         reasons.append(f"torch's kernel needs a scale within float32, got {p.scale}")
     if p.v.shape[3] != p.q.shape[3]:
-        reasons.append(
-            f"torch's kernel stores the whole score matrix if D and Dv differ, got {p.q.shape[3]} and {p.v.shape[3]}"
-        )
+        reasons.append(f"torch's kernel stores the whole score matrix with Dv = {p.v.shape[3]} and D = {p.q.shape[3]}")
     return [*reasons, *(_why_not_on_cuda(p) if device == "cuda" else _why_not_on_cpu(p))]
 
 
