@@ -176,7 +176,8 @@ class Case:
         # The one-pass backward needs deterministic=False, except for the feature "ordered".
         deterministic = self.direction != "hopper_backward" or self.feature == "ordered"
         given = {"return_lse": True, "deterministic": deterministic} | options[self.feature]()
-        return bind(q, k, v, Options(**given)).lower()
+        packed = given.pop("ragged", None)
+        return bind(q, k, v, Options(**given), packed).lower()
 
 
 SEEN = ("top_k", "mask", "softcap", "causal", "additive", "sigmoid")
