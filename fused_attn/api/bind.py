@@ -16,6 +16,7 @@ from ..scores import Bilinear, Distance, Score
 from ..spec.checks import as_bool, as_float, as_int, check_choice, check_dense, is_integers
 from ..spec.conditions import Condition, Window
 from ..spec.dropout import Dropout
+from ..spec.masks import resolve
 from ..spec.options import Options
 from ..spec.patterns import Pattern
 from ..spec.problem import (
@@ -49,7 +50,9 @@ def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") 
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
         if x.is_nested:
-            raise NotImplementedError(f"{name}: nested tensors are built for attention and the SDPA door alone")
+            if x.layout != torch.jagged:
+                raise TypeError(f"{name}: expected a nested tensor of layout torch.jagged, got {x.layout}")
+            raise NotImplementedError(f"{name}: only attention and scaled_dot_product_attention take jagged tensors")
         check_dense(name, x)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
@@ -119,7 +122,7 @@ def bind(q: Tensor, k: Tensor, v: Tensor, options: Options, ragged: Ragged | Non
         _check_parameter("alibi_slopes", slopes, q, (heads,), (shape[0], heads))
         offset = diagonal_offset(alignment, shape[2], shape[3], "alibi_slopes", ragged)
     conditions = _conditions(mask, as_bool("causal", causal), window, alignment)
-    span, pattern, allowed = Mask(conditions).resolve(shape, q.device, ragged) if conditions else UNMASKED
+    span, pattern, allowed = resolve(conditions, shape, q.device, ragged) if conditions else UNMASKED
     if mask is not None:
         _check_device(span, pattern, allowed, q.device)
     score = _score(score, q, k)

@@ -25,6 +25,9 @@ logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tr
 
 
 def is_nested(*tensors: Any) -> bool:
+    q, k, v = map(type, tensors)
+    if q is k is v is Tensor:  # jagged tensors are of a subclass
+        return False
     return any(isinstance(x, Tensor) and x.is_nested for x in tensors)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..spec.torch_internals import any_autocast
 
+UNCHANGED = contextlib.nullcontext()
 CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -22,6 +23,8 @@ def autocasts(device: str) -> bool:
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, q, k and v in its dtype, as torch's own ops take them."""
+    if not any_autocast():
+        return tensors
     device = next((x.device.type for x in tensors if isinstance(x, Tensor)), None)
     if device is None or not autocasts(device):
         return tensors
@@ -31,6 +34,6 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
     """Autocast has done its work on the inputs; inside, it would change the types of the products."""
-    if autocasts(q.device.type):
+    if any_autocast() and autocasts(q.device.type):
         return torch.autocast(q.device.type, enabled=False)
-    return contextlib.nullcontext()
+    return UNCHANGED

@@ -42,18 +42,13 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 HIP = torch.version.hip is not None
 
 
-def _settings() -> tuple[Any, ...]:
-    """What else a call may depend on, wherever its tensors are."""
-    return (
-        is_grad_enabled(), is_inference_mode_enabled(), deterministic_algorithms(), float32_matmul_precision()
-    )  # fmt: skip
-
-
 def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Words, the state of torch, and all of the tensors but their contents; None where a tensor is not plain memory."""
     if observed():
         return None
-    parts = [words, *_settings()]
+    parts = [
+        words, is_grad_enabled(), is_inference_mode_enabled(), deterministic_algorithms(), float32_matmul_precision()
+    ]  # fmt: skip
     try:
         for x in tensors:
             if x is None:
@@ -85,11 +80,10 @@ def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor |
     def call(
         q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, backend: str | None, *form: Any
     ) -> tuple[Tensor, Tensor | None]:
-        cached_call, plain = lookup(q, k, v, options, layout, backend, form)
+        tensors = (q, k, v, *options[:OPTIONAL], *(form[0] if form else ()))
+        cached_call, plain = lookup(tensors, options, layout, backend, form)
         if cached_call is not None and cached_call.known:
-            view = VIEWS.get(layout)
-            heads = (q, k, v) if view is None else (view(q), view(k), view(v))
-            result = cached_call(_tensors(*heads, options, form))
+            result = cached_call(_heads_first(tensors, layout))
             if result is not None:
                 return result
         p = bind(q, k, v, options, layout, *form)
@@ -97,21 +91,20 @@ def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor |
             name, p = dispatch.choose(p, backend)
             result = dispatch.run(p, name, plain)
         if cached_call is not None and not cached_call.known:
-            view = VIEWS.get(layout)
-            heads = (q, k, v) if view is None else (view(q), view(k), view(v))
-            cached_call.learn(_tensors(*heads, options, form), p, name)
+            cached_call.learn(_heads_first(tensors, layout), p, name)
         return result
 
     return call
 
 
-def _tensors(q: Tensor, k: Tensor, v: Tensor, options: Options, form: tuple[Any, ...]) -> Given:
-    """In the order of `TENSORS`."""
-    return (q, k, v, *options[:OPTIONAL], *form[0]) if form else (q, k, v, *options[:OPTIONAL])
+def _heads_first(tensors: Given, layout: str) -> Given:
+    """With q, k and v as heads-first views."""
+    view = VIEWS.get(layout)
+    return tensors if view is None else (*map(view, tensors[:3]), *tensors[3:])
 
 
 def lookup(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, backend: str | None, form: tuple[Any, ...]
+    tensors: Given, options: Options, layout: str, backend: str | None, form: tuple[Any, ...]
 ) -> tuple[CachedCall | None, bool]:
     """The call of these tensors and options, None at its first time; and whether torch only runs it.
 
@@ -120,25 +113,32 @@ def lookup(
     if is_compiling():
         return None, False
     asked = environment.read() if backend is None else backend
-    tensors, words = _tensors(q, k, v, options, form), (layout, *form[1:], *options[OPTIONAL:])
-    if type(options.mask) is Mask:
-        lengths = options.mask.kv_lengths
+    words = options[OPTIONAL:] + form[1:]
+    if type(tensors[3]) is Mask:
+        lengths = tensors[3].kv_lengths
         if lengths is None:
             return None, False
-        tensors, words = (q, k, v, lengths, *tensors[4:]), (*words, "Mask.lengths")
+        tensors, words = (*tensors[:3], lengths, *tensors[4:]), (*words, "Mask.lengths")
     kinds = tuple(map(type, words))
     if tuple in kinds:
         words = tuple(y for x in words for y in (x if type(x) is tuple else (x,)))
         kinds += tuple(map(type, words))
-    key = _key(tensors, (kinds, asked, words))
-    if key is None or not PLAIN.issuperset(kinds):
+    key = _key(tensors, (layout, kinds, asked, words))
+    if key is None:
         return None, False
-    cached_call = _calls.get(key)
-    if cached_call is None and _recorded(asked, q) and not (form and form[0] and checks.readable(q)):
+    try:
+        cached_call = _calls.get(key)
+    except TypeError:  # an option that cannot be hashed
+        return None, False
+    if cached_call is not None:
+        return cached_call, True
+    if not PLAIN.issuperset(kinds):
+        return None, False
+    if _recorded(asked, tensors[0]) and not (form and form[0] and checks.readable(tensors[0])):
         if len(_calls) >= LIMIT:
             _calls.clear()
         _calls[key] = CachedCall()
-    return cached_call, True
+    return None, True
 
 
 def _recorded(asked: Any, q: Any) -> bool:

@@ -204,25 +204,7 @@ class Mask:
 
         Of ragged sequences M and N are the longest ones', and the numbers of a span count from each one's diagonal.
         """
-        m, n = shape[2:]
-        span, pattern, rest = Span(), None, []
-        for part in self.parts:
-            found = part.resolve(shape, ragged)
-            if isinstance(found, Tensor):
-                rest.append(found)
-                continue
-            if isinstance(found, Pattern):
-                pattern = found if pattern is None else pattern.meet(found, m, n)
-                continue
-            excess = span.excess(found)
-            if excess is not None:
-                excess = excess if ragged is None else excess.shifted(ragged.offsets())
-                rest.append(excess.materialize(*_indices(shape, device), n))
-            span = span & found
-        allowed = None
-        for tensor in rest:
-            allowed = tensor if allowed is None else allowed & tensor
-        return span, pattern, allowed
+        return resolve(self.parts, shape, device, ragged)
 
     def materialize(self, shape: Shape, device: Any = None) -> Tensor:
         """bool (B, Hq, M, N), True where the row may attend."""
@@ -232,6 +214,33 @@ class Mask:
         for other in (None if pattern is None else pattern.materialize(rows, cols), allowed):
             grid = grid if other is None else grid & other
         return grid.expand(shape)
+
+
+def resolve(
+    conditions: tuple[Condition, ...], shape: Shape, device: Any, ragged: Ragged | None
+) -> tuple[Span, Pattern | None, Tensor | None]:
+    """`Mask.resolve` of the mask that has these conditions."""
+    if len(conditions) == 1 and type(conditions[0]) is Window:
+        return conditions[0].resolve(shape, ragged), None, None
+    m, n = shape[2:]
+    span, pattern, rest = Span(), None, []
+    for part in conditions:
+        found = part.resolve(shape, ragged)
+        if isinstance(found, Tensor):
+            rest.append(found)
+            continue
+        if isinstance(found, Pattern):
+            pattern = found if pattern is None else pattern.meet(found, m, n)
+            continue
+        excess = span.excess(found)
+        if excess is not None:
+            excess = excess if ragged is None else excess.shifted(ragged.offsets())
+            rest.append(excess.materialize(*_indices(shape, device), n))
+        span = span & found
+    allowed = None
+    for tensor in rest:
+        allowed = tensor if allowed is None else allowed & tensor
+    return span, pattern, allowed
 
 
 def padded_span(span: Span, ragged: Ragged) -> Span:

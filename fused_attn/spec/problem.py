@@ -227,6 +227,12 @@ class Problem:
         """An uninitialised (B, Hq, M); a sigmoid has none, which is (0,) to the operators."""
         return self.q.new_empty((0,) if self.sigmoid else self.q.shape[:3], dtype=self.lse_dtype)
 
+    def empty_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Three of `empty_lse`."""
+        shape, dtype = (0,) if self.sigmoid else self.q.shape[:3], self.lse_dtype
+        make = self.q.new_empty
+        return make(shape, dtype=dtype), make(shape, dtype=dtype), make(shape, dtype=dtype)
+
     def empty_out(self) -> Tensor:
         """An uninitialised (B, Hq, M, Dv) in v's dtype, whose memory order follows q's."""
         return empty_ordered(self.q, self.v.shape[3], self.v.dtype)

@@ -45,6 +45,11 @@ class Config:
             raise ValueError(f"num_warps: must be 1, 2, 4, 8 or 16, got {self.num_warps}")
         if self.num_stages < 1:
             raise ValueError(f"num_stages: must be at least 1, got {self.num_stages}")
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
+
+    def __hash__(self) -> int:
+        """Computed once: launches look up what is cached for a configuration."""
+        return self._hash  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         """128x64 w8 s2 overlap: BLOCK_M x BLOCK_N, warps, stages; x2: of each of two consumers."""

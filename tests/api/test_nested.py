@@ -289,5 +289,5 @@ def test_errors() -> None:
         scaled_dot_product_attention(q, *[jagged(torch.randn(7, 2, 5), offsets)] * 2)
     with pytest.raises(TypeError, match=r"layout torch\.jagged"):
         attention(*[torch.nested.nested_tensor([torch.randn(2, 3, 8)], layout=torch.strided)] * 3)
-    with pytest.raises(NotImplementedError, match="nested tensors"):
+    with pytest.raises(NotImplementedError, match="take jagged tensors"):
         fused_attn.attention_map(q, q)

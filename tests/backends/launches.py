@@ -417,7 +417,7 @@ def test_tensors_of_a_device_that_is_not_the_current_one(machine: Machine, monke
         yield
         machine.device = before
 
-    monkeypatch.setattr(torch.cuda, "device_of", there)
+    monkeypatch.setattr(settings, "device_of", there)
     x = tensors()
     facts = [launched(lambda: attention(*x))[0] for _ in range(5)]
     assert {y[2] for y in facts} == {100} and len({y[0] for y in facts}) == 1

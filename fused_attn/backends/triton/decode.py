@@ -119,7 +119,7 @@ def decode(d: Decode) -> tuple[Tensor, Tensor]:
     span, sequences, written = _span(d), _sequences(d.cache, d.leftpad), _heads_first(out)
     numbers = (m, n, hkv, count, least)
     constants = settings.constants(c, p)
-    with torch.cuda.device_of(d.q):
+    with settings.device_of(d.q):
         launcher.launch(
             kernels.decode_kernel,
             b * hkv * count * tiles,
@@ -158,7 +158,7 @@ def append(cache: Cache, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None,
     block = 1 if tokens == 1 else 16
     if b * heads * tokens == 0:
         return q_rotated
-    with torch.cuda.device_of(q):
+    with settings.device_of(q):
         launcher.launch(
             append_kernels.append_kernel,
             heads * -(-tokens // block) * b,

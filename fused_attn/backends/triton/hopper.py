@@ -169,7 +169,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = _config("hopper_forward", p)
     d = _tile_dim(p.q.shape[3])
     tiles = -(-m // (c.BLOCK_M * c.consumers)) * b * hq
-    with torch.cuda.device_of(p.q):
+    with settings.device_of(p.q):
         launcher.launch(
             code.forward,
             min(tiles, _multiprocessors(p.q.device)),
@@ -206,7 +206,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that needs names; call under no_grad. In one pass over the keys if possible, else by the portable
     kernels."""
-    with torch.cuda.device_of(p.q):
+    with settings.device_of(p.q):
         form = _OnePass if _one_pass(p, needs) else portable._Backward
         return form(p, out, peak, log_sum, dout, dlse, needs).run()
 

@@ -12,6 +12,7 @@ if its version is not in READ.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton
@@ -98,7 +99,7 @@ def signature(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], devic
     if (
         kernel.pre_run_hooks
         or not CONSTANTS.issuperset(kinds)
-        or not options.keys() >= set(kernel.arg_names[len(args) :])
+        or not options.keys() >= _constant_names(kernel, len(args))
     ):
         return None
     hip = kernel.device_caches[device][2].backend == "hip"
@@ -114,6 +115,12 @@ def signature(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], devic
     return id(kernel), *classes, *options.items(), kinds
 
 
+@functools.lru_cache(1024)
+def _constant_names(kernel: Any, count: int) -> set[str]:
+    """The parameters of a kernel after the first so many: those that options give."""
+    return set(kernel.arg_names[count:])
+
+
 def classify(x: Any, hip: bool = False) -> tuple[Any, ...]:
     """The class of one argument: what the binder distinguishes."""
     classes: list[Any] = []
@@ -126,6 +133,12 @@ def _width(x: int) -> str:
     return "i32" if x in INT32 else "i64" if x in INT64 else "u64"
 
 
+@functools.lru_cache(65536)
+def _integer(x: int) -> str:
+    """What a kernel may be specialised on: being 1, the width, and divisibility by 16."""
+    return "1" if x == 1 else _width(x) if x % 16 else _width(x) + "x16"
+
+
 def _classify(items: tuple[Any, ...], classes: list[Any], hip: bool) -> None:
     """Append the classes of items, and of those of nested tuples, to one list: cheaper than a tuple per level."""
     for x in items:
@@ -133,7 +146,7 @@ def _classify(items: tuple[Any, ...], classes: list[Any], hip: bool) -> None:
         if x is None or kind is float or kind is bool:
             classes.append(kind)
         elif kind is int:
-            classes.append("1" if x == 1 else _width(x) if x % 16 else _width(x) + "x16")
+            classes.append(_integer(x))
         elif kind is constexpr:
             value = x.value
             if type(value) not in CONSTANTS:

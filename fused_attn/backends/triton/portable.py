@@ -102,9 +102,9 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     views, tile_scheduler = code.views, code.tile_scheduler
     b, hq = p.shape[:2]
     out = p.empty_out()
-    found = p.empty_lse(), p.empty_lse(), p.empty_lse()
+    found = p.empty_rows()
     c, descriptors = _forward_config(p)
-    with torch.cuda.device_of(p.q):
+    with settings.device_of(p.q):
         launcher.launch(
             code.forward,
             tile_scheduler.programs(p, c.BLOCK_M, hq),
@@ -129,7 +129,7 @@ def backward(
     p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients that needs names; call under no_grad. Deterministic: no atomics, and every sum in a fixed order."""
-    with torch.cuda.device_of(p.q):
+    with settings.device_of(p.q):
         return _Backward(p, out, peak, log_sum, dout, dlse, needs).run()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -15,12 +16,21 @@ from ...tuning import config as select
 from ...tuning.select import padded
 
 INSTALLED = importlib.util.find_spec("triton") is not None
+UNCHANGED = contextlib.nullcontext()
 CACHE = 32 * 2**20  # bytes of keys and values that heads in flight together may hold
 
 
 def interpreted() -> bool:
     """True if kernels run in Triton's interpreter, which triton decides when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """x's device as the current one, which launches go to."""
+    device = x.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return UNCHANGED
+    return torch.cuda.device(device)
 
 
 @functools.cache

@@ -60,7 +60,7 @@ def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k
         return found
     by_mass = key_mass and not p.sigmoid
     shift, part = (p.q.new_empty(p.q.shape[:3], dtype=torch.float32) if by_mass else None for _ in range(2))
-    with torch.cuda.device_of(p.q):
+    with settings.device_of(p.q):
         planes = _planes(p)
         if entropy or max_logit or top_k or by_mass:
             _rows(p, planes, found, shift, part)
@@ -126,7 +126,7 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
         slots = torch.full((len(tiles), c.BLOCK_M), -1)
         slots[place, once % c.BLOCK_M] = torch.arange(len(once))
         chosen = (x.to(p.q.device, torch.int32) for x in (tiles, slots, torch.tensor(heads)))
-        with torch.cuda.device_of(p.q):
+        with settings.device_of(p.q):
             q, k, score, mask = _planes(p)
             launcher.launch(
                 kernel,
