@@ -1,20 +1,19 @@
-"""A classifier of sentences by area of law, on a pretrained BERT, through fused_attn: `python examples/classify.py`.
+"""Fine-tuning a pretrained BERT to classify sentences with fused_attn: `python examples/classify.py`.
 
-MiniLM (six layers of twelve heads, taken from an installed package; nothing is downloaded) learns to tell eight areas
-of law apart from the sentences of law.csv, which were written for this example. Every fourth sentence of an area is
-held out. All six layers are trained and a linear layer on the mean of a sentence's tokens, twice from the same weights
-on the same padded batches: with torch's SDPA, and with fused_attn on a backend by name (the Triton kernels on a CUDA
-device, elsewhere the tiled PyTorch backend). Both run in float32, as the promise needs, and without dropout, since its
-masks are not torch's.
+MiniLM (six layers of twelve heads, from an installed package; nothing is downloaded) learns to classify the sentences
+of law.csv, which were written for this example, by eight areas of law. Every fourth sentence of an area is held out.
+The six layers and a linear layer on the mean of a sentence's token states are trained twice, from the same weights on
+the same padded batches: with torch's SDPA, and with fused_attn on a backend chosen by name (the Triton kernels on CUDA,
+otherwise tiled PyTorch). Both run in float32, and without dropout, whose random numbers differ from torch's.
 
-classify_words.png shows what the words of some held-out sentences weighed. A weight is an integrated gradient
-(Sundararajan, Taly and Yan, 2017): the gradient of the predicted area's log odds by a word's embedding, times the way
-that this embedding has come from [MASK]'s, averaged while all words come that way together. So the weights of a
-sentence add up to what its words changed about the log odds.
+classify_words.png shows the weights of the words of some held-out sentences. A weight is an integrated gradient
+(Sundararajan, Taly and Yan, 2017): the gradient of the predicted area's log odds by a word's embedding, averaged on the
+straight path from [MASK]'s embeddings to those of all words, times the difference of the two. The weights of a sentence
+add up to the difference of the log odds.
 
-The exit status is 1 if a promise is broken: the first 20 losses agree to a relative 1e-5, and the last one to 1%; at
-most a tenth of the held-out sentences is misjudged; and to mask the heaviest word of a sentence costs the predicted
-area more than to mask another one, on average over the sentences shown.
+The exit status is 1 if one of these promises is broken: the first 20 losses agree to a relative 1e-5, and the last one
+to 1%; at most a tenth of the held-out sentences is misclassified; and masking the heaviest word of a sentence lowers
+the log odds of the predicted area more than masking another word does, on average over the sentences shown.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ with runner.imports():
 plt.switch_backend("Agg")
 
 SENTENCES = Path(__file__).with_name("law.csv")
-FOURTH = 4  # one sentence in so many is held out
+FOURTH = 4  # one of so many sentences is held out
 MISJUDGED_ALLOWED = 0.1
-RATE, HEAD_RATE, RISING = 5e-5, 5e-3, 6  # of the pretrained layers, of the new one; steps until the rates are reached
-POINTS = 32  # of an integral over gradients
+RATE, HEAD_RATE, WARMUP = 5e-5, 5e-3, 6  # learning rates of the pretrained layers and of the new one; warmup steps
+POINTS = 32  # of the integral over gradients
 Tokens = dict[str, Tensor]
 
 
@@ -64,21 +63,21 @@ class Sentence(NamedTuple):
 
 
 def read(areas: int) -> tuple[list[Sentence], list[Sentence]]:
-    """(training, held out), of the first so many areas."""
-    found: dict[str, list[Sentence]] = defaultdict(list)
+    """(training, held-out) sentences of the first areas."""
+    by_area: dict[str, list[Sentence]] = defaultdict(list)
     with SENTENCES.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            found[row["area"]].append(Sentence(**row))
-    taken = list(found.values())[:areas]
-    train = [x for same in taken for i, x in enumerate(same) if i % FOURTH != FOURTH - 1]
-    return train, [x for same in taken for x in same[FOURTH - 1 :: FOURTH]]
+            by_area[row["area"]].append(Sentence(**row))
+    chosen = list(by_area.values())[:areas]
+    train = [x for same in chosen for i, x in enumerate(same) if i % FOURTH != FOURTH - 1]
+    return train, [x for same in chosen for x in same[FOURTH - 1 :: FOURTH]]
 
 
 # --- the model
 
 
 class Classifier(nn.Module):
-    """Sentences -> logits (B, areas): the mean of a sentence's last hidden states through a linear layer."""
+    """Sentences -> logits (B, areas): a linear layer on the mean of a sentence's last hidden states."""
 
     def __init__(self, tokenizer: Callable, encoder: nn.Module, areas: list[str]) -> None:
         super().__init__()
@@ -86,7 +85,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, len(areas))
 
     def tokens(self, texts: list[str]) -> Tokens:
-        """Of equal length by padding, which attention_mask tells from what is real."""
+        """Padded tokens, with their attention_mask."""
         return dict(self.tokenizer(texts, padding=True, return_tensors="pt").to(self.encoder.device))
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -97,13 +96,13 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def judged(self, sentences: list[Sentence], batch: int = 32) -> Tensor:
-        """(len(sentences),), on the CPU: the likeliest area of each."""
+        """The likeliest area of each sentence, (len(sentences),) on the CPU."""
         parts = [sentences[i : i + batch] for i in range(0, len(sentences), batch)]
         return torch.cat([self(self.tokens([x.text for x in part])).argmax(1) for part in parts]).cpu()
 
 
 def log_odds(logits: Tensor, area: Tensor) -> Tensor:
-    """logits (B, areas), area (B,) -> (B,): of that area against all others together."""
+    """logits (B, areas), area (B,) -> (B,): log odds of the area against all others."""
     own, others = logits.gather(1, area[:, None]), logits.scatter(1, area[:, None], -torch.inf)
     return own[:, 0] - others.logsumexp(1)
 
@@ -113,7 +112,7 @@ def log_odds(logits: Tensor, area: Tensor) -> Tensor:
 
 @dataclass
 class Run:
-    """One training: a model, its attention, and what it lost at each step."""
+    """One training: a model, its attention, its loss at each step, its time, and its predictions."""
 
     name: str
     implementation: str
@@ -132,34 +131,34 @@ def start(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Run:
-    """A model before its training: MiniLM's weights, and a last layer's that depend on the seed alone."""
+    """A model before training: MiniLM's weights, and a last layer whose weights depend only on the seed."""
     torch.manual_seed(seed)
     tokenizer, encoder = minilm.load()
     return Run(name, implementation, backend, Classifier(tokenizer, encoder, areas).to(device))
 
 
-def batches(train: list[Sentence], given: argparse.Namespace) -> list[list[Sentence]]:
-    """Each sentence once an epoch, in an order that depends on the seed alone."""
-    chance = torch.Generator().manual_seed(given.seed)
-    orders = [torch.randperm(len(train), generator=chance) for _ in range(given.epochs)]
-    return [[train[i] for i in part] for order in orders for part in order.split(given.batch)]
+def batches(train: list[Sentence], options: argparse.Namespace) -> list[list[Sentence]]:
+    """Each sentence once per epoch, in an order that depends only on the seed."""
+    generator = torch.Generator().manual_seed(options.seed)
+    orders = [torch.randperm(len(train), generator=generator) for _ in range(options.epochs)]
+    return [[train[i] for i in part] for order in orders for part in order.split(options.batch)]
 
 
 def training(run: Run, steps: list[list[Sentence]]) -> Iterator[None]:
-    """Trains run's model, a step at each turn. The embeddings stay as they were."""
+    """Train run's model by one step per iteration, without its embeddings."""
     model = run.model
     groups = [
         {"params": model.encoder.encoder.parameters(), "lr": RATE},
         {"params": model.head.parameters(), "lr": HEAD_RATE},
     ]
-    # BERT's own epsilon: a bias of keys has no gradient but rounding, and is not to be moved by it.
+    # BERT's epsilon, large enough that the rounding errors in the gradients of key biases, which are 0, move nothing.
     optimizer = torch.optim.AdamW(groups, eps=1e-6)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / RISING, 1 - step / len(steps))
+        optimizer, lambda step: min((step + 1) / WARMUP, 1 - step / len(steps))
     )
     model.encoder.embeddings.requires_grad_(False)
     for sentences in steps:
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         logits = model(model.tokens([x.text for x in sentences]))
         loss = F.cross_entropy(logits, model.labels(sentences).to(logits.device))
         optimizer.zero_grad()
@@ -167,20 +166,20 @@ def training(run: Run, steps: list[list[Sentence]]) -> Iterator[None]:
         optimizer.step()
         schedule.step()
         devices.wait(logits.device)
-        run.seconds += time.perf_counter() - begun
+        run.seconds += time.perf_counter() - begin
         run.losses.append(loss.item())
         yield
 
 
 def trained(
-    train: list[Sentence], held_out: list[Sentence], given: argparse.Namespace, console: Console
+    train: list[Sentence], held_out: list[Sentence], options: argparse.Namespace, console: Console
 ) -> tuple[Run, Run]:
-    """(ours, torch's), one after the other."""
+    """(fused_attn's, torch's), trained one after the other."""
     areas = list(dict.fromkeys(x.area for x in train))
-    backend = devices.shown(given.device)
-    ways = ("torch SDPA", "sdpa", None), (f"fused_attn, {backend}", fused_attn.compat.transformers.NAME, backend)
-    runs = [start(*way, areas, given.seed, given.device) for way in ways]
-    steps = batches(train, given)
+    backend = devices.shown(options.device)
+    variants = ("torch SDPA", "sdpa", None), (f"fused_attn, {backend}", fused_attn.compat.transformers.NAME, backend)
+    runs = [start(*variant, areas, options.seed, options.device) for variant in variants]
+    steps = batches(train, options)
     columns = TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
     with runner.counted(Progress(*columns, TimeElapsedColumn(), console=console)) as progress:
         task = progress.add_task("", total=len(runs) * len(steps))
@@ -193,12 +192,12 @@ def trained(
     return runs[1], runs[0]
 
 
-# --- what the words weigh
+# --- weights of the words
 
 
 @dataclass
 class Weighed:
-    """One sentence and its words: what each weighed, and what the log odds lose if it alone is masked."""
+    """A sentence, its words, their weights, and the log odds lost by masking each word alone."""
 
     sentence: Sentence
     predicted: str
@@ -214,7 +213,7 @@ class Weighed:
 
 
 def integrated_gradients(model: Classifier, tokens: Tokens, area: Tensor) -> Tensor:
-    """(B, N): what each token adds to the log odds of area (B,) on the way from [MASK] in its place to itself."""
+    """(B, N): the part of each token in the change of area's (B,) log odds on the path from [MASK] to the tokens."""
     ids, mask = tokens["input_ids"], model.tokenizer.mask_token_id
     special = torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids, device=ids.device))
     embedding = model.encoder.get_input_embeddings()
@@ -229,7 +228,7 @@ def integrated_gradients(model: Classifier, tokens: Tokens, area: Tensor) -> Ten
 
 
 def places(model: Classifier, text: str) -> list[tuple[str, list[int]]]:
-    """Each word, up to the next white space, and the places of its tokens."""
+    """The words, separated by white space, and the positions of their tokens."""
     offsets = model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return [
         (word[0], [i for i, (begin, end) in enumerate(offsets) if word.start() <= begin < end <= word.end()])
@@ -238,39 +237,39 @@ def places(model: Classifier, text: str) -> list[tuple[str, list[int]]]:
 
 
 def weighed(model: Classifier, sentences: list[Sentence]) -> list[Weighed]:
-    """What the words of each weigh for the area that the model gives it."""
+    """The weights of each sentence's words for its predicted area."""
     tokens = model.tokens([x.text for x in sentences])
     area = model.judged(sentences).to(model.encoder.device)
-    found = []
+    results = []
     for sentence, own, weights in zip(sentences, area, integrated_gradients(model, tokens, area), strict=True):
         words = places(model, sentence.text)
-        single = model.tokens([sentence.text] * (len(words) + 1))  # the last one stays whole
-        for row, (_, taken) in enumerate(words):
-            single["input_ids"][row, taken] = model.tokenizer.mask_token_id
+        single = model.tokens([sentence.text] * (len(words) + 1))  # the last row stays unmasked
+        for row, (_, positions) in enumerate(words):
+            single["input_ids"][row, positions] = model.tokenizer.mask_token_id
         with torch.inference_mode():
             odds = log_odds(model(single), own.expand(len(words) + 1))
-        sums = [weights[taken].sum().item() for _, taken in words]
+        sums = [weights[positions].sum().item() for _, positions in words]
         costs = (odds[-1] - odds[:-1]).tolist()
-        found.append(Weighed(sentence, model.areas[own], [word for word, _ in words], sums, costs))
-    return found
+        results.append(Weighed(sentence, model.areas[own], [word for word, _ in words], sums, costs))
+    return results
 
 
 def to_show(held_out: list[Sentence], judged: Tensor, areas: list[str], misjudged: int = 2) -> list[Sentence]:
-    """The first held-out sentence of each area, and the first misjudged ones."""
+    """The first held-out sentence of each area, and the first misclassified ones."""
     wrong = [x for x, i in zip(held_out, judged, strict=True) if x.area != areas[i]]
     first = [next(x for x in held_out if x.area == area) for area in areas]
     return list(dict.fromkeys(first + wrong[:misjudged]))
 
 
 def draw(shown: list[Weighed], path: Path) -> None:
-    """Each sentence on a line, a word the redder the more it spoke for the predicted area."""
+    """Draw one sentence per line; red words speak for the predicted area, blue ones against it."""
     size, margin = 10, 26  # points, characters
     wide, high = 0.602 * size / 72, 0.36  # a character of the font, a line, in inches
     columns = margin + max(len(x.sentence.text) for x in shown) + 2
     figure, axes = plt.subplots(figsize=(columns * wide, (len(shown) + 3) * high), layout="constrained")
-    axes.set(xlim=(0, columns), ylim=(len(shown) - 0.4, -0.6), title="What each word weighed for the predicted area")
+    axes.set(xlim=(0, columns), ylim=(len(shown) - 0.4, -0.6), title="Weight of each word for the predicted area")
     axes.axis("off")
-    # The middle of a map, where black letters can be read.
+    # The middle of the colour map, where black text is readable.
     colours = ListedColormap(plt.get_cmap("RdBu_r")(torch.linspace(0.2, 0.8, 256).numpy()))
     font = {"family": "DejaVu Sans Mono", "size": size, "va": "center"}
     for line, x in enumerate(shown):
@@ -290,7 +289,7 @@ def draw(shown: list[Weighed], path: Path) -> None:
     plt.close(figure)
 
 
-# --- what came of it
+# --- results
 
 
 def misjudged(run: Run, held_out: list[Sentence]) -> float:
@@ -302,7 +301,7 @@ def promises(ours: Run, theirs: Run, held_out: list[Sentence], shown: list[Weigh
     heaviest = statistics.mean(x.costs[x.heaviest()] for x in shown)
     return [
         *same_losses(ours.losses, theirs.losses),
-        (f"share of held-out sentences misjudged, {ours.name}", misjudged(ours, held_out), MISJUDGED_ALLOWED),
+        (f"share of held-out sentences misclassified, {ours.name}", misjudged(ours, held_out), MISJUDGED_ALLOWED),
         ("log odds lost by masking another word (at most: by masking the heaviest one)", others, heaviest),
     ]
 
@@ -312,7 +311,7 @@ def confusion(run: Run, held_out: list[Sentence]) -> Table:
     right = sum(x.area == areas[i] for x, i in zip(held_out, run.judged, strict=True))
     counts = Counter((x.area, areas[i]) for x, i in zip(held_out, run.judged, strict=True))
     table = Table(
-        title=f"\n{right} of {len(held_out)} held-out sentences judged rightly by {run.name} "
+        title=f"\n{right} of {len(held_out)} held-out sentences classified correctly by {run.name} "
         f"({right / len(held_out):.1%}); rows are the true area",
         box=None,
     )
@@ -336,7 +335,7 @@ def figures(runs: tuple[Run, Run], held_out: list[Sentence]) -> Table:
     return table
 
 
-def arguments(given: list[str] | None) -> argparse.Namespace:
+def arguments(command: list[str] | None) -> argparse.Namespace:
     parser = runner.parser(__doc__)
     runner.add_numbers(
         parser,
@@ -346,18 +345,18 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
         ("seed", runner.SEED, 0, "seed of the last layer's weights and the batches"),
     )
     devices.add_option(parser)
-    return parser.parse_args(given)
+    return parser.parse_args(command)
 
 
 def note(ours: Run, theirs: Run, train: list[Sentence], batch: int) -> str:
-    """What `devices.note` says of the first batch's attention."""
+    """`devices.note` for the attention of the first batch."""
     call = minilm.attention_call(ours.model.encoder, ours.model.tokens([x.text for x in train[:batch]]))
     trained = {name: call[name].clone().requires_grad_() for name in "qkv"}
     return devices.note(str(ours.backend), ours.seconds, theirs.seconds, **call | trained)
 
 
-def main(given: list[str] | None = None) -> int:
-    options = arguments(given)
+def main(command: list[str] | None = None) -> int:
+    options = arguments(command)
     runner.prepare(options.out)
     train, held_out = read(options.areas)
     console = Console(width=max(120, Console().width))
@@ -365,12 +364,12 @@ def main(given: list[str] | None = None) -> int:
     with minilm.attention_by(ours.model.encoder, ours.implementation, ours.backend):
         shown = weighed(ours.model, to_show(held_out, ours.judged, ours.model.areas))
     console.print(
-        f"{len(train)} sentences to learn from, {len(held_out)} held out. Trained on {options.device}.", highlight=False
+        f"{len(train)} training sentences, {len(held_out)} held out. Trained on {options.device}.", highlight=False
     )
     console.print(confusion(ours, held_out))
     console.print(figures((ours, theirs), held_out))
     console.print(note(ours, theirs, train, options.batch), highlight=False, soft_wrap=True)
-    console.print("\nThe heaviest words of some held-out sentences, for the area predicted:\n")
+    console.print("\nThe words with the largest weights in some held-out sentences, by predicted area:\n")
     for x in shown:
         order = sorted(range(len(x.words)), key=x.weights.__getitem__, reverse=True)
         words = ", ".join(x.words[i].strip(".,;:?") for i in order[:3])
@@ -380,7 +379,7 @@ def main(given: list[str] | None = None) -> int:
     console.print(table)
     path = options.out / "classify_words.png"
     draw(shown, path)
-    console.print(f"The words that weighed most: {path}", highlight=False, soft_wrap=True)
+    console.print(f"Weights of the words: {path}", highlight=False, soft_wrap=True)
     if broken:
         console.print(f"[red]{broken} of the promises are broken.[/]")
     return int(broken > 0)

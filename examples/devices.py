@@ -1,4 +1,4 @@
-"""Which device an example runs on, and which backend of fused_attn it shows there."""
+"""Selection of the examples' device, and of the backend of fused_attn that they run by name on it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 import fused_attn
 
-# Why a backend, where it is forced by name, can take longer than torch's SDPA.
+# Why a backend that was forced by name can be slower than torch's SDPA.
 SLOWER = {
     "triton": "the time includes compiling each kernel at its first call",
-    "tiled": "it loops over tiles in PyTorch, where torch has one fused kernel",
-    "reference": "it is the definition, and stores all scores",
+    "tiled": "it loops over tiles in PyTorch, while torch has one fused kernel",
+    "reference": "it is the definition and stores all scores",
 }
 
 
 def available() -> list[str]:
-    """The kinds of device of this machine, in the order of preference."""
+    """The types of device of this machine, in order of preference."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -29,7 +29,7 @@ def available() -> list[str]:
 
 
 def named(text: str) -> torch.device:
-    """A `type` for add_argument: a device of this machine."""
+    """A `type` for add_argument that accepts devices of this machine."""
     kinds = available()
     try:
         device = torch.device(text)
@@ -48,30 +48,30 @@ def add_option(parser: argparse.ArgumentParser) -> None:
         "--device",
         type=named,
         default=available()[0],
-        help="cuda, mps, xpu or cpu; default the first of them on this machine: %(default)s",
+        help="cuda, mps, xpu or cpu (default: the first of them on this machine, %(default)s)",
     )
 
 
 def shown(device: torch.device) -> str:
-    """The backend that an example forces by name: the Triton kernels on a GPU that they run on, else PyTorch's."""
+    """The backend that an example runs by name: the Triton kernels on CUDA, otherwise tiled PyTorch."""
     return "triton" if device.type == "cuda" else "tiled"
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
-    """Half precision where tensor cores take it. Examples that train stay in float32, as their promise needs."""
+    """Half precision on CUDA. Examples that train stay in float32, which their checks need."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def wait(device: torch.device) -> None:
-    """For all work on the device, so that a clock read afterwards has it all."""
+    """Synchronize the device, so that a clock read afterwards includes all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def note(forced: str, seconds: float, theirs: float, **call: Any) -> str:
-    """One line for below a table of times, theirs by torch's SDPA: why a forced backend took longer, and the default.
+    """One line for below a table of times: why a forced backend was slower than torch's SDPA, and the default backend.
 
-    call: the arguments of a call of `fused_attn.attention` that was timed.
+    seconds, theirs: times of the forced backend and of SDPA. call: arguments of a timed `fused_attn.attention` call.
     """
     default = fused_attn.explain(**call).backend
     slower = f" and slower than torch's SDPA: {SLOWER[forced]}" if seconds > theirs and forced in SLOWER else ""

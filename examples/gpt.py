@@ -1,15 +1,14 @@
-"""A character GPT that learns this repository's own text through fused_attn: `python examples/gpt.py`.
+"""A character-level GPT trained on this repository's text with fused_attn: `python examples/gpt.py`.
 
-A decoder-only Transformer is trained twice from the same weights on the same batches, which take turns: once with
-fused_attn's causal attention, on a backend by name (the Triton kernels on a CUDA device, elsewhere the tiled PyTorch
-backend), and once with torch's SDPA. Both are in float32, as the promise needs. The text is what this checkout holds,
-README.md, CONTRIBUTING.md and the sources of the package and its kernels, read at run time; nothing is downloaded, and
-the last tenth of each file is held out. Then ours writes a text of its own, twice: reading each character once, with
-keys and values kept in a `PagedKVCache`, and computing everything afresh for each character.
+A decoder-only Transformer is trained twice, from the same weights on the same batches: with fused_attn's causal
+attention on a backend chosen by name (the Triton kernels on CUDA, otherwise tiled PyTorch), and with torch's SDPA. The
+two take their steps in turn, in float32. The text is README.md, CONTRIBUTING.md and the sources of the package and its
+kernels, read from this checkout; nothing is downloaded. The last tenth of each file is held out. Then the fused_attn
+model generates a text twice: with a `PagedKVCache`, which computes each character's keys and values once, and without
+a cache.
 
-What is promised, and the exit status is 1 if any of it is broken: the first 20 losses agree to a relative 1e-5, and the
-last one to 1%; both models know more of the held-out text than how frequent its characters are; and both texts are the
-same, character by character.
+The exit status is 1 if one of these promises is broken: the first 20 losses agree to a relative 1e-5, and the last one
+to 1%; the held-out losses of both models are below the entropy of the character frequencies; and both texts are equal.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve a machine in use
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow down a machine that is in use
 
 import runner
 
@@ -44,18 +43,18 @@ with runner.imports():
 
 plt.switch_backend("Agg")
 
-PAGE = 16  # characters in a page of the cache
+PAGE = 16  # characters per page of the cache
 SOURCES = ("README.md", "CONTRIBUTING.md", "fused_attn/**/*.py", "kernels/*.py")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, (B, H, M, D) each, by the backend of fused_attn that is shown on this device and no other."""
+    """Causal attention of tensors (B, H, M, D), by the backend of fused_attn named for this device."""
     return fused_attn.attention(q, k, v, causal=True, backend=devices.shown(q.device))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by torch's own function."""
+    """The same by torch's SDPA."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -64,7 +63,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Corpus:
-    characters: str  # a token is a place in it
+    characters: str  # a token is an index into it
     train: Tensor  # (tokens,)
     held_out: Tensor  # (tokens,)
 
@@ -75,26 +74,26 @@ class Corpus:
         return "".join(self.characters[i] for i in tokens.tolist())
 
     def entropy(self) -> float:
-        """What a model would lose, in nats a character, that knows of the training text only how frequent each is."""
+        """The loss, in nats per character, of predicting by the training text's character frequencies."""
         frequency = self.train.bincount(minlength=len(self.characters)).float() / len(self.train)
         return -torch.special.xlogy(frequency, frequency).sum().item()
 
 
 def read(root: Path = runner.ROOT) -> Corpus:
-    """This checkout's text, each file's last tenth held out."""
+    """This checkout's text, with the last tenth of each file held out."""
     texts = [path.read_text(encoding="utf-8") for pattern in SOURCES for path in sorted(root.glob(pattern))]
     characters = "".join(sorted(set("".join(texts))))
-    place = {x: i for i, x in enumerate(characters)}
+    index = {x: i for i, x in enumerate(characters)}
     train, held_out = [], []
     for text in texts:
         cut = len(text) * 9 // 10
-        train += [place[x] for x in text[:cut]]
-        held_out += [place[x] for x in text[cut:]]
+        train += [index[x] for x in text[:cut]]
+        held_out += [index[x] for x in text[cut:]]
     return Corpus(characters, torch.tensor(train), torch.tensor(held_out))
 
 
 def windows(tokens: Tensor, starts: Tensor, context: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(inputs, targets), (len(starts), context) each: the target of a character is the one after it."""
+    """(inputs, targets), each (len(starts), context): a character's target is the next character."""
     taken = tokens[starts[:, None] + torch.arange(context + 1)].to(device)
     return taken[:, :-1], taken[:, 1:]
 
@@ -102,23 +101,23 @@ def windows(tokens: Tensor, starts: Tensor, context: int, device: torch.device |
 # --- the model
 
 
-def turns(positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, (M, dim/2), of the angle m·10000^(-2i/dim) for each m of positions (M,): rotary positions."""
+def rotary(positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (M, dim/2) of the rotary embedding's angles m·10000^(-2i/dim), for each m of positions (M,)."""
     half = dim // 2
     frequency = 10000.0 ** (-torch.arange(half, device=positions.device) / half)
     angle = positions[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
-def rotated(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, H, M, D) with each pair (i, i + D/2) of a row turned by its angle, given as cos and sin, (M, D/2)."""
-    cos, sin = by
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair (i, i + D/2) of x (B, H, M, D) by its angle, as cos and sin (M, D/2)."""
+    cos, sin = angles
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 class Block(nn.Module):
-    """What the characters say to each other, then what each makes of it; both added to x (B, M, width)."""
+    """Attention and feed-forward layers, each with a residual connection, on x (B, M, width)."""
 
     def __init__(self, width: int, heads: int, attend: Attend) -> None:
         super().__init__()
@@ -133,41 +132,41 @@ class Block(nn.Module):
             nn.Linear(4 * width, width, bias=False),
         )
 
-    def forward(self, x: Tensor, by: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
-        """by: what `turns` says of the rows' positions. attend: None for the block's own."""
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
+        """angles: `rotary` of the rows' positions. attend: None: the block's own."""
         attend = attend or self.attend
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, M, D) each
-        x = x + self.out(attend(rotated(q, by), rotated(k, by), v).transpose(1, 2).flatten(2))
+        x = x + self.out(attend(rotate(q, angles), rotate(k, angles), v).transpose(1, 2).flatten(2))
         return x + self.feed_forward(x)
 
 
 class GPT(nn.Module):
-    """tokens (B, M) -> logits (B, M, characters); the embedding is read both ways, in and out."""
+    """tokens (B, M) -> logits (B, M, characters). Input and output share the embedding."""
 
     def __init__(self, characters: int, width: int, heads: int, layers: int, attend: Attend) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
         self.blocks = nn.ModuleList(Block(width, heads, attend) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
-        # A small start keeps the training tame. From std width**-0.5 the rounding of any attention, torch's against
-        # torch's in float64 too, grows tenfold in every dozen steps, until the losses differ by a hundredth.
+        # Small initial weights keep rounding errors from growing. With a standard deviation of width**-0.5 errors grow
+        # tenfold every dozen steps, even between torch's attention and itself in float64, until losses differ by 1%.
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:  # what is added to x is smaller, the more blocks add to it
-                added = name.endswith(("out.weight", "feed_forward.3.weight"))
-                nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * layers) if added else 1))
+            if weight.dim() == 2:  # residual branches are scaled by the number of layers
+                residual = name.endswith(("out.weight", "feed_forward.3.weight"))
+                nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * layers) if residual else 1))
 
     def forward(self, tokens: Tensor, memory: Memory | None = None) -> Tensor:
-        """memory: of the characters before these, to which these are added; B is 1 with it."""
+        """memory: keys and values of the preceding characters; those of tokens are appended. It requires B = 1."""
         x, count = self.embedding(tokens), tokens.shape[1]
         first, attends = (0, [None] * len(self.blocks)) if memory is None else (len(memory), memory.attends(count))
-        by = turns(torch.arange(first, first + count, device=x.device), x.shape[-1] // self.blocks[0].heads)
+        angles = rotary(torch.arange(first, first + count, device=x.device), x.shape[-1] // self.blocks[0].heads)
         for block, attend in zip(self.blocks, attends, strict=True):
-            x = block(x, by, attend)
+            x = block(x, angles, attend)
         return F.linear(self.norm(x), self.embedding.weight)
 
 
 class Memory:
-    """Keys and values of the characters that a model has read: a sequence of a paged cache, a layer for each block."""
+    """Keys and values of the characters read so far: one sequence of a paged cache with a layer per block."""
 
     def __init__(self, model: GPT, context: int) -> None:
         characters, heads = model.embedding.weight, model.blocks[0].heads
@@ -181,7 +180,7 @@ class Memory:
         return self.cache.length(self.text)
 
     def attends(self, count: int) -> list[Attend]:
-        """For each block, causal attention of `count` more characters over all until then, theirs written first."""
+        """For each block, causal attention that appends `count` characters to the cache and attends to all of it."""
         page_table, cache_seqlens = self.cache.extend([self.text], count)
 
         def attend(k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -194,18 +193,18 @@ class Memory:
 
         return [functools.partial(attend, *layer) for layer in zip(self.cache.k, self.cache.v, strict=True)]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.cache.truncate(self.text, 0)
 
 
 def loss_of(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross entropy, in nats a character."""
+    """The mean cross entropy, in nats per character."""
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
 @torch.inference_mode()
 def held_out_loss(model: GPT, tokens: Tensor, context: int, batch: int) -> float:
-    """The mean over all whole windows of tokens, side by side."""
+    """The mean loss over consecutive windows of tokens."""
     starts = torch.arange(0, len(tokens) - context, context)
     device = model.embedding.weight.device
     losses = [len(x) * loss_of(model, *windows(tokens, x, context, device)).item() for x in starts.split(batch)]
@@ -213,10 +212,10 @@ def held_out_loss(model: GPT, tokens: Tensor, context: int, batch: int) -> float
 
 
 def first_read(length: int, context: int) -> int:
-    """Where reading begins in a text of so many characters: at its start, until it is longer than `context`.
+    """The first character that the model reads of a text of this length: 0, until the text is longer than `context`.
 
-    Then the older half of the context is forgotten at once. Were it one character each time, no key or value of a
-    second or later block could be kept: each depends on all that its character could see, the forgotten ones too.
+    Then the older half of the context is dropped at once. If one character were dropped at a time, the cache would be
+    useless: from the second block on, keys and values depend on all characters visible to them, dropped ones included.
     """
     half = max(1, context // 2)
     return max(0, math.ceil((length - context) / half) * half)
@@ -233,22 +232,22 @@ def generate(
     cached: bool = True,
     written: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """tokens (M,) and length more, each drawn by what the model says of those from `first_read` on.
+    """Return tokens (M,) with `length` more, each sampled from the model's prediction after those from `first_read` on.
 
-    cached: each character is read once, and once more when the older half is forgotten; else all that is read is
-    computed afresh for each. written is called after each character.
+    cached: compute each character once, and again when the older half is dropped; otherwise compute all characters at
+    each step. written: called after each character.
     """
-    chance = torch.Generator().manual_seed(seed)
-    memory, begun = Memory(model, context) if cached else None, 0
+    generator = torch.Generator().manual_seed(seed)
+    memory, last_first = Memory(model, context) if cached else None, 0
     for _ in range(length):
         first = first_read(len(tokens), context)
-        if memory is not None and first > begun:
-            memory.forget()
-        begun = first
+        if memory is not None and first > last_first:
+            memory.clear()
+        last_first = first
         known = 0 if memory is None else len(memory)
         logits = model(tokens[None, first + known :], memory)[0, -1]
-        drawn = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=chance)
-        tokens = torch.cat((tokens, drawn.to(tokens.device)))
+        sampled = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)
+        tokens = torch.cat((tokens, sampled.to(tokens.device)))
         written()
     return tokens
 
@@ -258,7 +257,7 @@ def generate(
 
 @dataclass
 class Run:
-    """One training: a model and what it lost at each step."""
+    """One training: a model, its loss at each step, and its time."""
 
     name: str
     model: GPT
@@ -267,94 +266,98 @@ class Run:
     held_out: float = math.nan
 
 
-def start(name: str, attend: Attend, corpus: Corpus, given: argparse.Namespace) -> Run:
-    """A model before its training. Its weights depend on the seed alone."""
-    torch.manual_seed(given.seed)
-    return Run(name, GPT(len(corpus.characters), given.width, given.heads, given.layers, attend).to(given.device))
+def start(name: str, attend: Attend, corpus: Corpus, options: argparse.Namespace) -> Run:
+    """A model before training. Its weights depend only on the seed."""
+    torch.manual_seed(options.seed)
+    return Run(
+        name, GPT(len(corpus.characters), options.width, options.heads, options.layers, attend).to(options.device)
+    )
 
 
-def training(run: Run, corpus: Corpus, given: argparse.Namespace) -> Iterator[None]:
-    """Trains run's model, a step at each turn. The batches depend on the seed alone."""
-    chance = torch.Generator().manual_seed(given.seed)
+def training(run: Run, corpus: Corpus, options: argparse.Namespace) -> Iterator[None]:
+    """Train run's model by one step per iteration. The batches depend only on the seed."""
+    generator = torch.Generator().manual_seed(options.seed)
     matrices = [x for x in run.model.parameters() if x.dim() == 2]
     vectors = [x for x in run.model.parameters() if x.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=given.rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.95))
 
     def rate(step: int) -> float:
-        """Rises over the first twentieth of the steps, then falls to a tenth along a cosine."""
-        rising = (step + 1) / max(1, given.steps // 20)
-        return min(rising, 0.55 + 0.45 * math.cos(math.pi * step / given.steps))
+        """Linear warmup over the first twentieth of the steps, then cosine decay to a tenth."""
+        warmup = (step + 1) / max(1, options.steps // 20)
+        return min(warmup, 0.55 + 0.45 * math.cos(math.pi * step / options.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for _ in range(given.steps):
-        starts = torch.randint(len(corpus.train) - given.context, (given.batch,), generator=chance)
-        begun = time.perf_counter()
-        loss = loss_of(run.model, *windows(corpus.train, starts, given.context, given.device))
+    for _ in range(options.steps):
+        starts = torch.randint(len(corpus.train) - options.context, (options.batch,), generator=generator)
+        begin = time.perf_counter()
+        loss = loss_of(run.model, *windows(corpus.train, starts, options.context, options.device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        devices.wait(given.device)
-        run.seconds += time.perf_counter() - begun
+        devices.wait(options.device)
+        run.seconds += time.perf_counter() - begin
         run.losses.append(loss.item())
         yield
 
 
-def trained(corpus: Corpus, given: argparse.Namespace, console: Console) -> tuple[Run, Run]:
-    """(ours, torch's): the same weights at the start, the same batches, by turns, so that both times mean the same."""
-    ways = (f"fused_attn, {devices.shown(given.device)}", fused), ("torch SDPA", sdpa)
-    runs = [start(name, by, corpus, given) for name, by in ways]
+def trained(corpus: Corpus, options: argparse.Namespace, console: Console) -> tuple[Run, Run]:
+    """(fused_attn's, torch's), from the same weights on the same batches. Alternating steps make times comparable."""
+    ways = (f"fused_attn, {devices.shown(options.device)}", fused), ("torch SDPA", sdpa)
+    runs = [start(name, attend, corpus, options) for name, attend in ways]
     columns = TextColumn("{task.description:28}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
     with runner.counted(Progress(*columns, TimeElapsedColumn(), console=console)) as progress:
-        task = progress.add_task("", total=given.steps)
-        for _ in zip(*(training(run, corpus, given) for run in runs), strict=True):
+        task = progress.add_task("", total=options.steps)
+        for _ in zip(*(training(run, corpus, options) for run in runs), strict=True):
             progress.update(task, advance=1, description=f"loss {runs[0].losses[-1]:.3f} and {runs[1].losses[-1]:.3f}")
         for run in runs:
             progress.update(task, description="the held-out text")
-            run.held_out = held_out_loss(run.model, corpus.held_out, given.context, given.batch)
+            run.held_out = held_out_loss(run.model, corpus.held_out, options.context, options.batch)
         progress.update(task, description="done")
     return runs[0], runs[1]
 
 
-# --- what came of it
+# --- results
 
 
 @dataclass(frozen=True)
 class Writing:
-    """A text by a model, twice, and after how many seconds each of its characters was written."""
+    """A text generated twice, and the seconds until each of its characters was written."""
 
     cached: Tensor  # (tokens,)
-    afresh: Tensor  # (tokens,)
+    recomputed: Tensor  # (tokens,)
     seconds_cached: list[float]
-    seconds_afresh: list[float]
+    seconds_recomputed: list[float]
 
     def promise(self) -> Promise:
-        return "characters that differ without the cache", (self.cached != self.afresh).sum().item(), 0
+        return "characters that differ without the cache", (self.cached != self.recomputed).sum().item(), 0
 
     def pays_from(self) -> int:
-        """The number of written characters from which on the text with a cache was ahead; more than all if never."""
-        behind = [x >= y for x, y in zip(self.seconds_cached, self.seconds_afresh, strict=True)]
+        """The number of characters from which on the cache was faster; more than their number if it never was."""
+        behind = [x >= y for x, y in zip(self.seconds_cached, self.seconds_recomputed, strict=True)]
         return 1 + max((i for i, late in enumerate(behind, 1) if late), default=0)
 
     def __str__(self) -> str:
-        length, cached, afresh = len(self.seconds_cached), self.seconds_cached[-1], self.seconds_afresh[-1]
-        times = f"Writing {length} characters took {cached:.2f} s with a cache and {afresh:.2f} s without it"
+        length, cached, recomputed = len(self.seconds_cached), self.seconds_cached[-1], self.seconds_recomputed[-1]
+        times = f"Writing {length} characters took {cached:.2f} s with a cache and {recomputed:.2f} s without it"
         if self.pays_from() > length:
-            return f"{times}. A cache pays for longer texts: without it, each character costs more than the one before."
-        return f"{times}, {afresh / cached:.1f} times as long. The cache paid from {self.pays_from()} characters on."
+            return f"{times}. A cache pays for longer texts: without it, each character costs more than the last."
+        return (
+            f"{times}, {recomputed / cached:.1f} times as long. The cache paid from {self.pays_from()} characters on."
+        )
 
 
-def write(model: GPT, prompt: Tensor, given: argparse.Namespace) -> Writing:
+def write(model: GPT, prompt: Tensor, options: argparse.Namespace) -> Writing:
     texts, seconds = [], []
     for cached in (True, False):
-        generate(model, prompt, 1, given.context, 0.7, given.seed, cached)  # what a first call sets up is not timed
-        times, begun = [], time.perf_counter()
+        generate(model, prompt, 1, options.context, 0.7, options.seed, cached)  # leaves one-time costs out of the times
+        times, begin = [], time.perf_counter()
         texts.append(
             generate(
-                model, prompt, given.length, given.context, 0.7, given.seed, cached,
-                written=lambda times=times, begun=begun: times.append(time.perf_counter() - begun),
+                model, prompt, options.length, options.context, 0.7, options.seed, cached,
+                written=lambda times=times, begin=begin: times.append(time.perf_counter() - begin),
             )
         )  # fmt: skip
         seconds.append(times)
@@ -370,7 +373,7 @@ def promises(ours: Run, theirs: Run, entropy: float) -> list[Promise]:
 
 
 def figures(runs: tuple[Run, Run], entropy: float) -> Table:
-    table = Table(title=f"\nLosses in nats a character; {entropy:.3f} by character frequencies alone")
+    table = Table(title=f"\nLosses in nats per character; {entropy:.3f} by character frequencies alone")
     for heading in ("attention", "first loss", "last loss", "mean of last 10", "held-out loss", "seconds of training"):
         table.add_column(heading, justify="right" if table.columns else "left")
     for run in runs:
@@ -381,15 +384,15 @@ def figures(runs: tuple[Run, Run], entropy: float) -> Table:
 
 
 def draw(ours: Run, theirs: Run, entropy: float, path: Path) -> None:
-    """Both curves, and below them how far they are apart."""
+    """Draw both loss curves, and their relative difference below."""
     steps = range(1, len(ours.losses) + 1)
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(7.4, 6.2), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     above.plot(steps, theirs.losses, color="#d1742f", lw=3, alpha=0.6, label=theirs.name)
     above.plot(steps, ours.losses, color="#1f5fa8", lw=1, label=ours.name)
-    above.axhline(entropy, color="#999999", ls="--", lw=1, label="frequencies alone")
-    above.set(ylabel="loss, nats a character", title="A character GPT on this repository's text")
+    above.axhline(entropy, color="#999999", ls="--", lw=1, label="character frequencies")
+    above.set(ylabel="loss, nats per character", title="A character GPT on this repository's text")
     above.legend()
     below.semilogy(steps, apart(ours.losses, theirs.losses), ".", color="#1f5fa8", ms=4)  # equal losses show no dot
     below.hlines(FIRST_ALLOWED, 1, FIRST, color="#b03030", lw=2)
@@ -401,7 +404,7 @@ def draw(ours: Run, theirs: Run, entropy: float, path: Path) -> None:
     plt.close(figure)
 
 
-def arguments(given: list[str] | None, corpus: Corpus) -> argparse.Namespace:
+def arguments(command: list[str] | None, corpus: Corpus) -> argparse.Namespace:
     parser = runner.parser(__doc__)
     positive = runner.Within(int, 1)
     runner.add_numbers(
@@ -418,21 +421,21 @@ def arguments(given: list[str] | None, corpus: Corpus) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", default="def ", help="start of the written text (default %(default)r)")
     devices.add_option(parser)
-    options = parser.parse_args(given)
+    options = parser.parse_args(command)
     if options.width % (2 * options.heads):
         parser.error(f"--width must be a multiple of twice --heads, {2 * options.heads}, not {options.width}")
     if options.context >= len(corpus.held_out):
         parser.error(f"--context must be less than the held-out text, {len(corpus.held_out)}, not {options.context}")
     unknown = "".join(sorted(set(options.prompt) - set(corpus.characters)))
     if not options.prompt or unknown:
-        lacking = f" without {unknown!r}, which the training text does not have" if unknown else ""
+        lacking = f" without {unknown!r}, which the training text does not contain" if unknown else ""
         parser.error(f"--prompt must be at least one character{lacking}, not {options.prompt!r}")
     return options
 
 
-def main(given: list[str] | None = None) -> int:
+def main(command: list[str] | None = None) -> int:
     corpus = read()
-    options = arguments(given, corpus)
+    options = arguments(command, corpus)
     runner.prepare(options.out)
     console = Console(width=max(120, Console().width))
     ours, theirs = trained(corpus, options, console)

@@ -1,12 +1,12 @@
-"""A real sentence encoder on real sentences, through fused_attn: `make demo`, or `python examples/minilm.py`.
+"""Sentence embeddings by a pretrained MiniLM with fused_attn: `make demo`, or `python examples/minilm.py`.
 
-MiniLM (six layers of twelve heads, 23 million weights, taken from an installed package; nothing is downloaded) embeds
-sentences from four areas of law. The attention runs four ways: by torch's SDPA, by the backend that fused_attn chooses,
-and by two others of its backends by name. On a CPU one of these is the Triton kernels in Triton's interpreter; on a
-CUDA device they run compiled, in float16. The table says which backend ran, as `fused_attn.explain` reports it.
+MiniLM (six layers of twelve heads, 23 million weights, from an installed package; nothing is downloaded) embeds
+sentences from four areas of law. Its attention runs four times: with torch's SDPA, with fused_attn's default backend,
+and with two more backends by name. On a CPU one of these is the Triton kernels in Triton's interpreter; on a CUDA
+device they run compiled, in float16. The table shows the backend that ran, as reported by `fused_attn.explain`.
 
-Each result is held against the same model in float64, and none of ours may be further from it than twice the error of
-torch's own attention in the same dtype, and a rounding; otherwise the exit status is 1.
+Every result is compared with the same model in float64. The exit status is 1 if the error of a fused_attn result is
+larger than twice that of torch's attention in the same dtype, plus float rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ with runner.imports("matplotlib"):
     import fused_attn
     import fused_attn.compat.transformers
 
-LAYER, HEAD = 0, 1  # of the picture: here "lease" reads "landlord", and "rent" reads "tenant"
+LAYER, HEAD = 0, 1  # of the picture: here "lease" attends to "landlord", and "rent" to "tenant"
 SENTENCES = [
     ("tenancy", "The landlord may end the lease if the tenant has not paid rent for two months."),
     ("tenancy", "A tenant who repairs a broken heating system can deduct the cost from the rent."),
@@ -57,13 +57,13 @@ SENTENCES = [
     ("labour", "The works council must be heard before every dismissal."),
 ]
 TEXTS = [text for _, text in SENTENCES]
-BY_NAME = {"cuda": ("triton", "hopper", "tiled")}  # the backends to show, by kind of device
+BY_NAME = {"cuda": ("triton", "hopper", "tiled")}  # backends to run by name, by type of device
 ELSEWHERE = ("tiled", "reference")
-SHOWN = 2  # of them, beside torch's SDPA and the default
+SHOWN = 2  # number of them, besides torch's SDPA and the default
 
 
 def load() -> tuple[Callable[..., dict], torch.nn.Module]:
-    """(tokenizer, model), with fused_attn known to Transformers."""
+    """(tokenizer, model), after registering fused_attn in Transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     fused_attn.compat.transformers.register()
@@ -73,7 +73,7 @@ def load() -> tuple[Callable[..., dict], torch.nn.Module]:
 
 
 def pooled(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    """(sentences, 384): the mean over each sentence's tokens."""
+    """(sentences, 384): the mean of each sentence's token states."""
     hidden = model(**tokens).last_hidden_state
     real = tokens["attention_mask"][..., None].to(hidden.dtype)
     return (hidden * real).sum(1) / real.sum(1)
@@ -81,13 +81,13 @@ def pooled(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tensor:
 
 @torch.inference_mode()
 def embed(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    """(sentences, 384), unit rows."""
+    """(sentences, 384), normalized."""
     return torch.nn.functional.normalize(pooled(model, tokens), dim=-1)
 
 
 @contextlib.contextmanager
 def attention_by(model: torch.nn.Module, implementation: str, backend: str | None = None) -> Iterator[None]:
-    """The model with another attention; backend is a name of fused_attn's, or None for its own choice."""
+    """Run the model with another attention in the block. backend: of fused_attn; None: its default."""
     before, environment = model.config._attn_implementation, os.environ.pop("FUSED_ATTN_BACKEND", None)
     model.set_attn_implementation(implementation)
     if backend:
@@ -102,22 +102,22 @@ def attention_by(model: torch.nn.Module, implementation: str, backend: str | Non
 
 
 def captured(model: torch.nn.Module, tokens: dict[str, Tensor]) -> list[Tensor]:
-    """query, key, value (B, H, M, D) of one layer, as its projections gave them."""
-    found: list[Tensor] = []
+    """query, key and value (B, H, M, D) of one layer, after its projections."""
+    outputs: list[Tensor] = []
     block = model.encoder.layer[LAYER].attention.self
 
     def keep(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(output.unflatten(-1, (model.config.num_attention_heads, -1)).transpose(1, 2))
+        outputs.append(output.unflatten(-1, (model.config.num_attention_heads, -1)).transpose(1, 2))
 
     hooks = [projection.register_forward_hook(keep) for projection in (block.query, block.key, block.value)]
     embed(model, tokens)
     for hook in hooks:
         hook.remove()
-    return found
+    return outputs
 
 
 def attention_call(model: torch.nn.Module, tokens: dict[str, Tensor]) -> dict[str, Any]:
-    """That layer's call of `fused_attn.attention`, by its arguments' names."""
+    """The arguments of that layer's `fused_attn.attention` call, by name."""
     return {
         **dict(zip("qkv", captured(model, tokens), strict=True)),
         "mask": tokens["attention_mask"][:, None, None].bool(),
@@ -125,7 +125,7 @@ def attention_call(model: torch.nn.Module, tokens: dict[str, Tensor]) -> dict[st
 
 
 def milliseconds(run: Callable[[], Tensor], seconds: float = 0.5) -> float:
-    """The median over about so many seconds, of three runs at least."""
+    """The median time of runs over about so many seconds, at least three."""
     device = run().device
     times: list[float] = []
     while len(times) < 3 or sum(times) < 1e3 * seconds:
@@ -138,30 +138,32 @@ def milliseconds(run: Callable[[], Tensor], seconds: float = 0.5) -> float:
 
 
 def interpreted(sentence: str) -> tuple[str, Tensor, float]:
-    """(backend that ran, embedding, seconds) of the Triton kernels: in a process of its own, as Triton must find
-    TRITON_INTERPRET when it is imported."""
+    """(backend that ran, embedding, seconds) by the interpreted Triton kernels.
+
+    It needs another process, because Triton reads TRITON_INTERPRET when it is imported.
+    """
     start = time.perf_counter()
     done = subprocess.run(
-        # The interpreter computes with numpy, which warns of what a kernel then selects away, as -inf minus -inf.
+        # The interpreter uses numpy, which warns about values that a kernel discards, such as -inf minus -inf.
         [sys.executable, "-W", "ignore::RuntimeWarning", __file__, "--interpreted", sentence],
         env={**os.environ, "TRITON_INTERPRET": "1", "FUSED_ATTN_BACKEND": "triton"},
         stdout=subprocess.PIPE,
         check=True,
         text=True,
-        start_new_session=True,  # Ctrl-C stops this process, which then ends the other
+        start_new_session=True,  # Ctrl-C reaches only this process, which then ends the other one
     )
-    said = json.loads(done.stdout)
-    return said["backend"], torch.tensor(said["embedding"]), time.perf_counter() - start
+    result = json.loads(done.stdout)
+    return result["backend"], torch.tensor(result["embedding"]), time.perf_counter() - start
 
 
 def draw(weights: Tensor, words: list[str], path: Path) -> None:
-    """A heatmap of weights (len(words), len(words)): a row attends to its columns."""
+    """Draw weights (len(words), len(words)) as a heatmap; rows attend to columns."""
     with runner.complete(path) as part:
         fused_attn.viz.heatmap(weights, words, words, title=f"MiniLM, layer {LAYER + 1}, head {HEAD + 1}", path=part)
 
 
 def similarity_table(similarity: Tensor) -> Table:
-    """Cosines between all sentences; each sentence's nearest other one in bold."""
+    """Cosines between all sentences, with each sentence's nearest other one in bold."""
     names = [f"{area} {i % 3 + 1}" for i, (area, _) in enumerate(SENTENCES)]
     table = Table(title="\nCosine similarity; the nearest sentence in bold", box=None)
     for heading in ("", *(name[:3] + name[-2:] for name in names)):
@@ -174,7 +176,7 @@ def similarity_table(similarity: Tensor) -> Table:
 
 
 def own_area(embeddings: Tensor) -> int:
-    """How many sentences lie nearest to their own area, each area being the mean of its other sentences."""
+    """The number of sentences nearest to their own area, which is the mean of the area's other sentences."""
     areas = [area for area, _ in SENTENCES]
     right = 0
     for i, area in enumerate(areas):
@@ -188,18 +190,18 @@ def own_area(embeddings: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to the embeddings: the backend that ran, what it gave, the same in float64, and what it took."""
+    """Embeddings by one attention: the backend that ran, its result, the float64 result, and its time."""
 
     name: str
     backend: str
     embeddings: Tensor
     exact: Tensor
     time: str
-    milliseconds: float = 0.0  # of all sentences
+    milliseconds: float = 0.0  # for all sentences
 
 
 def by_name(model: torch.nn.Module, tokens: dict[str, Tensor], count: int) -> list[str]:
-    """The first backends to show by name on this device: those that can run this call and are not the default."""
+    """The first backends to run by name on this device: able to run this call and different from the default."""
     call = attention_call(model, tokens)
     default = fused_attn.explain(**call).backend
     names = BY_NAME.get(call["q"].device.type, ELSEWHERE)
@@ -208,7 +210,7 @@ def by_name(model: torch.nn.Module, tokens: dict[str, Tensor], count: int) -> li
 
 
 def ways(model: torch.nn.Module, tokenize: Callable, device: torch.device, progress: Progress) -> Iterator[Way]:
-    """torch's attention, which comes first, and each of ours. On a CPU, Triton's interpreter takes one sentence."""
+    """torch's attention, then those of fused_attn. On a CPU, Triton's interpreter runs one sentence."""
     interpreter = device.type == "cpu" and sys.platform == "linux"
     task = progress.add_task("the model in float64", total=3 + SHOWN)
     with attention_by(model.double(), "eager"):  # on the CPU: not every device has float64
@@ -235,12 +237,12 @@ def ways(model: torch.nn.Module, tokenize: Callable, device: torch.device, progr
 
 
 def explained(model: torch.nn.Module, tokens: dict[str, Tensor]) -> fused_attn.Explanation:
-    """Which backend takes this model's calls."""
+    """Which backend runs this model's calls, and why."""
     return fused_attn.explain(**attention_call(model, tokens))
 
 
 def verdicts(results: list[Way], single: Tensor) -> tuple[Table, int]:
-    """The table of errors, and how many are larger than allowed. single: torch's embedding of the one sentence."""
+    """The table of errors, and the number of those above the limit. single: torch's embedding of the first sentence."""
     dtype = results[0].embeddings.dtype
     table = Table(
         title=f"{len(SENTENCES)} sentences embedded in {str(dtype)[6:]}; the backend that ran; errors against float64"
@@ -252,22 +254,22 @@ def verdicts(results: list[Way], single: Tensor) -> tuple[Table, int]:
         plain = results[0].embeddings if len(way.embeddings) > 1 else single
         error, theirs = ((x.cpu().double() - way.exact).abs().max().item() for x in (way.embeddings, plain))
         allowed = 2 * theirs + 8 * torch.finfo(dtype).eps * way.exact.abs().max().item()
-        fine = error <= allowed  # and so a NaN is not
+        fine = error <= allowed  # False for NaN
         wrong += not fine
         mark = "[green]ok[/]" if fine else "[red]WRONG[/]"
         table.add_row(way.name, way.backend, f"{error:.2e}", f"{allowed:.2e}", mark, way.time)
     return table, wrong
 
 
-def arguments(given: list[str] | None) -> argparse.Namespace:
+def arguments(command: list[str] | None) -> argparse.Namespace:
     parser = runner.parser(__doc__)
     devices.add_option(parser)
     parser.add_argument("--interpreted", metavar="SENTENCE", help=argparse.SUPPRESS)  # see `interpreted`
-    return parser.parse_args(given)
+    return parser.parse_args(command)
 
 
-def main(given: list[str] | None = None) -> int:
-    options = arguments(given)
+def main(command: list[str] | None = None) -> int:
+    options = arguments(command)
     if options.interpreted is None:
         runner.prepare(options.out)
         if options.device.type == "cpu" and sys.platform == "linux":
@@ -280,8 +282,8 @@ def main(given: list[str] | None = None) -> int:
     if options.interpreted is not None:
         model.set_attn_implementation(fused_attn.compat.transformers.NAME)
         tokens = tokenize([options.interpreted])
-        said = {"backend": explained(model, tokens).backend, "embedding": embed(model, tokens)[0].tolist()}
-        print(json.dumps(said))
+        result = {"backend": explained(model, tokens).backend, "embedding": embed(model, tokens)[0].tolist()}
+        print(json.dumps(result))
         return 0
 
     console = Console(width=max(120, Console().width))
@@ -295,7 +297,7 @@ def main(given: list[str] | None = None) -> int:
     ours = results[1].embeddings.float().cpu()
     console.print(similarity_table(ours @ ours.T))
     console.print(f"\n{own_area(ours)} of {len(SENTENCES)} sentences lie nearest to their own area of law.\n")
-    console.print(f"What fused_attn.explain says of these calls: {explained(model, every)}", highlight=False)
+    console.print(f"fused_attn.explain for these calls: {explained(model, every)}", highlight=False)
     console.print(table)
     for way in results[2:]:
         if way.milliseconds:
@@ -307,9 +309,9 @@ def main(given: list[str] | None = None) -> int:
     path = options.out / "minilm_attention.png"
     words = tokenizer.convert_ids_to_tokens(one["input_ids"][0].tolist())
     draw(fused_attn.attention_map(call["q"], call["k"], heads=[HEAD])[0, 0], words, path)
-    console.print(f"Which words attend to which: {path}", highlight=False, soft_wrap=True)
+    console.print(f"Attention between words: {path}", highlight=False, soft_wrap=True)
     if wrong:
-        console.print(f"[red]{wrong} of the embeddings disagree with float64 by more than is allowed.[/]")
+        console.print(f"[red]{wrong} of the embeddings differ from float64 by more than allowed.[/]")
     return int(wrong > 0)
 
 

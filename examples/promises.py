@@ -1,6 +1,6 @@
-"""What the examples that train promise: that ours loses what torch's attention loses, and whatever else they say.
+"""Checks of the examples that train: equal losses with fused_attn and with torch's attention, and others.
 
-A promise is (what, how much it is, how much is allowed); a NaN is never allowed.
+A promise is (description, measured value, largest allowed value). NaN breaks it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def apart(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def same_losses(ours: list[float], theirs: list[float]) -> list[Promise]:
-    """The first losses of two trainings agree to a relative 1e-5, and the last one to 1%."""
+    """The promises that the first losses of two trainings agree to a relative 1e-5, and the last one to 1%."""
     distance = torch.tensor(apart(ours, theirs), dtype=torch.float64)
     first = distance[:FIRST]
     return [
@@ -28,13 +28,13 @@ def same_losses(ours: list[float], theirs: list[float]) -> list[Promise]:
 
 
 def verdicts(promised: list[Promise]) -> tuple[Table, int]:
-    """The table of promises, and how many are broken."""
-    table = Table(title="What is promised")
+    """The table of promises, and the number of broken ones."""
+    table = Table(title="Promises")
     for heading in ("", "measured", "at most", ""):
         table.add_column(heading, justify="right" if table.columns else "left")
     broken = 0
     for what, value, allowed in promised:
-        kept = value <= allowed  # and so a NaN is not
+        kept = value <= allowed  # False for NaN
         broken += not kept
         table.add_row(what, f"{value:.3g}", f"{allowed:.3g}", "[green]ok[/]" if kept else "[red]BROKEN[/]")
     return table, broken

@@ -1,6 +1,6 @@
-"""How an example is started and stopped: its packages, the ranges of its options, where its pictures go, and Ctrl-C.
+"""Shared code of the examples: missing packages, ranges of options, output directories and Ctrl-C.
 
-Imports the standard library alone, so that it can name a package that is missing.
+It imports only the standard library, so that it can report a missing package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INTERRUPTED = 130  # the exit status that shells expect after Ctrl-C
 
 
 def need(*packages: str) -> None:
-    """Exits with one line that names the first of these packages that is not installed, and the command for it."""
+    """Exit with one line about the first of these packages that is not installed, and the command to install it."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             extras = "triton,demo" if package == "triton" else "demo"
@@ -31,13 +31,13 @@ def need(*packages: str) -> None:
 
 @contextlib.contextmanager
 def imports(*later: str) -> Iterator[None]:
-    """Around an example's imports; `later` are packages that it needs without importing them itself."""
+    """Report missing packages of the imports in the block; `later`: packages that are imported later."""
     try:
         need(*later)
         yield
     except ModuleNotFoundError as error:
         need(str(error.name).partition(".")[0])
-        raise  # the package is there, and a part of it is missing
+        raise  # the package is installed, but one of its modules is missing
     except KeyboardInterrupt:
         _interrupted(KeyboardInterrupt())
 
@@ -66,21 +66,21 @@ SEED = Within(int, 0, 2**63 - 1)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """With the option that all examples have, --out."""
+    """A parser with the option --out, which all examples have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("out"), help="directory for pictures (default ./%(default)s)")
     return made
 
 
 def add_numbers(parser: argparse.ArgumentParser, *options: tuple[str, Within, float, str]) -> None:
-    """Adds options (name, range, default, meaning), whose help shows the range and the default."""
+    """Add options (name, range, default, meaning); their help shows range and default."""
     for name, allowed, default, meaning in options:
         text = f"{meaning}, {allowed} (default %(default)s)"
         parser.add_argument(f"--{name}", type=allowed, default=default, help=text)
 
 
 def prepare(directory: Path) -> None:
-    """Makes the directory and writes to it once, so that a long run does not end at a place that is read-only."""
+    """Create the directory and write to it once, so that a read-only one is reported before a long run."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -92,7 +92,7 @@ def prepare(directory: Path) -> None:
 
 @contextlib.contextmanager
 def complete(path: Path) -> Iterator[Path]:
-    """A file to write instead of path, which becomes path once it is complete; otherwise nothing is left of it."""
+    """A temporary file that replaces path when the block succeeds and is removed otherwise."""
     part = path.with_name(f".part-{path.name}")
     try:
         yield part
@@ -103,7 +103,7 @@ def complete(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def counted(progress: Any) -> Iterator[Any]:
-    """Inside a rich Progress: Ctrl-C says at which step it came."""
+    """Show a rich Progress in the block; Ctrl-C reports the current step."""
     try:
         with progress:
             yield progress
@@ -113,7 +113,7 @@ def counted(progress: Any) -> Iterator[Any]:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Exits with main's status, or with one line after Ctrl-C (status 130) and if FUSED_ATTN_BACKEND cannot run it."""
+    """Exit with main's status, or with one line after Ctrl-C (status 130) or if FUSED_ATTN_BACKEND cannot be used."""
     try:
         status = main()
     except KeyboardInterrupt as stop:

@@ -1,15 +1,15 @@
-"""The model that attention was first made for, on a translation whose pairs are made here: python examples/seq2seq.py
+"""Translation by recurrent networks with attention, on generated sentence pairs: `python examples/seq2seq.py`.
 
-An encoder reads a sentence about dates and sums of money in Chinese, character by character; a decoder writes it in
-English, word by word. At each step the decoder's state is scored against all the encoder's states, their weighted sum
-is the context vector, and context and state through a feed-forward layer give the next word. Beside it the same model
-is trained whose context is the encoder's last state at every step. English says the amount before the date and the
-month before the year, and counts in thousands where Chinese counts in ten thousands, so the words keep changing places.
+An encoder reads a Chinese sentence about dates and sums of money, character by character; a decoder writes it in
+English, word by word. At each step the decoder's state is scored against all states of the encoder, their weighted sum
+is the context vector, and a feed-forward layer maps context and state to the next word. For comparison, the same model
+is trained with the encoder's last state as the context of every step. English puts the amount before the date and the
+month before the year, and counts in thousands where Chinese counts in ten thousands, so the word order changes.
 
     二〇二四年三月五日付一万零五元    paid ten thousand five yuan on march fifth twenty twenty four
 
-Exit status 1 if attention translates fewer of the held-out sentences exactly than --accuracy, or if the model without
-it is not the worse one on long sentences.
+The exit status is 1 if attention translates a smaller share of the held-out sentences exactly than --accuracy, or if
+the model without attention is not worse on long sentences.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ with runner.imports():
 
     import fused_attn
 
-CURVES = "attention at every step", "the encoder's last state"  # the two models, by what their context is
+CURVES = "attention at every step", "the encoder's last state"  # the two models, by their context
 SHORTEST, LONGEST = 5, 30  # characters of a Chinese sentence
 SCORES = ("additive", "bilinear", "cosine", "distance", "dot")
 
@@ -69,7 +69,7 @@ FIRST, LAST = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
 
 
 def chinese_number(n: int) -> str:
-    """1 <= n < 10**8 in words: 15 is 十五, 110 一百一十, 10005 一万零五, 10001000 一千万一千."""
+    """1 <= n < 10**8 in Chinese: 15 is 十五, 110 一百一十, 10005 一万零五, 10001000 一千万一千."""
     high, low = divmod(n, 10_000)
     text = f"{_thousands(high)}万" if high else ""
     text += "零" if high and 0 < low < 1000 else ""
@@ -89,7 +89,7 @@ def _thousands(n: int) -> str:
 
 
 def english_number(n: int) -> list[str]:
-    """1 <= n < 10**9 in words: 10005 is ten thousand five."""
+    """1 <= n < 10**9 in English: 10005 is ten thousand five."""
     words = []
     for value, unit in ((1_000_000, "million"), (1000, "thousand"), (100, "hundred")):
         if n >= value:
@@ -102,7 +102,7 @@ def english_number(n: int) -> list[str]:
 
 
 def english_year(year: int) -> list[str]:
-    """As years are read: nineteen eighty four, nineteen oh five, nineteen hundred, two thousand five."""
+    """A year as it is read: nineteen eighty four, nineteen oh five, nineteen hundred, two thousand five."""
     century, rest = divmod(year, 100)
     if 2000 <= year < 2010:
         return english_number(year)
@@ -122,7 +122,7 @@ def english_date(date: datetime.date) -> list[str]:
 
 
 def random_number(draw: random.Random) -> int:
-    """1 to 8 digits, each number of digits alike, and of the digits after the first every third one zero."""
+    """1 to 8 digits, each count equally likely; a third of the digits after the first are zero."""
     digits = [draw.randint(1, 9), *(draw.choice((0, 0, 0, *range(1, 10), 5)) for _ in range(draw.randint(0, 7)))]
     return int("".join(map(str, digits)))
 
@@ -132,7 +132,7 @@ def random_date(draw: random.Random) -> datetime.date:
 
 
 def random_pair(draw: random.Random) -> Pair:
-    """A number, or a sentence of a day or two days, of a sum paid, received or owed, or of both."""
+    """A number, or a sentence with one or two dates, a sum paid, received or owed, or both."""
     days = draw.choice((0, 0, 1, 2))
     if not days and draw.random() < 0.5:
         number = random_number(draw)
@@ -152,24 +152,24 @@ def random_pair(draw: random.Random) -> Pair:
 
 
 def corpus(training: int, heldout: int, longest: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and others to be judged by, so many of each length from 5 characters to `longest`."""
+    """Training and held-out pairs: these numbers of each source length from 5 to `longest` characters."""
     draw = random.Random(seed)
-    found: dict[int, dict[str, list[str]]] = {length: {} for length in range(SHORTEST, longest + 1)}
-    missing = len(found) * (training + heldout)
-    for _ in range(max(10 * missing, 1000)):  # of the shortest there may not be as many
+    by_length: dict[int, dict[str, list[str]]] = {length: {} for length in range(SHORTEST, longest + 1)}
+    missing = len(by_length) * (training + heldout)
+    for _ in range(max(10 * missing, 1000)):  # there may be fewer of the shortest
         source, target = random_pair(draw)
-        alike = found.get(len(source))
-        if alike is not None and source not in alike and len(alike) < training + heldout:
-            alike[source] = target
+        pairs = by_length.get(len(source))
+        if pairs is not None and source not in pairs and len(pairs) < training + heldout:
+            pairs[source] = target
             missing -= 1
             if not missing:
                 break
-    parts = [list(alike.items()) for alike in found.values()]
+    parts = [list(pairs.items()) for pairs in by_length.values()]
     return [x for part in parts for x in part[heldout:]], [x for part in parts for x in part[:heldout]]
 
 
 class Vocabulary:
-    """The characters and words of all the pairs, by number; 0 is padding."""
+    """The characters and words of all pairs, numbered; 0 is padding."""
 
     def __init__(self) -> None:
         words = [*DIGITS, *"零十百千万年月日元从到", *VERBS, *ONES[1:], *TENS, *MONTHS]
@@ -183,14 +183,14 @@ class Vocabulary:
         return torch.tensor([self.number[x] for x in tokens])
 
     def texts(self, numbers: Tensor) -> list[list[str]]:
-        """numbers (B, M) -> the words of each row up to its end."""
+        """numbers (B, M) -> the words of each row before its end."""
         sentences = [[self.words[i] for i in row] for row in numbers.tolist()]
         return [row[: row.index("<end>")] if "<end>" in row else row for row in sentences]
 
 
 @dataclass
 class Memory:
-    """What the encoder says of a batch of sentences: states (B, N, D), their lengths (B,), the last ones (B, D)."""
+    """The encoder's output for a batch: states (B, N, D), their lengths (B,), and the last states (B, D)."""
 
     states: Tensor
     lengths: Tensor
@@ -198,7 +198,7 @@ class Memory:
 
 
 class Translator(nn.Module):
-    """Bidirectional GRU, GRU, and between them attention by one of SCORES, or None: then the encoder's last state."""
+    """A bidirectional GRU as encoder, a GRU as decoder, and attention by one of SCORES; None: no attention."""
 
     def __init__(self, vocabulary: Vocabulary, score: str | None, size: int) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class Translator(nn.Module):
         self.first = nn.Sequential(nn.Linear(size, size), nn.Tanh())
         self.decoder = nn.GRU(size // 2, size, batch_first=True)
         self.output = nn.Sequential(nn.Linear(2 * size, size), nn.Tanh(), nn.Linear(size, words))
-        # Luong's bilinear form is taken of the states themselves; the others compare projections of them.
+        # Luong's bilinear score compares the states themselves; the others compare projections.
         projected = score not in (None, "bilinear")
         self.query, self.key = (nn.Linear(size, size // 2) if projected else nn.Identity() for _ in range(2))
         self.parameter = nn.Parameter({
@@ -220,7 +220,7 @@ class Translator(nn.Module):
         }.get(score, torch.zeros(0)))  # fmt: skip
 
     def score(self) -> object:
-        """What `fused_attn.attention` takes as its score."""
+        """The score argument of `fused_attn.attention`."""
         return "dot" if self.kind == "dot" else getattr(fused_attn.scores, self.kind.capitalize())(self.parameter)
 
     def encode(self, sources: list[Tensor]) -> Memory:
@@ -232,39 +232,39 @@ class Translator(nn.Module):
         return Memory(states, lengths.to(states.device), last.transpose(0, 1).flatten(1))
 
     def padded(self, sentences: list[Tensor]) -> Tensor:
-        """Numbers of words (B, M), on the model's device."""
+        """Sentences as one padded tensor (B, M), on the model's device."""
         return pad_sequence(sentences, batch_first=True).to(self.embedding.weight.device)
 
-    def asked(self, states: Tensor, memory: Memory) -> dict[str, Any]:
-        """What attention and its map are asked: one head, M decoder states as queries, N encoder states as keys."""
+    def arguments(self, states: Tensor, memory: Memory) -> dict[str, Any]:
+        """Arguments of attention: one head, M decoder states as queries, N encoder states as keys."""
         return {
             "q": self.query(states)[:, None], "k": self.key(memory.states)[:, None], "score": self.score(),
             "mask": fused_attn.Mask.lengths(memory.lengths),
         }  # fmt: skip
 
     def context(self, states: Tensor, memory: Memory) -> Tensor:
-        """(B, M, D): for each decoder state in states (B, M, D) the encoder's states, averaged by attention."""
+        """Context vectors (B, M, D) for decoder states (B, M, D): encoder states averaged by attention."""
         if self.kind is None:
             return memory.last[:, None].expand_as(states)
-        return fused_attn.attention(v=memory.states[:, None], **self.asked(states, memory))[:, 0]
+        return fused_attn.attention(v=memory.states[:, None], **self.arguments(states, memory))[:, 0]
 
     def decode(self, words: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """(logits (B, M, words) of the words after words (B, M), the state after the last of them)."""
+        """(logits (B, M, words) of the word after each of words (B, M), the decoder's last state)."""
         states, hidden = self.decoder(self.embedding(words), hidden)
         return self.output(torch.cat([self.context(states, memory), states], dim=-1)), hidden
 
     def loss(self, sources: list[Tensor], targets: list[Tensor]) -> Tensor:
-        """Mean cross entropy of the targets' words, each given the right words before it."""
+        """Mean cross entropy of the targets' words, with teacher forcing."""
         memory = self.encode(sources)
         begin, end = (torch.tensor([x]) for x in (self.vocabulary.begin, self.vocabulary.end))
-        given = self.padded([torch.cat([begin, x]) for x in targets])
-        wanted = self.padded([torch.cat([x, end]) for x in targets])
-        logits, _ = self.decode(given, self.first(memory.last)[None], memory)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=0)
+        inputs = self.padded([torch.cat([begin, x]) for x in targets])
+        labels = self.padded([torch.cat([x, end]) for x in targets])
+        logits, _ = self.decode(inputs, self.first(memory.last)[None], memory)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=0)
 
     @torch.inference_mode()
     def translate(self, sources: list[Tensor]) -> list[list[str]]:
-        """The likeliest word at each step, until the end is the likeliest or LONGEST words are written."""
+        """Greedy decoding, until the end or LONGEST words."""
         memory = self.encode(sources)
         hidden = self.first(memory.last)[None]
         words = torch.full((len(sources), 1), self.vocabulary.begin, device=hidden.device)
@@ -275,19 +275,19 @@ class Translator(nn.Module):
 
     @torch.inference_mode()
     def alignment(self, source: str) -> tuple[Tensor, list[str]]:
-        """(weights (M, N), the M words of the translation, its end included): which characters each word looked at."""
+        """(weights (M, N) of the characters for each word, the M words of the translation including its end)."""
         memory = self.encode([self.vocabulary(source)])
         words = [*self.translate([self.vocabulary(source)])[0], "<end>"]
-        given = self.padded([self.vocabulary(["<begin>", *words[:-1]])])
-        states, _ = self.decoder(self.embedding(given), self.first(memory.last)[None])
-        return fused_attn.attention_map(**self.asked(states, memory))[0, 0], words
+        inputs = self.padded([self.vocabulary(["<begin>", *words[:-1]])])
+        states, _ = self.decoder(self.embedding(inputs), self.first(memory.last)[None])
+        return fused_attn.attention_map(**self.arguments(states, memory))[0, 0], words
 
 
-# --------------------------------------------------------------------------------------------- training and judgement
+# --------------------------------------------------------------------------------------------- training and evaluation
 
 
 def batches(pairs: list[Pair], vocabulary: Vocabulary, size: int, seed: int) -> Iterator[tuple[list[Tensor], ...]]:
-    """For ever (sources, targets), of sentences of about one length, so that little of a batch is padding."""
+    """Endless (sources, targets) of sentences of similar length, which need little padding."""
     if not 0 < size <= len(pairs):
         raise ValueError(f"size: expected 1 to {len(pairs)}, the number of pairs, got {size}")
     draw = random.Random(seed)
@@ -303,9 +303,9 @@ def batches(pairs: list[Pair], vocabulary: Vocabulary, size: int, seed: int) -> 
 
 def train(model: Translator, pairs: list[Pair], options: argparse.Namespace, advance: Callable[[float], None]) -> None:
     optimizer = torch.optim.Adam(model.parameters())
-    rising = max(0.1, 2 / options.steps)  # a rise of one step alone would divide by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, options.steps, pct_start=rising)
-    size = min(options.batch, len(pairs))  # `corpus` may find fewer pairs than it was asked for
+    warmup = max(0.1, 2 / options.steps)  # OneCycleLR divides by the number of warmup steps minus one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, options.steps, pct_start=warmup)
+    size = min(options.batch, len(pairs))  # `corpus` may return fewer pairs than requested
     endless = batches(pairs, model.vocabulary, size, options.seed)
     for sources, targets in itertools.islice(endless, options.steps):
         loss = model.loss(sources, targets)
@@ -318,7 +318,7 @@ def train(model: Translator, pairs: list[Pair], options: argparse.Namespace, adv
 
 
 def exact(model: Translator, pairs: list[Pair]) -> dict[int, float]:
-    """Share of the sentences of each length, in characters, that are translated without a fault."""
+    """The share of exactly translated sentences, by length in characters."""
     right: dict[int, list[bool]] = {}
     for start in range(0, len(pairs), 256):
         sources, targets = zip(*pairs[start : start + 256], strict=True)
@@ -329,11 +329,11 @@ def exact(model: Translator, pairs: list[Pair]) -> dict[int, float]:
 
 
 def draw_curves(curves: list[dict[int, float]], path: Path) -> None:
-    """Accuracy against length, a curve for each model."""
+    """Draw accuracy against length, one curve per model."""
     axes = Figure(figsize=(7, 4), layout="constrained").add_subplot()
     for name, curve, marker in zip(CURVES, curves, "os", strict=True):
         axes.plot(list(curve), [100 * x for x in curve.values()], marker=marker, ms=4, label=name)
-    axes.set(xlabel="characters of the Chinese sentence", ylabel="translated without a fault, %", ylim=(-3, 103))
+    axes.set(xlabel="characters of the Chinese sentence", ylabel="translated exactly, %", ylim=(-3, 103))
     axes.set_title("Dates and sums from Chinese to English, held-out sentences")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
@@ -342,7 +342,7 @@ def draw_curves(curves: list[dict[int, float]], path: Path) -> None:
 
 
 def thirds(curve: dict[int, float]) -> tuple[float, float]:
-    """Mean accuracy on the shortest third of the lengths, and on the longest."""
+    """Mean accuracy on the shortest third of the lengths, and on the longest third."""
     values = list(curve.values())
     third = max(1, len(values) // 3)
     return statistics.fmean(values[:third]), statistics.fmean(values[-third:])
@@ -389,13 +389,13 @@ def trained(
 
 
 def labels(source: str) -> list[str]:
-    """Each character of a sentence with its meaning, or the meaning alone where no font here has the character."""
+    """Each character of a sentence with its meaning, or only the meaning if no font has the character."""
     drawn = fused_attn.viz.writable(source)
     return [f"{x} {MEANINGS[x]}" if drawn else MEANINGS[x] for x in source]
 
 
 def show(model: Translator, source: str, console: Console, out: Path) -> None:
-    """Where each word of a translation comes from, as pictures and as a list."""
+    """Show the alignment of a translation as pictures and as a list."""
     weights, words = model.alignment(source)
     characters, title = labels(source), f"A held-out Chinese sentence, {model.kind} attention"
     with runner.complete(out / "seq2seq_alignment.png") as part:
@@ -409,8 +409,8 @@ def show(model: Translator, source: str, console: Console, out: Path) -> None:
 
 
 def verdict(curves: list[dict[int, float]], accuracy: float) -> tuple[Table, bool]:
-    """The table of both models' accuracy, and whether it is as promised."""
-    table = Table(title="\nHeld-out sentences translated without a fault")
+    """The table of both models' accuracy, and whether all promises hold."""
+    table = Table(title="\nHeld-out sentences translated exactly")
     for heading in ("context", "all", "shortest third", "longest third", "expected", ""):
         table.add_column(heading, justify="left" if heading == "context" else "right")
     means = [(statistics.fmean(curve.values()), *thirds(curve)) for curve in curves]
@@ -429,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, console = parsed(arguments), Console(width=max(120, Console().width))
     runner.prepare(options.out)
     training, heldout = corpus(options.pairs, options.heldout, options.longest, options.seed)
-    console.print(f"{len(training)} pairs to train on, {len(heldout)} others to judge by, scored by {options.score}")
+    console.print(f"{len(training)} pairs to train on, {len(heldout)} held out; score: {options.score}")
     columns = TextColumn("{task.description:26}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps")
     times = TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn(), TimeRemainingColumn()
     with runner.counted(Progress(*columns, *times, console=console)) as progress:
@@ -451,5 +451,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the products are so small that a second thread is mostly waited for
+    torch.set_num_threads(1)  # the products are too small for several threads
     runner.run(main)

@@ -1,4 +1,4 @@
-"""Doors for callers who speak another library's words. They translate, and compute nothing.
+"""Drop-in replacements for the interfaces of other libraries. They translate calls and compute nothing themselves.
 
 >>> import fused_attn
 >>> with fused_attn.compat.sdpa.scope():

@@ -1,4 +1,4 @@
-"""Between padded batches and packed tokens, by the names and results of flash-attn's bert_padding. Differentiable."""
+"""flash-attn's `bert_padding`: conversion between padded batches and packed tokens. Differentiable."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ __all__ = [
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """hidden_states (B, S, ...) and a mask (B, S), bool or int, nonzero = a token ->
+    """Pack the tokens of a padded batch.
+
+    hidden_states (B, S, ...) and a mask (B, S), bool or int, nonzero = a token ->
     (packed (T, ...), indices (T,) int64, cu_seqlens (B + 1,) int32, max_seqlen, seqused (B,) int32).
 
-    indices are places in the flattened (B * S,). unused_mask (B, S): further tokens that get a place in packed and in
-    cu_seqlens, and are not counted by seqused. Finding T and max_seqlen waits for a GPU.
+    indices point into the flattened (B * S,). unused_mask (B, S): further tokens that are packed and counted by
+    cu_seqlens, but not by seqused. T and max_seqlen are read from a GPU, which synchronizes.
 
     >>> import torch
     >>> from fused_attn.compat.bert_padding import unpad_input
@@ -53,11 +55,13 @@ def unpad_input(
 def unpad_input_for_concatenated_sequences(
     hidden_states: Tensor, attention_mask_in_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """hidden_states (B, S, ...), rows of several short sequences, and their lengths -> (packed (T, ...), indices (T,)
-    int64, cu_seqlens (sequences + 1,) int32, max_seqlen), of the sequences one by one.
+    """Pack rows that each hold several sequences.
 
-    attention_mask_in_length: integers (B, S); the positive ones of a row are the lengths of its sequences, which follow
-    each other from its first token. The rest of the row is padding. Waits for a GPU.
+    hidden_states (B, S, ...) and lengths -> (packed (T, ...), indices (T,) int64, cu_seqlens (sequences + 1,) int32,
+    max_seqlen).
+
+    attention_mask_in_length: integers (B, S). The positive ones of a row are the lengths of its sequences, which are
+    contiguous from the first token on; the rest of the row is padding. Synchronizes a GPU.
 
     >>> import torch
     >>> from fused_attn.compat.bert_padding import unpad_input_for_concatenated_sequences
@@ -66,15 +70,15 @@ def unpad_input_for_concatenated_sequences(
     >>> packed.shape, indices.tolist(), starts.tolist(), longest
     (torch.Size([9, 8]), [0, 1, 2, 3, 4, 6, 7, 8, 9], [0, 2, 5, 9], 4)
     """
-    name, given = "attention_mask_in_length", attention_mask_in_length
-    check_integers(name, given, 2)
-    if given.shape != hidden_states.shape[:2]:
-        raise ValueError(f"{name}: expected shape {tuple(hidden_states.shape[:2])}, got {describe(given)}")
-    room, totals = given.shape[1], given.sum(-1)
-    if readable(given) and bool(((given < 0).any(-1) | (totals > room)).any()):
-        raise ValueError(f"{name}: expected lengths >= 0, of at most {room} tokens in a row, got {given.tolist()}")
-    used = torch.arange(room, device=given.device) < totals[:, None]
-    lengths = given.flatten()[given.flatten().nonzero().flatten()]
+    name, in_rows = "attention_mask_in_length", attention_mask_in_length
+    check_integers(name, in_rows, 2)
+    if in_rows.shape != hidden_states.shape[:2]:
+        raise ValueError(f"{name}: expected shape {tuple(hidden_states.shape[:2])}, got {describe(in_rows)}")
+    size, totals = in_rows.shape[1], in_rows.sum(-1)
+    if readable(in_rows) and bool(((in_rows < 0).any(-1) | (totals > size)).any()):
+        raise ValueError(f"{name}: expected lengths >= 0, of at most {size} tokens in a row, got {in_rows.tolist()}")
+    used = torch.arange(size, device=in_rows.device) < totals[:, None]
+    lengths = in_rows.flatten()[in_rows.flatten().nonzero().flatten()]
     indices = used.flatten().nonzero().flatten()
     return (
         index_first_axis(hidden_states.flatten(0, 1), indices),
@@ -85,7 +89,7 @@ def unpad_input_for_concatenated_sequences(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """packed (T, ...) and the places (T,) that `unpad_input` found -> (batch, seqlen, ...), zeros where no token is.
+    """Undo `unpad_input`: packed (T, ...) and its indices (T,) -> (batch, seqlen, ...), with zeros as padding.
 
     >>> import torch
     >>> from fused_attn.compat.bert_padding import pad_input
@@ -97,19 +101,19 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """input (N, ...) and places (T,) -> (T, ...).
+    """Select rows: input (N, ...) and indices (T,) -> (T, ...).
 
     >>> import torch
     >>> from fused_attn.compat.bert_padding import index_first_axis
     >>> index_first_axis(torch.tensor([[1], [2], [3]]), torch.tensor([0, 2])).tolist()
     [[1], [3]]
     """
-    _check_places(indices, input.shape[0])
+    _check_indices(indices, input.shape[0])
     return input.index_select(0, indices)
 
 
 def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """input (N, ...) and places (T,) -> (T, ...), and input itself for a residual connection; both differentiable.
+    """`index_first_axis`, and input itself for a residual connection; both differentiable.
 
     >>> import torch
     >>> from fused_attn.compat.bert_padding import index_first_axis_residual
@@ -121,7 +125,7 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """values (T, ...) and their places (T,), all different -> (first_axis_dim, ...), zeros elsewhere.
+    """Scatter rows: values (T, ...) and distinct indices (T,) -> (first_axis_dim, ...), zeros elsewhere.
 
     >>> import torch
     >>> from fused_attn.compat.bert_padding import index_put_first_axis
@@ -129,12 +133,12 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     [[1], [0], [3]]
     """
     size = as_int("first_axis_dim", first_axis_dim)
-    _check_places(indices, size, len(values))
+    _check_indices(indices, size, len(values))
     return values.new_zeros(size, *values.shape[1:]).index_copy(0, indices.long(), values)
 
 
-def _check_places(indices: Tensor, size: int, count: int | None = None) -> None:
-    """So many places, any number for None, each of them below size."""
+def _check_indices(indices: Tensor, size: int, count: int | None = None) -> None:
+    """Check that there are count indices (None: any number) and that they are below size."""
     check_integers("indices", indices, 1)
     if count not in (None, len(indices)):
         raise ValueError(f"indices: expected one for each of the {count} rows, got {len(indices)}")

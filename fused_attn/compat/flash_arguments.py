@@ -1,4 +1,4 @@
-"""flash-attn's arguments as `fused_attn.attention` takes them."""
+"""flash-attn's arguments translated to those of `fused_attn.attention`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..spec.dropout import Dropout
 def scores(
     softmax_scale: float | None, causal: bool, window_size: Any, softcap: float, alibi_slopes: Tensor | None
 ) -> dict[str, Any]:
-    """The keywords that say what becomes of a score."""
+    """The options of `attention` that change a score."""
     cap = softcap if isinstance(softcap, Tensor) else as_float("softcap", softcap)
     return {
         "scale": softmax_scale,
@@ -26,7 +26,7 @@ def scores(
 
 
 def window(window_size: Any) -> tuple[int | None, int | None] | None:
-    """(left, right), None where a side is unbounded; of a pair of ints, or a tensor or array of two."""
+    """(left, right) from a pair of ints, or a tensor or array of two; None: unbounded."""
     pair = window_size.tolist() if hasattr(window_size, "tolist") else window_size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"window_size: expected a pair (left, right), got {describe(window_size)}")
@@ -36,7 +36,7 @@ def window(window_size: Any) -> tuple[int | None, int | None] | None:
 
 
 def unpacked(name: str, packed: Tensor, lead: str, parts: int) -> tuple[Tensor, ...]:
-    """Views of the tensors that are packed in the dim before the heads."""
+    """Views of the tensors packed in the dim before the heads."""
     ndim = lead.count(",") + 4
     if not isinstance(packed, Tensor) or packed.ndim != ndim or packed.shape[-3] != parts:
         raise ValueError(f"{name}: expected shape ({lead}, {parts}, H, D), got {describe(packed)}")
@@ -44,25 +44,25 @@ def unpacked(name: str, packed: Tensor, lead: str, parts: int) -> tuple[Tensor, 
 
 
 def longest(name: str, most: Any) -> int | None:
-    """None for a tensor on a device: reading it would wait for the device, and nothing needs it."""
+    """The length as an int; None for a tensor on a device, because reading it would synchronize."""
     return None if isinstance(most, Tensor) and not readable(most) else as_int(name, most)
 
 
 def seed(dropout_p: Any, q: Any) -> Tensor | None:
-    """A seed of dropout from the default generator of q's device, None without dropout."""
+    """A dropout seed from the default generator of q's device; None without dropout."""
     if as_float("dropout_p", dropout_p) <= 0 or not isinstance(q, Tensor):
         return None
     return torch.randint(2**63 - 1, (), device=q.device)
 
 
 def lengths(name: str, starts: Any, total: int | None, most: Any, device: torch.device) -> Tensor:
-    """int32 (B,): those of the sequences that begin at `starts`, none of them longer than `most`."""
+    """Lengths int32 (B,) of the sequences that begin at `starts`, checked against the longest allowed, `most`."""
     check_starts(name, starts, total, device, longest(f"max_seqlen_{name}", most))
     return starts.diff()
 
 
 def each(name: str, x: Any, lengths: Tensor) -> Tensor:
-    """int32 (B,): a number of keys for each sequence, at most as many as it has."""
+    """Check a number of keys per sequence, at most its length; int32 (B,)."""
     x = as_int32(name, x)
     if x.shape != lengths.shape or x.device != lengths.device:
         raise ValueError(f"{name}: expected shape {tuple(lengths.shape)} on {lengths.device}, got {describe(x)}")
@@ -76,10 +76,10 @@ def each(name: str, x: Any, lengths: Tensor) -> Tensor:
 
 
 def dropout(dropout_p: float, seed: Tensor | None) -> Dropout | None:
-    """The dropout of a call that is given this seed."""
+    """The dropout of a call with this seed."""
     return None if seed is None else Dropout(float(dropout_p), torch.stack((seed, torch.zeros_like(seed))))
 
 
 def no_dropout(dropout_p: float) -> None:
     if as_float("dropout_p", dropout_p) > 0:
-        raise NotImplementedError(f"dropout_p: 0 with block_table, whose pages are for inference, got {dropout_p}")
+        raise NotImplementedError(f"dropout_p: must be 0 with block_table, got {dropout_p}")

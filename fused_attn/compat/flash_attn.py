@@ -1,25 +1,25 @@
-"""flash-attn's functions, by the names, arguments and meanings of its version 2.8.
+"""The functions of flash-attn 2.8, with the same names, arguments and meanings.
 
     from fused_attn.compat.flash_attn import flash_attn_func
 
-Layout (B, S, H, D), and (T, H, D) where sequences are packed; key-value heads divide the query heads. Where S_q and S_k
-differ, everything is placed from the bottom right: with d = S_k - S_q, causal lets row i see keys j <= i + d,
-window_size lets it see i + d - left <= j <= i + d + right (a negative side is unbounded), and ALiBi, causal or not,
-subtracts slope * |i + d - j|. Dao, "FlashAttention-2", 2023.
+Layout (B, S, H, D), or (T, H, D) for packed sequences. The number of key-value heads divides that of the query heads.
+Masks are aligned bottom-right: with d = S_k - S_q, causal lets row i attend to keys j <= i + d, window_size to
+i + d - left <= j <= i + d + right (a negative side is unbounded), and ALiBi, causal or not, subtracts
+slope * |i + d - j|. Dao, "FlashAttention-2", 2023.
 
-Wider than there: every device, dtype and head dim of `fused_attn.attention`, a v of its own head dim, softcap together
-with dropout. Different from there:
+Beyond flash-attn: every device, dtype and head dim of `fused_attn.attention`, a separate head dim of v, and softcap
+together with dropout. Differences:
 
-- A row that may see nothing gives zeros, as there, and a log-sum-exp of -inf, where flash-attn writes +inf.
-- The log-sum-exp is that of the scores as documented; under causal, flash-attn leaves slope * (i + d) out of it.
-- S_dmask is (B, Hq, Sq, Sk), or (B, Hq, max_seqlen_q, max_seqlen_k), not rounded up to tiles, in q's dtype: the softmax
-  weights themselves, negative where dropped (-0.0 where the weight is 0: torch.signbit reads all of the pattern), 0
-  beyond a sequence. It is formed beside the call, in memory for every pair, and has no derivative. Without dropout,
-  None stands in its place.
+- A fully masked row gives zeros, as in flash-attn, and a log-sum-exp of -inf; flash-attn writes +inf.
+- The log-sum-exp is that of the documented scores; under causal, flash-attn leaves slope * (i + d) out of it.
+- S_dmask is (B, Hq, Sq, Sk), or (B, Hq, max_seqlen_q, max_seqlen_k), without padding to tiles and in q's dtype. It
+  holds the softmax weights, negated where dropped (-0.0 for a weight of 0: torch.signbit reads the whole pattern), and
+  0 beyond a sequence. It is computed separately, needs memory for every pair, and has no derivative. Without dropout it
+  is None.
 - Dropout drops the same share of the weights, but not the same weights.
-- Over pages and caches a q that requires grad is taken, as there; backward through the result raises.
-- A wrong argument raises ValueError or TypeError, which are RuntimeErrors too.
-- deterministic=False allows an unordered backward, and may run an ordered one all the same.
+- With pages or caches, q may require grad, as in flash-attn; backward through the result raises.
+- A wrong argument raises ValueError or TypeError, which are also RuntimeErrors.
+- deterministic=False allows an unordered backward; an ordered one may run nevertheless.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..spec.problem import describe
 from . import flash_arguments as arguments
 from .flash_errors import as_flash_attn
 from .flash_pages import over_pages
-from .flash_passes import backward as _flash_attn_backward  # noqa: F401  other libraries import the four
+from .flash_passes import backward as _flash_attn_backward  # noqa: F401  other libraries import these four
 from .flash_passes import forward as _flash_attn_forward  # noqa: F401
 from .flash_passes import varlen_backward as _flash_attn_varlen_backward  # noqa: F401
 from .flash_passes import varlen_forward as _flash_attn_varlen_forward  # noqa: F401
@@ -55,11 +55,11 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-__version__ = "2.8.3+fused.attn"  # the release whose functions these are; the part after + says that it is not that one
+__version__ = "2.8.3+fused.attn"  # the release reproduced here; the local part marks that this is not flash-attn
 
-Answer = Tensor | tuple[Tensor, Tensor, Tensor | None]
+Result = Tensor | tuple[Tensor, Tensor, Tensor | None]
 Window = Sequence[int] | Tensor
-NO_DERIVATIVE = "{}: its result has no derivative; call {} on the keys and values themselves"
+NO_DERIVATIVE = "{}: its result has no derivative; call {} on the keys and values instead of a cache"
 
 
 @as_flash_attn
@@ -75,13 +75,13 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Result:
     """q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D) -> out (B, Sq, Hq, D), or (out, lse (B, Hq, Sq), S_dmask or None).
 
-    softmax_scale: None is D ** -0.5. window_size: (left, right), -1 is unbounded; a tensor or array of two, too.
-    softcap: c > 0 makes a score c * tanh(s / c); 0 and less is none. alibi_slopes: (Hq,) or (B, Hq). return_attn_probs:
-    also return the log-sum-exp, and with dropout S_dmask (B, Hq, Sq, Sk), see above. Raises what `fused_attn.attention`
-    raises.
+    softmax_scale: None: D ** -0.5. window_size: (left, right), -1: unbounded; also a tensor or array of two. softcap:
+    c > 0 makes a score c * tanh(s / c); c <= 0: no softcap. alibi_slopes: (Hq,) or (B, Hq). return_attn_probs: also
+    return the log-sum-exp and, with dropout, S_dmask (B, Hq, Sq, Sk) as described in the module. Raises the errors of
+    `fused_attn.attention`.
 
     >>> import torch
     >>> from fused_attn.compat.flash_attn import flash_attn_func
@@ -90,15 +90,15 @@ def flash_attn_func(
     torch.Size([2, 7, 8, 64])
     """
     seed, wanted = arguments.seed(dropout_p, q), as_bool("return_attn_probs", return_attn_probs)
-    words = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
     result: Any = attention(
         q, k, v, layout="bshd", alignment="bottom_right", dropout_p=dropout_p, seed=seed, deterministic=deterministic,
-        return_lse=wanted, **words,
+        return_lse=wanted, **options,
     )  # fmt: skip
     if not wanted:
         return result
     dropout = arguments.dropout(dropout_p, seed)
-    return (*result, None if dropout is None else dense_weights(q, k, dropout, words))
+    return (*result, None if dropout is None else dense_weights(q, k, dropout, options))
 
 
 @as_flash_attn
@@ -113,7 +113,7 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Result:
     """`flash_attn_func` of q (B, Sq, Hq, D) and kv (B, Sk, 2, Hkv, D), keys before values.
 
     >>> import torch
@@ -138,7 +138,7 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Result:
     """`flash_attn_func` of qkv (B, S, 3, H, D): queries, keys, values.
 
     >>> import torch
@@ -170,15 +170,15 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
-) -> Answer:
+) -> Result:
     """q (Tq, Hq, D), k and v (Tk, Hkv, D), packed -> out (Tq, Hq, D), or (out, lse (Hq, Tq), S_dmask or None).
 
-    cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), where the sequences start, ascending from 0 to Tq and Tk; placement is
-    bottom-right in each sequence by its own lengths. max_seqlen_q, max_seqlen_k: no sequence is longer.
+    cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), the starts of the sequences, ascending from 0 to Tq and Tk. Each
+    sequence is aligned bottom-right. max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
     block_table: int32 (B, pages); k and v are then pages (P, page, Hkv, D) of a cache, and cu_seqlens_k gives only the
-    lengths. Without dropout and without a derivative: backward raises.
-    S_dmask: (B, Hq, max_seqlen_q, max_seqlen_k); forming it reads where the sequences begin.
-    The others mean what they mean in `flash_attn_func`.
+    lengths. Dropout is not supported with it, and backward raises.
+    S_dmask: (B, Hq, max_seqlen_q, max_seqlen_k); it reads the starts, which synchronizes.
+    The other arguments are those of `flash_attn_func`.
 
     >>> import torch
     >>> from fused_attn.compat.flash_attn import flash_attn_varlen_func
@@ -187,20 +187,20 @@ def flash_attn_varlen_func(
     torch.Size([7, 8, 64])
     """
     seed, wanted = arguments.seed(dropout_p, q), as_bool("return_attn_probs", return_attn_probs)
-    words = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
     cu_seqlens_q, cu_seqlens_k = as_starts(cu_seqlens_q, cu_seqlens_k)
     if block_table is not None:
         arguments.no_dropout(dropout_p)
         with torch.no_grad():
-            found = over_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, words)
+            pair = over_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, options)
         message = NO_DERIVATIVE.format("flash_attn_varlen_func with block_table", "it without block_table")
-        out, lse = underived(message, found, q, k, v, *words.values())
+        out, lse = underived(message, pair, q, k, v, *options.values())
         return (out, lse.T, None) if wanted else out
     longest_q = arguments.longest("max_seqlen_q", max_seqlen_q)
     longest_k = arguments.longest("max_seqlen_k", max_seqlen_k)
     result: Any = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, alignment="bottom_right",
-        dropout_p=dropout_p, seed=seed, deterministic=deterministic, return_lse=wanted, **words,
+        dropout_p=dropout_p, seed=seed, deterministic=deterministic, return_lse=wanted, **options,
     )  # fmt: skip
     if not wanted:
         return result
@@ -209,7 +209,7 @@ def flash_attn_varlen_func(
     if dropout is None:
         return out, lse.T, None
     longest = as_int("max_seqlen_q", max_seqlen_q), as_int("max_seqlen_k", max_seqlen_k)
-    return out, lse.T, packed_weights(q, k, cu_seqlens_q, cu_seqlens_k, longest, dropout, words)
+    return out, lse.T, packed_weights(q, k, cu_seqlens_q, cu_seqlens_k, longest, dropout, options)
 
 
 @as_flash_attn
@@ -228,7 +228,7 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Result:
     """`flash_attn_varlen_func` of q (Tq, Hq, D) and kv (Tk, 2, Hkv, D), keys before values.
 
     >>> import torch
@@ -257,7 +257,7 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Result:
     """`flash_attn_varlen_func` of qkv (T, 3, H, D): queries, keys, values.
 
     >>> import torch
@@ -296,16 +296,18 @@ def flash_attn_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q (B, Sq, Hq, D) over caches (B, Sk, Hkv, D), or pages (P, page, Hkv, D) -> out, or (out, lse (B, Hq, Sq)).
 
-    Forward only; `fused_attn.attention_decode` does the work, and backward raises. Any page size is taken.
+    Forward only, by `fused_attn.attention_decode`; backward raises. Pages may have any size.
 
-    k, v: (B, Snew, Hkv, D), written into the caches in place, behind the cache_seqlens keys that are there. Needed
-        with them: cache_seqlens. rotary_cos, rotary_sin: (S, R / 2); turn k at positions cache_seqlens + t, and q at
-        the same where the call is causal or windowed, else all of q at cache_seqlens. rotary_interleaved: pairs are
-        dims 0 & 1, 2 & 3, ...; else 0 & R / 2, 1 & R / 2 + 1, ...
-    cache_seqlens: an int, or int32 (B,), the keys there are before k; None takes the caches as full.
-    cache_batch_idx: int32 (B,), the row of the caches that a sequence has. cache_leftpad: int32 (B,), the places before
-        a sequence's first key. block_table: int32 (B, pages). num_splits: 0 chooses.
-    The others mean what they mean in `flash_attn_func`.
+    k, v: (B, Snew, Hkv, D), written into the caches in place after the first cache_seqlens keys; they require
+        cache_seqlens.
+    rotary_cos, rotary_sin: (S, R / 2). They rotate k at positions cache_seqlens + t, and q at the same positions if the
+        call is causal or windowed, else all of q at cache_seqlens.
+    rotary_interleaved: pairs are dims 0 & 1, 2 & 3, ...; else 0 & R / 2, 1 & R / 2 + 1, ...
+    cache_seqlens: an int, or int32 (B,): the number of keys before k; None: the caches are full.
+    cache_batch_idx: int32 (B,), the row of the caches of each sequence.
+    cache_leftpad: int32 (B,), the position of each sequence's first key.
+    block_table: int32 (B, pages). num_splits: 0: chosen automatically.
+    The other arguments are those of `flash_attn_func`.
 
     >>> import torch
     >>> from fused_attn.compat.flash_attn import flash_attn_with_kvcache
@@ -315,21 +317,21 @@ def flash_attn_with_kvcache(
     torch.Size([2, 1, 8, 16])
     """
     if k is not None and cache_seqlens is None:
-        raise ValueError("cache_seqlens: with k it says where k begins, got None")
+        raise ValueError("cache_seqlens: required with k, whose first position it is, got None")
     rotary = None
     if rotary_cos is not None and rotary_sin is not None:
         rotary = (rotary_cos, rotary_sin, rotary_interleaved)
         if k is None:
-            raise ValueError("rotary_cos: turns k and the q that comes with it, got it without k")
+            raise ValueError("rotary_cos: requires k, which it rotates together with q, got None for k")
     elif rotary_cos is not None or rotary_sin is not None:
-        raise ValueError(f"rotary_sin: expected with rotary_cos and not without, got {describe(rotary_sin)}")
-    words = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
+        raise ValueError(f"rotary_sin: expected a tensor if and only if rotary_cos is one, got {describe(rotary_sin)}")
+    options = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
     splits, wanted = as_int("num_splits", num_splits) or None, as_bool("return_softmax_lse", return_softmax_lse)
     with torch.no_grad():
-        found: Any = attention_decode(
+        result: Any = attention_decode(
             q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=block_table, k_new=k, v_new=v, rotary=rotary,
-            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, num_splits=splits, return_lse=True, **words,
+            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, num_splits=splits, return_lse=True, **options,
         )  # fmt: skip
     message = NO_DERIVATIVE.format("flash_attn_with_kvcache", "flash_attn_func")
-    out, lse = underived(message, found, q, k_cache, v_cache, k, v, *words.values())
+    out, lse = underived(message, result, q, k_cache, v_cache, k, v, *options.values())
     return (out, lse) if wanted else out

@@ -1,4 +1,4 @@
-"""Errors of flash-attn's functions: by their arguments' names, and RuntimeErrors too, which that library raises."""
+"""Errors of flash-attn's functions: with its argument names, and as RuntimeErrors, which that library raises."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from ..api import keywords
 
-NAMES = {"page_table": "block_table", "k_new": "k", "v_new": "v"}  # ours, and what is said there
-FIRST = {"scale": "softmax_scale"}  # the same, where an error begins with it
-LAYOUT = ('pass layout="bhsd"', "transpose(1, 2) q, k and v")  # our advice, and what there is to do here
+NAMES = {"page_table": "block_table", "k_new": "k", "v_new": "v"}  # fused_attn's argument: flash-attn's
+FIRST = {"scale": "softmax_scale"}  # the same, replaced only at the beginning of a message
+LAYOUT = ('pass layout="bhsd"', "transpose(1, 2) q, k and v")  # flash-attn has no layout argument
 
-# Keywords of fused_attn and others, as `keywords` has them.
+# Advice for keywords of other libraries, in the form of `api.keywords`.
 WINDOW = ("window_size", "window_size=(left, right), where -1 is unbounded")
 ROWS = ("return_attn_probs", "return_attn_probs=, which returns the log-sum-exp too")
 ADVICE = keywords.ADVICE | {
@@ -38,18 +38,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class FlashAttnError(ValueError, RuntimeError):
-    """A wrong argument: a ValueError as everywhere here, and a RuntimeError as in flash-attn."""
+    """A wrong argument: a ValueError as in fused_attn, and a RuntimeError as in flash-attn."""
 
 
 class FlashAttnTypeError(TypeError, RuntimeError):
-    """An argument of a wrong type: a TypeError as everywhere here, and a RuntimeError as in flash-attn."""
+    """An argument of a wrong type: a TypeError as in fused_attn, and a RuntimeError as in flash-attn."""
 
 
 KINDS: dict[type, type[Exception]] = {ValueError: FlashAttnError, TypeError: FlashAttnTypeError}
 
 
 def as_flash_attn(function: Function) -> Function:
-    """The function, whose errors are flash-attn's."""
+    """Wrap a function so that it raises the errors above."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -63,10 +63,10 @@ def as_flash_attn(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-def _unknown(function: Callable[..., Any], given: dict[str, Any]) -> str:
-    """The error of a keyword that the function does not have, if one is given."""
+def _unknown(function: Callable[..., Any], kwargs: dict[str, Any]) -> str:
+    """The message about a keyword that the function does not have, or an empty string."""
     try:
-        keywords.check(function, given, advice=ADVICE, instead=INSTEAD)
+        keywords.check(function, kwargs, advice=ADVICE, instead=INSTEAD)
     except TypeError as error:
         return str(error)
     return ""
@@ -74,5 +74,5 @@ def _unknown(function: Callable[..., Any], given: dict[str, Any]) -> str:
 
 def _renamed(message: str) -> str:
     message = message.replace(*LAYOUT)
-    message = re.sub(rf"^({'|'.join(FIRST)})\b", lambda found: FIRST[found[1]], message)
-    return re.sub(rf"\b({'|'.join(NAMES)})\b", lambda found: NAMES[found[1]], message)
+    message = re.sub(rf"^({'|'.join(FIRST)})\b", lambda match: FIRST[match[1]], message)
+    return re.sub(rf"\b({'|'.join(NAMES)})\b", lambda match: NAMES[match[1]], message)

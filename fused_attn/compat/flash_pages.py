@@ -1,4 +1,4 @@
-"""Packed queries over pages of a cache."""
+"""Packed queries over a paged cache."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def over_pages(
     max_seqlen_q: int | Tensor,
     max_seqlen_k: int | Tensor,
     block_table: Tensor,
-    words: dict[str, Any],
+    options: dict[str, Any],
     leftpad: Tensor | None = None,
     used: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out (Tq, Hq, D), lse (Tq, Hq)), without gradients.
+    """Return (out (Tq, Hq, D), lse (Tq, Hq)), without gradients.
 
-    Queries of a sequence stand at the end of max_seqlen_q rows, so that one bottom right is that of all sequences.
+    Each sequence's queries are placed at the end of max_seqlen_q rows, so that all sequences are aligned bottom-right.
     """
     rows = arguments.lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q, q.device)
     keys = arguments.lengths("k", cu_seqlens_k, None, max_seqlen_k, q.device)
@@ -40,6 +40,6 @@ def over_pages(
     padded = q.new_zeros(len(rows), longest, *q.shape[1:]).index_put((sequence, row), q)
     out, lse = attention_decode(
         padded, k, v, cache_seqlens=keys if used is None else used, cache_leftpad=leftpad, page_table=block_table,
-        return_lse=True, **words,
+        return_lse=True, **options,
     )  # fmt: skip
     return out[sequence, row], lse.transpose(1, 2)[sequence, row]

@@ -1,19 +1,20 @@
-"""torch.nn.functional.scaled_dot_product_attention becomes ours, for every caller that looks it up there.
+"""Replaces `torch.nn.functional.scaled_dot_product_attention` by fused_attn's function, for every caller of it.
 
-    fused_attn.compat.sdpa.enable()            # from now on
-    with fused_attn.compat.sdpa.scope(): ...   # for a while
+    fused_attn.compat.sdpa.enable()            # until disable()
+    with fused_attn.compat.sdpa.scope(): ...   # inside the block
 
-nn.MultiheadAttention and the Transformer layers are among those callers; their fused inference path, which never calls
-the function, is off meanwhile. Three things stay torch's: MultiheadAttention with need_weights=True, which does not
-call the function either; what torch.jit.script compiles; and code that has its own reference to the function, by
+nn.MultiheadAttention and the Transformer layers call the function too; their fused inference path, which does not, is
+off meanwhile. Not replaced: MultiheadAttention with need_weights=True, which does not call the function; code compiled
+by torch.jit.script; and code that holds its own reference, from
 `from torch.nn.functional import scaled_dot_product_attention`.
 
-The switch is one for the process: it changes an attribute of torch for every thread. What torch.compile made is traced
-again when the switch has changed. The switch itself cannot be compiled: inside a compiled function `enable`, `disable`
-and `scope` break the graph, and with fullgraph=True they raise. Enter the scope around the call, or decorate the
-compiled function: `scope()(torch.compile(function, fullgraph=True))`. A call that we refuse goes to
-torch's function, with one warning for each reason; where FUSED_ATTN_BACKEND names a backend, the refusal is raised
-instead. torch.nn.attention.sdpa_kernel chooses among torch's kernels; it does not change what ours returns.
+- The switch is global: it changes an attribute of torch for all threads.
+- Functions of torch.compile are traced again when the switch has changed. The switch itself cannot be compiled: inside
+  a compiled function `enable`, `disable` and `scope` break the graph, and with fullgraph=True they raise. Enter the
+  scope around the call, or decorate the compiled function: `scope()(torch.compile(function, fullgraph=True))`.
+- A call that fused_attn cannot run goes to torch's function, with one warning for each reason. If FUSED_ATTN_BACKEND
+  names a backend, the error is raised instead.
+- torch.nn.attention.sdpa_kernel selects among torch's kernels and does not affect fused_attn.
 """
 
 from __future__ import annotations
@@ -36,26 +37,26 @@ from ..runtime import environment
 _lock = threading.Lock()
 _enabled = False
 _scopes = 0
-_replaced: tuple[Callable[..., Tensor], bool] | None = None  # torch's function and its fast-path flag, while ours is in
+_replaced: tuple[Callable[..., Tensor], bool] | None = None  # torch's function and its fast-path flag, while replaced
 _torch_sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
 _warned: set[str] = set()
 
 
 def enable() -> None:
-    """Put ours in; again is no change."""
+    """Replace torch's function. A second call has no effect."""
     _switch(enabled=True)
 
 
 def disable() -> None:
-    """Undo `enable`. Inside a `scope`, ours stays until the scope is left."""
+    """Undo `enable`. Inside a `scope`, torch's function stays replaced until the scope ends."""
     _switch(enabled=False)
 
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """Ours inside the block, or inside a function that this decorates. Scopes nest, in any order and over threads.
+    """Replace torch's function inside a block or a decorated function. Scopes nest, in any order and across threads.
 
-    Not inside a function that is compiled with fullgraph=True: enter it around the call.
+    Enter it around a function compiled with fullgraph=True, not inside.
 
     >>> import torch, fused_attn
     >>> x = torch.randn(2, 8, 128, 64)
@@ -69,10 +70,10 @@ def scope() -> Iterator[None]:
         _switch(scopes=-1)
 
 
-# A compiled function would write the counts it was traced with, and undo the scopes of other threads.
+# Compiled, this would write the counts seen while tracing and undo the scopes of other threads.
 @torch.compiler.disable(reason="use fused_attn.compat.sdpa's scope() or enable() around the call, not inside")
 def _switch(*, enabled: bool | None = None, scopes: int = 0) -> None:
-    """Turn `enable` on or off, and count scopes that are entered and left."""
+    """Set `_enabled`, count entered and left scopes, and apply the result."""
     global _enabled, _scopes
     with _lock:
         _enabled = _enabled if enabled is None else enabled
@@ -81,7 +82,7 @@ def _switch(*, enabled: bool | None = None, scopes: int = 0) -> None:
 
 
 def _apply() -> None:
-    """Make torch's attribute what `_enabled` and `_scopes` say. The lock is held."""
+    """Make torch's attribute agree with `_enabled` and `_scopes`. The caller holds the lock."""
     global _replaced, _torch_sdpa
     wanted = _enabled or _scopes > 0
     if wanted and _replaced is None:
@@ -92,7 +93,7 @@ def _apply() -> None:
     elif not wanted and _replaced is not None:
         original, fastpath = _replaced
         _replaced = None
-        # Somebody who replaced it after us keeps their replacement.
+        # A replacement made after this one is kept.
         if F.scaled_dot_product_attention is scaled_dot_product_attention:
             F.scaled_dot_product_attention = original
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -108,14 +109,14 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's signature and meaning; ours where we can, torch's where we refuse and under torch.jit.script."""
+    """fused_attn's function by torch's signature; torch's own if fused_attn cannot run it or under torch.jit.script."""
     if torch.jit.is_scripting():
         return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    else:  # the compiler reads no branch that it cannot take
-        return _ours_or_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    else:  # torch.jit.script does not compile this branch
+        return _fused_or_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def _ours_or_torchs(
+def _fused_or_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -126,19 +127,19 @@ def _ours_or_torchs(
     enable_gqa: bool,
 ) -> Tensor:
     if has_torch_function_variadic(query, key, value):
-        # A mode, or a subclass that overrides the function, is asked first, as by torch's own functions.
+        # As in torch, modes and subclasses that override the function are asked first.
         return handle_torch_function(
             scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
             scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
     try:
         return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    except (ValueError, TypeError, NotImplementedError) as refusal:
+    except (ValueError, TypeError, NotImplementedError) as error:
         if environment.backend:
             raise
-        _warn_once(str(refusal))
+        _warn_once(str(error))
     if isinstance(attn_mask, CausalBias):
-        # It recognises torch's function by its place, where ours stands now, so it is spelled out here.
+        # CausalBias recognizes torch's function by the attribute that is replaced now, so the mask is built here.
         attn_mask = _allowed(attn_mask, query.device)
     return _torch_sdpa(
         query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
@@ -158,12 +159,12 @@ def _fused(
     window = None
     if isinstance(attn_mask, CausalBias):
         if is_causal:
-            raise ValueError("attn_mask: a CausalBias and is_causal exclude each other")
+            raise ValueError("attn_mask: a CausalBias cannot be combined with is_causal")
         m, n = attn_mask.seq_len_q, attn_mask.seq_len_kv
         if (m, n) != (query.shape[-2], key.shape[-2]):
             lengths = query.shape[-2], key.shape[-2]
             raise ValueError(f"attn_mask: a CausalBias for lengths {(m, n)} does not fit query and key of {lengths}")
-        # As a window from the top-left diagonal it stays an interval of keys; only M > N needs the grid.
+        # A window from the top-left diagonal is cheaper than a mask tensor, which only M > N needs.
         if attn_mask.variant == CausalVariant.UPPER_LEFT or m == n:
             attn_mask, is_causal = None, True
         elif m < n:
@@ -174,7 +175,7 @@ def _fused(
 
 
 def _allowed(bias: CausalBias, device: torch.device) -> Tensor:
-    """bool (M, N), True where the bias lets a row attend."""
+    """The bias as a bool mask (M, N), True = may attend."""
     m, n = bias.seq_len_q, bias.seq_len_kv
     diagonal = 0 if bias.variant == CausalVariant.UPPER_LEFT else n - m
     return torch.ones(m, n, dtype=torch.bool, device=device).tril(diagonal)

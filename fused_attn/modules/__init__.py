@@ -1,6 +1,6 @@
-"""Layers that own what they learn: torch's multi-head attention, and attention by learned scores.
+"""Layers with parameters: a drop-in `torch.nn.MultiheadAttention`, and attention with learned scores.
 
-Masks keep torch.nn's sense: True means that a key is ignored, and floats are added to the scores.
+Masks follow torch.nn: True means that a key is ignored, and float masks are added to the scores.
 
 >>> import torch, fused_attn
 >>> layer = fused_attn.modules.MultiheadAttention(64, 8, batch_first=True)

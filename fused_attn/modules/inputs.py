@@ -1,4 +1,4 @@
-"""What the layers are given: checked, and torch.nn's masks in the words of `fused_attn.attention`."""
+"""Argument checks of the layers, and torch.nn's masks translated to those of `fused_attn.attention`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..spec.checks import as_bool, as_int, describe, one_of
 
 
 class InputError(ValueError, AssertionError, RuntimeError):
-    """A wrong size: a ValueError as everywhere here, and what torch.nn.MultiheadAttention raises for the same."""
+    """A wrong size: a ValueError, and also the exceptions that torch.nn.MultiheadAttention raises."""
 
 
 class InputTypeError(TypeError, AssertionError, RuntimeError):
-    """A wrong type: a TypeError as everywhere here, and what torch.nn.MultiheadAttention raises for the same."""
+    """A wrong type: a TypeError, and also the exceptions that torch.nn.MultiheadAttention raises."""
 
 
 def not_scriptable(layer: nn.Module) -> NoReturn:
-    """The layers' `__prepare_scriptable__`, which torch.jit.script calls first."""
+    """`__prepare_scriptable__` of the layers, which torch.jit.script calls first."""
     raise NotImplementedError(
         f"torch.jit.script cannot compile fused_attn.modules.{type(layer).__name__}; torch.compile and torch.export "
         "can, and torch.jit.trace records it"
@@ -29,25 +29,25 @@ def not_scriptable(layer: nn.Module) -> NoReturn:
 
 
 def checked_sizes(**sizes: Any) -> list[int]:
-    """The sizes of a layer, each an int of at least 1."""
-    found = [as_int(name, size) for name, size in sizes.items()]
-    for name, size in zip(sizes, found, strict=True):
+    """The sizes of a layer as ints of at least 1."""
+    checked = [as_int(name, size) for name, size in sizes.items()]
+    for name, size in zip(sizes, checked, strict=True):
         if size < 1:
             raise InputError(f"{name}: must be at least 1, got {size}")
-    return found
+    return checked
 
 
 def as_flag(name: str, x: Any) -> bool:
-    """A bool, or 0 or 1, which torch's layers are often given."""
+    """A bool; 0 and 1 are accepted too, because torch's layers accept them."""
     return bool(x) if type(x) is int and x in (0, 1) else as_bool(name, x)
 
 
 def check_inputs(
     query: Any, key: Any, value: Any, widths: tuple[int, int, int | None], batch_first: bool = True
 ) -> tuple[int, int, int]:
-    """B, M and N of a query, key and value of these widths (None is any).
+    """Check query, key and value of these widths (None: any width) and return (B, M, N).
 
-    Each is (length, width), with B = 1, or (B, length, width), with batch_first False (length, B, width).
+    Shapes: (length, width), where B = 1; (B, length, width); or (length, B, width) if batch_first is False.
     """
     sizes = []
     for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
@@ -66,7 +66,7 @@ def check_inputs(
 
 
 def _wrong_shape(name: str, x: Tensor, query: Tensor, width: int | None, batch_first: bool) -> str:
-    """What to say of a tensor of another width, or of other dimensions than query's."""
+    """The error message for a tensor of another width, or with another number of dimensions than query."""
     if name == "key" and (query.ndim, x.ndim) == (2, 3):
         advice = "query[:, None]" if batch_first else "query[None]"
         return f"query: expected 3 dimensions as key has, got shape {tuple(query.shape)}; a length axis is {advice}"
@@ -80,7 +80,7 @@ def _wrong_shape(name: str, x: Tensor, query: Tensor, width: int | None, batch_f
 
 
 def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -> None:
-    """A mask may be None, or bool or float of one of the shapes."""
+    """Check that a mask is None, or a bool or float tensor of one of the shapes."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
@@ -92,12 +92,12 @@ def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -
 
 
 def mask_and_bias(q: Tensor, masks: dict[str, Tensor], added: int = 0) -> tuple[Tensor | None, Tensor | None]:
-    """What may be attended to, and what is added to the scores, as far as the masks say either.
+    """Join masks to one bool mask (True = may attend) and one bias, each None where no mask is of its kind.
 
-    masks: by name, broadcastable to (B, H, M, N), bool (True = ignored) or float. The answers broadcast likewise, and
-    leave `added` more keys as they are.
+    masks: by name, broadcastable to (B, H, M, N), bool (True = ignored) or float. The results broadcast likewise.
+    added: number of keys appended to the masked ones; they stay visible, with bias 0.
     """
-    masks = {name: _once(x) for name, x in masks.items()}
+    masks = {name: _unexpanded(x) for name, x in masks.items()}
     ignored = [x for x in masks.values() if x.dtype == torch.bool]
     floats = {name: x for name, x in masks.items() if x.dtype != torch.bool}
     for name, x in floats.items():
@@ -112,6 +112,6 @@ def mask_and_bias(q: Tensor, masks: dict[str, Tensor], added: int = 0) -> tuple[
     return allowed, bias
 
 
-def _once(x: Tensor) -> Tensor:
-    """x without the repetitions that `expand` put into it, which broadcasting makes again where they are needed."""
+def _unexpanded(x: Tensor) -> Tensor:
+    """x with size 1 in its expanded dims (stride 0), which still broadcasts."""
     return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]

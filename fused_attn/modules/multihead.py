@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention with its attention computed in one pass."""
+"""`torch.nn.MultiheadAttention` with fused attention."""
 
 from __future__ import annotations
 
@@ -15,36 +15,44 @@ from .inputs import InputError, as_flag, check_inputs, check_mask, checked_sizes
 from .weights import attention_weights
 
 
-def _here(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing. torch.nn.TransformerEncoderLayer has a fast path that computes the attention of its
-    `self_attn` without calling it, and a module with a hook is one that it calls."""
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """A hook without an effect of its own.
+
+    The fast path of torch.nn.TransformerEncoderLayer computes attention without calling `self_attn`, unless that module
+    has a hook.
+    """
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """`torch.nn.MultiheadAttention` by fused attention: the same constructor, parameters and forward.
+    """`torch.nn.MultiheadAttention` with fused attention: the same constructor, parameters and forward.
 
     It is a subclass: parameters have the same names, shapes and initial values, and a state_dict loads either way. With
     E = embed_dim, H = num_heads and D = E / H, head h computes softmax(D^-1/2 (query Wq_h)(key Wk_h)^T + masks)(value
-    Wv_h), and the heads, side by side, go through `out_proj`. Vaswani et al., "Attention is all you need", 2017.
+    Wv_h), and `out_proj` maps the concatenated heads to the output. Vaswani et al., "Attention is all you need", 2017.
 
-    Args: as torch's. embed_dim, num_heads; dropout: of the weights, in training; bias: of the projections;
-        add_bias_kv: one learned key and value beside the given ones; add_zero_attn: one of zeros; kdim, vdim: the
-        widths of key and value, embed_dim when None; batch_first: (B, L, E) in and out instead of (L, B, E); device;
-        dtype.
+    Args: as in torch.
+        embed_dim, num_heads: E and H.
+        dropout: probability of dropping a weight, in training.
+        bias: whether the projections have biases.
+        add_bias_kv: append one learned key and value.
+        add_zero_attn: append one key and value of zeros.
+        kdim, vdim: widths of key and value; None: embed_dim.
+        batch_first: (B, L, E) in and out instead of (L, B, E).
+        device, dtype: of the parameters.
 
-    What differs from torch's:
+    Differences from torch:
 
-    - Memory is linear in the lengths, and so is that of need_weights=True, but for the weights themselves.
-    - A query that may see nothing has weights and attention 0, so its output is out_proj's bias; torch gives NaN
-      wherever it returns weights.
-    - Float masks may be float32 beside half-precision inputs, and one mask may be bool where the other is float.
+    - Memory is linear in the lengths; need_weights=True adds only the weights themselves.
+    - A fully masked query has weights of zero and attention of zero, so its output is the bias of out_proj; torch gives
+      NaN wherever it returns weights.
+    - Float masks may be float32 with half-precision inputs, and a bool mask may be combined with a float one.
     - With the hint is_causal, added keys (add_bias_kv, add_zero_attn) stay visible to every query.
-    - Nested tensors (of layout torch.strided, without masks) may need a gradient, and may be keys of other queries.
-    - torch.nn.TransformerEncoderLayer calls this module in evaluation too, where it would not call its own: a forward
-      pre-hook, which does nothing, turns that layer's fast path off, and TransformerEncoder hands over nested tensors.
-    - Flags are bools, also numpy's, or 0 or 1; torch takes a word such as "false" for True.
-    - A wrong argument raises ValueError or TypeError, which are also the AssertionError or RuntimeError of torch's.
-    - torch.jit.script refuses it; torch.jit.trace, torch.compile and torch.export take it.
+    - Nested tensors (layout torch.strided, no masks) may require gradients, and key may differ from query.
+    - torch.nn.TransformerEncoderLayer calls this module in evaluation too: a forward pre-hook without an effect of its
+      own turns the layer's fast path off, and TransformerEncoder passes nested tensors.
+    - Flags are bools (numpy's too), 0 or 1; torch takes a string such as "false" for True.
+    - A wrong argument raises ValueError or TypeError, which are also the AssertionError or RuntimeError of torch.
+    - torch.jit.script raises an error; torch.jit.trace, torch.compile and torch.export work.
 
     >>> import torch, fused_attn
     >>> layer = fused_attn.modules.MultiheadAttention(64, 8, batch_first=True)
@@ -83,7 +91,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.register_forward_pre_hook(_here)
+        self.register_forward_pre_hook(_no_fast_path)
 
     __prepare_scriptable__ = not_scriptable
 
@@ -98,26 +106,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output, weights), the weights None unless need_weights.
+        """Return (output, weights); weights is None unless need_weights.
 
         Args:
             query: (M, B, E), with batch_first (B, M, E), or (M, E) without a batch.
             key: (N, B, kdim), (B, N, kdim) or (N, kdim).
             value: (N, B, vdim), (B, N, vdim) or (N, vdim).
             key_padding_mask: (B, N), or (N,) without a batch; bool, True = ignored, or float, added to the scores.
-            need_weights: also return the weights. That is another pass, and memory for M x N of them; to differentiate
-                them takes one more for every 128 keys.
-            attn_mask: (M, N) or (B * H, M, N), bool, True = ignored, or float, added to the scores; a float mask that
-                needs a gradient gets one.
+            need_weights: also return the weights, which takes another pass and M x N memory. Their derivative takes one
+                pass for every 128 keys.
+            attn_mask: (M, N) or (B * H, M, N), bool, True = ignored, or float, added to the scores. A float mask that
+                requires a gradient gets one.
             average_attn_weights: average the weights over heads.
-            is_causal: a hint that attn_mask, which must be given, is the causal mask, row i seeing keys j <= i. Where
-                torch takes the hint, without key_padding_mask and need_weights, attn_mask is not read.
+            is_causal: a hint that attn_mask, which is required then, is the causal mask: row i attends to keys j <= i.
+                Without key_padding_mask and need_weights, as in torch, attn_mask is not read.
 
         Returns:
-            output: as query, embed_dim wide. weights: (B, M, N), (B, H, M, N) unless averaged, without a B where there
-            is no batch; N counts added keys. In training they are what dropout left of them, as torch's are.
+            output: query's shape, with width embed_dim. weights: (B, M, N), or (B, H, M, N) if not averaged; without B
+            for unbatched inputs. N includes added keys. In training dropout has been applied to them, as in torch.
 
-        Raises: ValueError, TypeError: a wrong argument, by name.
+        Raises:
+            ValueError, TypeError: a wrong argument; the message names it.
         """
         need_weights, is_causal = as_flag("need_weights", need_weights), as_flag("is_causal", is_causal)
         average_attn_weights = as_flag("average_attn_weights", average_attn_weights)
@@ -175,7 +184,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Nested tensors (B, length of each, E), padded and masked by their lengths; the weights stay padded."""
+        """Nested tensors (B, length of each, E), padded and masked by length. The weights stay padded."""
         lengths: dict[str, list[int]] = {}
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.layout != torch.strided:
@@ -197,9 +206,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         return torch.nested.as_nested_tensor(rows), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v, each embed_dim wide; in one product where they share their input."""
+        """q, k and v of width embed_dim. Self-attention takes one matrix product."""
         bias: Tensor | None = self.in_proj_bias
-        if bias is not None:  # may have another dtype, as torch's may
+        if bias is not None:  # its dtype may differ, as in torch
             bias = bias.to((self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight).dtype)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         weights: tuple[Tensor, ...]
@@ -213,7 +222,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _add_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """k and v (B, N, E) with the learned key and the one of zeros after them, and how many were added."""
+        """k and v (B, N, E) followed by the learned key and the key of zeros, and the number of added keys."""
         extra_k, extra_v = [], []
         if self.bias_k is not None and self.bias_v is not None:
             extra_k.append(self.bias_k)

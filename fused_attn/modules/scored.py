@@ -1,4 +1,4 @@
-"""Attention whose score is learned: additive, bilinear, and the cosine of an angle."""
+"""Attention layers with learned scores: additive, bilinear and cosine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from .weights import attention_weights
 
 
 class ScoredAttention(nn.Module):
-    """What these layers share: query and key become vectors of each head, a learned score compares them, and the
-    weights average the values, which are not projected."""
+    """Base class: projections of query and key are compared by a learned score; values are not projected."""
 
     num_heads: int
     query_dim: int
@@ -25,11 +24,11 @@ class ScoredAttention(nn.Module):
     __prepare_scriptable__ = not_scriptable
 
     def score(self) -> Score:
-        """The score with this layer's parameters, as `fused_attn.attention` takes it."""
+        """The score of `fused_attn.scores` with this layer's parameters."""
         raise NotImplementedError
 
     def project(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """query (B, M, query_dim) and key (B, N, key_dim) as what the score compares, (B, num_heads, length, D)."""
+        """Map query (B, M, query_dim) and key (B, N, key_dim) to vectors (B, num_heads, length, D) for the score."""
         raise NotImplementedError
 
     def forward(
@@ -41,22 +40,22 @@ class ScoredAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(context, weights), the weights None unless need_weights.
+        """Return (context, weights); weights is None unless need_weights.
 
         Args:
             query: (B, M, query_dim), or (M, query_dim) without a batch.
             key: (B, N, key_dim) or (N, key_dim).
-            value: (B, N, V) or (N, V), with V divisible by num_heads, or None, and then it is key. Head h averages the
-                h-th part of its width.
+            value: (B, N, V) or (N, V), with V divisible by num_heads; None: key. Head h averages the h-th part of V.
             key_padding_mask: (B, N), or (N,) without a batch; bool, True = ignored, or float, added to the scores.
-            need_weights: also return the weights. That is another pass, and memory for M x N of them; to differentiate
-                them takes one more for every 128 keys.
+            need_weights: also return the weights, which takes another pass and M x N memory. Their derivative takes one
+                pass for every 128 keys.
 
         Returns:
-            context: (B, M, V) or (M, V). weights: (B, M, N) or (M, N), their mean over heads. A query that may see
-            nothing has zeros in both.
+            context: (B, M, V) or (M, V). weights: (B, M, N) or (M, N), the mean over heads. Both are zero for a fully
+            masked query.
 
-        Raises: ValueError, TypeError: a wrong argument, by name.
+        Raises:
+            ValueError, TypeError: a wrong argument; the message names it.
         """
         need_weights = as_bool("need_weights", need_weights)
         value = key if value is None else value
@@ -87,7 +86,7 @@ class ScoredAttention(nn.Module):
 
 
 class ProjectedAttention(ScoredAttention):
-    """Query and key are projected into one space, hidden_dim wide, which the heads share out among them."""
+    """Base class: query and key are projected to hidden_dim, which is split among the heads."""
 
     def __init__(
         self, query_dim: int, key_dim: int, hidden_dim: int, num_heads: int, biases: tuple[bool, bool], **factory: Any
@@ -103,7 +102,7 @@ class ProjectedAttention(ScoredAttention):
         self.key_proj = nn.Linear(key_dim, hidden_dim, bias=biases[1], **factory)
 
     def reset_parameters(self) -> None:
-        """Projections by Xavier's uniform rule, their biases 0."""
+        """Initialize projections by Xavier's uniform rule and their biases with 0."""
         for projection in (self.query_proj, self.key_proj):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
@@ -117,20 +116,20 @@ class ProjectedAttention(ScoredAttention):
 
 
 class AdditiveAttention(ProjectedAttention):
-    """weight_h . tanh(W query + b + U key): how Bahdanau et al. let a decoder's state choose among an encoder's.
+    """Additive scores weight_h . tanh(W query + b + U key).
 
-    W, b is `query_proj` and U is `key_proj`, both hidden_dim wide and shared out among the heads; weight is
-    (num_heads, hidden_dim / num_heads). Memory is linear in M and N. "Neural machine translation by jointly learning to
-    align and translate", 2015.
+    W, b is `query_proj` and U is `key_proj`, of width hidden_dim, split among the heads; weight is
+    (num_heads, hidden_dim / num_heads). Memory is linear in M and N. Bahdanau et al., "Neural machine translation by
+    jointly learning to align and translate", 2015.
 
     Args:
-        query_dim, key_dim: widths of query and key. hidden_dim: of the space in which they meet, all heads together.
-        num_heads: divides hidden_dim, and the width of the values.
-        bias: whether there is a b; a second one, beside U, would add to the same.
+        query_dim, key_dim: widths of query and key. hidden_dim: width of the projections, all heads together.
+        num_heads: must divide hidden_dim and the width of the values.
+        bias: whether b exists; a bias of U would be redundant.
         device, dtype: of the parameters.
 
-    At first W, U and each head's weight are drawn by Xavier's uniform rule, so that scores of normalised inputs vary by
-    about 1, and b is 0.
+    W, U and each head's weight are initialized by Xavier's uniform rule, so that scores of normalized inputs have a
+    standard deviation of about 1; b is 0.
 
     >>> import torch, fused_attn
     >>> layer = fused_attn.modules.AdditiveAttention(48, 64, 32)
@@ -167,20 +166,20 @@ class AdditiveAttention(ProjectedAttention):
 
 
 class CosineAttention(ProjectedAttention):
-    """temperature_h cos(W query + b, U key + c): scores that the length of no vector decides.
+    """Cosine scores temperature_h cos(W query + b, U key + c), independent of the vectors' lengths.
 
-    W, b is `query_proj` and U, c is `key_proj`, both hidden_dim wide and shared out among the heads; temperature is
-    (num_heads,), learned, and multiplies: scores lie between -temperature and temperature. Henry et al., "Query-key
+    W, b is `query_proj` and U, c is `key_proj`, of width hidden_dim, split among the heads; temperature (num_heads,) is
+    learned and multiplies: scores lie between -temperature and temperature. Henry et al., "Query-key
     normalization for Transformers", 2020.
 
     Args:
-        query_dim, key_dim: widths of query and key. hidden_dim: of the space in which they meet, all heads together.
-        num_heads: divides hidden_dim, and the width of the values.
-        temperature: what every head begins with.
-        bias: whether there are b and c.
+        query_dim, key_dim: widths of query and key. hidden_dim: width of the projections, all heads together.
+        num_heads: must divide hidden_dim and the width of the values.
+        temperature: initial value of every head.
+        bias: whether b and c exist.
         device, dtype: of the parameters.
 
-    At first W and U are drawn by Xavier's uniform rule, and b and c are 0.
+    W and U are initialized by Xavier's uniform rule; b and c are 0.
 
     >>> import torch, fused_attn
     >>> layer = fused_attn.modules.CosineAttention(48, 64, 32, num_heads=4)
@@ -216,17 +215,18 @@ class CosineAttention(ProjectedAttention):
 
 
 class BilinearAttention(ScoredAttention):
-    """query . weight_h . key / sqrt(query_dim): the "general" score of Luong et al., "Effective approaches to
-    attention-based neural machine translation", 2015.
+    """Bilinear scores query . weight_h . key / sqrt(query_dim).
 
-    weight is (num_heads, query_dim, key_dim): every head compares the whole query and key.
+    weight is (num_heads, query_dim, key_dim): every head compares the whole query and key. This is the "general" score
+    of Luong et al., "Effective approaches to attention-based neural machine translation", 2015.
 
     Args:
         query_dim, key_dim: widths of query and key.
-        num_heads: divides the width of the values.
+        num_heads: must divide the width of the values.
         device, dtype: of the parameters.
 
-    At first each head's weight is drawn by Xavier's uniform rule, so that scores of normalised inputs vary by about 1.
+    Each head's weight is initialized by Xavier's uniform rule, so that scores of normalized inputs have a standard
+    deviation of about 1.
 
     >>> import torch, fused_attn
     >>> layer = fused_attn.modules.BilinearAttention(48, 64, num_heads=2)

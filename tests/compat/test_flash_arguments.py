@@ -250,7 +250,7 @@ def test_varlen_errors() -> None:
     with pytest.raises(ValueError, match="max_seqlen_q: a sequence is 3 long, got 2"):
         flash.flash_attn_varlen_func(q, q, q, starts, starts, 2, 3)
     pages, table = paged(q, [2, 3], 2)
-    with pytest.raises(NotImplementedError, match="dropout_p: 0 with block_table"):
+    with pytest.raises(NotImplementedError, match="dropout_p: must be 0 with block_table"):
         flash.flash_attn_varlen_func(q, pages, pages, starts, starts, 3, 3, dropout_p=0.1, block_table=table)
     with pytest.raises(ValueError, match="max_seqlen_q: a sequence is 3 long, got 2"):
         flash.flash_attn_varlen_func(q, pages, pages, starts, starts, 2, 3, block_table=table)
@@ -289,11 +289,11 @@ def test_kvcache_errors() -> None:
     assert torch.equal(k, v)  # nothing was written
     with pytest.raises(TypeError, match=r"num_splits: expected an int, got float 1.5"):
         flash.flash_attn_with_kvcache(q, k, k, num_splits=1.5)
-    with pytest.raises(ValueError, match="cache_seqlens: with k"):
+    with pytest.raises(ValueError, match="cache_seqlens: required with k"):
         flash.flash_attn_with_kvcache(q, k, k, q, q)
-    with pytest.raises(ValueError, match="rotary_sin: expected with rotary_cos"):
+    with pytest.raises(ValueError, match="rotary_sin: expected a tensor if and only if"):
         flash.flash_attn_with_kvcache(q, k, k, q, q, rotary_cos=torch.randn(9, 4), cache_seqlens=3)
-    with pytest.raises(ValueError, match="rotary_cos: turns k"):
+    with pytest.raises(ValueError, match="rotary_cos: requires k"):
         flash.flash_attn_with_kvcache(
             q, k, k, rotary_cos=torch.randn(9, 4), rotary_sin=torch.randn(9, 4), cache_seqlens=3
         )

@@ -180,7 +180,7 @@ def test_flash_attention_2_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match="FlashAttention2"):
         build("bert").set_attn_implementation(models.FLASH)
     monkeypatch.delattr(flash_utils, "_lazy_imports")
-    with pytest.raises(NotImplementedError, match="looks for flash-attn in a way that is not known"):
+    with pytest.raises(NotImplementedError, match="looks for flash-attn in a way that fused_attn does not support"):
         models.register_flash_attention_2()
 
 

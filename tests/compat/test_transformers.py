@@ -211,7 +211,7 @@ def test_sentence_encoder_is_quiet() -> None:
 def test_weights_are_not_returned() -> None:
     models.register()
     model = transformers.AutoModel.from_config(CONFIGS["llama"](), attn_implementation=models.NAME).eval()
-    with pytest.warns(UserWarning, match="output_attentions: fused attention forms no weights"):
+    with pytest.warns(UserWarning, match="output_attentions: fused attention returns no weights"):
         assert model(torch.randint(1, 50, (1, 7)), output_attentions=True).attentions == ()
 
 

@@ -164,8 +164,8 @@ def test_gpt_cannot_see_the_future(gpt: ModuleType, model: torch.nn.Module) -> N
 
 def test_gpt_positions_are_relative(gpt: ModuleType) -> None:
     """The product of two rotated rows depends on their distance alone, and does depend on it."""
-    by = gpt.turns(torch.arange(20), 8)
-    q, k = (gpt.rotated(torch.randn(8, dtype=torch.float64).expand(1, 1, 20, 8), by) for _ in "qk")
+    by = gpt.rotary(torch.arange(20), 8)
+    q, k = (gpt.rotate(torch.randn(8, dtype=torch.float64).expand(1, 1, 20, 8), by) for _ in "qk")
     scores = (q @ k.mT)[0, 0]
     torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5])
     assert scores[0].unique().numel() == 20
@@ -232,8 +232,8 @@ def test_gpt_notices_a_wrong_cache(
     """Every character that is read over a cache stands where a text begins."""
     shaken(model)
     if wrong:
-        turns = gpt.turns
-        monkeypatch.setattr(gpt, "turns", lambda positions, dim: turns(positions - positions[0], dim))
+        rotary = gpt.rotary
+        monkeypatch.setattr(gpt, "rotary", lambda positions, dim: rotary(positions - positions[0], dim))
     given = gpt.arguments(["--length", "30", "--context", "40"], corpus)
     assert gpt.verdicts([gpt.write(model, torch.randint(50, (5,)), given).promise()])[1] == wrong
 
@@ -291,7 +291,7 @@ def test_classify(
     monkeypatch.setattr(classify, "POINTS", 8)
     assert classify.main(["--areas", "2", "--epochs", "2", "--batch", "8", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for promise in ("first 20 losses", "last loss", "share of held-out sentences misjudged", "log odds lost"):
+    for promise in ("first 20 losses", "last loss", "share of held-out sentences misclassified", "log odds lost"):
         assert verdict(said, promise) == ["ok"]
     assert re.search(r"tiled is forced by name here.*\. The default for these calls: .*\.\n", said)
     assert "BROKEN" not in said and "30 held out" in said and drawn(tmp_path) == ["classify_words.png"]

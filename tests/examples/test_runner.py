@@ -125,7 +125,7 @@ def test_note(devices: ModuleType) -> None:
     q = torch.randn(1, 2, 8, 16)
     slower, faster = (devices.note("tiled", 2.0, x, q=q, k=q, v=q) for x in (1.0, 3.0))
     assert slower == (
-        "tiled is forced by name here and slower than torch's SDPA: it loops over tiles in PyTorch, where torch has one"
+        "tiled is forced by name here and slower than torch's SDPA: it loops over tiles in PyTorch, while torch has one"
         " fused kernel. The default for these calls: sdpa, torch's own function."
     )
     assert faster == "tiled is forced by name here. The default for these calls: sdpa, torch's own function."

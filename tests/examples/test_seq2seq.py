@@ -279,7 +279,7 @@ def test_training(seq2seq: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     assert seq2seq.main([*small.split(), "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert verdict(said, "attention at every step") == verdict(said, "the encoder's last state") == ["ok"]
-    assert "3000 pairs to train on, 200 others to judge by, scored by additive" in said
+    assert "3000 pairs to train on, 200 held out; score: additive" in said
     assert drawn(tmp_path) == PICTURES
 
 
