@@ -1,8 +1,7 @@
-"""What this machine can run: `python -m fused_attn [--json] [--device cpu]`.
+"""Self-check: `python -m fused_attn [--json] [--device cpu]`.
 
-Names the device and the versions; says of each backend whether it runs here, and if not, why; holds every backend that
-runs to the tolerance rule, forward and through every gradient; times a call against torch's. Exits with 1 if a backend
-gave a wrong answer.
+Prints the device and the versions, which backends run and why others do not, a comparison of the output and every
+gradient of each backend with float64, and the time of a call beside torch's. Exits with 1 if a backend is wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from fused_attn import testing
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device, and the versions of what stands beneath."""
+    """The device, and the versions of Python, torch, triton and this package."""
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "fused_attn": fused_attn.__version__,
@@ -47,18 +46,18 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def backends(device: torch.device) -> dict[str, list[str]]:
-    """Why each backend cannot run a plain call in single precision here, when asked by name; empty where it can."""
+    """For each backend, the reasons why it cannot run a plain float32 call on the device; empty if it can."""
     x = torch.zeros(1, 2, 16, 16, device=device)
     return {name: fused_attn.explain(x, x, x, backend=name).reasons.get(name, []) for name in fused_attn.BACKENDS}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """What parity is checked in. Half precision is slow on a CPU, and wrong in Triton's interpreter (triton 11584)."""
+    """The dtypes to check. On a CPU half precision is slow, and wrong in Triton's interpreter (triton issue 11584)."""
     return (torch.float32, torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
 
 
 def parity(backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Every core case that the backend takes, forward and gradients; share is the largest part of a budget used."""
+    """Check the core cases that the backend supports; "share" is the largest error / tolerance."""
     checked, refused, failures, share = 0, 0, [], 0.0
     for case in testing.CASES.values():
         if "core" not in case.tags or dtype not in case.dtypes:
@@ -70,7 +69,7 @@ def parity(backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, 
             result = testing.check_parity(case, backend, dtype, device)
             share = max([share, *(row.share for row in result.rows.values())])
             checked += 1
-        except Exception as failure:  # a crash is a failed case, and the others are still worth knowing
+        except Exception as failure:  # a crash is a failed case; the other cases still run
             failures.append(f"{case.name}: {type(failure).__name__}: {failure}")
     name = str(dtype).removeprefix("torch.")
     return {
@@ -79,7 +78,7 @@ def parity(backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 
 def timing(device: torch.device) -> dict[str, Any]:
-    """Milliseconds of a causal call, forward and with its backward, by ours and by torch's."""
+    """Milliseconds of a causal call, forward and forward with backward, by fused_attn and by torch."""
     shape, dtype = ((4, 16, 4096, 64), torch.bfloat16) if device.type == "cuda" else ((1, 8, 1024, 64), torch.float32)
     q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
     dout = torch.randn_like(q)
@@ -114,40 +113,40 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device)
     if os.environ.pop("FUSED_ATTN_BACKEND", None) is not None:
-        print("FUSED_ATTN_BACKEND is left aside here: every backend is asked by name.", file=sys.stderr)
+        print("FUSED_ATTN_BACKEND is ignored: every backend is checked.", file=sys.stderr)
 
-    # The interpreter computes with numpy, which warns of what a kernel then selects away, as -inf minus -inf.
+    # The interpreter uses numpy, which warns about -inf - -inf even where the kernel discards the result.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
 
-    def say(*lines: str) -> None:
+    def show(*lines: str) -> None:
         if not options.json:
             print(*lines, sep="\n", flush=True)
 
     report: dict[str, Any] = {"machine": machine(device), "backends": backends(device), "parity": []}
     versions = ", ".join(f"{name} {version or 'absent'}" for name, version in report["machine"]["versions"].items())
-    say(f"{report['machine']['device']}: {report['machine']['name']}", versions, "", "Backends, in the order tried:")
+    show(f"{report['machine']['device']}: {report['machine']['name']}", versions, "", "Backends, in the order tried:")
     for name, reasons in report["backends"].items():
-        say(f"  {name:10} " + ("; ".join(reasons) if reasons else "runs here"))
+        show(f"  {name:10} " + ("; ".join(reasons) if reasons else "runs here"))
 
-    say("", "Parity with float64, forward and every gradient:")
+    show("", "Comparison with float64, output and every gradient:")
     for name, reasons in report["backends"].items():
         for dtype in () if reasons else dtypes(device):
             row = parity(name, dtype, device)
             report["parity"].append(row)
-            say(
+            show(
                 f"  {name:10} {row['dtype']:9} {row['passed']:3} passed, {row['refused']:2} not supported here, "
                 f"{len(row['failures'])} failed; largest error {row['share']:.0%} of the tolerance",
                 *(f"    {failure}" for failure in row["failures"]),
             )
 
     report["timing"] = figures = timing(device)
-    say("", f"Milliseconds, causal, (B, H, S, D) = {figures['shape']}, {figures['dtype']}:")
+    show("", f"Milliseconds, causal, (B, H, S, D) = {figures['shape']}, {figures['dtype']}:")
     for name, row in figures["milliseconds"].items():
         label = f"{name} ({figures['backend']})" if name == "fused_attn" else f"{name} F.sdpa"
-        say(f"  {label:20} " + ", ".join(f"{what} {figure:.3f}" for what, figure in row.items()))
+        show(f"  {label:20} " + ", ".join(f"{task} {ms:.3f}" for task, ms in row.items()))
 
     report["ok"] = not any(row["failures"] for row in report["parity"])
-    say("", "Every backend that runs here is right." if report["ok"] else "A BACKEND IS WRONG; see above.")
+    show("", "Every backend that runs here is correct." if report["ok"] else "A BACKEND IS WRONG; see above.")
     if options.json:
         print(json.dumps(report, indent=1))
     return 0 if report["ok"] else 1

@@ -1,12 +1,19 @@
-"""How alike a query and a key are, in other words than their dot product.
+"""Attention scores other than the dot product: `attention(q, k, v, score=scores.Cosine(t))`.
 
-Each score has one parameter, a tensor that may need a gradient, and two meanings that must agree: `materialize`, its
-definition, which the reference uses; and `lower`, what it becomes on the way to every other backend. Bilinear and
-cosine scores are a dot product of other vectors, a distance is one with a term for each row and key beside it, and an
-additive score is computed as such. What lies outside every row's interval is zeroed first, because it may be NaN.
+    Bilinear   q . w . k                Distance   -|q - k|^2 / (2 h^2)
+    Cosine     t q . k / (|q| |k|)      Additive   w . tanh(q + k)
 
-A score is data: it pickles, copies, prints and moves (`to`), and two are equal if their parameters are. A tensor is
-kept, not copied, and read at each call; so there is no hash.
+The scale of `attention`, by default 1 except for Bilinear, multiplies the score. Each score has one parameter, a tensor
+that may require a gradient; Cosine and Distance take a float too. A parameter of a wrong type, shape or dtype raises
+TypeError or ValueError.
+
+Each class implements its score twice. `materialize` is the definition, used by the reference. `lower` rewrites the
+problem for the other backends: Bilinear and Cosine as dot products of other q and k, Distance as a dot product plus a
+term per row and per key, Additive as weights of its own kernels. Rows and keys that are masked for all others are set
+to zero first, because padding may hold NaN.
+
+Scores can be pickled, copied, printed, compared and moved (`to`). A tensor is kept by reference and read at each call,
+so scores have no hash.
 """
 
 from __future__ import annotations
@@ -24,14 +31,14 @@ from .spec.problem import Problem, check_parameter, describe, ordered_like
 from .spec.ragged import places
 from .spec.reach import reached
 
-SHORTEST = 1e-6  # norms below it count as it
-LARGE = 64.0  # of q in float16
+SHORTEST = 1e-6  # smallest norm of `Cosine`
+LARGE = 64.0  # largest |q . w| of `Bilinear` in float16
 
 
 class Score(Description):
-    """What the scores have in common; the one field of each is its parameter."""
+    """Base class of the scores; the only field of a subclass is its parameter."""
 
-    rewrites: ClassVar[bool] = False  # whether lowering computes another q or k
+    rewrites: ClassVar[bool] = False  # True if `lower` computes a new q or k
 
     def __post_init__(self) -> None:
         name = fields(self)[0].name
@@ -50,26 +57,26 @@ class Score(Description):
         return type(self)(parameter)  # type: ignore[call-arg]
 
     def default_scale(self, d: int) -> float:
-        """Of what has head dim d."""
+        """The default scale for head dim d of q."""
         return 1.0
 
     def check(self, q: Tensor, k: Tensor) -> None:
-        """Raises what is wrong with the parameter beside heads-first q and k."""
+        """Raise ValueError or TypeError if the parameter does not match q and k (heads-first)."""
         name, heads = f"score.{fields(self)[0].name}", q.shape[1]
         if isinstance(self.parameter, Tensor):
             check_parameter(name, self.parameter, q, *self._shapes(heads, q.shape[3], k.shape[3]))
 
     def materialize(self, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, Hq, M, N) by definition, in dtype; q (B, Hq, M, D), k (B, Hq or a divisor of it, N, D)."""
+        """The scores (B, Hq, M, N) by definition, computed in dtype, for q (B, Hq, M, D) and k (B, Hkv, N, D)."""
         group = q.shape[1] // k.shape[1] if k.shape[1] else 1
         k = k if group == 1 else k.repeat_interleave(group, 1)
         x = self.parameter
         return self._products(q.to(dtype), k.to(dtype), x.to(dtype) if isinstance(x, Tensor) else x)
 
     def lower(self, p: Problem, wide: bool = False) -> Problem:
-        """The same problem in words that every backend but the reference takes.
+        """An equivalent problem without `score`, for every backend except the reference.
 
-        wide: q and k that are rewritten stay in `Problem.lse_dtype`; else they are rounded to q's dtype.
+        wide: keep rewritten q and k in `Problem.lse_dtype` instead of rounding them to q's dtype.
         """
         q, k = p.q, p.k
         keys = None
@@ -79,19 +86,19 @@ class Score(Description):
         return self._lower(p.replace(q=q, k=k, score=None), p.lse_dtype if wide else p.q.dtype, keys)
 
     def _shapes(self, heads: int, d: int, dk: int) -> tuple[tuple[int, ...], ...]:
-        """Those that the parameter may have; () among them allows a float too."""
+        """The allowed shapes of the parameter; () allows a float too."""
         raise NotImplementedError
 
     def _products(self, q: Tensor, k: Tensor, x: Any) -> Tensor:
         raise NotImplementedError
 
     def _lower(self, p: Problem, dtype: torch.dtype, keys: Tensor | None) -> Problem:
-        """dtype: of q and k if they are rewritten. keys: bool (B or 1, 1, N, 1), those that matter; None: all."""
+        """dtype: of rewritten q and k. keys: bool (B or 1, 1, N, 1), the keys that some row sees, or None for all."""
         raise NotImplementedError
 
 
 def _per_head(x: float | Tensor, dims: int) -> float | Tensor:
-    """A float as it is; a tensor () or (Hq,) shaped to multiply (B, Hq, and as many dims more)."""
+    """A float unchanged; a tensor () or (Hq,) shaped to multiply (B, Hq, ...) with `dims` more dims."""
     return x.reshape(-1, *[1] * dims) if isinstance(x, Tensor) else x
 
 
@@ -99,12 +106,12 @@ def _per_head(x: float | Tensor, dims: int) -> float | Tensor:
 class Bilinear(Score):
     """q . w . k: "general" of Luong et al., "Effective approaches to attention-based neural machine translation", 2015.
 
-    w: (Dq, Dk), or (Hq, Dq, Dk) for a matrix of its own for each query head; float32 or q's dtype. k may have another
-    head dim than q. The default scale is Dq ** -0.5.
+    w: (Dq, Dk), or (Hq, Dq, Dk) for one matrix per query head; float32 or q's dtype. The head dim of k, Dk, may differ
+    from that of q, Dq. The default scale is Dq ** -0.5.
 
-    `tiled` and `reference` compute q . w in float32. The other backends round it to q's dtype once, as their products
-    need: in bfloat16 a score then errs by about 2^-9 of its terms, several times what rounding the output does. In
-    float16 it is first scaled by a power of two for each head, so that it does not overflow where the scores do not.
+    `tiled` and `reference` keep q . w in float32. The other backends round it to q's dtype; in bfloat16 that changes a
+    score by about 2^-9 of its terms, several times the rounding error of the output. In float16, q . w is scaled by a
+    power of two per head, so that it does not overflow unless the scores do.
 
     >>> import torch, fused_attn
     >>> q, k = torch.randn(2, 8, 10, 32), torch.randn(2, 8, 20, 48)
@@ -135,9 +142,10 @@ class Bilinear(Score):
 
 
 def _excess(q: Tensor) -> Tensor:
-    """(Hq,): the power of two by which to divide each head's q for float16, 1 where all of it is below LARGE.
+    """(Hq,): the power of two by which to divide each head's q in float16 so that |q| <= LARGE.
 
-    It makes q's gradient as much larger. With scores of order S that is of order S / LARGE, far from both ends.
+    The gradient of the divided q is larger by the same factor, about (size of the scores) / LARGE, and does not
+    overflow either.
     """
     q = q.detach()
     largest = torch.where(q.isfinite(), q.abs(), 0).amax((0, 2, 3))
@@ -146,10 +154,10 @@ def _excess(q: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cosine(Score):
-    """t times the cosine of the angle between q and k; norms below 1e-6 count as 1e-6, so zero vectors score 0.
+    """t q . k / (|q| |k|), with t an inverse temperature. Norms are at least 1e-6, so zero vectors score 0.
 
-    t: a float, or a tensor () or (Hq,), float32 or q's dtype: an inverse temperature that can be learned. Norms are
-    taken in float32, whatever the size of the vectors. Henry et al., "Query-key normalization for Transformers", 2020.
+    t: a float, or a tensor () or (Hq,), float32 or q's dtype, which may be learned. Norms are computed in float32
+    without overflow. Henry et al., "Query-key normalization for Transformers", 2020.
 
     >>> import torch, fused_attn
     >>> q = torch.randn(2, 8, 10, 32)
@@ -174,7 +182,7 @@ class Cosine(Score):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x over its norm. The largest element is taken out first, so that no square overflows."""
+    """x / |x|. Divided by its largest element first, so that no square overflows."""
     largest = x.detach().abs().amax(-1, keepdim=True).clamp_min(SHORTEST)
     norm = torch.linalg.vector_norm(x / largest, dim=-1, keepdim=True) * largest
     return x / norm.clamp_min(SHORTEST)
@@ -184,9 +192,9 @@ def _unit(x: Tensor) -> Tensor:
 class Distance(Score):
     """-|q - k|^2 / (2 h^2): the log of a Gaussian kernel of bandwidth h.
 
-    h: a float, or a tensor () or (Hq,), float32 or q's dtype, not zero. |q|^2 is kept, although a softmax does not see
-    it, because the log-sum-exp, sinks and other normalisers do. Not with softcap. Points may lie far from the origin:
-    keys that lie near each other are first moved there, with q.
+    h: a float, or a tensor () or (Hq,), float32 or q's dtype, not zero. The term |q|^2 cancels in a softmax, but not in
+    the log-sum-exp, with sinks or in other normalizers, so it is included. softcap raises ValueError. Accurate far from
+    the origin too: q and k are translated so that the keys are close to it.
 
     Tsai et al., "Transformer dissection: a unified understanding of Transformer's attention via the lens of kernel",
     2019.
@@ -226,59 +234,58 @@ class Distance(Score):
 
 
 def _moved_to_origin(p: Problem, keys: Tensor | None) -> Problem:
-    """q and k less the middle of the keys, where those lie closer to it than half its own distance from the origin.
+    """Translate q and k by the midrange of the keys, in each coordinate where all keys lie within half of it.
 
-    |q|^2 + |k|^2 - 2 q.k would cancel there. No difference depends on the middle, so no derivative flows through it.
-    Subtracting it from such keys is exact in every dtype (Sterbenz, "Floating-point computation", 1974), and elsewhere
-    it is 0, so that nothing is made worse: not by a key far from the others, nor by NaN. The smallest and largest
-    coordinates are the same in every order, so that packed sequences give the bits of dense ones.
+    There |q|^2 + |k|^2 - 2 q.k would cancel; elsewhere the translation is 0. Subtracting the midrange is exact in every
+    dtype (Sterbenz, "Floating-point computation", 1974). It is detached, since q - k does not depend on it. Minimum and
+    maximum do not depend on the order of keys, so packed and dense sequences get the same bits.
     """
     if p.empty:
         return p
     k = p.k.detach()
-    counts = k.isfinite()
+    included = k.isfinite()
     for condition in (keys, None if p.mask is None else _unmasked(p, p.mask)):
-        counts = counts if condition is None else counts & condition
-    low, high = (_extreme(p, torch.where(counts, x, torch.inf)) for x in (k, -k))
+        included = included if condition is None else included & condition
+    low, high = (_extreme(p, torch.where(included, x, torch.inf)) for x in (k, -k))
     low, high = low, -high
     middle = (low / 2 + high / 2).to(k.dtype)
     near = torch.maximum(high - middle, middle - low) <= middle.abs() / 2
     middle = torch.where(near, middle, 0)
     if p.ragged is None:
-        of_rows = of_keys = middle
+        q_middle = k_middle = middle
     else:
-        of_rows, of_keys = (
+        q_middle, k_middle = (
             middle[0, :, places(starts, x.shape[2])[0]][None] for starts, x in ((p.ragged.q, p.q), (p.ragged.k, k))
         )
-    of_rows = of_rows if p.group == 1 else of_rows.repeat_interleave(p.group, 1)
-    return p.replace(q=ordered_like(p.q - of_rows, p.q), k=ordered_like(p.k - of_keys, p.k))
+    q_middle = q_middle if p.group == 1 else q_middle.repeat_interleave(p.group, 1)
+    return p.replace(q=ordered_like(p.q - q_middle, p.q), k=ordered_like(p.k - k_middle, p.k))
 
 
 def _extreme(p: Problem, k: Tensor) -> Tensor:
-    """The smallest coordinates, (B, Hkv, 1, D); of ragged sequences (1, Hkv, B, D)."""
+    """The smallest value of each coordinate over the keys, (B, Hkv, 1, D); for packed sequences (1, Hkv, B, D)."""
     if p.ragged is None:
         return k.amin(2, keepdim=True)
     by_token = k[0].transpose(0, 1).contiguous()
-    found = torch.segment_reduce(by_token, "min", offsets=p.ragged.k.long(), axis=0, initial=torch.inf)
-    return found.transpose(0, 1)[None]
+    least = torch.segment_reduce(by_token, "min", offsets=p.ragged.k.long(), axis=0, initial=torch.inf)
+    return least.transpose(0, 1)[None]
 
 
 def _unmasked(p: Problem, mask: Tensor) -> Tensor:
-    """bool (B or 1, 1, N or 1, 1): the keys that a tensor mask shows to some row."""
+    """bool (B or 1, 1, N or 1, 1): the keys that a tensor mask allows for some row."""
     if p.ragged is None:
         return mask.any(2).any(1, keepdim=True)[..., None]
     rows = torch.arange(p.shape[2], device=mask.device) < p.ragged.q.diff()[:, None]
-    shown = (mask & rows[:, None, :, None]).any(2).any(1)
+    allowed = (mask & rows[:, None, :, None]).any(2).any(1)
     b, j = places(p.ragged.k, p.k.shape[2])
-    return shown.expand(-1, p.shape[3])[b, j][None, None, :, None]
+    return allowed.expand(-1, p.shape[3])[b, j][None, None, :, None]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Additive(Score):
     """w . tanh(q + k): Bahdanau et al., "Neural machine translation by jointly learning to align and translate", 2015.
 
-    w: (D,), or (Hq, D) for weights of its own for each query head; float32 or q's dtype. The learned projections of the
-    paper are the caller's (`fused_attn.modules.AdditiveAttention` has them).
+    w: (D,), or (Hq, D) for one vector per query head; float32 or q's dtype. `fused_attn.modules.AdditiveAttention` adds
+    the learned projections of the paper.
 
     >>> import torch, fused_attn
     >>> q, k, v = torch.randn(2, 1, 7, 32), torch.randn(2, 1, 30, 32), torch.randn(2, 1, 30, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import itertools
 import pickle
 from typing import Any
@@ -294,3 +295,7 @@ def test_tiled_rounds_no_rewritten_vector(backend: str | None, dtype: torch.dtyp
     )
     assert ours <= 2 * reference
     assert attention(q, k, v, score=make(parameter), backend=backend).dtype == dtype
+
+
+def test_examples() -> None:
+    assert doctest.testmod(scores, raise_on_error=True).attempted >= 14

@@ -1,4 +1,4 @@
-"""Which tile sizes a kernel runs with: override scope -> the architecture's table -> heuristic."""
+"""Kernel configurations: an `override` scope, else the table of the architecture, else a heuristic."""
 
 from .config import Config, override
 from .select import architecture, config, key, validated

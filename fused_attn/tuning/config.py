@@ -1,4 +1,4 @@
-"""A configuration is data: frozen, hashable, and pinned through a scope, never by editing a global."""
+"""The configuration of one kernel launch, and a scope that overrides it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is cut and scheduled.
+    """Tile sizes and schedule of one kernel.
 
-    BLOCK_M counts query rows, BLOCK_N keys; the tile that a program owns and the tile that its loop visits follow from
-    the kernel. overlap: the products of the next tile (forward) or both products of this one (backward) are issued
-    before the exponentials, at the price of registers. split: dk and dv come from two launches, because registers do
-    not hold both at a large head dim; the scores are computed once more. descriptors: full tiles of keys and values
-    come by TMA, which leaves the registers of their pointers to the products (forward, from sm_90 on).
+    BLOCK_M         query rows of a tile, a power of two from 16
+    BLOCK_N         keys of a tile, a power of two from 16
+    num_warps       1, 2, 4, 8 or 16
+    num_stages      depth of the software pipeline, at least 1
+    overlap         issue the products of the next tile (forward), or both products of this one (backward), before the
+                    exponentials; it takes more registers
+    split           compute dk and dv in two launches, each with fewer registers, for a large head dim; the scores are
+                    computed twice
+    descriptors     load full tiles of k and v by TMA, which frees the registers of pointers (forward, from sm_90 on)
 
-    Of the Hopper kernels: consumers, groups of four warps with a tile each, BLOCK_M rows (forward) or BLOCK_N keys
-    (backward); num_stages of keys and values (forward) or rows (backward) stand in shared memory; pingpong: consumers
-    take turns in issuing products; overlap (backward): the scores of the next tile are issued behind dk; ordered: dq is
-    added up in one order, and the one-pass backward serves deterministic calls too.
+    Hopper kernels:
+
+    consumers       warpgroups with a tile each, of BLOCK_M rows (forward) or BLOCK_N keys (backward)
+    num_stages      tiles of k and v (forward) or q and do (backward) in shared memory
+    pingpong        consumers alternate in issuing products
+    overlap         issue the scores of the next tile after dk (backward)
+    ordered         add dq in a fixed order, so that the one-pass backward is deterministic
     """
 
     BLOCK_M: int
@@ -52,7 +59,7 @@ class Config:
         return self._hash  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
-        """128x64 w8 s2 overlap: BLOCK_M x BLOCK_N, warps, stages; x2: of each of two consumers."""
+        """Such as "128x64 w8 s2 x2 overlap": BLOCK_M x BLOCK_N, warps, stages, consumers if not 1, flags."""
         text = f"{self.BLOCK_M}x{self.BLOCK_N} w{self.num_warps} s{self.num_stages}"
         text += f" x{self.consumers}" if self.consumers > 1 else ""
         for flag in ("overlap", "split", "descriptors", "pingpong", "ordered"):
@@ -61,7 +68,7 @@ class Config:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Config:
-        """A table row may hold more than the configuration: who validated it, and where the result lies."""
+        """From a table row, whose other fields are ignored."""
         return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
 
     def to_row(self) -> dict[str, Any]:
@@ -73,7 +80,12 @@ _overrides: ContextVar[dict[str, Config]] = ContextVar("fused_attn_config_overri
 
 @contextlib.contextmanager
 def override(**configs: Config) -> Iterator[None]:
-    """Pin the configuration of kernels by name inside a `with`: override(forward=Config(...), dq=Config(...))."""
+    """Set the configuration of kernels, by name, inside a `with`: override(forward=Config(...), dq=Config(...)).
+
+    >>> from fused_attn import tuning
+    >>> with tuning.override(forward=tuning.Config(64, 32, num_warps=4, num_stages=2)):
+    ...     pass  # calls of the triton backend
+    """
     token = _overrides.set({**_overrides.get(), **configs})
     try:
         yield
@@ -82,7 +94,7 @@ def override(**configs: Config) -> Iterator[None]:
 
 
 def overrides() -> dict[str, Config]:
-    """What is pinned here and now."""
+    """The configurations set by the enclosing `override` scopes."""
     return _overrides.get()
 
 

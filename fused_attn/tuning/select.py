@@ -1,16 +1,16 @@
-"""The choice of a configuration: override scope -> the architecture's table -> heuristic.
+"""Select a kernel's configuration: an `override` scope, else the table of the architecture, else a heuristic.
 
-A table, tables/<architecture>.json, maps `key(...)` to a row: the fields of Config, and what else is known of it
-("validated", "result"). A key is "<kernel>/<class>/<D>" or "<kernel>/<class>/<D>/<variant>":
+A table, tables/<architecture>.json, maps `key(...)` to a row: the fields of Config, and "validated" (correct and fast
+on a GPU) with the "result" file that shows it. A key is "<kernel>/<class>/<D>" or "<kernel>/<class>/<D>/<variant>":
 
     kernel   forward, dkdv, dq, dbias, delta; additive_forward and additive_backward, whose D is that of the values; and
              on sm_90 hopper_forward and hopper_backward, which have no heuristic
     class    half (float16, bfloat16) or single (float32)
     D        the larger of the padded head dims of q and v: 16, 32, 64, 128, 256, 512
-    variant  with_modifiers: a modifier, tensor mask or dropout shares the registers. Without such a row the plain one
-             serves, one step smaller where it would not fit.
+    variant  with_modifiers: with a modifier, tensor mask or dropout, which need registers. If there is no such row, the
+             plain row is used.
 
-Sequence lengths are no part of a key, so that a new length never compiles.
+A key has no sequence length, so a new length does not recompile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..spec.problem import HALF
 from .config import Config, overridden
 
 KERNELS = ("forward", "dkdv", "dq", "dbias", "delta", "additive_forward", "additive_backward")
-STATISTICS = ("row_statistics", "key_mass", "map")  # these have heuristics and no rows, as "decode" has
+STATISTICS = ("row_statistics", "key_mass", "map")  # these and "decode" have heuristics but no rows
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 # Bytes of shared memory that one program may use.
@@ -43,7 +43,7 @@ SHARED = {
 
 
 def padded(dim: int) -> int:
-    """The head dim that a tile has: a power of two, at least what a matrix product takes."""
+    """The head dim of a tile: the next power of two, at least 16, the minimum of a matrix product."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -54,7 +54,7 @@ def key(kernel: str, dtype: torch.dtype, d: int, dv: int, with_modifiers: bool =
 
 
 def architecture(device: torch.device) -> str:
-    """The table that serves a device; "interpreter" on the CPU."""
+    """The name of a device's table; "interpreter" on the CPU."""
     if device.type != "cuda":
         return "interpreter"
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
@@ -72,7 +72,7 @@ def _architecture(index: int) -> str:
 
 @functools.cache
 def table(arch: str) -> dict[str, dict[str, Any]]:
-    """The rows of an architecture; empty where nobody has written any."""
+    """The rows of an architecture; empty if it has no table."""
     file = resources.files(__package__) / "tables" / f"{arch}.json"
     return json.loads(file.read_text())["rows"] if file.is_file() else {}
 
@@ -90,21 +90,21 @@ def _chosen(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, with_mo
 
 
 def _row(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, with_modifiers: bool) -> dict[str, Any]:
-    """The table's row that serves, or an empty one."""
+    """The table's row for this key, or an empty one."""
     rows = table(arch)
     return rows.get(key(kernel, dtype, d, dv, with_modifiers)) or rows.get(key(kernel, dtype, d, dv), {})
 
 
 @functools.cache
 def validated(kernel: str, arch: str, dtype: torch.dtype, d: int, dv: int, *, with_modifiers: bool = False) -> bool:
-    """Whether the kernel, with the configuration that the table gives it, has been right and fast on a GPU."""
+    """True if the table's configuration was correct and fast on a GPU."""
     return bool(_row(kernel, arch, dtype, d, dv, with_modifiers).get("validated"))
 
 
 def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, with_modifiers: bool) -> Config:
-    """What a table does not say: small enough for the shared memory and registers of the architecture."""
+    """A configuration that fits the shared memory and registers of the architecture."""
     if arch == "interpreter":
-        # A tile costs about as much whatever its size, so few large ones; several, so that the loops are walked.
+        # The cost per tile hardly depends on its size: large tiles, but small enough that loops run several times.
         size = int(os.environ.get("FUSED_ATTN_INTERPRETER_BLOCK", 64))
         return Config(size // 2, size // 2, 1, 1, overlap=True) if d > 128 else Config(size, size // 2, 1, 1, True)
     if kernel == "delta":
@@ -116,7 +116,7 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, with_modifiers
     if kernel in STATISTICS:
         return _statistics(kernel, arch, dtype, d)
     half = dtype in HALF
-    roomy = SHARED[arch] > 200 * 1024
+    large = SHARED[arch] > 200 * 1024
     if not half:
         small = {16: (64, 32), 32: (64, 32), 64: (64, 32), 128: (32, 32), 256: (32, 16), 512: (16, 16)}[d]
         return Config(*small, num_warps=4 if d < 256 else 8, num_stages=1)
@@ -138,7 +138,7 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, with_modifiers
             256: (16, 32, 8, 1), 512: (16, 16, 8, 1),
         }[d]  # fmt: skip
         chosen = Config(m, n, warps, stages)
-    if not roomy and d >= 128:
+    if not large and d >= 128:
         chosen = replace(chosen, num_stages=1)
     if with_modifiers:
         chosen = replace(chosen, overlap=False, num_stages=min(chosen.num_stages, 2))
@@ -146,8 +146,8 @@ def heuristic(kernel: str, arch: str, dtype: torch.dtype, d: int, with_modifiers
 
 
 def _additive(kernel: str, arch: str, dtype: torch.dtype, dv: int) -> Config:
-    """Bound by special functions and issue. A warp has whole rows of 32 lanes, so long tiles load the fewest features;
-    the values' head dim is what takes registers beside the scores."""
+    """Limited by tanh and instruction issue. A row of a tile is a multiple of 32 lanes, so long rows load the fewest
+    features; registers hold the scores and the output, whose size is Dv."""
     if dtype not in HALF:
         owned, swept, warps = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4)}.get(dv, (16, 16, 8))
     elif kernel == "additive_forward":
@@ -165,22 +165,22 @@ def _additive(kernel: str, arch: str, dtype: torch.dtype, dv: int) -> Config:
 
 
 def _statistics(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Config:
-    """No values and no accumulator beside the scores; a map wants registers for the places that it writes to."""
+    """No values and no output accumulator; a map needs registers for its output pointers."""
     if dtype in HALF:
-        # A wavefront of gfx942 has 64 lanes, which 32 short rows do not give 16 bytes each.
+        # A wavefront of gfx942 has 64 lanes; 32 rows of at most 32 elements have less than 16 bytes per lane.
         short = kernel == "map" and not (arch == "gfx942" and d <= 32)
         owned, swept = {256: (64, 32), 512: (64, 16)}.get(d, (64, 32 if short else 64))
     else:
         owned, swept = {128: (32, 32), 256: (32, 16), 512: (16, 16)}.get(d, (32 if kernel == "map" else 64, 32))
-    roomy = SHARED[arch] > 128 * 1024
-    owned = owned if d < 512 or roomy else min(owned, 32)
-    stages = 2 if dtype in HALF and (d < 256 or roomy) else 1
+    large = SHARED[arch] > 128 * 1024
+    owned = owned if d < 512 or large else min(owned, 32)
+    stages = 2 if dtype in HALF and (d < 256 or large) else 1
     return Config(*((swept, owned) if kernel == "key_mass" else (owned, swept)), num_warps=4, num_stages=stages)
 
 
 def _decode(arch: str, dtype: torch.dtype, d: int, with_modifiers: bool) -> Config:
-    """Bound by memory: as many keys and values on their way as the shared memory of two programs holds. BLOCK_M is for
-    packed rows at most; a step of generation has fewer. In float32 more rows, or fewer warps, spill."""
+    """Limited by memory bandwidth: as many stages of keys and values as let two programs share an SM. BLOCK_M is an
+    upper bound for the packed rows; a decoding step has fewer. In float32 more rows or fewer warps spill registers."""
     if dtype not in HALF:
         return Config(16, 32 if d <= 128 else 16, num_warps=8, num_stages=2 if d <= 128 and arch != "gfx942" else 1)
     keys = {16: 128, 32: 128, 64: 128, 128: 64, 256: 32, 512: 16}[d]

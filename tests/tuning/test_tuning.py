@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -120,3 +122,7 @@ def test_what_the_hopper_kernels_lack_is_named(
 ) -> None:
     monkeypatch.setattr(hopper, "_machine", lambda device: [])
     assert any(word in reason for reason in refusals(**options, backend="hopper"))
+
+
+def test_examples() -> None:
+    assert doctest.testmod(import_module("fused_attn.tuning.config"), raise_on_error=True).attempted >= 2
