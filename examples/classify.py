@@ -51,7 +51,7 @@ plt.switch_backend("Agg")
 
 SENTENCES = Path(__file__).with_name("law.csv")
 FOURTH = 4  # one of so many sentences is held out
-MISJUDGED_ALLOWED = 0.1
+ERRORS_ALLOWED = 0.1
 RATE, HEAD_RATE, WARMUP = 5e-5, 5e-3, 6  # learning rates of the pretrained layers and of the new one; warmup steps
 POINTS = 32  # of the integral over gradients
 Tokens = dict[str, Tensor]
@@ -95,7 +95,7 @@ class Classifier(nn.Module):
         return torch.tensor([self.areas.index(x.area) for x in sentences])
 
     @torch.no_grad()
-    def judged(self, sentences: list[Sentence], batch: int = 32) -> Tensor:
+    def predict(self, sentences: list[Sentence], batch: int = 32) -> Tensor:
         """The likeliest area of each sentence, (len(sentences),) on the CPU."""
         parts = [sentences[i : i + batch] for i in range(0, len(sentences), batch)]
         return torch.cat([self(self.tokens([x.text for x in part])).argmax(1) for part in parts]).cpu()
@@ -120,7 +120,7 @@ class Run:
     model: Classifier
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    judged: Tensor | None = None
+    predictions: Tensor | None = None
 
 
 def start(
@@ -187,7 +187,7 @@ def trained(
             with minilm.attention_by(run.model.encoder, run.implementation, run.backend):
                 for _ in training(run, steps):
                     progress.update(task, advance=1, description=f"{run.name}: loss {run.losses[-1]:.3f}")
-                run.judged = run.model.judged(held_out)
+                run.predictions = run.model.predict(held_out)
         progress.update(task, description="done")
     return runs[1], runs[0]
 
@@ -196,7 +196,7 @@ def trained(
 
 
 @dataclass
-class Weighed:
+class WordWeights:
     """A sentence, its words, their weights, and the log odds lost by masking each word alone."""
 
     sentence: Sentence
@@ -227,7 +227,7 @@ def integrated_gradients(model: Classifier, tokens: Tokens, area: Tensor) -> Ten
     return ((whole - masked) * total / POINTS).sum(-1)
 
 
-def places(model: Classifier, text: str) -> list[tuple[str, list[int]]]:
+def token_positions(model: Classifier, text: str) -> list[tuple[str, list[int]]]:
     """The words, separated by white space, and the positions of their tokens."""
     offsets = model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return [
@@ -236,13 +236,13 @@ def places(model: Classifier, text: str) -> list[tuple[str, list[int]]]:
     ]
 
 
-def weighed(model: Classifier, sentences: list[Sentence]) -> list[Weighed]:
+def word_weights(model: Classifier, sentences: list[Sentence]) -> list[WordWeights]:
     """The weights of each sentence's words for its predicted area."""
     tokens = model.tokens([x.text for x in sentences])
-    area = model.judged(sentences).to(model.encoder.device)
+    area = model.predict(sentences).to(model.encoder.device)
     results = []
     for sentence, own, weights in zip(sentences, area, integrated_gradients(model, tokens, area), strict=True):
-        words = places(model, sentence.text)
+        words = token_positions(model, sentence.text)
         single = model.tokens([sentence.text] * (len(words) + 1))  # the last row stays unmasked
         for row, (_, positions) in enumerate(words):
             single["input_ids"][row, positions] = model.tokenizer.mask_token_id
@@ -250,18 +250,18 @@ def weighed(model: Classifier, sentences: list[Sentence]) -> list[Weighed]:
             odds = log_odds(model(single), own.expand(len(words) + 1))
         sums = [weights[positions].sum().item() for _, positions in words]
         costs = (odds[-1] - odds[:-1]).tolist()
-        results.append(Weighed(sentence, model.areas[own], [word for word, _ in words], sums, costs))
+        results.append(WordWeights(sentence, model.areas[own], [word for word, _ in words], sums, costs))
     return results
 
 
-def to_show(held_out: list[Sentence], judged: Tensor, areas: list[str], misjudged: int = 2) -> list[Sentence]:
+def to_show(held_out: list[Sentence], predictions: Tensor, areas: list[str], errors: int = 2) -> list[Sentence]:
     """The first held-out sentence of each area, and the first misclassified ones."""
-    wrong = [x for x, i in zip(held_out, judged, strict=True) if x.area != areas[i]]
+    wrong = [x for x, i in zip(held_out, predictions, strict=True) if x.area != areas[i]]
     first = [next(x for x in held_out if x.area == area) for area in areas]
-    return list(dict.fromkeys(first + wrong[:misjudged]))
+    return list(dict.fromkeys(first + wrong[:errors]))
 
 
-def draw(shown: list[Weighed], path: Path) -> None:
+def draw(shown: list[WordWeights], path: Path) -> None:
     """Draw one sentence per line; red words speak for the predicted area, blue ones against it."""
     size, margin = 10, 26  # points, characters
     wide, high = 0.602 * size / 72, 0.36  # a character of the font, a line, in inches
@@ -292,24 +292,24 @@ def draw(shown: list[Weighed], path: Path) -> None:
 # --- results
 
 
-def misjudged(run: Run, held_out: list[Sentence]) -> float:
-    return (run.judged != run.model.labels(held_out)).double().mean().item()
+def error_rate(run: Run, held_out: list[Sentence]) -> float:
+    return (run.predictions != run.model.labels(held_out)).double().mean().item()
 
 
-def promises(ours: Run, theirs: Run, held_out: list[Sentence], shown: list[Weighed]) -> list[Promise]:
+def promises(ours: Run, theirs: Run, held_out: list[Sentence], shown: list[WordWeights]) -> list[Promise]:
     others = statistics.mean(x.cost_of_others() for x in shown)
     heaviest = statistics.mean(x.costs[x.heaviest()] for x in shown)
     return [
         *same_losses(ours.losses, theirs.losses),
-        (f"share of held-out sentences misclassified, {ours.name}", misjudged(ours, held_out), MISJUDGED_ALLOWED),
+        (f"share of held-out sentences misclassified, {ours.name}", error_rate(ours, held_out), ERRORS_ALLOWED),
         ("log odds lost by masking another word (at most: by masking the heaviest one)", others, heaviest),
     ]
 
 
 def confusion(run: Run, held_out: list[Sentence]) -> Table:
     areas = run.model.areas
-    right = sum(x.area == areas[i] for x, i in zip(held_out, run.judged, strict=True))
-    counts = Counter((x.area, areas[i]) for x, i in zip(held_out, run.judged, strict=True))
+    right = sum(x.area == areas[i] for x, i in zip(held_out, run.predictions, strict=True))
+    counts = Counter((x.area, areas[i]) for x, i in zip(held_out, run.predictions, strict=True))
     table = Table(
         title=f"\n{right} of {len(held_out)} held-out sentences classified correctly by {run.name} "
         f"({right / len(held_out):.1%}); rows are the true area",
@@ -328,7 +328,7 @@ def figures(runs: tuple[Run, Run], held_out: list[Sentence]) -> Table:
     for heading in ("attention", "first loss", "last loss", "held-out accuracy", "seconds of training"):
         table.add_column(heading, justify="right" if table.columns else "left")
     for run in runs:
-        accuracy = 1 - misjudged(run, held_out)
+        accuracy = 1 - error_rate(run, held_out)
         table.add_row(
             run.name, f"{run.losses[0]:.5f}", f"{run.losses[-1]:.5f}", f"{accuracy:.1%}", f"{run.seconds:.1f}"
         )
@@ -362,7 +362,7 @@ def main(command: list[str] | None = None) -> int:
     console = Console(width=max(120, Console().width))
     ours, theirs = trained(train, held_out, options, console)
     with minilm.attention_by(ours.model.encoder, ours.implementation, ours.backend):
-        shown = weighed(ours.model, to_show(held_out, ours.judged, ours.model.areas))
+        shown = word_weights(ours.model, to_show(held_out, ours.predictions, ours.model.areas))
     console.print(
         f"{len(train)} training sentences, {len(held_out)} held out. Trained on {options.device}.", highlight=False
     )

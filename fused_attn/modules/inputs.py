@@ -79,7 +79,7 @@ def _wrong_shape(name: str, x: Tensor, query: Tensor, width: int | None, batch_f
     return f"{name}: expected {allowed}, got shape {tuple(x.shape)}"
 
 
-def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -> None:
+def check_mask(name: str, mask: Any, query: Tensor, *shapes: tuple[int, ...]) -> None:
     """Check that a mask is None, or a bool or float tensor of one of the shapes."""
     if mask is None:
         return
@@ -87,8 +87,8 @@ def check_mask(name: str, mask: Any, beside: Tensor, *shapes: tuple[int, ...]) -
         raise InputTypeError(f"{name}: expected a bool or float tensor, got {describe(mask)}")
     if not one_of(tuple(mask.shape), shapes):
         raise InputError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
-    if mask.device != beside.device:
-        raise ValueError(f"{name}: expected query's device {beside.device}, got {mask.device}")
+    if mask.device != query.device:
+        raise ValueError(f"{name}: expected query's device {query.device}, got {mask.device}")
 
 
 def mask_and_bias(q: Tensor, masks: dict[str, Tensor], added: int = 0) -> tuple[Tensor | None, Tensor | None]:

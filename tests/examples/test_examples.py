@@ -327,13 +327,15 @@ def test_classify_notices_a_wrong_attention(
     ],
 )
 def test_classify_promises(wrong: int, factor: float, costs: list[float], broken: list[int], classify: ModuleType):
-    """Of 20 held-out sentences some are misjudged; a loss is off by a factor; the second word weighed most."""
+    """Some of 20 held-out sentences are misclassified; a loss is off by a factor; the second word weighed most."""
     held_out = [classify.Sentence("", "tax")] * 20
     model = SimpleNamespace(labels=lambda sentences: torch.zeros(len(sentences)))
-    judged = torch.tensor([1.0] * wrong + [0.0] * (20 - wrong))
-    ours, theirs = (classify.Run("", "", None, model, [3.0 - 0.05 * i for i in range(30)], 0, judged) for _ in "ab")
+    predictions = torch.tensor([1.0] * wrong + [0.0] * (20 - wrong))
+    ours, theirs = (
+        classify.Run("", "", None, model, [3.0 - 0.05 * i for i in range(30)], 0, predictions) for _ in "ab"
+    )
     ours.losses[7] *= factor
-    shown = [classify.Weighed(held_out[0], "tax", ["a", "b"], [-1.0, 0.5], costs)]
+    shown = [classify.WordWeights(held_out[0], "tax", ["a", "b"], [-1.0, 0.5], costs)]
     promised = classify.promises(ours, theirs, held_out, shown)
     assert [i for i, (_, value, allowed) in enumerate(promised) if not value <= allowed] == broken
     assert classify.verdicts(promised)[1] == len(broken)
@@ -369,13 +371,13 @@ def test_classify_log_odds(classify: ModuleType) -> None:
 def test_classify_words_have_their_tokens(classify: ModuleType, untrained: torch.nn.Module) -> None:
     """All but the special tokens, each in one word."""
     text = "The co-owner's re-registration wasn't 'unlawful', was it?"
-    found = classify.places(untrained, text)
+    found = classify.token_positions(untrained, text)
     assert [word for word, _ in found] == text.split()
     assert [i for _, taken in found for i in taken] == list(range(1, len(untrained.tokenizer(text)["input_ids"]) - 1))
 
 
 def test_classify_masks_one_word_at_a_time(classify: ModuleType, untrained: torch.nn.Module) -> None:
-    (found,) = classify.weighed(untrained, [classify.Sentence("A mortgagee sued.", "tenancy")])
+    (found,) = classify.word_weights(untrained, [classify.Sentence("A mortgagee sued.", "tenancy")])
     pieces = len(untrained.tokenizer.tokenize("mortgagee"))
     assert found.words == ["A", "mortgagee", "sued."] and pieces > 1
     own = torch.tensor([untrained.areas.index(found.predicted)])

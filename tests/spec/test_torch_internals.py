@@ -177,6 +177,12 @@ def test_versions_and_views() -> None:
     assert not internals.is_view(x)
 
 
+def test_zero_tensors() -> None:
+    zero = torch._efficientzerotensor(3)
+    assert internals.is_zero_tensor(zero)
+    assert not internals.is_zero_tensor(zero.clone()) and not internals.is_zero_tensor(torch.zeros(3))
+
+
 @pytest.mark.parametrize("causal", (False, True))
 def test_sdpa_on_cpu(causal: bool) -> None:
     q, k, v = (torch.randn(1, 2, length, 8, requires_grad=True) for length in (5, 5, 5))
