@@ -9,7 +9,7 @@ TypeError or ValueError.
 
 Each class implements its score twice. `materialize` is the definition, used by the reference. `lower` rewrites the
 problem for the other backends: Bilinear and Cosine as dot products of other q and k, Distance as a dot product plus a
-term per row and per key, Additive as weights of its own kernels. Rows and keys that are masked for all others are set
+term per row and per key, Additive as weights of its own kernels. Rows that see no key and keys that no row sees are set
 to zero first, because padding may hold NaN.
 
 Scores can be pickled, copied, printed, compared and moved (`to`). A tensor is kept by reference and read at each call,

@@ -1,6 +1,8 @@
 """The tolerance rule: the largest error of a result relative to float64.
 
-|got - oracle| <= 2 E + 8 eps(dtype) max|oracle| + 8 eps(float32) A,    elementwise, with E = max|plain - oracle|
+    |got - oracle| <= 2 E + 8 eps(dtype) max|oracle| + 8 eps(float32) A,    E = max|plain - oracle|
+
+oracle is float64, plain is plain PyTorch in dtype, and A sums absolute terms (see `absolute_sums`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ...spec.problem import Mask, Problem, ordered_like
 from ...spec.torch_internals import is_view, is_zero_tensor, sdpa_on_cpu, sdpa_on_cpu_backward
 from ...spec.transforms import Version, by_operations, transform_of_cotangents, vjp
 from ..tiled import attention as tiled
-from .pieces import ALL, Piece, padding_of, pieces_of_lengths, pieces_of_padding, pieces_of_problem, searched
+from .pieces import ALL, Piece, may_be_padding, padding_of, pieces_of_lengths, pieces_of_padding, pieces_of_problem
 
 LARGE = 64.0  # largest |log-sum-exp| for the backward: rounding it changes a weight by 2**-18
 LARGEST = torch.finfo(torch.float32).max
@@ -90,7 +90,7 @@ class Kernel:
 
     def __init__(self, p: Problem, search: bool = True) -> None:
         """search: whether to look for padding in the mask."""
-        visible = padding_of(p.mask) if search and p.mask is not None and searched(p) else None
+        visible = padding_of(p.mask) if search and p.mask is not None and may_be_padding(p) else None
         pieces = None if visible is None else pieces_of_padding(p.span, p.shape, visible)
         self.unpadded = pieces is not None
         pieces = pieces_of_problem(p) if pieces is None else pieces
@@ -212,11 +212,11 @@ class Repeated:
     use the same ones.
     """
 
-    __slots__ = ("kernel", "last", "lengths", "searched", "shape", "span")
+    __slots__ = ("kernel", "last", "lengths", "padding", "shape", "span")
 
     def __init__(self, p: Problem, lengths: bool) -> None:
         """lengths: the span's `hi` comes from `Mask.lengths`, and calls pass the lengths as `mask`."""
-        self.kernel, self.searched, self.lengths = Kernel(p, search=False), searched(p), lengths
+        self.kernel, self.padding, self.lengths = Kernel(p, search=False), may_be_padding(p), lengths
         self.shape, self.span = p.shape, replace(p.span, hi=None)
         self.last: tuple[Any, Kernel] | None = None
 
@@ -233,7 +233,7 @@ class Repeated:
         if self.lengths:
             kernel = self._of_lengths(mask)
             return None if kernel is None else kernel(q, k, v, bias)
-        kernel = self._of_padding(mask) if self.searched else None
+        kernel = self._of_padding(mask) if self.padding else None
         if kernel is not None:
             return kernel(q, k, v, bias)
         return self.kernel(q, k, v, additive_mask(mask, bias, q.dtype))

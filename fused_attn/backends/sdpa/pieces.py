@@ -176,7 +176,7 @@ def _piece(batch: slice, rows: slice, keys: slice, causal: bool, total: int) -> 
     return Piece(batch, rows, keys, read, causal)
 
 
-def searched(p: Problem) -> bool:
+def may_be_padding(p: Problem) -> bool:
     """True if the mask may be padding (keys at either end that no row of a sequence sees) and p is large enough."""
     mask, (b, heads, m, n) = p.mask, p.shape
     if mask is None or mask.shape[1] > 1 or mask.shape[3] != n or p.ragged is not None:

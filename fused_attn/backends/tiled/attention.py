@@ -102,8 +102,8 @@ def _softmax_tile(ws: Workspace, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         ws.unfold(m).copy_(p.sink[ws.chunk.heads, None, None])
         total = torch.exp(m - finite_peak(m))
     for keys in tile.key_tiles():
-        s4 = ws.scores(q, tile, keys)
-        s = ws.fold(s4)
+        s4 = ws.scores(q, tile, keys)  # (B, Hq, rows, keys)
+        s = ws.fold(s4)  # (B * Hkv, group * rows, keys), the same memory
         new = torch.maximum(m, s.amax(-1, keepdim=True))
         peak = finite_peak(new)
         exp_minus(s, peak)
@@ -179,8 +179,8 @@ def _backward_tile(ws: Workspace, tile: Tile, dout: Tensor, rows: tuple[Tensor, 
     peak, log_sum, delta = (ws.of_rows(x, tile) for x in rows) if rows else (None, None, None)
     grads.open_rows(ws, q)
     for keys in tile.key_tiles():
-        weights4 = ws.scores(q, tile, keys)
-        weights = ws.fold(weights4)
+        weights4 = ws.scores(q, tile, keys)  # (B, Hq, rows, keys)
+        weights = ws.fold(weights4)  # (B * Hkv, group * rows, keys), the same memory
         if p.sigmoid:
             weights.sigmoid_()
         else:
