@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_attn
 from fused_attn import BackendError, attention_decode
 from fused_attn.backends.triton import decode as decoding
-from fused_attn.backends.triton import portable
+from fused_attn.backends.triton import settings
 from tests import ROOT
 from tests.api.decoding import Call, Given
 from tests.runtime.compilations import COMPILATIONS
@@ -234,7 +234,7 @@ def test_as_many_parts_as_keep_the_device_busy(name: str, monkeypatch: pytest.Mo
         counts.append(real(*args)[0])
         return real(*args)
 
-    monkeypatch.setattr(portable, "multiprocessors", lambda device: 16)
+    monkeypatch.setattr(settings, "multiprocessors", lambda device: 16)
     monkeypatch.setattr(decoding, "parts", counted)
     given = Given(CALLS[name])
     given.check(*given.run("triton"))
@@ -300,7 +300,7 @@ def test_bytes_of_a_window(loaded: list[Any]) -> None:
 COUNTER = (
     COMPILATIONS
     + """
-from fused_attn.spec.problem.decoding import Cache, Decode, Rotary
+from fused_attn.spec.decoding import Cache, Decode, Rotary
 from fused_attn.backends.triton import decode, settings
 
 settings.multiprocessors = lambda device: 132

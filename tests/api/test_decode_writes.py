@@ -132,7 +132,7 @@ def test_through_flash_attn() -> None:
 def test_on_a_device_it_is_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     k, v = torch.zeros(2, B, N, HEADS, D)
     words = {"cache_batch_idx": ints(1, 1, 0)}
-    monkeypatch.setattr(decoding, "readable", lambda x: fused_attn.spec.problem.checks._debugging.get())
+    monkeypatch.setattr(decoding, "readable", lambda x: fused_attn.spec.checks._debugging.get())
     call(k, v, ints(0, 1, 2), **words)
     with fused_attn.debug(), pytest.raises(ValueError, match="cache_batch_idx"):
         call(k, v, ints(0, 1, 2), **words)
