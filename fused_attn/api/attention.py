@@ -11,7 +11,7 @@ from torch import Tensor
 from ..runtime import call_cache, dispatch
 from ..runtime.autocast import no_autocast
 from ..spec import state
-from ..spec.checks import as_bool, check_choice
+from ..spec.checks import as_bool, check_choice, check_dense
 from ..spec.options import Options
 from ..spec.problem import Mask, Problem, describe
 from . import keywords, nested
@@ -163,6 +163,8 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd"
     for name, given in (("outs", outs), ("lses", lses)):
         if not isinstance(given, (list, tuple)) or not all(isinstance(x, Tensor) for x in given):
             raise TypeError(f"{name}: expected a list of tensors, got {describe(given)}")
+        for i, x in enumerate(given):
+            check_dense(f"{name}[{i}]", x)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"lses: expected one for each of the {len(outs)} outs (at least one), got {len(lses)}")
     swap = layout == "bshd"

@@ -222,6 +222,7 @@ def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
     if isinstance(seed, Tensor):
         if not is_integers(seed) or seed.ndim != 0:
             raise TypeError(f"seed: expected None, an int or a 0-d integer tensor, got {describe(seed)}")
+        check_dense("seed", seed)
         seed = seed.to(q.device, torch.int64)
     elif seed is not None:
         seed = as_int("seed", seed, "None, an int or a 0-d integer tensor")

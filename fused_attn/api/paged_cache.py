@@ -19,7 +19,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..spec.checks import as_int, check_shape, describe
+from ..spec.checks import as_int, check_dense, check_shape, describe
 from ..spec.decoding import Cache
 from ..spec.problem import DTYPES
 
@@ -298,6 +298,7 @@ class PagedKVCache:
     def _check_kv(self, name: str, x: Any, batch: int, data: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
+        check_dense(name, x)
         layers, _, _, heads, dim = data.shape
         dims, sizes = f"B, T, num_kv_heads, {'head_dim' if name == 'k' else 'value_dim'}", (batch, None, heads, dim)
         if layers == 1 and x.ndim == 4:

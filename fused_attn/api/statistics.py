@@ -12,7 +12,7 @@ from ..backends import reference
 from ..runtime import dispatch, ops
 from ..runtime.autocast import no_autocast
 from ..runtime.no_derivative import underived
-from ..spec.checks import as_bool, as_int, describe
+from ..spec.checks import as_bool, as_int, check_dense, describe
 from ..spec.options import Options
 from ..spec.problem import Mask, Problem, Statistics
 from . import keywords
@@ -224,6 +224,7 @@ def _choice(name: str, chosen: Any, count: int) -> list[int]:
     if isinstance(chosen, Tensor):
         if chosen.ndim != 1 or chosen.dtype == torch.bool or chosen.is_floating_point() or chosen.is_complex():
             raise TypeError(f"{name}: expected a 1-d integer tensor, got {describe(chosen)}")
+        check_dense(name, chosen)
         chosen = chosen.tolist()
     if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise TypeError(f"{name}: expected a sequence of ints or a tensor, got {describe(chosen)}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..spec.checks import as_bool, as_int, describe, one_of
+from ..spec.checks import as_bool, as_int, check_dense, describe, one_of
 
 
 class InputError(ValueError, AssertionError, RuntimeError):
@@ -53,6 +53,7 @@ def check_inputs(
     for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
+        check_dense(name, x)
         if x.ndim not in (2, 3) or x.ndim != query.ndim or width not in (None, x.shape[-1]):
             raise InputError(_wrong_shape(name, x, query, width, batch_first))
         b, length = (1, x.shape[0]) if x.ndim == 2 else x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
@@ -85,6 +86,7 @@ def check_mask(name: str, mask: Any, query: Tensor, *shapes: tuple[int, ...]) ->
         return
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise InputTypeError(f"{name}: expected a bool or float tensor, got {describe(mask)}")
+    check_dense(name, mask)
     if not one_of(tuple(mask.shape), shapes):
         raise InputError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
     if mask.device != query.device:
