@@ -33,7 +33,9 @@ from triton.runtime import driver
 
 import fused_attn
 from bench.harness import first_call
+from fused_attn.api import varlen
 from fused_attn.backends.triton import hopper, settings
+from fused_attn.spec import checks, decoding
 
 ARCH = "sm_90"
 SHAPE = (2, 8, 1024, 64)  # B, H, S, D
@@ -79,6 +81,7 @@ def pretend() -> None:
     settings.architecture = lambda device: ARCH
     settings.interpreted = lambda: True  # else the backend refuses CPU tensors
     hopper._machine = lambda device: []
+    checks.readable = varlen.readable = decoding.readable = lambda x: False  # as on a GPU, index tensors are not read
     hopper._multiprocessors = lambda device: 132
 
 
@@ -132,6 +135,11 @@ SUBJECTS = {
     NOTHING: "empty backward",
     "inference, unseen length": "empty forward",
     "inference by hopper": "empty forward",
+    "varlen": "empty forward",
+    "varlen, unseen length": "empty forward",
+    "decode": "empty forward",
+    "decode, unseen capacity": "empty forward",
+    "decode of pages": "empty forward",
 }
 
 
@@ -157,6 +165,28 @@ def overhead(calls: int, rounds: int = 300) -> dict[str, Any]:
     def unseen() -> Tensor:
         return ours(next(views))
 
+    starts = torch.arange(0, 1025, 128, dtype=torch.int32)
+    packed = [torch.zeros(1024, SHAPE[1], SHAPE[3], dtype=torch.bfloat16) for _ in range(3)]
+    prefixes = itertools.cycle([[x[:n] for x in packed] for n in range(64, 1024)])
+
+    def ours_packed(inputs: list[Tensor]) -> Tensor:
+        return fused_attn.attention_varlen(
+            *inputs, starts, starts, max_seqlen_q=128, max_seqlen_k=128, causal=True, backend="triton"
+        )
+
+    b, h, n, d = SHAPE
+    query, new = torch.zeros(b, 1, h, d, dtype=torch.bfloat16), torch.zeros(b, 1, h, d, dtype=torch.bfloat16)
+    keys, values = (torch.zeros(b, n, h, d, dtype=torch.bfloat16) for _ in range(2))
+    capacities = itertools.cycle([[x[:, :c] for x in (keys, values)] for c in range(64, n)])
+    pages = [torch.zeros(b * n // 64, 64, h, d, dtype=torch.bfloat16) for _ in range(2)]
+    table = torch.arange(b * n // 64, dtype=torch.int32).view(b, -1)
+    counts = torch.full((b,), 17, dtype=torch.int32)
+
+    def ours_decoded(k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return fused_attn.attention_decode(
+            query, k, v, cache_seqlens=counts, k_new=new, v_new=new, causal=True, backend="triton", **options
+        )
+
     out, nothing = [ours(leaves) for _ in range(4)][-1], _Empty.apply(*leaves)[0]
     dout = torch.zeros_like(out)
     subjects = {
@@ -165,6 +195,11 @@ def overhead(calls: int, rounds: int = 300) -> dict[str, Any]:
         THROUGH: lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
         "inference, unseen length": unseen,
         "inference by hopper": lambda: fused_attn.attention(*plain, causal=True, backend="hopper"),
+        "varlen": lambda: ours_packed(packed),
+        "varlen, unseen length": lambda: ours_packed(next(prefixes)),
+        "decode": lambda: ours_decoded(keys, values),
+        "decode, unseen capacity": lambda: ours_decoded(*next(capacities)),
+        "decode of pages": lambda: ours_decoded(*pages, page_table=table),
         NOTHING: lambda: torch.autograd.grad(nothing, leaves, dout, retain_graph=True),
         "empty forward": lambda: empty_forward(*plain),
         "empty backward": lambda: empty_backward(*plain),

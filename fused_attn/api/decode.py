@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..runtime import decode_ops, dispatch
+from ..runtime import call_cache, decode_ops, dispatch
 from ..runtime.autocast import autocasts, no_autocast
 from ..spec.checks import as_bool, as_int, as_int32, check_dense, check_parameter, check_shape, describe
 from ..spec.decoding import Cache, Decode, Rotary
@@ -105,7 +105,44 @@ def attention_decode(
     """
     if extra or unknown:
         keywords.check(attention_decode, unknown, extra)
-    batch_invariant, return_lse = as_bool("batch_invariant", batch_invariant), as_bool("return_lse", return_lse)
+    out, lse = call_cache.replayed(
+        _decode,
+        (
+            q, k_cache, v_cache, cache_seqlens, page_table, k_new, v_new, rotary, tree_mask, cache_batch_idx,
+            cache_leftpad, scale, causal, window, alibi_slopes, softcap, sink, normalizer, num_splits, batch_invariant,
+        ),
+        backend,
+        alias=(None, None) if k_new is None else (k_cache, v_cache),
+    )  # fmt: skip
+    return (out, lse) if as_bool("return_lse", return_lse) else out
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: int | Tensor | None,
+    page_table: Tensor | None,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    rotary: tuple[Tensor, Tensor, bool] | None,
+    tree_mask: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    scale: float | Tensor | None,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float | Tensor | None,
+    sink: Tensor | None,
+    normalizer: str,
+    num_splits: int | None,
+    batch_invariant: bool,
+    backend: str | None,
+    plain: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse). plain: nothing traces the call, so the backend is called without torch's operators."""
+    batch_invariant = as_bool("batch_invariant", batch_invariant)
     q, k_new, v_new = _autocast(q, k_cache, k_new, v_new)
     _check_caches(q, k_cache, v_cache, page_table is not None, cache_batch_idx is not None)
     _check_no_gradient(
@@ -132,14 +169,13 @@ def attention_decode(
         left, right = p.span.left, p.span.right
         if k_new is not None and v_new is not None:
             moves = left is not None or right is not None
-            q = decode_ops.append(cache, cache_leftpad, k_new, v_new, q, turn, moves, name)
+            q = decode_ops.append(cache, cache_leftpad, k_new, v_new, q, turn, moves, name, plain)
             cache = replace(cache, added=added)
         asked = Decode(
             q, cache, p.scale, p.softcap, p.slopes, p.sink, None if left is None else -left, right,
             cache_leftpad, tree_mask, num_splits, batch_invariant,
         )  # fmt: skip
-        out, lse = decode_ops.decode(asked, name)
-    return (out, lse) if return_lse else out
+        return decode_ops.decode(asked, name, plain)
 
 
 def _autocast(q: Any, cache: Any, *new: Any) -> tuple[Any, ...]:

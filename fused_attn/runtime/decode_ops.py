@@ -46,11 +46,12 @@ def launcher() -> Any:
 
 def append(
     cache: Cache, leftpad: Tensor | None, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None, advance: bool,
-    backend: str,
+    backend: str, plain: bool = False,
 ) -> Tensor:  # fmt: skip
     """Write k and v, rotated, after the keys of each sequence, and return q, rotated."""
     cos, sin, interleaved = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
-    turned = torch.ops.fused_attn.append(
+    run: Any = _append if plain else torch.ops.fused_attn.append
+    turned = run(
         cache.k, cache.v, cache.lengths, cache.table, cache.index, leftpad, k, v, q, cos, sin, interleaved, advance,
         backend,
     )  # fmt: skip
@@ -85,8 +86,10 @@ def _append_fake(*args: Any) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ decode
 
 
-def decode(d: Decode, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) by a backend."""
+def decode(d: Decode, backend: str, plain: bool = False) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a backend. plain: without the operator, which costs more where nothing traces the call."""
+    if plain:
+        return _run(d, backend)
     scale_is_tensor, cap_is_tensor = isinstance(d.scale, Tensor), isinstance(d.softcap, Tensor)
     cache = d.cache
     return torch.ops.fused_attn.decode(
@@ -109,7 +112,10 @@ def rebuild(args: tuple[Any, ...]) -> tuple[Decode, str]:
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
-    d, backend = rebuild(args)
+    return _run(*rebuild(args))
+
+
+def _run(d: Decode, backend: str) -> tuple[Tensor, Tensor]:
     d.check()
     if backend == "triton" and not d.empty:
         return launcher().decode(d)

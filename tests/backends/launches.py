@@ -29,9 +29,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fused_attn
 from bench import host
-from fused_attn import testing, tuning
+from fused_attn import Mask, testing, tuning
+from fused_attn.api import varlen
 from fused_attn.backends.triton import hopper, launch_cache, launcher, portable, recording, settings
 from fused_attn.runtime import call_cache
+from fused_attn.spec import checks, decoding
 from fused_attn.tuning import Config
 
 LAUNCHES: list[Launch] = []
@@ -44,11 +46,12 @@ class Launch:
         self.box, self.grid, self.stream, self.args = box, grid, stream, args
 
     def facts(self, own: dict[int, str]) -> Any:
-        """All of it, with pointers as names: of `own`, or of memory made meanwhile, by what it looks like."""
+        """All of it, with pointers as names: of `own`, or of memory made meanwhile, by its metadata."""
 
         def seen(x: Any) -> Any:
             if isinstance(x, Tensor):
-                return own.get(x.data_ptr(), "made"), x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0
+                name, aligned = own.get(x.data_ptr()), x.data_ptr() % 16 == 0
+                return (name, x.dtype, aligned) if name else ("made", x.dtype, x.shape, x.stride(), aligned)
             if isinstance(x, tuple):
                 return tuple(map(seen, x))
             if isinstance(x, launch_cache.DESCRIPTORS):
@@ -110,7 +113,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     for kernels in (*vars(portable._device_code()).values(), *vars(hopper._device_code()).values()):
         if isinstance(kernels, jit.JITFunction):
             kernels.device_caches.clear()
-    for remembered in (launch_cache._compiled, call_cache._calls, LAUNCHES):
+    for remembered in (launch_cache._compiled, call_cache._calls, call_cache._replays, LAUNCHES):
         remembered.clear()
     yield found
 
@@ -210,8 +213,6 @@ def test_a_replay_launches_what_the_long_way_does(
     assert all(x == found[0] for x in found)
     if options.keys() & {"mask", "bias"} and k.shape[2] == 130:
         assert not any(asked)  # rows that are not aligned are copied first
-    elif name == "nondeterministic" and "backend" in sizes:
-        assert asked == [True, False] * 2  # the one-pass backward cuts its tensors to what is seen
     elif name in RECORDED:
         assert asked == [True, True] * 2  # forward and backward of the last two
     elif name in FORWARD_ONLY:
@@ -710,24 +711,129 @@ def test_unknown_arguments_go_to_the_binder() -> None:
         recorder.launched(None, kernel, 1, (Strange(),), {})
 
 
-def test_work_that_does_more_than_launch_is_not_kept() -> None:
+def test_work_that_a_replay_could_not_repeat_is_not_kept() -> None:
     q, _, _ = tensors()
 
     def works() -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
-        yield lambda x: (torch.zeros_like(x),)
-        yield lambda x: (torch.empty_like(x).add_(1),)
-        yield lambda x: (x.float(),)
-        yield lambda x: (x[:1],)
-        yield lambda x: (x.new_empty(2, 3).permute(1, 0),)
-        yield lambda x: (q,)
+        yield lambda x: (torch.empty_like(x).add_(1),)  # writes
+        yield lambda x: (x.new_empty(2).fill_(x[0, 0, 0, 0].item()),)
+        yield lambda x: (x.new_full((2,), x.sum().item()),)  # reads a value
+        yield lambda x: (x.nonzero(),)  # its shape depends on values
+        yield lambda x: (torch.rand_like(x),)
+        yield lambda x: (q,)  # not an argument
 
     for work in works():
         _, kept = recording.record(work, (q,))
         assert kept is not None and kept((q,)) is None
-    results, kept = recording.record(lambda x: (torch.empty_like(x), x.new_empty_strided((3, 2), (1, 3))), (q,))
-    again = kept((q,))
-    for x, y in zip(results, again, strict=True):
-        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype) and x.data_ptr() != y.data_ptr()
+
+
+def test_operators_are_replayed_on_the_tensors_of_each_call() -> None:
+    q, k, _ = tensors()
+
+    def work(x: Tensor) -> tuple[Tensor, ...]:
+        x.transpose(1, 2) * 2  # used by nothing
+        made = x.new_empty_strided((3, 2), (1, 3))
+        ranked = x.float().sort(descending=True)
+        return made, torch.zeros_like(x), x[:1].exp(), ranked.values, torch.cat([ranked.indices, ranked.indices])
+
+    results, kept = recording.record(work, (q,))
+    for x in (q, k):
+        assert kept is not None
+        first, *found = kept((x,))
+        made, *expected = work(x)
+        assert all(map(torch.equal, found, expected)) and len(found) == 4
+        assert (first.shape, first.stride(), first.dtype) == (made.shape, made.stride(), made.dtype)
+        assert first.data_ptr() != results[0].data_ptr()
+
+
+# --- calls whose index tensors are not read
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, index tensors are not read."""
+    for module in (checks, decoding, varlen):
+        monkeypatch.setattr(module, "readable", lambda x: False)
+
+
+DECODED: dict[str, dict[str, Any]] = {
+    "lengths": {},
+    "a length": {"cache_seqlens": 17},
+    "pages": {"page_table": torch.arange(8, dtype=torch.int64).view(2, 4)},
+    "rotary": {"rotary": (torch.zeros(64, 16), torch.zeros(64, 16), False)},
+    "splits": {"num_splits": 4, "window": (9, 0)},
+    "sink": {"sink": torch.zeros(4), "softcap": 3.0},
+    "no new keys": {"k_new": None, "v_new": None},
+}
+
+
+def decoded(name: str) -> tuple[dict[str, Any], list[Tensor]]:
+    """Fresh arguments of a step of decoding, and its tensors."""
+    k, v = torch.zeros(2, *((8, 16) if name == "pages" else (2, 64)), 2, 64, dtype=torch.bfloat16)
+    call = {
+        "q": torch.zeros(2, 1, 4, 64, dtype=torch.bfloat16), "k_cache": k, "v_cache": v, "causal": True,
+        "cache_seqlens": torch.full((2,), 17, dtype=torch.int32), "backend": "triton",
+        **{n: torch.zeros(2, 1, 2, 64, dtype=torch.bfloat16) for n in ("k_new", "v_new")}, **DECODED[name],
+    }  # fmt: skip
+    rotary: tuple[Any, ...] = call.get("rotary", ())
+    return call, [x for x in (*call.values(), *rotary) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_a_replayed_step_of_decoding_launches_what_the_first_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, unread: None
+) -> None:
+    asked, found = replays(monkeypatch), []
+    for _ in range(5):
+        call, own = decoded(name)
+        found.append(launched(lambda call=call: fused_attn.attention_decode(**call), *own))
+    assert found[0] and all(x == found[0] for x in found)
+    assert asked == [True] * 3
+
+
+@pytest.mark.parametrize("other", ("capacity", "causal", "softcap", "lengths"))
+def test_a_step_that_differs_is_not_replayed(other: str, monkeypatch: pytest.MonkeyPatch, unread: None) -> None:
+    for _ in range(3):
+        fused_attn.attention_decode(**decoded("lengths")[0])
+    asked = replays(monkeypatch)
+    call, _ = decoded("lengths")
+    call |= {
+        "capacity": {x: call[x][:, :40] for x in ("k_cache", "v_cache")}, "causal": {"causal": False},
+        "softcap": {"softcap": 1.0}, "lengths": {"cache_seqlens": 1},
+    }[other]  # fmt: skip
+    fused_attn.attention_decode(**call)
+    assert not asked
+
+
+def test_caches_that_overlap_are_refused_whatever_was_replayed(unread: None) -> None:
+    for _ in range(3):
+        fused_attn.attention_decode(**decoded("lengths")[0])
+    call, _ = decoded("lengths")
+    with pytest.raises(ValueError, match="v_cache"):
+        fused_attn.attention_decode(**call | {"v_cache": call["k_cache"]})
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"causal": True}, {"mask": Mask.window(5, 0, sinks=2)}, {"softcap": 2.0}), ids=str
+)
+@pytest.mark.parametrize("grad", (False, True))
+def test_a_replayed_packed_batch_launches_what_the_first_does(
+    options: dict[str, Any], grad: bool, monkeypatch: pytest.MonkeyPatch, unread: None
+) -> None:
+    asked, found = replays(monkeypatch), []
+    for n in range(5):
+        q, k, v = (torch.zeros(90, 4, 64, dtype=torch.bfloat16, requires_grad=grad) for _ in range(3))
+        starts = torch.tensor([0, 40 + n, 90], dtype=torch.int32)
+
+        def work(q: Tensor = q, k: Tensor = k, v: Tensor = v, starts: Tensor = starts) -> Any:
+            out: Any = fused_attn.attention_varlen(
+                q, k, v, starts, starts, max_seqlen_q=64, max_seqlen_k=64, backend="triton", **options
+            )
+            return out, torch.autograd.grad(out, (q, k, v), torch.ones_like(out)) if grad else None
+
+        found.append(launched(work, q, k, v, starts))
+    assert found[0] and all(x == found[0] for x in found)
+    assert any(asked) or "mask" in options
 
 
 # --- what it is for

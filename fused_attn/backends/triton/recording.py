@@ -1,8 +1,8 @@
-"""Recordings of a backend's work on tensors of given metadata: what it allocates and what it launches.
+"""Recordings of work on tensors of given metadata: what it allocates, which torch operators it calls, what it launches.
 
-A backend never reads values, so two calls whose tensors differ only in content do the same work. `record` runs it once
-under a mode that sees every torch operation, and writes it as a Python function whose arguments are the tensors. Work
-that does anything but allocate and launch cannot be recorded, and runs again at every call.
+Work that never reads values does the same for tensors that differ only in content. `record` runs it once under a mode
+that sees every torch operator, and writes it as a Python function whose arguments are the tensors. Work that writes to
+tensors other than by launches, or whose results depend on values, cannot be recorded and runs again at every call.
 
 A replay compares `launch_cache.launch_context` with that of the recording, each time, and refuses if they differ.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,41 +33,88 @@ ALLOCATIONS = {
 }
 
 
+# Operators whose results, or their shapes, depend on more than the metadata of their arguments.
+DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+
+
 class NotRecordable(Exception):
-    """The work does something beside allocations and launches on them and on its arguments."""
+    """The work does something that a replay could not repeat."""
+
+
+class Line(NamedTuple):
+    """A line of a recording, the tensors that it makes, and those that it uses."""
+
+    text: str
+    makes: tuple[str, ...]
+    uses: frozenset[str]
 
 
 class Recorder(TorchDispatchMode):
-    """Names the tensors that a piece of work gets and makes, and records its launches in order."""
+    """Names the tensors that a piece of work gets and makes, and records its operators and launches in order."""
 
     def __init__(self, given: tuple[Tensor | None, ...], context: tuple[Any, ...]) -> None:
         super().__init__()
         self.context = context
         self.given = [f"given_{i}" for i in range(len(given))]
         self.names = {id(x): name for x, name in zip(given, self.given, strict=True) if x is not None}
+        self.bases: dict[str, str] = {}  # arguments of the work by the names of views at their addresses
         self.made: dict[str, Tensor] = {}
         self.alive: list[Tensor] = []  # no id may be reused
         self.constants: dict[str, Any] = {}
         self.kernels: list[str] = []
-        self.launches: list[str] = []
+        self.lines: list[Line] = []
+        self.uses: set[str] = set()  # of the line that is being written
         self.why: str | None = None  # why it cannot be recorded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = self.names.get(id(args[0])) if args and isinstance(args[0], Tensor) else None
         if func in ALLOCATIONS:
-            self._note(result, f"made_{len(self.alive)}")
+            self.made[self._note(result)] = result
         elif func is aten.detach.default and name is not None:
             self._note(result, name)
         else:
-            self.why = f"{func} is neither an allocation nor a launch"
+            try:
+                self._operator(func, args, kwargs or {}, result)
+            except NotRecordable as error:
+                self.why = str(error)
         return result
 
-    def _note(self, x: Tensor, name: str) -> None:
+    def _note(self, x: Tensor, name: str | None = None) -> str:
+        name = f"made_{len(self.alive)}" if name is None else name
         self.names[id(x)] = name
-        if not name.startswith("given"):
-            self.made[name] = x
         self.alive.append(x)
+        return name
+
+    def _operator(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Record a torch operator that makes tensors from the metadata and the contents of others."""
+        results = result if isinstance(result, tuple) else (result,)
+        if not any(isinstance(x, Tensor) for x in (*args, *kwargs.values(), *results)):
+            return  # such as the promotion of types
+        if func._schema.is_mutable or DEPENDENT & set(func.tags) or not all(isinstance(x, Tensor) for x in results):
+            raise NotRecordable(f"{func} writes to a tensor, or its result is not decided by metadata")
+        arguments = [self._operand(x) for x in args] + [f"{n}={self._operand(x)}" for n, x in kwargs.items()]
+        made = tuple(self._note(x) for x in results)
+        targets = ", ".join(made) + ("," if isinstance(result, tuple) else "")
+        self._line(f"{targets} = {self._constant(func)}({', '.join(arguments)})", made)
+        source = self.names.get(id(args[0])) if args and isinstance(args[0], Tensor) else None
+        if source is not None and self._base(source) in self.given:
+            self.bases |= {n: self._base(source) for x, n in zip(results, made, strict=True) if _at(x, args[0])}
+
+    def _operand(self, x: Any) -> str:
+        """An operator's argument: a tensor of the recording, or anything that holds no tensor."""
+        if isinstance(x, Tensor):
+            return self._name(x)
+        if isinstance(x, (list, tuple)) and any(isinstance(y, Tensor) for y in x):
+            return f"[{', '.join(map(self._operand, x))}]"
+        return self._constant(x)
+
+    def _line(self, text: str, makes: tuple[str, ...] = ()) -> None:
+        self.lines.append(Line(text, makes, frozenset(self.uses)))
+        self.uses.clear()
+
+    def _base(self, name: str) -> str:
+        return self.bases.get(name, name)
 
     def launch(self, kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Launch, and record it."""
@@ -87,15 +134,13 @@ class Recorder(TorchDispatchMode):
         if not launch_cache.CONSTANTS.issuperset(map(type, options.values())):
             raise NotRecordable("an option that is not a plain constant")
         if compiled is None:
-            self.launches.append(
-                f"launch({self._constant(kernel)}, {grid}, {self._open(args)}, {self._constant(options)})"
-            )
+            self._line(f"launch({self._constant(kernel)}, {grid}, {self._open(args)}, {self._constant(options)})")
             return
         self.kernels.append(self._constant(kernel))
         run, function, metadata = map(self._constant, (compiled.run, compiled.function, compiled.metadata))
         # A launcher flattens tuples of any type.
         arguments = ", ".join(self._open(x, plain=True) for x in (*args, *compiled.constants))
-        self.launches.append(f"{run}({grid}, 1, 1, stream, {function}, {metadata}, None, None, None, {arguments})")
+        self._line(f"{run}({grid}, 1, 1, stream, {function}, {metadata}, None, None, None, {arguments})")
 
     def _constant(self, x: Any) -> str:
         name = f"constant_{len(self.constants)}"
@@ -105,7 +150,7 @@ class Recorder(TorchDispatchMode):
     def _open(self, x: Any, plain: bool = False) -> str:
         """An argument as an expression over the names of tensors. plain: named tuples become tuples."""
         if isinstance(x, Tensor):
-            return self._name(x)
+            return self._name(x, pointer=plain)
         if isinstance(x, tuple) and not _plain(x):
             inside = ", ".join(self._open(y, plain) for y in x)
             return f"({inside},)" if plain or type(x) is tuple else f"{self._constant(type(x))}({inside})"
@@ -116,16 +161,32 @@ class Recorder(TorchDispatchMode):
             raise NotRecordable(f"a {type(x).__name__}, which may hold a tensor")
         return self._constant(x)
 
-    def _name(self, x: Tensor) -> str:
+    def _name(self, x: Tensor, pointer: bool = False) -> str:
+        """pointer: any tensor with x's address will do, as for a compiled kernel."""
         if id(x) not in self.names:
-            raise NotRecordable("a tensor that is neither given nor allocated")
-        return self.names[id(x)]
+            raise NotRecordable("a tensor that is neither given nor made by the work")
+        name = self.names[id(x)]
+        name = self._base(name) if pointer else name
+        self.uses.add(name)
+        return name
+
+    def _needed(self, results: frozenset[str]) -> list[Line]:
+        """Without the operators whose results nothing uses, such as views of which a kernel takes the address."""
+        needed, lines = set(results), []
+        for line in reversed(self.lines):
+            if not line.makes or needed & set(line.makes):
+                needed |= line.uses
+                lines.append(line)
+        self.made = {name: x for name, x in self.made.items() if name in needed}
+        return lines[::-1]
 
     def written(self, results: tuple[Tensor | None, ...]) -> Callable[..., Any]:
         """The work as a function of the stream and the tensors. It returns None if Triton would now do something
         else."""
         if self.why is not None:
             raise NotRecordable(self.why)
+        answers = [self._name(x) if x is not None else "None" for x in results]
+        work = self._needed(frozenset(answers))
         lines = [f"def work(stream, {', '.join(self.given)}):"]
         lines += [f"    if {kernel}.pre_run_hooks: return None" for kernel in self.kernels]
         for name, x in self.made.items():
@@ -136,8 +197,7 @@ class Recorder(TorchDispatchMode):
             lines.append(f"    {name} = empty_strided({shape}, {strides}, {kind})")
         if self.made:
             lines.append(f"    if ({' | '.join(f'{name}.data_ptr()' for name in self.made)}) & 15: return None")
-        lines += [f"    {line}" for line in self.launches]
-        answers = [self._name(x) if x is not None else "None" for x in results]
+        lines += [f"    {line.text}" for line in work]
         lines.append(f"    return {', '.join(answers)},")
         space = {"launch": launch_cache.launch, "empty_strided": torch.empty_strided, **self.constants}
         exec("\n".join(lines), space)
@@ -147,6 +207,10 @@ class Recorder(TorchDispatchMode):
 def _plain(x: Any) -> bool:
     """True if x holds no tensor."""
     return all(map(_plain, x)) if isinstance(x, tuple) else type(x) in launch_cache.CONSTANTS or type(x) is constexpr
+
+
+def _at(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr()
 
 
 def _dense(x: Tensor) -> bool:
