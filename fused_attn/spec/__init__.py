@@ -1,1 +1,1 @@
-"""The vocabulary: a validated call (`problem`), masks, ragged batches, caches, dropout. Imports torch alone."""
+"""The definitions that every layer shares: a validated call (`problem`), masks, ragged batches, caches, dropout."""

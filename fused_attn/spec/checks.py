@@ -1,4 +1,4 @@
-"""What is wrong with an argument: every error names it, what it was, and what is allowed."""
+"""Checks of arguments. Every error names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST = 80  # characters of a value in an error message
 
 
 def describe(x: Any) -> str:
-    """The type and value of an argument, for an error message; of a tensor or an array its dtype and shape."""
+    """The type and value of an argument, for an error message; for a tensor or an array, its dtype and shape."""
     if isinstance(x, Tensor):
         return f"{x.dtype} tensor of shape {tuple(x.shape)}"
     kind = type(x).__name__
@@ -35,9 +35,9 @@ def check_dense(name: str, x: Tensor) -> None:
 
 
 def as_int(name: str, x: Any, allowed: str = "an int") -> int:
-    """A whole number: of Python, of numpy, a 0-d integer tensor, or anything with `__index__` that is no bool.
+    """An int from a Python or numpy integer, a 0-d integer tensor, or any object with `__index__` except bools.
 
-    allowed: what the error says was expected.
+    allowed: the expected value, for the error message.
     """
     if type(x) is int or isinstance(x, torch.SymInt):
         return x  # type: ignore[return-value]
@@ -46,7 +46,7 @@ def as_int(name: str, x: Any, allowed: str = "an int") -> int:
         if x.ndim == 0 and x.dtype != torch.bool and not x.is_floating_point() and not x.is_complex():
             return int(x)
     elif not isinstance(x, bool) and hasattr(x, "__index__"):
-        with contextlib.suppress(TypeError):  # numpy's bools and arrays have the method, which refuses
+        with contextlib.suppress(TypeError):  # numpy's bools and arrays have __index__, which raises
             return operator.index(x)
     raise TypeError(f"{name}: expected {allowed}, got {describe(x)}")
 
@@ -55,9 +55,9 @@ LARGEST = sys.float_info.max
 
 
 def as_float(name: str, x: Any, allowed: str = "a float") -> float:
-    """A real number: of Python, of numpy, a 0-d tensor without a gradient, or anything with `__float__` or `__index__`.
+    """A real number as a float: from Python, numpy, a 0-d tensor without gradient, `__float__` or `__index__`.
 
-    Bools, strings and complex numbers are refused. allowed: what the error says was expected.
+    Bools, strings and complex numbers are refused. allowed: the expected value, for the error message.
     """
     if type(x) is float or isinstance(x, (torch.SymFloat, torch.SymInt)):
         return x  # type: ignore[return-value]
@@ -77,7 +77,7 @@ def as_float(name: str, x: Any, allowed: str = "a float") -> float:
 
 
 def as_bool(name: str, x: Any, allowed: str = "a bool") -> bool:
-    """True or False: of Python, of numpy, or a 0-d bool tensor. Words and numbers, 0 and 1 too, are refused."""
+    """A bool from a Python or numpy bool or a 0-d bool tensor. Strings and numbers, including 0 and 1, are refused."""
     if type(x) is bool or isinstance(x, torch.SymBool):
         return x  # type: ignore[return-value]
     x = _traceable(x)
@@ -90,17 +90,17 @@ def as_bool(name: str, x: Any, allowed: str = "a bool") -> bool:
 
 
 def _traceable(x: Any) -> Any:
-    """A number of numpy as a tensor while torch.compile traces it, when it is an array that has no dtype."""
+    """A numpy number as a tensor while torch.compile traces, where it appears as an array without a dtype."""
     return torch.as_tensor(x) if torch.compiler.is_compiling() and hasattr(x, "__array__") else x
 
 
 def _real(x: Any) -> bool:
-    """Not one of numpy's bools, complex numbers, times, strings, objects or arrays, of which it makes floats too."""
+    """False for numpy's bools, complex numbers, times, strings, objects and arrays, which float() may accept."""
     return getattr(getattr(x, "dtype", None), "kind", "f") not in "bcmMOSU" and not getattr(x, "shape", None)
 
 
 def one_of(x: Any, choices: Iterable[Any]) -> bool:
-    """`x in choices` for sizes and shapes; while tracing, `in` takes a symbolic size for a different one."""
+    """`x in choices` for sizes and shapes; while tracing, `in` treats a symbolic size as unequal."""
     return any(x == choice for choice in choices)
 
 
@@ -122,7 +122,7 @@ def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -
 
 
 def check_shape(name: str, x: Tensor, dims: str, sizes: tuple[int | None, ...]) -> None:
-    """A shape (..., length, heads, dim) of these sizes, None being any; dims: their names, for the error."""
+    """Check a shape (..., length, heads, dim) against sizes; None allows any size. dims: their names, for the error."""
     if _fits(x, sizes):
         return
     shown = ", ".join(dim if n is None else str(n) for dim, n in zip(dims.split(", "), sizes, strict=True))
@@ -137,7 +137,7 @@ def _fits(x: Tensor, sizes: tuple[int | None, ...]) -> bool:
 
 
 def as_device(x: Any) -> torch.device:
-    """A torch.device, also by its name or index."""
+    """A torch.device from a device or its name or index."""
     if isinstance(x, torch.device):
         return x
     if not isinstance(x, (str, int)) or isinstance(x, bool):
@@ -149,12 +149,12 @@ def as_device(x: Any) -> torch.device:
 
 
 def is_integers(x: Any) -> bool:
-    """Whether x is a tensor of integers, of any width."""
+    """True if x is an integer tensor of any width."""
     return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def as_int32(name: str, x: Any) -> Tensor:
-    """An integer tensor of any width as int32, clamped: a length or an index that does not fit stays out of range."""
+    """An integer tensor of any width, clamped to int32: a length or index that does not fit stays out of range."""
     if not is_integers(x):
         raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
     check_dense(name, x)
@@ -162,7 +162,7 @@ def as_int32(name: str, x: Any) -> Tensor:
 
 
 def as_starts(q: Any, k: Any) -> tuple[Tensor, Tensor]:
-    """cu_seqlens_q and cu_seqlens_k of any integer width as int32; one tensor given twice stays one."""
+    """cu_seqlens_q and cu_seqlens_k of any integer width as int32; one tensor passed as both stays one tensor."""
     starts = as_int32("cu_seqlens_q", q)
     return starts, starts if k is q else as_int32("cu_seqlens_k", k)
 
@@ -181,19 +181,17 @@ def check_batch(name: str, x: Tensor, b: int) -> None:
 
 
 def check_lengths(name: str, x: Tensor, longest: int, what: str) -> Tensor:
-    """Lengths of any integer dtype as int64 from 0 to longest; what they hold is checked where `readable` says so, and
-    elsewhere taken for the nearest inside."""
+    """Lengths of any integer dtype as int64 in [0, longest]: checked if `readable`, clamped otherwise."""
     if not readable(x):
         return x.long().clamp(0, longest)
     held = x.tolist()
     if held and (min(held) < 0 or max(held) > longest):
-        found = f"{min(held)} to {max(held)}"
-        raise ValueError(f"{name}: expected lengths from 0 to {what} = {longest}, got {found}")
+        raise ValueError(f"{name}: expected lengths from 0 to {what} = {longest}, got {min(held)} to {max(held)}")
     return x.long()
 
 
 def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...], what: str = "(B, Hq, M, N)") -> Tensor:
-    """x as a 4-d view, still broadcast, or an error that names both shapes."""
+    """x as a 4-d view, not expanded. An error names both shapes."""
     if x.ndim > 4 or any(not one_of(have, (1, want)) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(
             f"{name}: shape {tuple(x.shape)} does not broadcast to {what} = {shape}{axes_advice(name, x, shape)}"
@@ -202,7 +200,7 @@ def check_broadcastable(name: str, x: Tensor, shape: tuple[int, ...], what: str 
 
 
 def axes_advice(name: str, x: Tensor, shape: tuple[int, ...]) -> str:
-    """The axes that a tensor (B, N) or (B, M, N) lacks, for the error of a tensor that does not broadcast."""
+    """A hint for the error message: the axes that a tensor (B, N) or (B, M, N) lacks to broadcast."""
     if len(shape) != 4:
         return ""
     b, _, m, n = shape
@@ -231,10 +229,10 @@ _debugging: ContextVar[bool] = ContextVar("fused_attn_debugging", default=False)
 
 @contextlib.contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
-    """Inside, what index tensors on a device hold is checked too: sequence starts, lengths, ids and page tables.
+    """Within the block, check index tensors on a GPU too: sequence starts, lengths, ids and page tables.
 
-    On the CPU it always is. On a device a check waits for what has been launched, so it is only done when asked for;
-    without it, what such tensors say is believed. Ends with the `with` block, and is seen by its thread alone.
+    On the CPU they are always checked. On a GPU a check synchronizes with the device, so it is off by default and wrong
+    values are not detected. The setting applies to the current thread only.
 
     >>> import fused_attn
     >>> with fused_attn.debug():
@@ -248,10 +246,10 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the contents of an index tensor are to be checked: for free on the CPU, under `debug` elsewhere."""
+    """True if the values of an index tensor are checked: always on the CPU, elsewhere inside `debug`."""
     if torch.compiler.is_compiling() or dispatch_mode_count() > 0 or x.device.type == "meta":
         return False
-    while is_functorch_wrapped(x):  # vmap may be inside grad, and the other way round
+    while is_functorch_wrapped(x):  # vmap and grad nest in either order
         if is_batched(x):
             return False
         x = unwrap_functorch(x)
@@ -259,9 +257,9 @@ def readable(x: Tensor) -> bool:
 
 
 def check_starts(side: str, x: Any, total: int | None, device: torch.device, most: int | None = None) -> int | None:
-    """int32 (B + 1,), from 0 to total, or to any end, never descending, and no sequence longer than most.
+    """Check starts: int32 (B + 1,), ascending from 0 to total (None: any end), no sequence longer than most.
 
-    side: "q" or "k", for messages. Returns the longest sequence, None where what x holds is not read.
+    side: "q" or "k", for messages. Returns the longest length, or None where the values are not read.
     """
     name = f"cu_seqlens_{side}"
     if not isinstance(x, Tensor) or x.dtype != torch.int32:
@@ -277,8 +275,8 @@ def check_starts(side: str, x: Any, total: int | None, device: torch.device, mos
     falls = min(lengths, default=0) < 0
     if starts[0] != 0 or total not in (None, starts[-1]) or falls:
         end = "any number of rows" if total is None else f"the {total} packed rows"
-        what = "one that descends" if falls else f"{starts[0]} to {starts[-1]}"
-        raise ValueError(f"{name}: expected starts that ascend from 0 to {end}, got {what}")
+        got = "one that descends" if falls else f"{starts[0]} to {starts[-1]}"
+        raise ValueError(f"{name}: expected starts that ascend from 0 to {end}, got {got}")
     longest = max(lengths, default=0)
     if most is not None and longest > most:
         raise ValueError(f"max_seqlen_{side}: a sequence is {longest} long, got {most}")

@@ -1,7 +1,7 @@
-"""What a mask is made of: conditions, each of which a row and a key must meet.
+"""The conditions of a mask: a row may attend to a key if all of them hold.
 
-A condition is data. `resolve` says what it means for a problem of a given shape: a Span (an interval of keys per row),
-a Pattern (equal ids, allowed blocks) or a bool tensor. Tensors are read there, at each call.
+A condition is data. `resolve` converts it, for a problem of a given shape, to a Span (an interval of keys per row), a
+Pattern (equal ids, allowed blocks) or a bool tensor. It reads the condition's tensors at each call.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Condition(Description):
     """One condition of a Mask."""
 
     def resolve(self, shape: Shape, ragged: Ragged | None) -> Span | Pattern | Tensor:
-        """What it means for a problem (B, Hq, M, N); of ragged sequences M and N are those of the longest ones."""
+        """The condition for a problem (B, Hq, M, N); for ragged sequences, M and N are the longest lengths."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Window(Condition):
-    """Row i sees `left` keys before its diagonal and `right` after it, and the first `sinks` keys."""
+    """Row i attends to `left` keys before its diagonal, `right` keys after it, and the first `sinks` keys."""
 
     prefix: ClassVar[str] = "Mask.window"
     left: int | None
@@ -50,7 +50,7 @@ class Window(Condition):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prefix(Condition):
-    """Every row of batch b sees the first lengths[b] keys, and the rest causally."""
+    """Every row of batch b attends to the first lengths[b] keys, and causally to the others."""
 
     prefix: ClassVar[str] = "Mask.prefix"
     lengths: Tensor
@@ -83,13 +83,13 @@ class Lengths(Condition):
             return Span(hi=hi.int().contiguous())
         check_batch("Mask.lengths(q)", self.q, b)
         tail = torch.arange(m, device=hi.device) >= check_lengths("Mask.lengths(q)", self.q, m, "M")[:, None]
-        # A padded row is empty at the far end, so that neither bound decreases.
+        # The empty interval of a padded row is at N, so that neither bound decreases.
         return Span(lo=(tail * n).int(), hi=torch.where(tail, n, hi).int())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Segments(Condition):
-    """A row sees the keys whose id is its own."""
+    """A row attends to the keys with its own id."""
 
     prefix: ClassVar[str] = "Mask.segments"
     q_ids: Tensor
@@ -112,8 +112,8 @@ class Segments(Condition):
         return Span(lo=lo, hi=hi)
 
     def _in_order(self) -> bool:
-        """Whether the ids are taken for sorted. They are looked at where that is free, and under `debug`; elsewhere
-        the promise is believed, and without one the pattern is right for all ids."""
+        """True if the ids are treated as sorted. They are checked if `readable`; otherwise only `sorted=True` counts,
+        because a pattern is correct for all ids."""
         if self.sorted is False:
             return False
         for name, ids in (("Mask.segments(q_ids)", self.q_ids), ("Mask.segments(kv_ids)", self.kv_ids)):
@@ -130,7 +130,7 @@ class Segments(Condition):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blocks(Condition):
-    """Whole blocks of scores, block[0] rows by block[1] keys, are seen where allowed is True."""
+    """Blocks of block[0] rows by block[1] keys are visible where allowed is True."""
 
     prefix: ClassVar[str] = "Mask.blocks"
     allowed: Tensor
@@ -142,14 +142,14 @@ class Blocks(Condition):
         shape = b, h, -(-m // height), -(-n // width)
         blocks = check_broadcastable("Mask.blocks(allowed)", self.allowed, shape, grid)
         rows, cols = blocks.shape[2:]
-        # One row or column of blocks is one for all.
+        # A single row or column of blocks covers all rows or keys.
         high, wide = max(m, 1) if rows == 1 else height, max(n, 1) if cols == 1 else width
         return Pattern(blocks=blocks, height=high, width=wide)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Allowed(Condition):
-    """A row sees a key where a bool tensor, broadcastable to (B, Hq, M, N), is True."""
+    """A row attends to a key where a bool tensor, broadcastable to (B, Hq, M, N), is True."""
 
     prefix: ClassVar[str] = "Mask.tensor"
     allowed: Tensor
@@ -159,11 +159,11 @@ class Allowed(Condition):
 
 
 def _decrease(ids: Tensor) -> bool:
-    """Whether they do somewhere along a row."""
+    """True if ids decrease anywhere along a row."""
     ids = _ordered(ids)
     return bool((ids[..., 1:] < ids[..., :-1]).any())
 
 
 def _ordered(ids: Tensor) -> Tensor:
-    """int64 in the order of the ids, because torch compares and searches no unsigned ids but uint8."""
+    """int64 in the same order as the ids: of the unsigned types, torch compares and searches only uint8."""
     return ids.long() ^ -(2**63) if ids.dtype == torch.uint64 else ids.long()

@@ -1,8 +1,8 @@
-"""The vocabulary of decoding: a cache of keys and values, dense or in pages, and what queries ask of it.
+"""Decoding: a cache of keys and values, dense or paged, and the attention of new queries to it.
 
-Shapes are as caches lie in memory: q (B, M, Hq, D), k and v (C, N, Hkv, D), or pages (P, page, Hkv, D) that a table
-(B, pages) strings together. Sequence b has keys first <= j < length; its queries are its last M positions, so row i
-stands at length - M + i. `problems` is the executable meaning: one dense Problem for each sequence.
+Shapes follow the memory layout of caches: q (B, M, Hq, D), k and v (C, N, Hkv, D), or pages (P, page, Hkv, D) indexed
+by a table (B, pages). Sequence b has keys first <= j < length; its queries are its last M positions, so row i is at
+position length - M + i. `problems` defines the meaning: one dense Problem per sequence.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .problem import Problem, Span, empty_ordered
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """Rotary embedding of the first 2 * cos.shape[1] dims by cos, sin (S, R / 2), a row for each position.
+    """Rotary embedding of the first 2 * cos.shape[1] dims by cos, sin (S, R / 2), one row per position.
 
-    Dim d turns with d + R / 2; interleaved, 2 d with 2 d + 1. Su et al., "RoFormer", 2021.
+    Dims d and d + R / 2 are a pair; interleaved, 2 d and 2 d + 1. Su et al., "RoFormer", 2021.
     """
 
     cos: Tensor
@@ -30,7 +30,7 @@ class Rotary:
     interleaved: bool = False
 
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (B, T, H, D) at positions (B, T), computed in float32, or float64 for float64."""
+        """x (B, T, H, D) rotated for positions (B, T), computed in float32, or float64 for float64."""
         half = self.cos.shape[1]
         dtype = torch.promote_types(x.dtype, torch.float32)
         cos, sin = (y[positions].to(dtype)[:, :, None] for y in (self.cos, self.sin))
@@ -41,7 +41,7 @@ class Rotary:
         return torch.cat((rotated, x[..., 2 * half :]), -1)
 
     def check(self, cache: Cache, count: int) -> None:
-        """That there is a row for each of so many positions behind every sequence; see Cache.check."""
+        """Check that cos and sin cover `count` positions after every sequence; see Cache.check."""
         if readable(cache.k) and cache.lengths is not None and len(cache.lengths):
             end = int(cache.lengths.max()) + count
             if end > len(self.cos):
@@ -50,10 +50,10 @@ class Rotary:
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """Where the keys and values of B sequences lie. lengths, table, index: int32 on k's device.
+    """The keys and values of B sequences. lengths, table, index: int32 on k's device.
 
-    Sequence b has lengths[b] + added keys, or as many as there is room for; they lie in row index[b] (b, without index)
-    of k and v, or, with a table, in the pages that its row names.
+    Sequence b has lengths[b] + added keys, or `capacity` without lengths. They are stored in row index[b] (b without
+    index) of k and v, or, with a table, in the pages table[b].
     """
 
     k: Tensor
@@ -65,44 +65,44 @@ class Cache:
 
     @property
     def page(self) -> int:
-        """Keys in a page."""
+        """Keys per page."""
         return self.k.shape[1]
 
     @property
     def capacity(self) -> int:
-        """Keys that a sequence has room for."""
+        """The maximum number of keys of a sequence."""
         return self.page * (1 if self.table is None else self.table.shape[1])
 
     def room(self) -> str:
-        """How many keys there is room for, for an error message."""
+        """The capacity, for an error message."""
         where = "" if self.table is None else f" in the {self.table.shape[1]} pages of a row of page_table"
         return f"with {self.added} new keys and room for {self.capacity}{where}"
 
     def ends(self, batch: int) -> list[int]:
-        """How many keys each sequence has; read on the host."""
+        """The number of keys of each sequence; read on the host."""
         if self.lengths is None:
             return [self.capacity] * batch
         return [int(x) + self.added for x in self.lengths.tolist()]
 
     def rows(self, x: Tensor, b: int, first: int, end: int) -> Tensor:
-        """k's or v's rows of the keys first <= j < end of sequence b, (1, Hkv, end - first, D)."""
+        """Keys or values first <= j < end of sequence b, from x = k or v: (1, Hkv, end - first, D)."""
         if self.table is None:
-            found = x[b if self.index is None else int(self.index[b]), first:end]
+            rows = x[b if self.index is None else int(self.index[b]), first:end]
         else:
             begin = first // self.page
             pages = self.table[b, begin : -(-end // self.page)].long()
-            found = x.index_select(0, pages).flatten(0, 1)[first - begin * self.page : end - begin * self.page]
-        return found.transpose(0, 1)[None]
+            rows = x.index_select(0, pages).flatten(0, 1)[first - begin * self.page : end - begin * self.page]
+        return rows.transpose(0, 1)[None]
 
     def positions(self, count: int, advance: bool = True) -> Tensor:
-        """(B, count) int64: those of so many new tokens; without advance all stand where the first one does."""
+        """(B, count) int64: the positions of `count` new tokens; without advance, all equal the first one's."""
         if self.lengths is None:
             raise ValueError("cache_seqlens: new keys need the lengths before them, got None")
         steps = torch.arange(count, device=self.k.device) * int(advance)
         return self.lengths.long()[:, None] + steps
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Write k, v (B, T, Hkv, D) behind each sequence, in place."""
+        """Append k, v (B, T, Hkv, D) to each sequence, in place."""
         keys = self.positions(k.shape[1])
         if self.table is not None:
             rows, slots = self.table.long().gather(1, keys // self.page), keys % self.page
@@ -113,7 +113,7 @@ class Cache:
         self.v.index_put_((rows, slots), v)
 
     def check(self, leftpad: Tensor | None = None) -> None:
-        """What only values tell; looked at where that costs no synchronisation, and under `debug` everywhere."""
+        """Check the values of index tensors, if `readable`: on the CPU and under `debug`."""
         if not readable(self.k):
             return
         if self.lengths is not None:
@@ -140,9 +140,9 @@ class Cache:
                 )
 
     def check_writes(self, leftpad: Tensor | None = None) -> None:
-        """That the new keys and values of a sequence overwrite nothing of another one, after `check`.
+        """Check, after `check`, that appending to a sequence overwrites nothing of another one.
 
-        Addresses are always compared; what index tensors hold is looked at as in `check`.
+        Addresses are always compared; index tensors are read as in `check`.
         """
         if not self.added:
             return
@@ -168,21 +168,21 @@ class Cache:
             self._check_written_pages(self.table, self.lengths.long()[:, None], leftpad)
 
     def _used(self, table: Tensor, leftpad: Tensor | None) -> Tensor:
-        """bool (B, pages): the entries of a table whose pages hold keys of their sequence."""
+        """bool (B, pages): the entries of the table whose pages hold keys of their sequence."""
         ends = self.capacity if self.lengths is None else self.lengths.long()[:, None] + self.added
         start = self._page_starts(table)
         return (start < ends) & (start + self.page > (0 if leftpad is None else leftpad[:, None]))
 
     def _page_starts(self, table: Tensor) -> Tensor:
-        """(pages,): the first key of each."""
+        """(pages,): the first key of each page."""
         return torch.arange(table.shape[1], device=table.device) * self.page
 
     def _check_written_pages(self, table: Tensor, lengths: Tensor, leftpad: Tensor | None) -> None:
-        """That no slot where a new key is written belongs to two entries of the table. lengths: (B, 1)."""
+        """Check that no slot where a new key is written belongs to two entries of the table. lengths: (B, 1)."""
         used = self._used(table, leftpad)
         start = self._page_starts(table)
-        held = (lengths + self.added - start).clamp(0, self.page)[used]  # slots of the page, from 0
-        written = (lengths - start).clamp(0, self.page)[used]  # the first slot that is written; none: the page's size
+        held = (lengths + self.added - start).clamp(0, self.page)[used]  # the number of slots in use
+        written = (lengths - start).clamp(0, self.page)[used]  # the first slot written, or page
         pages = table[used].long()
         first = pages.new_full((len(self.k),), self.page).scatter_reduce_(0, pages, written, "amin")
         hit = held > first[pages]
@@ -205,13 +205,13 @@ def _check_within(name: str, x: Tensor, least: int, most: int, why: str) -> None
 
 @dataclass(frozen=True, eq=False)
 class Decode:
-    """What the queries q (B, M, Hq, D) ask of a cache, bound and checked.
+    """A validated decoding call: queries q (B, M, Hq, D) over a cache.
 
-    scale, softcap, slopes, sink: as in Problem; softmax1 has become a sink of zeros. A row sees `left` keys before its
-    own position and `right` after it, None being all of them, and nothing below leftpad (int32 (B,)); causal is a right
-    of 0. tree: bool (B or 1, M, M), which of the last M keys a row sees. splits: into how many parts the keys of a
-    sequence are cut, None for as many as suit the device; batch_invariant: at places that nothing but its own length
-    decides.
+    scale, softcap, slopes, sink: as in Problem; softmax1 is a sink of zeros here. A row attends to `left` keys before
+    its own position and `right` keys after it (None: all), from leftpad (int32 (B,)) on; causal is right = 0. tree:
+    bool (B or 1, M, M), the visible ones of the last M keys. splits: the number of parts that a sequence's keys are
+    split into, None for a choice by the device; batch_invariant: split at positions that depend only on the sequence's
+    length.
     """
 
     q: Tensor
@@ -229,13 +229,13 @@ class Decode:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B, Hq, M, N), N keys being what there is room for."""
+        """(B, Hq, M, N), N being the cache's capacity."""
         b, m, heads, _ = self.q.shape
         return b, heads, m, self.cache.capacity
 
     @property
     def empty(self) -> bool:
-        """There is nothing to compute."""
+        """True if there is nothing to compute."""
         return 0 in self.q.shape
 
     def empty_out(self) -> Tensor:
@@ -255,7 +255,7 @@ class Decode:
             yield self.problem(b, first, end)
 
     def problem(self, b: int, first: int, end: int) -> Problem:
-        """What the rows of sequence b ask of its keys first <= j < end, counted from first."""
+        """The problem of sequence b and its keys first <= j < end, counted from first."""
         m = self.q.shape[1]
         keys = max(end - first, 0)
         diagonal = keys - m
@@ -277,7 +277,7 @@ class Decode:
         )
 
     def _seen(self, tree: Tensor, b: int, keys: int) -> Tensor:
-        """bool (1, 1, M, keys): the tree over the last M keys, as far as there are so many."""
+        """bool (1, 1, M, keys): the tree mask over the last min(M, keys) keys; earlier keys are visible."""
         m = self.q.shape[1]
         last = min(m, keys)
         seen = tree.new_ones(1, 1, m, keys)

@@ -1,4 +1,4 @@
-"""Objects that describe a call, such as masks and scores: data that compares, prints, copies, pickles and moves."""
+"""Base class of masks and scores: data that can be compared, printed, copied, pickled and moved to a device."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .checks import as_device, describe
 
 
 class Description:
-    """Base of frozen dataclasses whose fields are numbers, words and tensors.
+    """Base of frozen dataclasses whose fields are numbers, strings and tensors.
 
-    Tensors are kept, not copied, and read when a call is made. Two descriptions are equal if they have one class and
-    equal fields; tensors are equal in dtype, device, shape and value. Because a tensor can change, there is no hash.
+    Tensors are stored without a copy and read at each call. Two descriptions are equal if their classes and fields are
+    equal; equal tensors agree in dtype, device, shape and values. There is no hash, because tensors can change.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field]]
     __hash__: ClassVar[None]  # type: ignore[assignment]
-    prefix: ClassVar[str] = ""  # of the name that a repr begins with
+    prefix: ClassVar[str] = ""  # the name that the repr calls
 
     def to(self, device: torch.device | str | int) -> Any:
-        """The same with its tensors on a device."""
+        """A copy with all tensors on a device."""
         device = as_device(device)
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
@@ -33,15 +33,15 @@ class Description:
         return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     def __repr__(self) -> str:
-        """The call that makes it; of a tensor, dtype and shape."""
-        given = []
+        """The constructor call; tensors are shown by dtype and shape."""
+        args = []
         for f in fields(self):
             value = getattr(self, f.name)
             if f.default is MISSING:
-                given.append(_shown(value))
+                args.append(_shown(value))
             elif not _same(value, f.default):
-                given.append(f"{f.name}={_shown(value)}")
-        return f"{self.prefix}({', '.join(given)})"
+                args.append(f"{f.name}={_shown(value)}")
+        return f"{self.prefix}({', '.join(args)})"
 
 
 def _moved(x: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""Counter-based dropout: one mask on every backend, device, layout and tile size."""
+"""Counter-based dropout: the same mask on every backend, device, layout and tile size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Dropout:
-    """Counter-based dropout: the fate of (b, h, i, j) is a function of the seed and of nothing else.
+    """Counter-based dropout: whether (b, h, i, j) is dropped depends only on the seed and these indices.
 
-    rng is int64 (2,), seed and offset, on the device; first is the number b * Hq + h of a part's first head. Philox
-    4x32 with 7 rounds is called on the counter (j with bit 3 cleared, i with bit 3 cleared, b * Hq + h, offset); (i, j)
-    takes word 2 * bit3(i) + bit3(j) and lives where word >= round(p * 2**32). Salmon et
-    al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    rng: int64 (2,), seed and offset, on the device. first: the index b * Hq + h of the first head, for a slice of a
+    problem. Philox 4x32 with 7 rounds gives four 32-bit words for the counter (j with bit 3 cleared, i with bit 3
+    cleared, b * Hq + h, offset); (i, j) uses word 2 * bit3(i) + bit3(j) and is kept where word >= round(p * 2**32).
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
 
     p: float
@@ -24,16 +24,16 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """Words below it are dropped. Clipped to 32 bits; `rescale` is zero where that would let a word through."""
+        """Weights whose word is below it are dropped. Clipped to 32 bits; for p = 1, `rescale` is 0."""
         return min(round(self.p * 2**32), 2**32 - 1)
 
     @property
     def rescale(self) -> float:
-        """What a surviving weight is multiplied by."""
+        """The factor for kept weights."""
         return 0.0 if round(self.p * 2**32) >= 2**32 else 1.0 / (1.0 - self.p)
 
     def materialize(self, heads: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """bool (*heads.shape, rows, cols), True where the weight lives; heads holds b * Hq + h of the part."""
+        """bool (*heads.shape, rows, cols), True where the weight is kept; heads holds b * Hq + h - first."""
         heads = heads + self.first
         i, j = rows.long()[:, None], cols.long()
         words = philox(self.rng, j & ~8, i & ~8, heads.long()[..., None, None])
@@ -43,22 +43,22 @@ class Dropout:
 
 
 def philox(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
-    """Four uint32 words, held in int64, of counters that broadcast."""
+    """Four uint32 words, stored as int64, for counters that broadcast."""
     low = 0xFFFFFFFF
     seed, c3 = rng[0], rng[1] & low
     steps = torch.arange(rounds, device=rng.device)
     keys = (seed + 0x9E3779B9 * steps & low).unbind(), ((seed >> 32) + 0xBB67AE85 * steps & low).unbind()
     c0, c1, c2 = c0 & low, c1 & low, c2 & low
     for n, (k0, k1) in enumerate(zip(*keys, strict=True)):
-        # The products wrap around int64 and their 64 bits are right; what a shift drags in above 32 is masked.
+        # The int64 products wrap around, but their 64 bits are right; bits above 32 after a shift are masked.
         a, b = c0.mul_(0xD2511F53), c2.mul_(0xCD9E8D57)
         c0, c2, c1, c3 = _mixed(c1, k0, b, n > 2), _mixed(c3, k1, a, n > 2), b, a
     return tuple(torch.broadcast_tensors(c0, c1.bitwise_and_(low), c2, c3.bitwise_and_(low)))
 
 
 def _mixed(c: Tensor, key: Tensor, product: Tensor, late: bool) -> Tensor:
-    """The low word of c, the key and the high word of the product. late: every word depends on the key and, under
-    vmap, is batched if that is; then c is overwritten, for fresh memory costs a CPU several times the arithmetic."""
+    """XOR of c, the key and the high word of the product, low 32 bits. late: all words depend on the key, and so
+    are batched under vmap if it is; c can then be overwritten: new memory costs a CPU several times the arithmetic."""
     high = product >> 32
     if late and c.shape == high.shape:
         return c.bitwise_xor_(high).bitwise_xor_(key).bitwise_and_(0xFFFFFFFF)

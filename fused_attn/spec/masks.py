@@ -1,7 +1,6 @@
-"""Who may attend to whom: an interval of keys per row, a pattern where it is no interval, a bool tensor for the rest.
+"""Masks: an interval of keys per row, a pattern where visibility is no interval, and a bool tensor for anything else.
 
-Row i counts queries, column j keys. `materialize()` is the executable meaning of a noun; what else it says of itself it
-says without a whole matrix.
+Row i counts queries, column j keys. `materialize()` defines the meaning of each class.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from .spans import Shape, Span
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
-    """Who may attend to whom: an interval of keys per row, wherever it can be said so, and a bool tensor for the rest.
+    """Which keys each row may attend to.
 
     Build one with `Mask.causal`, `window`, `prefix`, `segments`, `lengths`, `blocks` or `tensor`, and intersect them
-    with `&`. What is no tensor costs no memory for all pairs, and lets kernels skip what nobody may see: intervals
-    (causal, windows, prefixes, sorted segments, lengths) by arithmetic; unsorted segments, sinks and blocks by a table
-    of the tiles to visit, which is made on the device at each call.
+    with `&`. Only a bool tensor needs memory for all M x N pairs. With every other mask, kernels skip fully masked
+    tiles: for intervals (causal, windows, prefixes, sorted segments, lengths) by arithmetic; for unsorted segments,
+    sinks and blocks by a block mask that is built on the device at each call.
 
-    One intersection falls back to a bool tensor of all M x N pairs: of two windows, where the narrower one has more
-    sinks. Blocks of two sizes become blocks of a size that divides both.
+    One intersection becomes a bool tensor of all M x N pairs: two windows of which the narrower one has more sinks.
+    Blocks of two sizes are cut to a size that divides both.
 
-    A mask is data: it pickles, copies, prints and moves (`to`), and two masks are equal if they have the same
-    conditions in any order. Its tensors are kept, not copied, and what they hold is read at each call, so that a buffer
-    of lengths or ids may be filled anew. Because they can change, a mask has no hash.
+    A mask is data: it can be pickled, copied, printed and moved (`to`), and two masks are equal if they have the same
+    conditions in any order. Its tensors are stored without a copy and read at each call, so a buffer of lengths or ids
+    can be refilled. There is no hash, because tensors can change.
 
-    A key that no row's interval holds never matters, whatever it holds, NaN included; nor does one that no row whose
-    interval holds it has the id of, or shares an allowed block with in any head. What a tensor hides is computed and
-    thrown away, so NaN there may come out.
+    A key outside the interval of every row has no influence, even if it holds NaN. The same holds for a key if no row
+    whose interval contains it has its id, or none shares an allowed block with it in any head. Keys that a bool tensor
+    masks are computed and discarded, so NaN in them may reach the output.
 
     >>> import torch, fused_attn
     >>> x = torch.randn(1, 2, 16, 8)
@@ -58,14 +57,14 @@ class Mask:
 
     @staticmethod
     def causal(alignment: str | None = None) -> Mask:
-        """Row i sees keys j <= i + offset; alignment "top_left" puts offset at 0, "bottom_right" at N - M."""
+        """Row i attends to keys j <= i + offset; offset is 0 for alignment "top_left" and N - M for "bottom_right"."""
         return Mask.window(None, 0, alignment)
 
     @staticmethod
     def window(left: int | None, right: int | None, alignment: str | None = None, sinks: int = 0) -> Mask:
-        """Row i sees `left` keys before its diagonal and `right` after it; None is unbounded.
+        """Row i attends to `left` keys before its diagonal and `right` keys after it; None is unbounded.
 
-        sinks: how many of the first keys stay in sight however far they lie to the left. Xiao et al., "Efficient
+        sinks: the number of first keys that stay visible outside the window, to its left. Xiao et al., "Efficient
         streaming language models with attention sinks", 2024.
 
         >>> from fused_attn import Mask
@@ -84,16 +83,16 @@ class Mask:
 
     @staticmethod
     def prefix(lengths: Tensor, alignment: str | None = None) -> Mask:
-        """Every row of batch b sees the first lengths[b] keys, and the rest causally. lengths: int (B,), 0 to N."""
+        """Rows of batch b attend to the first lengths[b] keys, and causally to others. lengths: int (B,), 0 to N."""
         check_integers("Mask.prefix(lengths)", lengths, 1)
         return Mask((Prefix(lengths, alignment),))
 
     @staticmethod
     def lengths(kv: Tensor, q: Tensor | None = None) -> Mask:
-        """Batch b has kv[b] keys and, when q is given, q[b] queries; what lies beyond is padding.
+        """Batch b has kv[b] keys and, when q is given, q[b] queries; the others are padding.
 
-        kv: int (B,) of any width, from 0 to N; q: the same, from 0 to M. What they hold is checked at each call on the
-        CPU, and under `fused_attn.debug()` elsewhere, where numbers outside count as the nearest inside.
+        kv: int (B,) of any width, from 0 to N; q: the same, from 0 to M. Values are checked at each call on the CPU and
+        under `fused_attn.debug()`, and clamped elsewhere.
         """
         check_integers("Mask.lengths(kv)", kv, 1)
         if q is not None:
@@ -102,13 +101,13 @@ class Mask:
 
     @staticmethod
     def segments(q_ids: Tensor, kv_ids: Tensor | None = None, *, sorted: bool | None = None) -> Mask:
-        """A row sees the keys of its own segment. Ids: int (M,) or (B, M), and (N,) or (B, N); kv_ids None: q_ids.
+        """A row attends to the keys of its own segment. Ids: int (M,) or (B, M), (N,) or (B, N); kv_ids None: q_ids.
 
-        Ids that never decrease along a row make intervals, which cost less; others, with any number of segments in
-        any order, a pattern. sorted: None looks at the ids at each call where that is free, on the CPU, and takes the
-        pattern, which is right for all ids, on a GPU and under a compiler. True promises that they never decrease: a
-        false promise is an error where the ids are looked at, on the CPU and under `fused_attn.debug()`, and gives a
-        wrong answer elsewhere. False takes the pattern. Ids of uint64 need ids of uint64 beside them.
+        Ids that never decrease along a row give intervals, which cost less; ids in any other order give a pattern.
+        sorted: None checks the order at each call on the CPU, and uses the pattern, which is correct for all ids, on a
+        GPU and under a compiler. True promises that the ids never decrease: a false promise is an error on the CPU and
+        under `fused_attn.debug()`, and gives wrong results elsewhere. False uses the pattern. If one of the id tensors
+        is uint64, both must be.
 
         >>> import torch
         >>> from fused_attn import Mask
@@ -130,10 +129,10 @@ class Mask:
 
     @staticmethod
     def blocks(allowed: Tensor, block: int | tuple[int, int]) -> Mask:
-        """Whole blocks of scores, `block` rows and keys in size (or a pair of sizes), seen where allowed is True.
+        """Blocks of `block` rows and keys (or a pair of sizes) are visible where allowed is True.
 
-        allowed: bool, broadcastable to (B, Hq, ceil(M / block[0]), ceil(N / block[1])). Tiles in which no block is
-        allowed are skipped, wherever they lie; blocks that are multiples of 128 suit the kernels' tiles best.
+        allowed: bool, broadcastable to (B, Hq, ceil(M / block[0]), ceil(N / block[1])). Tiles without an allowed block
+        are skipped; block sizes that are multiples of 128 fit the kernels' tiles best.
 
         >>> import torch
         >>> from fused_attn import Mask
@@ -159,7 +158,7 @@ class Mask:
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
             advice = "; pass mask != 0" if is_integers(allowed) else ""
             if isinstance(allowed, Tensor) and allowed.is_floating_point():
-                advice = "; what is added to the scores is bias="
+                advice = "; pass values added to the scores as bias="
             raise TypeError(f"mask: expected a bool tensor, got {describe(allowed)}{advice}")
         check_dense("mask", allowed)
         return Mask((Allowed(allowed),))
@@ -171,7 +170,7 @@ class Mask:
     __rand__ = __and__
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same conditions, in any order."""
+        """True if both have the same conditions, in any order."""
         if not isinstance(other, Mask):
             return NotImplemented
         return all(x in other.parts for x in self.parts) and all(x in self.parts for x in other.parts)
@@ -182,27 +181,28 @@ class Mask:
         return " & ".join(map(repr, self.parts)) or "Mask()"
 
     def to(self, device: torch.device | str | int) -> Mask:
-        """The same mask with its tensors on a device."""
+        """A copy with all tensors on a device."""
         device = as_device(device)
         return Mask(tuple(x.to(device) for x in self.parts))
 
     @property
     def kv_lengths(self) -> Tensor | None:
-        """kv, of a mask that is `Mask.lengths(kv)` and nothing else."""
+        """kv if the mask is exactly `Mask.lengths(kv)`, else None."""
         (part,) = self.parts if len(self.parts) == 1 else (None,)
         return part.kv if isinstance(part, Lengths) and part.q is None else None
 
     @property
     def remainder(self) -> tuple[Tensor, ...]:
-        """Its bool tensors."""
+        """The bool tensors of the mask."""
         return tuple(x.allowed for x in self.parts if isinstance(x, Allowed))
 
     def resolve(
         self, shape: Shape, device: Any = None, ragged: Ragged | None = None
     ) -> tuple[Span, Pattern | None, Tensor | None]:
-        """The span, the pattern and the bool remainder, (B, Hq, M, N)-broadcastable, of this mask on such a problem.
+        """(span, pattern, bool tensor broadcastable to (B, Hq, M, N)) of this mask for a problem of a given shape.
 
-        Of ragged sequences M and N are the longest ones', and the numbers of a span count from each one's diagonal.
+        For ragged sequences M and N are the longest lengths, and the span's numbers count from each sequence's
+        diagonal.
         """
         return resolve(self.parts, shape, device, ragged)
 
@@ -219,24 +219,24 @@ class Mask:
 def resolve(
     conditions: tuple[Condition, ...], shape: Shape, device: Any, ragged: Ragged | None
 ) -> tuple[Span, Pattern | None, Tensor | None]:
-    """`Mask.resolve` of the mask that has these conditions."""
+    """`Mask.resolve` of a mask with these conditions."""
     if len(conditions) == 1 and type(conditions[0]) is Window:
         return conditions[0].resolve(shape, ragged), None, None
     m, n = shape[2:]
     span, pattern, rest = Span(), None, []
-    for part in conditions:
-        found = part.resolve(shape, ragged)
-        if isinstance(found, Tensor):
-            rest.append(found)
+    for condition in conditions:
+        resolved = condition.resolve(shape, ragged)
+        if isinstance(resolved, Tensor):
+            rest.append(resolved)
             continue
-        if isinstance(found, Pattern):
-            pattern = found if pattern is None else pattern.meet(found, m, n)
+        if isinstance(resolved, Pattern):
+            pattern = resolved if pattern is None else pattern.meet(resolved, m, n)
             continue
-        excess = span.excess(found)
+        excess = span.excess(resolved)
         if excess is not None:
             excess = excess if ragged is None else excess.shifted(ragged.offsets())
             rest.append(excess.materialize(*_indices(shape, device), n))
-        span = span & found
+        span = span & resolved
     allowed = None
     for tensor in rest:
         allowed = tensor if allowed is None else allowed & tensor
@@ -244,12 +244,12 @@ def resolve(
 
 
 def padded_span(span: Span, ragged: Ragged) -> Span:
-    """A span of ragged sequences as that of a dense batch of the longest ones, for `bounds` and `seers`."""
+    """The span of ragged sequences as a span of the batch padded to the longest lengths, for `bounds` and `seers`."""
     lengths = Mask.lengths(ragged.k.diff(), ragged.q.diff())
     within, _, _ = lengths.resolve((ragged.batch, 1, ragged.max_q, ragged.max_k))
     return span.shifted(ragged.offsets()) & within
 
 
 def _indices(shape: Shape, device: Any) -> tuple[Tensor, Tensor]:
-    """Of rows and of keys."""
+    """Row and key indices."""
     return torch.arange(shape[2], device=device), torch.arange(shape[3], device=device)

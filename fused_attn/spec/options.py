@@ -1,4 +1,4 @@
-"""The options of an attention call: one value that every layer above `Problem` passes on."""
+"""The options of an attention call, as the one value that every layer above `Problem` passes on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .masks import Mask
 class Options(NamedTuple):
     """The keywords of `fused_attn.attention` that define the result; its docstring describes them.
 
-    The first `TENSORS` fields hold tensors or None, but for a `Mask` object; the others hold numbers and names, and
-    tensors where a parameter is learned.
+    The first `TENSORS` fields hold tensors or None (mask may be a `Mask`); the others hold numbers, strings and learned
+    parameters.
     """
 
     mask: Tensor | Mask | None = None

@@ -1,4 +1,4 @@
-"""Who sees whom where that is no interval: equal ids in any order and blocks of scores, by element and by tile."""
+"""Visibility that is no interval of keys: equal ids in any order, and blocks of scores; by element and by tile."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-NARROW = {torch.uint8, torch.uint16, torch.int8, torch.int16, torch.int32}  # ids that int32 holds as they are
-BUCKETS = 64  # of ids: two tiles share one wherever they share an id
+NARROW = {torch.uint8, torch.uint16, torch.int8, torch.int16, torch.int32}  # int32 holds every id of these
+BUCKETS = 64  # hash buckets of ids, per tile
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Who sees whom where that is no interval: row i may see key j where
+    """Visibility that is no interval of keys: row i may attend to key j where
 
         q_ids[b, i] == kv_ids[b, j]   and   blocks[b, h, i // height, j // width].
 
@@ -29,7 +29,7 @@ class Pattern:
     width: int = 1
 
     def meet(self, other: Pattern, m: int, n: int) -> Pattern:
-        """The intersection: ids of both become ids of pairs, and blocks of both are cut to a size that divides each."""
+        """The intersection: ids of both become ids of pairs, and blocks are cut to a size that divides both."""
         met = self
         if other.q_ids is not None and other.kv_ids is not None:
             q, k = other.q_ids, other.kv_ids
@@ -46,12 +46,12 @@ class Pattern:
 
     @property
     def conditions(self) -> list[Pattern]:
-        """The ids and the blocks, each by itself."""
+        """The ids and the blocks as separate patterns."""
         ids = [] if self.q_ids is None else [replace(self, blocks=None)]
         return ids if self.blocks is None else [*ids, replace(self, q_ids=None, kv_ids=None)]
 
     def part(self, batch: slice, heads: slice) -> Pattern:
-        """What it says to some batches and heads."""
+        """The pattern of a slice of batches and heads."""
         ids = [x if x is None or len(x) == 1 else x[batch] for x in (self.q_ids, self.kv_ids)]
         blocks = self.blocks
         if blocks is not None:
@@ -60,12 +60,12 @@ class Pattern:
         return replace(self, q_ids=ids[0], kv_ids=ids[1], blocks=blocks)
 
     def begin(self, m: int, n: int) -> Pattern:
-        """What it says to the first m rows and n keys."""
+        """The pattern of the first m rows and n keys."""
         q, k = (None if x is None else x[:, :size] for x, size in ((self.q_ids, m), (self.kv_ids, n)))
         return replace(self, q_ids=q, kv_ids=k)
 
     def materialize(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """bool (B or 1, Hq or 1, rows, cols), True where row may see column."""
+        """bool (B or 1, Hq or 1, rows, cols), True where the row may attend to the column."""
         grids = []
         if self.q_ids is not None and self.kv_ids is not None:
             grids.append((self.q_ids[:, rows, None] == self.kv_ids[:, None, cols])[:, None])
@@ -74,20 +74,20 @@ class Pattern:
         return grids[0] if len(grids) == 1 else grids[0] & grids[1]
 
     def tiles(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(some, whole), bool (B or 1, Hq or 1, T, K): whether some pair of a tile may be seen, and whether all may.
+        """(some, whole), bool (B or 1, Hq or 1, T, K): True if some pair of a tile is visible, and if all pairs are.
 
-        rows (T, size) and keys (K, size) are the indices of each tile, in order; what is too many repeats the last.
-        whole is exact; some is for blocks, while ids that share a bucket, and lie between each other's smallest and
-        largest, may be taken for equal.
+        rows (T, size) and keys (K, size) are the indices of each tile, ascending; a shorter tile repeats its last
+        index. whole is exact. some is exact for blocks and may be a false positive for ids, which are compared by
+        bucket and by range.
         """
-        answers = []
+        results = []
         if self.q_ids is not None and self.kv_ids is not None:
             q, k = self.q_ids[:, rows], self.kv_ids[:, keys]
             (q_low, q_high), (k_low, k_high) = (x.aminmax(dim=-1) for x in (q, k))
             q_low, q_high, k_low, k_high = q_low[..., None], q_high[..., None], k_low[:, None], k_high[:, None]
             some = (q_low <= k_high) & (k_low <= q_high) & (_buckets(q) @ _buckets(k).mT > 0)
             whole = (q_low == k_high) & (q_high == k_low)
-            answers.append((some[:, None], whole[:, None]))
+            results.append((some[:, None], whole[:, None]))
         if self.blocks is not None:
             top, bottom = rows[:, :1] // self.height, rows[:, -1:] // self.height + 1
             left, right = keys[:, 0] // self.width, keys[:, -1] // self.width + 1
@@ -95,43 +95,43 @@ class Pattern:
             count = (
                 sums[:, :, bottom, right] - sums[:, :, top, right] - sums[:, :, bottom, left] + sums[:, :, top, left]
             )
-            answers.append((count > 0, count == (bottom - top) * (right - left)))
-        (some, whole), *rest = answers
+            results.append((count > 0, count == (bottom - top) * (right - left)))
+        (some, whole), *rest = results
         for other in rest:
             some, whole = some & other[0], whole & other[1]
         return some, whole
 
     def reaches(self, start: Tensor, stop: Tensor) -> Tensor:
-        """bool (B or 1, N): the keys that some row in [start, stop) may see, by the ids and by the blocks of any head,
-        each by itself. start and stop are (B or 1, N)."""
-        found, device = start < stop, start.device
+        """bool (B or 1, N): the keys visible to some row in [start, stop) by ids, and to some such row by blocks in any
+        head. start and stop are (B or 1, N)."""
+        reached, device = start < stop, start.device
         if self.q_ids is not None and self.kv_ids is not None:
-            # Rows in the order of their ids: those of one id in [start, stop) stand together.
+            # Sorted by (id, row), the rows of one id in [start, stop) are adjacent.
             m = self.q_ids.shape[1]
-            places = (self.q_ids.long() * m + torch.arange(m, device=device)).sort().values
+            order = (self.q_ids.long() * m + torch.arange(m, device=device)).sort().values
             first, last = (self.kv_ids.long() * m + x for x in (start, stop))
-            batch = max(map(len, (places, first, last)))
-            places, first, last = (x.expand(batch, -1).contiguous() for x in (places, first, last))
-            found = found & (torch.searchsorted(places, first) < torch.searchsorted(places, last))
+            batch = max(map(len, (order, first, last)))
+            order, first, last = (x.expand(batch, -1).contiguous() for x in (order, first, last))
+            reached = reached & (torch.searchsorted(order, first) < torch.searchsorted(order, last))
         if self.blocks is not None:
             above = _sums_before(self.blocks.any(1), 1)
             each = torch.arange(len(above), device=device)[:, None]
             cols = torch.arange(start.shape[1], device=device) // self.width
             bottom = (stop - 1).clamp_min(0) // self.height + 1
             top = torch.minimum(start // self.height, bottom)
-            found = found & (above[each, bottom, cols] > above[each, top, cols])
-        return found
+            reached = reached & (above[each, bottom, cols] > above[each, top, cols])
+        return reached
 
 
 def as_ids(q_ids: Tensor, kv_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers of any width, (B or 1, M) and (B or 1, N), as int32 that are equal where those are."""
+    """Integers of any width, (B or 1, M) and (B or 1, N), as int32, equal where those are."""
     if {q_ids.dtype, kv_ids.dtype} <= NARROW:
         return q_ids.int(), kv_ids.int()
     return _ranked(q_ids.long(), kv_ids.long())
 
 
 def _ranked(q_ids: Tensor, kv_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 -> int32: how many of all of them are smaller."""
+    """int64 -> int32 ranks: how many of all ids are smaller."""
     batch = max(len(q_ids), len(kv_ids))
     q_ids, kv_ids = (x.expand(batch, -1).contiguous() for x in (q_ids, kv_ids))
     order = torch.cat((q_ids, kv_ids), 1).sort().values
@@ -139,7 +139,7 @@ def _ranked(q_ids: Tensor, kv_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cut(a: Tensor, size: int, b: Tensor, other: int, dim: int, length: int) -> tuple[Tensor, Tensor, int]:
-    """Blocks of a and of b, of those sizes along a dim, cut to one size; what is one block for all stays so."""
+    """a and b, with blocks of size and other along dim, cut to one common size; a single block stays one."""
     if a.shape[dim] == 1 or b.shape[dim] == 1:
         return a, b, other if a.shape[dim] == 1 else size
     common = math.gcd(size, other)
@@ -151,14 +151,14 @@ def _cut(a: Tensor, size: int, b: Tensor, other: int, dim: int, length: int) -> 
 def _buckets(ids: Tensor) -> Tensor:
     """(B, tiles, size) -> float32 (B, tiles, BUCKETS): 1 where a tile has an id of that bucket.
 
-    Ids are spread by a multiplication (Knuth, "The art of computer programming", 6.4); neighbours never collide.
+    Multiplicative hashing (Knuth, "The art of computer programming", 6.4); neighbours never collide.
     """
     bucket = (ids.long() * 0x9E3779B1 >> 26) & (BUCKETS - 1)
-    found = torch.zeros((*ids.shape[:2], BUCKETS), device=ids.device)
-    return found.scatter_(2, bucket, 1.0)
+    buckets = torch.zeros((*ids.shape[:2], BUCKETS), device=ids.device)
+    return buckets.scatter_(2, bucket, 1.0)
 
 
 def _sums_before(x: Tensor, dim: int) -> Tensor:
-    """int32, one longer along dim: the sum of all that come before each place, and of all."""
+    """Exclusive prefix sums along dim, int32, with the total as an additional last element."""
     sums = x.cumsum(dim, dtype=torch.int32)
     return torch.cat((sums.new_zeros(*sums.shape[:dim], 1, *sums.shape[dim + 1 :]), sums), dim)

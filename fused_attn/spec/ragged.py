@@ -1,4 +1,4 @@
-"""Sequences of different lengths one behind another: where each begins, and which part of a tensor it has."""
+"""Packed (varlen) sequences: where each begins, and which slice of a tensor it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLANES = {"bias", "mask"}
 
 
 class Sequence(NamedTuple):
-    """Sequence `number`, whose queries and keys are these rows of packed tensors (1, H, T, ...)."""
+    """Sequence `number`: the slices of its queries and keys in packed tensors (1, H, T, ...)."""
 
     number: int
     rows: slice
@@ -30,7 +30,7 @@ class Sequence(NamedTuple):
         return self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
 
     def part(self, name: str, x: Tensor) -> Tensor:
-        """What a tensor of the whole batch, by its name, holds for this sequence: a view, which may be written to."""
+        """This sequence's part of a tensor of the whole batch, by the tensor's name: a writable view."""
         if name in ROWS or name in KEYS:
             return x[:, :, self.rows if name in ROWS else self.keys]
         if name in PLANES:
@@ -43,11 +43,11 @@ class Sequence(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """B sequences behind one another, in tensors (1, H, T, ...).
+    """B sequences packed one after another in tensors (1, H, T, ...).
 
-    q, k: int32 (B + 1,), where the queries and the keys of each begin, and where the last one ends. max_q, max_k: no
-    sequence is longer. alignment: the diagonals j = i + offset of all of them; offset is 0 for "top_left" and None, and
-    N - M of each sequence for "bottom_right". square: queries and keys are known to begin at the same places.
+    q, k: int32 (B + 1,), the start of each sequence's queries and keys, and the end of the last one. max_q, max_k:
+    upper bounds of the lengths. alignment: each sequence has its own diagonal j = i + offset; offset is 0 for
+    "top_left" and None, and the sequence's N - M for "bottom_right". square: q and k are known to be equal.
     """
 
     q: Tensor
@@ -63,35 +63,35 @@ class Ragged:
 
     @property
     def bottom_right(self) -> bool:
-        """Whether diagonals differ between the sequences."""
+        """True if the diagonal's offset can differ between sequences."""
         return self.alignment == "bottom_right" and not self.square
 
     def sequences(self) -> Iterator[Sequence]:
-        """Each of them, in order. Reads where they begin, and so waits for a device."""
+        """Each sequence, in order. Reads the starts, which synchronizes with the device."""
         q, k = self.q.tolist(), self.k.tolist()
         for b in range(self.batch):
             yield Sequence(b, slice(q[b], q[b + 1]), slice(k[b], k[b + 1]))
 
     def offsets(self) -> Tensor | int:
-        """int64 (B, 1): how far right each sequence's diagonal lies; 0 where all of them begin at the first key."""
+        """int64 (B, 1): the offset of each sequence's diagonal; the number 0 if all are 0."""
         return (self.k.diff() - self.q.diff()).long()[:, None] if self.bottom_right else 0
 
 
 def places(starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """(b, i), int64 (total,) each: which sequence each of the packed rows belongs to, and its index there."""
+    """(b, i), int64 (total,) each: the sequence of each packed row, and the row's index in it."""
     index = torch.arange(total, device=starts.device, dtype=starts.dtype)
     b = torch.searchsorted(starts[1:].contiguous(), index, right=True).clamp_max(max(0, len(starts) - 2))
     return b, index - starts[b]
 
 
 def sums(x: Tensor, starts: Tensor) -> Tensor:
-    """Packed (1, H, T), added up over each sequence: (B, H)."""
+    """Sums of packed (1, H, T) over each sequence: (B, H)."""
     return torch.segment_reduce(x[0].T.contiguous(), "sum", offsets=starts.long(), axis=0, initial=0.0)
 
 
 def padded(x: Tensor, starts: Tensor, longest: int) -> Tensor:
-    """Packed (1, H, T, ...) as (B, H, longest, ...), zeros behind each sequence's end."""
-    found = x.new_zeros((len(starts) - 1, x.shape[1], longest, *x.shape[3:]))
+    """Packed (1, H, T, ...) as (B, H, longest, ...), padded with zeros."""
+    result = x.new_zeros((len(starts) - 1, x.shape[1], longest, *x.shape[3:]))
     b, i = places(starts, x.shape[2])
-    found[b, :, i] = x[0].transpose(0, 1)
-    return found
+    result[b, :, i] = x[0].transpose(0, 1)
+    return result

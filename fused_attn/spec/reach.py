@@ -1,4 +1,4 @@
-"""Which keys some query may see: the others never matter, even as NaN."""
+"""The keys that some query may attend to; the others have no influence, even as NaN."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from .ragged import Ragged, places
 
 
 def masked_by_tensors(p: Problem) -> bool:
-    """Whether tensors have a say in who sees whom, beside the mask."""
+    """True if tensors other than the mask bound visibility: lo, hi or the pattern."""
     return p.span.lo is not None or p.span.hi is not None or p.pattern is not None
 
 
 def seen(p: Problem) -> tuple[Tensor, Tensor] | None:
-    """`reached`, where tensors say so; what numbers say, tiles skip by themselves."""
+    """`reached` if tensors bound visibility, else None: tiles apply scalar bounds by themselves."""
     return reached(p) if masked_by_tensors(p) else None
 
 
 def reached(p: Problem) -> tuple[Tensor, Tensor]:
-    """bool (B or 1, 1, M, 1) and (B or 1, 1, N, 1): the rows that see a key by the span, and `Problem.reached`.
+    """bool (B or 1, 1, M, 1) and (B or 1, 1, N, 1): the rows with a key in their span, and `Problem.reached`.
 
-    What is padding may hold NaN, and a product with a weight of zero would let it through. Of ragged sequences, packed
-    as these are.
+    Padding may hold NaN, which a product with a zero weight would propagate. Packed, for ragged sequences.
     """
     if p.ragged is None:
         rows, keys = _reached(p, p.span)
     elif masked_by_tensors(p):
-        found = _reached(p, padded_span(p.span, p.ragged))
+        padded = _reached(p, padded_span(p.span, p.ragged))
         rows, keys = (
             x.expand(p.ragged.batch, -1)[places(starts, like.shape[2])][None]
-            for x, starts, like in zip(found, (p.ragged.q, p.ragged.k), (p.q, p.k), strict=True)
+            for x, starts, like in zip(padded, (p.ragged.q, p.ragged.k), (p.q, p.k), strict=True)
         )
     else:
         rows, keys = _reached_by_numbers(p, p.ragged)
@@ -47,7 +46,7 @@ def _reached(p: Problem, span: Span) -> tuple[Tensor, Tensor]:
 
 
 def _reached_by_numbers(p: Problem, ragged: Ragged) -> tuple[Tensor, Tensor]:
-    """Row by row and key by key, for nothing is known of the longest."""
+    """Computed per packed row and key: without tensor bounds the longest lengths need not be known."""
     (bq, i), (bk, j) = places(ragged.q, p.q.shape[2]), places(ragged.k, p.k.shape[2])
     offsets = ragged.offsets()
     of_rows, of_keys = (offsets, offsets) if isinstance(offsets, int) else (offsets[bq, 0], offsets[bk, 0])

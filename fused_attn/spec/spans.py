@@ -1,4 +1,4 @@
-"""Intervals of keys per row, and where the diagonal lies that places them."""
+"""Intervals of keys per row, and the offset of the diagonal they are relative to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shape = tuple[int, int, int, int]  # (B, Hq, M, N)
 def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ragged | None = None) -> int:
     """The offset of the diagonal j = i + offset: 0 for "top_left", N - M for "bottom_right".
 
-    Of ragged sequences, which have one alignment for all that is said of them, it is 0, and counts from each one's own.
+    Ragged sequences share one alignment; for them it is 0, relative to each sequence's own diagonal.
     """
     if ragged is not None:
         own = ragged.alignment
@@ -40,7 +40,7 @@ def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ra
 
 
 def _tighter(a: Any, b: Any, pick: Callable) -> Any:
-    """Intersection of two bounds of which None is no bound."""
+    """The intersection of two bounds, where None is no bound."""
     if a is None or b is None:
         return b if a is None else a
     return pick(a, b)
@@ -48,12 +48,12 @@ def _tighter(a: Any, b: Any, pick: Callable) -> Any:
 
 @dataclass(frozen=True)
 class Span:
-    """An interval of keys per row, and the first keys beside it: row i may see j where
+    """An interval of keys per row, plus the sinks: row i may attend to key j where
 
         (i + left <= j  or  j < sinks)   and   j <= i + right   and   lo[b, i] <= j < hi[b, i].
 
-    None is no bound. lo and hi are int32 (B or 1, M), and neither decreases with i; that is what lets a tile of keys
-    find its rows. A row whose bounds cross sees nothing.
+    None is no bound. lo and hi are int32 (B or 1, M), and neither decreases with i, so the rows of a tile of keys are
+    an interval too. A row whose bounds cross is fully masked.
     """
 
     left: int | None = None
@@ -63,7 +63,7 @@ class Span:
     sinks: int = 0
 
     def __and__(self, other: Span) -> Span:
-        """The intersection, or what `excess` leaves to be taken from it."""
+        """The intersection; `excess` is the part of it that one span cannot hold."""
         narrow, wide = self._windows(other)
         sinks = narrow.sinks if wide.left is None or narrow.left != wide.left else min(narrow.sinks, wide.sinks)
         return Span(
@@ -75,13 +75,13 @@ class Span:
         )
 
     def excess(self, other: Span) -> Span | None:
-        """What must hold beside `self & other`: the wider window, where the narrower one has more sinks."""
+        """A condition in addition to `self & other`: the wider window, if the narrower one has more sinks."""
         narrow, wide = self._windows(other)
-        said = wide.left is None or narrow.left == wide.left or narrow.sinks <= wide.sinks
-        return None if said else Span(left=wide.left, sinks=wide.sinks)
+        included = wide.left is None or narrow.left == wide.left or narrow.sinks <= wide.sinks
+        return None if included else Span(left=wide.left, sinks=wide.sinks)
 
     def _windows(self, other: Span) -> tuple[Span, Span]:
-        """Both, the one that looks less far to the left first."""
+        """Both spans, the one with the narrower left bound first."""
         if self.left is None or (other.left is not None and other.left > self.left):
             return other, self
         return self, other
@@ -91,7 +91,7 @@ class Span:
         return self.left is None and self.right is None and self.lo is None and self.hi is None
 
     def bounds(self, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """lo, hi (B or 1, len(rows)) int64: row i sees nothing outside lo <= j < hi, and without sinks all inside."""
+        """lo, hi (B or 1, len(rows)) int64: every visible key lies in lo <= j < hi; without sinks, all of these are."""
         lo, hi = torch.zeros_like(rows)[None], torch.full_like(rows, n)[None]
         if self.right is not None:
             hi = torch.minimum(hi, rows + self.right + 1)
@@ -105,7 +105,7 @@ class Span:
         return lo, hi
 
     def materialize(self, rows: Tensor, cols: Tensor, n: int) -> Tensor:
-        """bool (B or 1, 1, rows, cols), True where row may see column."""
+        """bool (B or 1, 1, rows, cols), True where the row may attend to the column."""
         lo, hi = self.bounds(rows, n)
         grid = (cols >= lo[..., None]) & (cols < hi[..., None])
         if self.sinks and self.left is not None:
@@ -113,21 +113,21 @@ class Span:
         return grid[:, None]
 
     def shifted(self, by: Any) -> Span:
-        """With its diagonal so much further right: a number, or int64 (B, 1) for one of each batch, which nothing but
-        `bounds`, `materialize` and `seers` takes."""
+        """A copy with the diagonal moved right by a number, or by int64 (B, 1) for each batch. With a tensor, only
+        `bounds`, `materialize` and `seers` work."""
         left, right = (None if x is None else x + by for x in (self.left, self.right))
         return replace(self, left=left, right=right)
 
     def columns(self, n: int) -> tuple[Tensor | None, Tensor | None]:
-        """The transpose of lo and hi: int32 (B or 1, N), key j is seen by rows start <= i < stop as far as they say."""
+        """The transpose of lo and hi: start, stop int32 (B or 1, N); they allow key j to the rows start <= i < stop."""
         start = None if self.hi is None else _rows_up_to(self.hi, n)
         stop = None if self.lo is None else _rows_up_to(self.lo, n)
         return start, stop
 
     def seers(self, m: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The transpose of this span: start, stop (B or 1, N) int64, key j is seen by the rows start <= i < stop.
+        """The transpose of this span: start, stop (B or 1, N) int64; key j is visible to the rows start <= i < stop.
 
-        keys is every key in order. A sink's rows are an interval too.
+        keys: all key indices, ascending. The rows of a sink are an interval too.
         """
         start, stop = torch.zeros_like(keys)[None], torch.full_like(keys, m)[None]
         if self.right is not None:
@@ -139,10 +139,10 @@ class Span:
 
 
 def _rows_up_to(bounds: Tensor, n: int) -> Tensor:
-    """int32 (B or 1, N): how many of the rows' bounds (B or 1, M), which do not decrease, are at most j.
+    """int32 (B or 1, N): for each key j, the number of ascending bounds (B or 1, M) that are at most j.
 
-    The keys are made from the bounds, because vmap expands what it does not batch, and searchsorted wants both
-    contiguous.
+    The keys are computed from the bounds: vmap would expand an unbatched tensor, and searchsorted needs contiguous
+    ones.
     """
     keys = bounds.new_zeros(bounds.shape[0], n) + torch.arange(n, device=bounds.device, dtype=bounds.dtype)
     return torch.searchsorted(bounds.contiguous(), keys, right=True, out_int32=True)

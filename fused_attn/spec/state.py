@@ -1,4 +1,4 @@
-"""The algebra of partial attention: a state (out, lse) is an average of values and the log of its total weight.
+"""Partial attention results: a state (out, lse) is a weighted average of values and the log of the total weight.
 
 Merging states over disjoint keys gives the state over their union; `empty` is its identity. With m = max of the lses,
     lse = m + log(sum exp(lse_i - m)),   out = sum exp(lse_i - lse) * out_i.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def empty(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill with the state that has seen no key: zeros with log-weight -inf."""
+    """Fill with the state of no keys: zeros with log-weight -inf."""
     return out.zero_(), lse.fill_(-torch.inf)
 
 
@@ -22,7 +22,7 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Join states over disjoint keys, in the order given. out (..., Dv), lse (...)."""
     stacked = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in lses])
     peak = stacked.detach().amax(0)
-    # Where nothing has been seen, exp(-inf - -inf) would be NaN; any finite peak gives the zero that is meant.
+    # Without any key, exp(-inf - -inf) would be NaN; any finite peak gives 0.
     peak = torch.where(peak == -torch.inf, 0.0, peak)
     weights = torch.exp(stacked - peak)
     total = weights.sum(0)

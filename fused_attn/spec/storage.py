@@ -1,4 +1,4 @@
-"""Whether elements of tensors share memory, found from strides and addresses; nothing is read."""
+"""Tests for shared memory between tensor elements, from strides and addresses alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]  # (shape, strides)
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements of x lie at one address, as in an expanded tensor."""
+    """True if two elements of x share an address, as in an expanded tensor."""
     return _overlaps_itself((tuple(x.shape), x.stride()))
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether an element of x lies at the address of one of y, both of one dtype."""
+    """True if an element of x shares an address with one of y; both have one dtype."""
     if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() or 0 in (x.numel(), y.numel()):
         return False
     apart = y.storage_offset() - x.storage_offset()
@@ -25,7 +25,7 @@ def overlap(x: Tensor, y: Tensor) -> bool:
 @functools.lru_cache(256)
 def _overlaps_itself(x: Layout) -> bool:
     dims = sorted(((step, size) for size, step in zip(*x, strict=True) if size > 1), reverse=True)
-    # Two indices meet if their difference, positive in the first dim where they differ, is no step in memory.
+    # Two indices share an address if their difference, positive in the first dim where they differ, is 0 in memory.
     for at, (step, size) in enumerate(dims):
         others = [(other, 1 - count, count - 1) for other, count in dims[at + 1 :]]
         if _reached(0, [(step, 1, size - 1), *others]):
@@ -35,7 +35,7 @@ def _overlaps_itself(x: Layout) -> bool:
 
 @functools.lru_cache(256)
 def _overlap(x: Layout, y: Layout, apart: int) -> bool:
-    ranges: dict[int, list[int]] = {}  # of the difference of two indices; dims of one stride are one unknown
+    ranges: dict[int, list[int]] = {}  # of index differences, by stride: dims of equal stride are one unknown
     for layout, side in ((x, 1), (y, 0)):
         for size, step in zip(*layout, strict=True):
             ranges.setdefault(step, [0, 0])[side] += size - 1 if side else 1 - size
@@ -43,7 +43,7 @@ def _overlap(x: Layout, y: Layout, apart: int) -> bool:
 
 
 def _reached(target: int, steps: list[tuple[int, int, int]]) -> bool:
-    """Whether sum(step * n) = target for some low <= n <= high; steps (step, low, high), the largest step first."""
+    """True if sum(step * n) = target for some low <= n <= high; steps: (step, low, high), the largest step first."""
     if not steps:
         return target == 0
     (step, low, high), *others = steps
