@@ -498,7 +498,7 @@ MUTANTS = (
     Mutant("more keys than there are", "fused_attn/api/statistics.py", "if top_k > n:", "if False:",
            _statistics("wrong_words")),
     Mutant("statistics are constants", "fused_attn/api/statistics.py",
-           "underived(message, found, *p.tensors().values())",
+           "without_derivative(message, found, *p.tensors().values())",
            "found",
            _statistics("backward_raises and tiled")),
     Mutant("derivatives: through the caller's graph", "fused_attn/spec/transforms.py",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import reference
 from ..runtime import dispatch, ops
 from ..runtime.autocast import no_autocast
-from ..runtime.no_derivative import underived
+from ..runtime.no_derivative import without_derivative
 from ..spec.checks import as_bool, as_int, check_dense, describe
 from ..spec.options import Options
 from ..spec.problem import Mask, Problem, Statistics
@@ -200,10 +200,10 @@ def _look(
     else:
         p = bind_packed(q, k, v, options, *packed)
     with torch.no_grad(), no_autocast(q):
-        name, form = dispatch.choose(p, backend, task="seeing")
+        name, form = dispatch.choose(p, backend, task="statistics")
         found = find(name, form)
     message = f"{what}: its results have no derivative; detach() them, or call it on q.detach()"
-    return underived(message, found, *p.tensors().values())
+    return without_derivative(message, found, *p.tensors().values())
 
 
 def _checked_top_k(top_k: Any, k: Any, layout: str) -> int:

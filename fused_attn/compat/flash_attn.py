@@ -33,7 +33,7 @@ from torch import Tensor
 from ..api.attention import attention
 from ..api.decode import attention_decode
 from ..api.varlen import attention_varlen
-from ..runtime.no_derivative import underived
+from ..runtime.no_derivative import without_derivative
 from ..spec.checks import as_bool, as_int, as_starts
 from ..spec.problem import describe
 from . import flash_arguments as arguments
@@ -194,7 +194,7 @@ def flash_attn_varlen_func(
         with torch.no_grad():
             pair = over_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, options)
         message = NO_DERIVATIVE.format("flash_attn_varlen_func with block_table", "it without block_table")
-        out, lse = underived(message, pair, q, k, v, *options.values())
+        out, lse = without_derivative(message, pair, q, k, v, *options.values())
         return (out, lse.T, None) if wanted else out
     longest_q = arguments.longest("max_seqlen_q", max_seqlen_q)
     longest_k = arguments.longest("max_seqlen_k", max_seqlen_k)
@@ -333,5 +333,5 @@ def flash_attn_with_kvcache(
             cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, num_splits=splits, return_lse=True, **options,
         )  # fmt: skip
     message = NO_DERIVATIVE.format("flash_attn_with_kvcache", "flash_attn_func")
-    out, lse = underived(message, result, q, k_cache, v_cache, k, v, *options.values())
+    out, lse = without_derivative(message, result, q, k_cache, v_cache, k, v, *options.values())
     return (out, lse) if wanted else out

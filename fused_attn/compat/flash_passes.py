@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..api.attention import attention
 from ..api.varlen import attention_varlen
-from ..runtime.no_derivative import underived
+from ..runtime.no_derivative import without_derivative
 from ..spec.checks import as_int, as_starts, describe
 from ..spec.ragged import places
 from . import flash_arguments as arguments
@@ -60,7 +60,7 @@ def forward(
         if return_softmax:
             weights = dense_weights(q, k, arguments.dropout(dropout_p, seed), options)
     message = NO_DERIVATIVE.format("_flash_attn_forward", "flash_attn_func")
-    return (*underived(message, (out, lse, weights), q, k, v, *options.values()), _state(seed, q))
+    return (*without_derivative(message, (out, lse, weights), q, k, v, *options.values()), _state(seed, q))
 
 
 @as_flash_attn
@@ -125,7 +125,7 @@ def varlen_forward(
                 dropout = arguments.dropout(dropout_p, seed)
                 weights = packed_weights(q, k, cu_seqlens_q, cu_seqlens_k, longest, dropout, options)
     message = NO_DERIVATIVE.format("_flash_attn_varlen_forward", "flash_attn_varlen_func")
-    return (*underived(message, (out, lse.T, weights), *sources), _state(seed, q))
+    return (*without_derivative(message, (out, lse.T, weights), *sources), _state(seed, q))
 
 
 @as_flash_attn

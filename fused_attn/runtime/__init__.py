@@ -1,1 +1,1 @@
-"""From a validated call to a backend: its choice, the torch operators, their derivatives, and the cache of calls."""
+"""Execution of validated calls: the choice of a backend, torch operators, their derivatives and the call cache."""

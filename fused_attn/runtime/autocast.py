@@ -1,4 +1,4 @@
-"""Autocast: inputs are cast once, where they enter; inside a call it is off."""
+"""Autocast: inputs are cast once, at the start of a call; the rest of the call runs with autocast off."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device. Those that have none, such as meta, raise when they are asked."""
+    """True if autocast is on for a device type. torch raises for types without autocast, such as meta."""
     if not any_autocast():
         return False
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast, q, k and v in its dtype, as torch's own ops take them."""
+    """The tensors in autocast's dtype where autocast is on, as torch casts the inputs of its own ops."""
     if not any_autocast():
         return tensors
     device = next((x.device.type for x in tensors if isinstance(x, Tensor)), None)
@@ -33,7 +33,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast has done its work on the inputs; inside, it would change the types of the products."""
+    """A context with autocast off, which would change the dtypes of products. Inputs have been cast before."""
     if any_autocast() and autocasts(q.device.type):
         return torch.autocast(q.device.type, enabled=False)
     return UNCHANGED

@@ -1,9 +1,8 @@
-"""Derivatives of the operators: one Function for eager mode, and the same formula registered for compilers.
+"""Derivatives of the operators: a Function for eager mode, and the same formula registered for compilers.
 
-What is saved for backward: the inputs, out, and the row maximum and the log of the sum apart, through
-`save_for_backward` alone, so that hooks can move them. An out that was changed in place is computed again.
-A backend that can also be written in plain autograd (it has `attention`) can be differentiated again; the others say
-that they cannot.
+Saved for backward, all through `save_for_backward` so that hooks can move them: the inputs, out, and each row's maximum
+and log-sum separately. An out that was changed in place is recomputed. Double backward works for backends that are also
+written in plain autograd (those with `attention`); the others raise.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from . import ops
 
 
 def attend(p: Problem, backend: str, plain: bool = False) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the operator, with a derivative where one is wanted.
+    """(out, lse) by the operator, differentiable if an input requires grad.
 
-    plain: nothing traces or transforms the call, so the backend is called without the operator, which costs more.
+    plain: nothing traces or transforms the call, so the backend is called directly, which is faster.
     """
     args = ops.flatten(p, backend)
     if torch.compiler.is_compiling() or jit_tracing():
@@ -35,7 +34,7 @@ def attend(p: Problem, backend: str, plain: bool = False) -> tuple[Tensor, Tenso
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator where nobody asks for its derivative, past the layer that would look for one."""
+    """The operator below the autograd layer of the dispatcher, for calls without a derivative."""
     with below_autograd():
         return torch.ops.fused_attn.forward(*args)
 
@@ -77,7 +76,7 @@ def _gradients(
 
 
 def _zeros(out: Tensor) -> Tensor:
-    """One zero in memory; nobody writes to it."""
+    """Zeros of out's shape: one element, expanded."""
     return out.new_zeros(()).expand(out.shape)
 
 
@@ -99,24 +98,24 @@ def differentiable(
 
 
 class Attention(torch.autograd.Function):
-    """Flat arguments of `ops.flatten` -> the results of the operator; with their Problem, without the operator."""
+    """The arguments of `ops.flatten` -> the operator's results; given their Problem, the operator is bypassed."""
 
     @staticmethod
     def forward(ctx: Any, p: Problem | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found = _forward(*args) if p is None else ops.serving(p, args[-1]).forward(p)
-        _setup_context(ctx, args, found)
+        result = _forward(*args) if p is None else ops.serving(p, args[-1]).forward(p)
+        _setup_context(ctx, args, result)
         ctx.context = copy_context()
-        return found
+        return result
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        # On a GPU autograd has a thread of its own, which a scoped configuration would not reach.
+        # On a GPU backward runs in a thread of its own, which does not inherit context variables.
         needs = ctx.needs_input_grad[1:]
         return None, *ctx.context.copy().run(_gradients, ctx, needs, dout, dlse)
 
 
 class _Once(torch.autograd.Function):
-    """The backward operator, differentiable once less than asked."""
+    """The backward operator, whose own backward raises."""
 
     @staticmethod
     def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, ...]:
@@ -132,13 +131,13 @@ def _once(backend: str, transform: str) -> TransformError:
     return TransformError(f'{transform} is not built for backend="{backend}"; backend="tiled" and "reference" have it')
 
 
-# `Function.apply` binds default arguments in Python at every call; the method below it does the same work without.
-# Under functorch it must not be used, and dispatch sends no transformed tensor here.
+# The base class's apply: `Function.apply` also binds default arguments, in Python, at every call. It does not support
+# functorch; dispatch sends no transformed tensor here.
 _apply = super(torch.autograd.Function, Attention).apply
 
 
 class _Again(torch.autograd.Function):
-    """A call that has been made before: the `calls.Call` and its tensors -> (out, lse)."""
+    """A repeated call: the `call_cache.CachedCall` and its tensors -> (out, lse)."""
 
     @staticmethod
     def forward(ctx: Any, call: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:

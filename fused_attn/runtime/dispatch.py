@@ -1,4 +1,4 @@
-"""Which backend runs a problem: an ordered list, each with its reasons, and no fallback from an explicit choice."""
+"""Selection of a backend: the first of `BACKENDS` that can run a problem. An explicit choice never falls back."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from . import autograd, environment, ops
 
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
 ON_CPU = ("sdpa", "tiled", "reference")
-# What a backend may be asked for beside out, which these have, and what the others say.
-BESIDE = ("triton", "tiled", "reference")
-TASKS = {"seeing": "computes no statistics and no map", "decoding": "decodes from no cache"}
+# Tasks other than computing out: the reason against backends without them, and the backends that have them.
+TASKS = {"statistics": "computes no statistics and no map", "decoding": "decodes from no cache"}
+WITH_TASKS = ("triton", "tiled", "reference")
 PLAIN = {"sdpa": sdpa, "tiled": tiled, "reference": reference}  # backends made of torch's own differentiable ops
 for _name in ops.LAUNCHERS:
-    ops.launcher(_name)  # now, because a compiler that traces a call cannot import
+    ops.launcher(_name)  # imported here, because a compiler that traces a call cannot import
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend runs a call (None: none can), and every reason why another does not."""
+    """The backend that runs a call (None: none can), and every reason against the other ones."""
 
     backend: str | None
     reasons: dict[str, list[str]] = field(default_factory=dict)
@@ -40,22 +40,22 @@ class Explanation:
 
 
 def transformed(p: Problem) -> str | None:
-    """The transform of torch that these tensors are under, if any."""
+    """The name of the torch transform that p's tensors are under, if any."""
     return transform_of(p.tensors().values()) if transforming() else None
 
 
 def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: str = "") -> list[str]:
-    """Every reason why a backend cannot run p; by_name, when it was asked for explicitly; task: one of TASKS."""
-    if task and name not in BESIDE:
+    """Every reason why a backend cannot run p. by_name: the choice is explicit. task: one of TASKS, or "" for out."""
+    if task and name not in WITH_TASKS:
         return [f"it {TASKS[task]}"]
     if transform and (task or name not in ("tiled", "reference")):
-        # Alone, because what else there is may want to read tensors, which now stand for others.
+        # The only reason, because the other checks may read tensors, and transformed tensors cannot be read.
         return [f"{transform} is not built for {task or 'it'}"]
     reasons = PLAIN[name].why_not(p) if name in PLAIN else ops.launcher(name).why_not(p)
     if name == "hopper" and not by_name and not reasons:
         reasons = ops.launcher(name).unproven(p)
     if name == "triton" and not by_name and p.q.device.type == "cpu":
-        reasons = [*reasons, "on the CPU it is an interpreter, reached only by name"]
+        reasons = [*reasons, "on the CPU it is an interpreter, used only if named"]
     return reasons
 
 
@@ -69,14 +69,14 @@ def explain(p: Problem, backend: str | None = None) -> Explanation:
 
 
 def taken(name: str, p: Problem, lowered: Problem) -> Problem:
-    """Which form of a problem a backend takes."""
+    """The form of a problem that a backend takes."""
     if name == "tiled" and _rounded(p):
         return p.lower(wide=True)
     return p if name == "reference" else lowered
 
 
 def _rounded(p: Problem) -> bool:
-    """Whether lowering rounds to half precision what `tiled`, which computes in float32, need not round."""
+    """True if lowering rounds rewritten q and k to half precision; `tiled`, which computes in float32, avoids that."""
     return p.score is not None and p.score.rewrites and p.q.dtype in HALF
 
 
@@ -93,7 +93,7 @@ def _explain(
     for name in names if asked is None else (asked,):
         reasons = why_not(name, p if name == "reference" else lowered, asked is not None, transform, task)
         if name == "sdpa" and asked is None and p.q.device.type == "cpu" and _rounded(p):
-            reasons = [*reasons, f"what the score makes of q would be rounded to {p.q.dtype}; it runs by name"]
+            reasons = [*reasons, f"the score's rewritten q would be rounded to {p.q.dtype}; it runs if named"]
         if not reasons:
             return Explanation(name, refused)
         refused[name] = reasons
@@ -101,12 +101,12 @@ def _explain(
 
 
 def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str, Problem]:
-    """The first backend that can run p, or the one asked for, and the form of p that it takes.
+    """The backend for p, the first that can run it or the explicit choice, and the form of p that it takes.
 
-    task: that can do one of TASKS, rather than compute out.
+    task: one of TASKS, or "" for out.
     """
     lowered = p.lower()
-    # Kernels take CPU tensors by name alone, and listing why costs more than the rest of a call.
+    # On the CPU kernels run only if named, and collecting the reasons costs more than the rest of a call.
     choice = _explain(p, lowered, backend, task, BACKENDS if p.q.device.type != "cpu" else ON_CPU)
     if choice.backend is None:
         asked, reasons = next(reversed(choice.reasons.items()))
@@ -117,7 +117,7 @@ def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str,
 
 
 def run(p: Problem, name: str, plain: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) by the backend chosen. plain: see `autograd.attend`."""
+    """(out, lse) by a backend. plain: see `autograd.attend`."""
     if name == "reference" or (name == "sdpa" and not (p.q.device.type == "cpu" and _tracing())):
         out, lse = PLAIN[name].attention(p)
         return autograd.attend(p, "tiled", plain) if out is None else (out, lse)

@@ -1,4 +1,4 @@
-"""Results without a derivative: they know what they were computed from, and backward through them raises."""
+"""Results without a derivative: backward through them raises, instead of stopping silently."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ def _refuse(grad: Tensor, shape: list[int], message: str) -> NoReturn:
     raise NotImplementedError(message)
 
 
-# An operator, so that a compiler can trace the backward, which raises when it runs.
+# An operator, so that a compiler can trace the backward; it raises when it runs.
 _library.impl("refuse", _refuse, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_attn::refuse", lambda grad, shape, message: grad.new_empty(shape))
 
 
-def underived(message: str, found: tuple[Tensor | None, ...], *sources: Any) -> tuple[Any, ...]:
-    """found, through which backward raises NotImplementedError(message) where one of the sources requires grad."""
+def without_derivative(message: str, results: tuple[Tensor | None, ...], *sources: Any) -> tuple[Any, ...]:
+    """The results; if a source requires grad, backward through them raises NotImplementedError(message)."""
     needing = [x for x in sources if isinstance(x, Tensor) and x.requires_grad]
     if not needing or not torch.is_grad_enabled():
-        return found
-    return _Underived.apply(message, len(found), *found, *needing)
+        return results
+    return _WithoutDerivative.apply(message, len(results), *results, *needing)
 
 
-class _Underived(torch.autograd.Function):
+class _WithoutDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, message: str, count: int, *found_and_sources: Tensor | None) -> tuple[Tensor | None, ...]:
-        found, sources = found_and_sources[:count], found_and_sources[count:]
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        results, sources = tensors[:count], tensors[count:]
         ctx.message, ctx.count, ctx.shapes = message, count, [x.shape for x in sources if x is not None]
-        ctx.mark_non_differentiable(*(x for x in found if x is not None and not x.is_floating_point()))
-        return found
+        ctx.mark_non_differentiable(*(x for x in results if x is not None and not x.is_floating_point()))
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = next(x for x in grads if x is not None)
-        refused = [torch.ops.fused_attn.refuse(grad, shape, ctx.message) for shape in ctx.shapes]
-        return (None,) * (2 + ctx.count) + tuple(refused)
+        grads_of_sources = (torch.ops.fused_attn.refuse(grad, shape, ctx.message) for shape in ctx.shapes)
+        return (*(None,) * (2 + ctx.count), *grads_of_sources)

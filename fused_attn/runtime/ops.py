@@ -1,12 +1,13 @@
-"""torch.library: the operators that every linear-memory backend serves.
+"""torch.library operators of the linear-memory backends: `forward`, `backward`, `statistics` and `weights`.
 
-`forward` and `backward`, and `statistics` and `weights` where a backend can show them, carry a Problem as flat
-arguments; `flatten` and `rebuild` are the only two places that know their order. Beside out and lse, forward returns
-what backward needs of each row's denominator, apart, because one rounded sum would lose the second where the first is
-large: `peak`, the largest score, in the units in which the backend compares scores; and `log_sum`, the natural log of
-the sum of exp(score - peak), the sink included. A row that sees nothing has peak 0. The launcher is looked up by name
-when the operator runs, so that importing this file needs torch alone, and so that a compiler sees an opaque operator
-whatever stands behind it.
+They take a Problem as flat arguments; only `flatten` and `rebuild` know the order. Besides out and lse, forward returns
+two numbers per row for backward, whose rounded sum would lose the second where the first is large:
+
+    peak     the row's largest score, in the backend's unit of scores; 0 for a fully masked row
+    log_sum  the natural log of sum exp(score - peak), including the sink
+
+The backend's module is imported when the operator runs, so importing this file needs torch alone, and compilers see an
+opaque operator.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PROBLEM = (
     "SymInt height, SymInt width, SymInt offset, SymInt max_q, SymInt max_k, "
     "bool bottom_right, bool deterministic, str normalizer, str backend"
 )
-# The problem's tensors, which come first. "scale" and "softcap" are absent where they are numbers.
+# The tensors of PROBLEM, in order. "scale" and "softcap" are None where they are numbers.
 NAMES = (
     "q", "k", "v", "scale", "softcap", "bias", "slopes", "sink", "w", "row_terms", "key_terms", "mask", "lo", "hi",
     "q_ids", "kv_ids", "blocks", "rng", "q_starts", "k_starts",
@@ -116,14 +117,14 @@ def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
 
 def serving(p: Problem, backend: str) -> ModuleType:
     """The module that computes p for a backend."""
-    # With no score to compute there is nothing to launch: a loop over no tiles gives every backend's answer.
+    # Without scores there is nothing to launch; `tiled` loops over no tiles and gives every backend's result.
     return launcher("tiled" if p.empty else backend)
 
 
 def _check_ragged(p: Problem) -> None:
-    """Where sequences begin, read when the operator runs: it may have been compiled before there was anything to read.
+    """Check the starts of sequences when the operator runs: under a compiler they were not readable before.
 
-    Otherwise rows that belong to no sequence would come out unwritten.
+    Rows that belong to no sequence would be left uninitialized.
     """
     if p.ragged is not None:
         check_starts("q", p.ragged.q, p.q.shape[2], p.q.device, p.ragged.max_q)
@@ -140,10 +141,10 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     *problem, out, peak, log_sum, dout, dlse, needs = args
     p, backend = rebuild(tuple(problem))
     wanted = frozenset(name for name, need in zip(DIFFERENTIABLE, needs, strict=True) if need)
-    # backward() may be called under autocast, which would change the types of the products inside.
+    # backward() may be called under autocast, which would change the dtypes of products.
     with torch.autocast(p.q.device.type, enabled=False):
-        found = serving(p, backend).backward(p, out, peak, log_sum, dout, dlse, wanted)
-    return tuple(found[name] if name in wanted else p.q.new_empty(0) for name in DIFFERENTIABLE)
+        grads = serving(p, backend).backward(p, out, peak, log_sum, dout, dlse, wanted)
+    return tuple(grads[name] if name in wanted else p.q.new_empty(0) for name in DIFFERENTIABLE)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -161,29 +162,29 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _seer(p: Problem, backend: str) -> ModuleType:
+def _statistics_module(p: Problem, backend: str) -> ModuleType:
     return _module(STATISTICS["tiled" if p.empty else backend])
 
 
-def _there(p: Problem, found: Statistics) -> tuple[Tensor, ...]:
-    return tuple(p.q.new_empty(0) if x is None else x for x in found)
+def _as_tensors(p: Problem, statistics: Statistics) -> tuple[Tensor, ...]:
+    return tuple(p.q.new_empty(0) if x is None else x for x in statistics)
 
 
 def _statistics(*args: Any) -> tuple[Tensor, ...]:
     p, backend = rebuild(args[:-4])
     _check_ragged(p)
-    return _there(p, _seer(p, backend).statistics(p, *args[-4:]))
+    return _as_tensors(p, _statistics_module(p, backend).statistics(p, *args[-4:]))
 
 
 def _statistics_fake(*args: Any) -> tuple[Tensor, ...]:
     p, _ = rebuild(args[:-4])
-    return _there(p, Statistics.of_nothing(p, *args[-4:]))
+    return _as_tensors(p, Statistics.of_nothing(p, *args[-4:]))
 
 
 def _weights(*args: Any) -> Tensor:
     *problem, rows, heads = args
     p, backend = rebuild(tuple(problem))
-    return _seer(p, backend).weights(p, rows, heads)
+    return _statistics_module(p, backend).weights(p, rows, heads)
 
 
 def _weights_fake(*args: Any) -> Tensor:
@@ -203,7 +204,7 @@ torch.library.register_fake("fused_attn::weights", _weights_fake)
 
 
 def _scores(p: Problem) -> int:
-    """How many there are, as if nothing were masked; of fake sequences as if all were as long as the longest."""
+    """The number of scores without masking; fake sequences count as if all had the longest length."""
     b, heads, m, n = p.shape
     if p.ragged is None or is_fake(p.ragged.q) or p.ragged.q.is_meta:
         return b * heads * m * n
@@ -212,13 +213,13 @@ def _scores(p: Problem) -> int:
 
 @register_flop_formula(torch.ops.fused_attn.forward, get_raw=True)
 def _forward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """Two products a score; the convention of torch's own attention."""
+    """Two products per score, as torch counts its own attention."""
     p, _ = rebuild(args)
     return 2 * _scores(p) * (p.q.shape[3] + p.v.shape[3])
 
 
 @register_flop_formula(torch.ops.fused_attn.backward, get_raw=True)
 def _backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """Five products a score."""
+    """Five products per score."""
     p, _ = rebuild(args[:-6])
     return 2 * _scores(p) * (3 * p.q.shape[3] + 2 * p.v.shape[3])

@@ -72,7 +72,7 @@ ATTENTION = [
     ("sink", zeros(HKV), ValueError, "expected shape (4,), got (2,)"),
     ("sink", 0.0, TypeError, "expected a tensor, got float 0.0"),
     ("sink", zeros(HQ, dtype=torch.float16), TypeError, "got torch.float16"),
-    ("mask", zeros(M, N), TypeError, "got torch.float32 tensor of shape (5, 7); what is added to the scores is bias="),
+    ("mask", zeros(M, N), TypeError, "tensor of shape (5, 7); pass values added to the scores as bias="),
     (
         "mask",
         zeros(M, N, dtype=torch.int64),
