@@ -1,1 +1,1 @@
-"""The functions that users call: their signatures, and the checks that make a Problem of their arguments."""
+"""The public functions: their signatures, and the validation of their arguments into a Problem."""

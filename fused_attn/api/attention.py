@@ -1,4 +1,4 @@
-"""The public calls: bind the arguments, dispatch the problem, shape the answer."""
+"""`attention`, `explain`, `merge_states` and `warmup`."""
 
 from __future__ import annotations
 
@@ -53,50 +53,49 @@ def attention(
 
     Args:
         q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). float16, bfloat16, float32; float64 on `tiled` and
-            `reference`. Any strides. Jagged nested tensors are taken too: then q is (B, Hq, j, D), as torch has it,
-            k and v share their lengths, alignment is that of each sequence (None only where q shares them too), and
-            tensor masks and bias are refused.
+            `reference`. Any strides. Jagged nested tensors are supported: q is (B, Hq, j, D), as torch has it, k and v
+            have equal lengths, alignment applies to each sequence (None only if q has the same lengths), and tensor
+            masks and bias are refused.
         k: (B, Hkv, N, D); Hkv divides Hq, and query head h reads head h // (Hq // Hkv). A bilinear score lets D differ.
         v: (B, Hkv, N, Dv).
-        score: how alike q_i and k_j are: "dot", q_i . k_j; or `scores.Bilinear(w)`, `scores.Cosine(t)`,
-            `scores.Distance(h)`, `scores.Additive(w)`, whose parameters may need gradients.
+        score: the similarity of q_i and k_j: "dot" is q_i . k_j; or `scores.Bilinear(w)`, `scores.Cosine(t)`,
+            `scores.Distance(h)`, `scores.Additive(w)`, whose parameters may require grad.
         scale: multiplies the score; when None, D ** -0.5 for "dot" and Bilinear and 1 for the others. A float, or a
-            tensor () or (Hq,) that may need a gradient.
+            tensor () or (Hq,) that may require grad.
         mask: bool, True = may attend, broadcastable to (B, Hq, M, N); or a `Mask`.
-        causal: row i sees keys j <= i + offset.
-        window: (left, right) keys around the diagonal that a row sees; None is unbounded.
-        alignment: where the diagonal j = i + offset lies: "top_left" (offset 0) or "bottom_right" (N - M). Needed
-            where M != N and causal, window or alibi_slopes is used.
-        bias: added to the scores, broadcastable to (B, Hq, M, N). Its gradient has its own shape.
-        alibi_slopes: (Hq,) or (B, Hq). Press et al., "Train short, test long", 2022.
-        softcap: c > 0 makes a score c * tanh(s / c); a float or a 0-d tensor. Not with Distance.
-        sink: (Hq,) logits that join each row's denominator and no value. Xiao et al., "Efficient streaming language
+        causal: row i attends to keys j <= i + offset.
+        window: (left, right), the numbers of keys before and after the diagonal; None is unbounded.
+        alignment: the offset of the diagonal j = i + offset: "top_left" is 0, "bottom_right" is N - M. Required if
+            M != N and causal, window or alibi_slopes is used.
+        bias: added to the scores, broadcastable to (B, Hq, M, N). Its gradient has its own shape. alibi_slopes: (Hq,)
+        or (B, Hq). Press et al., "Train short, test long", 2022. softcap: c > 0 makes a score c * tanh(s / c); a float
+        or a 0-d tensor. Not with Distance. sink: (Hq,) logits that are added to each row's denominator, without a
+        value. Xiao et al., "Efficient streaming language
             models with attention sinks", 2024.
         dropout_p: probability that a weight is dropped, in [0, 1]; survivors are scaled by 1 / (1 - p).
-        seed: pins the dropout mask: an int or a 0-d integer tensor. None draws one from the device's generator.
-        normalizer: "softmax"; "softmax1", whose denominator has a 1 more (a sink of 0), so that a row may attend to
-            nothing; or "sigmoid", P_ij = 1 / (1 + exp(-s_ij)), without a denominator. Miller, "Attention is off by
-            one", 2023; Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attention", 2024.
+        seed: fixes the dropout mask: an int or a 0-d integer tensor. None draws one from the device's generator.
+        normalizer: "softmax"; "softmax1", which adds 1 to the denominator (a sink of 0), so that all weights of a row
+            can be near 0; or "sigmoid", P_ij = 1 / (1 + exp(-s_ij)), without a denominator. Miller, "Attention is off
+            by one", 2023; Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attention", 2024.
         layout: of q, k, v and out: "bhsd" or "bshd". mask, bias and lse are heads-first in both.
         return_lse: also return lse (B, Hq, M), float32 (float64 for float64), differentiable. Not with "sigmoid".
         deterministic: None and True give the same bits run to run; False allows a faster unordered backward.
         backend: "hopper", "triton", "sdpa", "tiled" or "reference"; None takes the first that can run the call. An
-            explicit choice never falls back. The environment variable FUSED_ATTN_BACKEND counts as explicit; it is read
-            at each call, and what torch.compile made is traced again when it has changed. Inside
-            torch.nn.attention.sdpa_kernel, which chooses among torch's own kernels, "sdpa" is left out on CUDA where
-            those that need no memory for the scores are disabled; nothing else depends on it.
+            explicit choice never falls back. The environment variable FUSED_ATTN_BACKEND is an explicit choice too; it
+            is read at each call, and compiled functions are retraced if it changes. If torch.nn.attention.sdpa_kernel
+            disables torch's linear-memory kernels, "sdpa" is skipped on CUDA; it has no other effect.
 
     Returns:
-        out (B, Hq, M, Dv) (or bshd) in q's dtype, its memory order following q's; or (out, lse). A row that may see
-        nothing gives zeros and lse -inf. Jagged in, jagged out, with q's offsets; lse is (B, Hq, j). Both may be
-        changed in place (out += residual): backward reads out, and computes it again if it was changed.
+        out (B, Hq, M, Dv) (or bshd) in q's dtype and memory order; or (out, lse). A fully masked row gives zeros and
+        lse -inf. For jagged inputs, out is jagged with q's offsets, and lse is (B, Hq, j). Both may be changed in place
+        (out += residual): backward needs out, and recomputes it if it was changed.
 
-    Derivatives: `tiled` and `reference` can be differentiated any number of times, forward and backward, and under
-    torch.func. `triton` and `hopper` have first derivatives; TransformError where another is asked of them.
+    Derivatives: `tiled` and `reference` support derivatives of any order, forward and backward mode, and torch.func.
+    `triton` and `hopper` have first derivatives and raise TransformError for others.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name. BackendError: the backend asked for cannot run this; every
-        reason is listed. NotImplementedError: not built yet.
+        TypeError, ValueError: an invalid argument, by name. BackendError: the chosen backend cannot run the call, with
+        every reason. NotImplementedError: not supported yet.
 
     >>> import torch, fused_attn
     >>> q, k, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
@@ -127,9 +126,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str) -> P
 def explain(
     q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bhsd", backend: str | None = None, **options: Any
 ) -> dispatch.Explanation:
-    """Which backend `attention` would take for this call, and every reason why the ones before it cannot.
+    """The backend that `attention` would use for this call, and every reason against the backends before it.
 
-    Takes the arguments of `attention`, or, with cu_seqlens_q, those of `attention_varlen`. Computes no attention and
+    Takes the arguments of `attention` or, with cu_seqlens_q, those of `attention_varlen`. Computes no attention and
     draws no random number.
 
     >>> import torch, fused_attn
@@ -141,17 +140,18 @@ def explain(
     keywords.check(attention, options, caller="explain")
     if options.get("seed") is None:
         options["seed"] = 0  # no random number is drawn
-    given = Options(**options)
+    checked = Options(**options)
     if any(x is not None for x in packed):
-        return dispatch.explain(bind_packed(q, k, v, given, *packed), backend)
-    return dispatch.explain(bind(*heads_first(q, k, v, layout, given.score), given), backend)
+        return dispatch.explain(bind_packed(q, k, v, checked, *packed), backend)
+    return dispatch.explain(bind(*heads_first(q, k, v, layout, checked.score), checked), backend)
 
 
 def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd") -> tuple[Tensor, Tensor]:
-    """Join attention over disjoint sets of keys: (out, lse) as if all keys had been seen at once. Differentiable.
+    """Merge attention over disjoint sets of keys: (out, lse) of attention over all keys at once. Differentiable.
 
-    outs: tensors (B, H, M, Dv), or (B, M, H, Dv) with layout "bshd"; lses: as many (B, H, M), natural logs, computed
-    without a sink. The shares are as accurate as the lses: a float32 lse of 1e6 is known to 0.03.
+    With lse = log(sum exp(lse_i)), out = sum exp(lse_i - lse) * out_i. outs: tensors (B, H, M, Dv), or (B, M, H, Dv)
+    with layout "bshd"; lses: as many tensors (B, H, M), natural logs, computed without a sink. The error of a share is
+    that of its lse: a float32 lse of 1e6 has a rounding error of 0.03.
 
     >>> import torch, fused_attn
     >>> q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
@@ -160,10 +160,10 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, layout: str = "bhsd"
     >>> torch.testing.assert_close(out, fused_attn.attention(q, k, v))
     """
     check_choice("layout", layout, LAYOUTS)
-    for name, given in (("outs", outs), ("lses", lses)):
-        if not isinstance(given, (list, tuple)) or not all(isinstance(x, Tensor) for x in given):
-            raise TypeError(f"{name}: expected a list of tensors, got {describe(given)}")
-        for i, x in enumerate(given):
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        if not isinstance(tensors, (list, tuple)) or not all(isinstance(x, Tensor) for x in tensors):
+            raise TypeError(f"{name}: expected a list of tensors, got {describe(tensors)}")
+        for i, x in enumerate(tensors):
             check_dense(f"{name}[{i}]", x)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"lses: expected one for each of the {len(outs)} outs (at least one), got {len(lses)}")
@@ -185,10 +185,10 @@ def warmup(
     backend: str | None = None,
     **options: Any,
 ) -> None:
-    """Compile ahead of the first real call, by running the given problems once on random inputs.
+    """Compile kernels before the first real call, by running the given shapes once on random inputs.
 
-    shapes: of (B, Hq, Hkv, M, N, D) or (B, Hq, Hkv, M, N, D, Dv). Kernels do not depend on lengths, so one small
-    length serves all. options: as for `attention`, the same for every shape (causal, window, ...).
+    shapes: tuples (B, Hq, Hkv, M, N, D) or (B, Hq, Hkv, M, N, D, Dv). Kernels do not depend on lengths, so one small
+    length is enough. options: keywords of `attention`, the same for every shape (causal, window, ...).
 
     >>> import torch, fused_attn
     >>> fused_attn.warmup([(1, 8, 2, 64, 64, 32)], dtypes=[torch.float32], device="cpu", causal=True)

@@ -1,7 +1,7 @@
-"""Arguments that a function does not take: the error says what another library's keyword is called here.
+"""Errors for unknown arguments, which name the keyword that corresponds to another library's keyword.
 
-A function declares `*extra: NoReturn` and `**unknown: NoReturn`, which type checkers let nobody fill; `closed` hides
-them from `inspect.signature`. A right call pays for an empty tuple and an empty dict.
+A function declares `*extra: NoReturn` and `**unknown: NoReturn`, which type checkers reject arguments for; `closed`
+hides them from `inspect.signature`. A valid call costs an empty tuple and an empty dict.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..spec.checks import describe
 F = TypeVar("F", bound=Callable[..., Any])
 
 WEIGHTS = "attention_map(q, k, ...) returns the weights of chosen rows and heads"
-# By parameter: the keywords of torch, flash-attn, FlexAttention, xFormers, JAX and Transformers with the same meaning.
+# For each parameter, the keywords of other libraries with the same meaning.
 NAMES = {
     "q": ("query",),
     "k": ("key",),
@@ -75,21 +75,21 @@ INSTEAD = {
         ("return_weights", "return_attn_weights", "return_attn_probs", "need_weights", "output_attentions"), WEIGHTS
     ),
 }
-# By function: what surplus positional arguments probably are.
+# For each function, the keywords that surplus positional arguments probably stand for.
 POSITIONAL = {
     "attention": ADVICE["attn_mask"][1],
     "attention_varlen": f"max_seqlen_q= and max_seqlen_k= for lengths, {ADVICE['attn_mask'][1]}",
     "attention_decode": "k_new= and v_new= for new keys and values, cache_seqlens= for lengths",
-    "attention_stats": f"no v, for the weights do not depend on it; {ADVICE['attn_mask'][1]}",
-    "attention_map": f"no v, for the weights do not depend on it; {ADVICE['attn_mask'][1]}",
+    "attention_stats": f"no v, because the weights do not depend on it; {ADVICE['attn_mask'][1]}",
+    "attention_map": f"no v, because the weights do not depend on it; {ADVICE['attn_mask'][1]}",
 }
 
 
 def closed(function: F) -> F:
-    """Hide `*extra` and `**unknown` from the function's signature, and let it report required arguments by itself.
+    """Hide `*extra` and `**unknown` from the function's signature, and default its required arguments to None.
 
-    Required ones default to None when the function runs. Otherwise Python would report `attention(query=x)` as a call
-    without q, k and v, before `check` could say that the keyword is q.
+    Without the defaults, Python would report `attention(query=x)` as a call without q, k and v, before `check` could
+    name the keyword q.
     """
     signature = inspect.signature(function)
     named = [x for x in signature.parameters.values() if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)]
@@ -102,18 +102,16 @@ def closed(function: F) -> F:
 
 def check(
     function: Callable[..., Any],
-    given: Iterable[str],
+    keywords: Iterable[str],
     extra: tuple = (),
     *,
     caller: str = "",
     advice: Mapping[str, tuple[str, str]] = ADVICE,
     instead: Mapping[str, str] = INSTEAD,
 ) -> None:
-    """Raise TypeError for arguments that a function does not have: the first of the given keywords, or extra positional
-    ones. caller: named instead.
-    """
+    """Raise TypeError for the first unknown keyword, or for extra positional arguments. caller: the name to report."""
     has = inspect.signature(function).parameters
-    for name in given:
+    for name in keywords:
         if name not in has:
             hint = _hint(name, has, advice, instead)
             raise TypeError(f"{caller or function.__name__}() got an unexpected keyword argument {name!r}{hint}")

@@ -1,7 +1,7 @@
-"""Jagged nested tensors: their values and offsets as packed sequences, and the answer as one of them again.
+"""Jagged nested tensors: their values and offsets as packed sequences, and the result as a jagged tensor.
 
-A jagged q is (B, Hq, j, D), as torch has it for attention (or (B, j, Hq, D) with layout "bshd"): j stands for lengths
-that differ from sequence to sequence, and is one number for tensors that share their offsets.
+A jagged q is (B, Hq, j, D), as torch has it for attention, or (B, j, Hq, D) with layout "bshd". j is the dim of varying
+length; tensors with the same offsets have equal j.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .bind import check_qkv
 from .varlen import attend_packed
 
 LAYOUTS = {"bhsd": 2, "bshd": 1}  # the jagged dim
-# torch (2.10 to 2.15) logs advice to itself at the first call of its public nested_tensor_from_jagged.
+# torch 2.10 to 2.15 logs a warning about its own code at the first call of the public nested_tensor_from_jagged.
 logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing will" not in str(record.msg))
 
 
@@ -40,10 +40,10 @@ def attention(
     backend: str | None,
     names: tuple[str, str, str] = ("q", "k", "v"),
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fused_attn.attention` of jagged q, k and v: out with q's offsets, and lse (B, Hq, j) with the same.
+    """`fused_attn.attention` of jagged q, k and v: out and lse (B, Hq, j) have q's offsets.
 
-    k and v share their offsets, which may be others than q's; `alignment` is that of each sequence, and may be None
-    where q shares them too. A tensor mask and a bias are refused: they have no jagged form.
+    k and v share their offsets, which may differ from q's. `alignment` applies to each sequence, and may be None if q
+    has the same offsets. A tensor mask and a bias are refused: they have no jagged form.
     """
     check_choice("layout", layout, tuple(LAYOUTS))
     for name, x in zip(names, (q, k, v), strict=True):
@@ -55,9 +55,9 @@ def attention(
         raise ValueError(f"{names[1]}: expected {names[0]}'s {q.shape[0]} sequences, got {k.shape[0]}")
     mask = options.mask
     if isinstance(mask, Tensor) or (isinstance(mask, Mask) and mask.remainder):
-        raise NotImplementedError("mask: a tensor mask has no jagged form; causal, window and Mask's others have")
+        raise NotImplementedError("mask: a tensor mask has no jagged form; use causal, window or another Mask")
     if options.bias is not None:
-        raise NotImplementedError("bias: it has no jagged form; alibi_slopes has")
+        raise NotImplementedError("bias: it has no jagged form; use alibi_slopes")
     starts = q.offsets().int()
     starts_k = starts if keys == rows else k.offsets().int()
     packed_q, packed_k, packed_v = (_packed(x, layout) for x in (q, k, v))
@@ -72,13 +72,13 @@ def attention(
 def scaled_dot_product_attention(
     query: Any, key: Any, value: Any, options: Options, enable_gqa: bool, backend: str | None
 ) -> Tensor:
-    """The SDPA wrapper of jagged tensors (B, H, j, D), in autocast's dtype."""
+    """`scaled_dot_product_attention` of jagged tensors (B, H, j, D), already in autocast's dtype."""
     names = ("query", "key", "value")
     for name, x in zip(names, (query, key, value), strict=True):
         _check(name, x, "bhsd")
     check_qkv(query.values(), key.values(), value.values(), "sdpa")
     if options.mask is not None or options.bias is not None:
-        raise NotImplementedError("attn_mask: it has no jagged form; is_causal, window and alibi_slopes have")
+        raise NotImplementedError("attn_mask: it has no jagged form; use is_causal, window or alibi_slopes")
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError(f"key: {key.shape[1]} heads beside query's {query.shape[1]} need enable_gqa")
     out: Any = attention(query, key, value, options, "bhsd", backend, names)
@@ -86,10 +86,10 @@ def scaled_dot_product_attention(
 
 
 def _check(name: str, x: Any, layout: str) -> None:
-    """A jagged tensor, its dims in the layout's order, without holes."""
+    """Check for a jagged tensor without holes, its dims in the layout's order."""
     shape = "(B, H, j, D)" if layout == "bhsd" else "(B, j, H, D)"
     if not isinstance(x, Tensor) or not x.is_nested:
-        raise TypeError(f"{name}: expected a jagged tensor as the others are, got {describe(x)}")
+        raise TypeError(f"{name}: expected a jagged tensor like the others, got {describe(x)}")
     if x.layout != torch.jagged:
         raise TypeError(f"{name}: expected a nested tensor of layout torch.jagged, got {x.layout}")
     nested: Any = x
@@ -97,13 +97,13 @@ def _check(name: str, x: Any, layout: str) -> None:
         raise ValueError(f"{name}: expected shape {shape} with layout {layout!r}, got {tuple(x.shape)}")
     if nested.lengths() is not None:
         raise NotImplementedError(
-            f"{name}: a jagged tensor with holes (lengths beside offsets) is not taken; as (B, j, H, D), .contiguous()"
-            " packs it"
+            f"{name}: a jagged tensor with holes (lengths in addition to offsets) is not supported; as (B, j, H, D),"
+            " .contiguous() packs it"
         )
 
 
 def _longest(x: Any, needed: bool) -> int | None:
-    """The longest sequence: what is known without looking, or, once, by waiting for the device."""
+    """The longest length if known without synchronization, else None; if needed, it is read from the device once."""
     return jagged_longest(x) if needed else jagged_bounds(x)["max_seqlen"]
 
 

@@ -1,11 +1,11 @@
-"""Keys and values of growing sequences, in pages: what `attention_decode` reads, and who owns which page.
+"""A paged KV cache for `attention_decode`, with reference-counted pages.
 
-A page holds `page_size` places. A sequence is a list of pages, all full but the last; a page may be held by several
-sequences, which then have the same tokens in it, and is free again when nobody holds it. Before a sequence writes into
-a page that others hold too, it takes a copy of its own, so what is shared never changes. Kwon et al., "Efficient memory
-management for large language model serving with PagedAttention", 2023.
+A page has `page_size` slots. A sequence is a list of pages, all full but the last. Sequences with the same tokens can
+share a page; its reference count is the number of these sequences, and it is free at 0. A sequence copies a shared page
+before it writes into it (copy on write). Kwon et al., "Efficient memory management for large language model serving
+with PagedAttention", 2023.
 
-Who holds what is plain Python on the host; keys and values stay on the device.
+Page lists and counts are Python objects on the host; keys and values stay on the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..spec.problem import DTYPES
 
 
 class CacheFullError(RuntimeError):
-    """More pages are wanted than are free. The cache is as it was before the call."""
+    """A call needs more pages than are free. The cache is unchanged."""
 
     def __init__(self, wanted: int, free: int) -> None:
         super().__init__(wanted, free)
@@ -36,8 +36,8 @@ class CacheFullError(RuntimeError):
 
 
 @dataclass
-class _Held:
-    """A sequence: ceil(length / page_size) pages, in order."""
+class _Entry:
+    """A sequence of `length` tokens in ceil(length / page_size) pages, in order."""
 
     name: int
     pages: list[int]
@@ -45,28 +45,27 @@ class _Held:
 
 
 class PagedKVCache:
-    """A pool of pages for the keys and values of many sequences, which grow, share their beginnings, and end.
+    """A pool of pages for the keys and values of many sequences, which can grow, share prefixes, and be freed.
 
     `k` (num_layers, num_pages, page_size, num_kv_heads, head_dim) and `v` (..., value_dim) hold the data; `k[layer]`
-    and `v[layer]` are the caches that `attention_decode` takes, with what `batch` or `extend` returns. All layers of a
-    sequence lie in the same pages. A sequence is an int that `allocate` or `fork` returned; no int comes twice.
+    and `v[layer]` are the caches that `attention_decode` takes, with what `batch` or `extend` returns. A sequence uses
+    the same pages in all layers. It is identified by the int that `allocate` or `fork` returned, which is never reused.
 
-    Tokens come in by `append`, which writes keys and values that are known; or by `extend`, which only makes room, for
-    `attention_decode(k_new=..., v_new=...)` to write into, layer by layer. Until then that room holds anything.
+    `append` writes the keys and values of new tokens. `extend` only reserves slots for new tokens, uninitialized, into
+    which `attention_decode(k_new=..., v_new=...)` writes, layer by layer.
 
     Args:
-        num_pages, page_size: places for num_pages * page_size tokens in all. Small pages waste less at the end of each
-            sequence, and make longer tables.
-        num_kv_heads, head_dim, value_dim: of one token's keys and values; value_dim None is head_dim.
-        num_layers: as many caches that share one table.
-        dtype, device: of k and v; float16, bfloat16, float32 or float64. None is torch's default.
+        num_pages, page_size: the capacity is num_pages * page_size tokens. Small pages waste less memory at the end of
+            each sequence, but need longer page tables.
+        num_kv_heads, head_dim, value_dim: the shape of a token's keys and values; value_dim None is head_dim.
+        num_layers: the number of caches that share one page table.
+        dtype, device: those of k and v; float16, bfloat16, float32 or float64. None is torch's default.
 
     Raises:
-        CacheFullError (a RuntimeError): says how many pages are wanted and how many are free. ValueError, TypeError: a
-        wrong argument, by name. None of them changes anything.
+        CacheFullError (a RuntimeError): more pages are needed than are free. ValueError, TypeError: an invalid
+        argument, by name. The cache is unchanged after an error.
 
-    One thread at a time: sequences of one cache depend on each other. copy and deepcopy give a cache with data of its
-    own; pickle keeps data and sequences.
+    Not thread-safe. copy and deepcopy give a cache with its own data; pickle keeps data and sequences.
 
     Two continuations of one prompt, 8 query heads, one layer:
 
@@ -75,7 +74,7 @@ class PagedKVCache:
     >>> one = cache.allocate()
     >>> cache.append([one], torch.randn(1, 6, 2, 16), torch.randn(1, 6, 2, 16))  # a prompt of 6 tokens: 2 pages
     >>> two = cache.fork(one)  # the same tokens, in the same pages
-    >>> for _ in range(3):  # a token more for both, each time
+    >>> for _ in range(3):  # one more token for both, each time
     ...     page_table, cache_seqlens = cache.extend([one, two], 1)
     ...     q, k, v = torch.randn(2, 1, 8, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 16)
     ...     out = fused_attn.attention_decode(
@@ -109,13 +108,13 @@ class PagedKVCache:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-        places = (layers, pages, self.page_size, heads)
-        with torch.inference_mode(False):  # else a cache made in inference mode could not be written outside it
-            self.k = torch.empty(*places, key_dim, dtype=dtype, device=device)
-            self.v = torch.empty(*places, value_dim, dtype=dtype, device=device)
-        self._held: dict[int, _Held] = {}
-        self._next = 0  # the name of the next sequence
-        self._holders = [0] * pages  # how many sequences hold each page
+        slots = (layers, pages, self.page_size, heads)
+        with torch.inference_mode(False):  # a cache made in inference mode could not be written outside it
+            self.k = torch.empty(*slots, key_dim, dtype=dtype, device=device)
+            self.v = torch.empty(*slots, value_dim, dtype=dtype, device=device)
+        self._entries: dict[int, _Entry] = {}
+        self._next = 0  # the id of the next sequence
+        self._references = [0] * pages  # reference count of each page
         self._free = list(reversed(range(pages)))
 
     def __repr__(self) -> str:
@@ -123,29 +122,29 @@ class PagedKVCache:
         return (
             f"PagedKVCache(num_pages={pages}, page_size={page}, num_kv_heads={heads}, head_dim={dim},"
             f" value_dim={self.v.shape[-1]}, num_layers={layers}, dtype={self.k.dtype}, device={str(self.k.device)!r}):"
-            f" {len(self._held)} sequences, {self.pages_free} pages free"
+            f" {len(self._entries)} sequences, {self.pages_free} pages free"
         )
 
     def __copy__(self) -> PagedKVCache:
-        """Two caches that shared their data would write into each other's pages."""
+        """A deep copy: two caches on the same data would write into each other's pages."""
         return copy.deepcopy(self)
 
     @property
     def sequences(self) -> KeysView[int]:
-        """The sequences there are."""
-        return self._held.keys()
+        """The ids of all sequences."""
+        return self._entries.keys()
 
     @property
     def pages_free(self) -> int:
-        """How many pages nobody holds."""
+        """The number of free pages."""
         return len(self._free)
 
     def length(self, sequence: int) -> int:
-        """How many tokens a sequence has."""
+        """The number of tokens of a sequence."""
         return self._find(sequence).length
 
     def allocate(self) -> int:
-        """A new sequence, without tokens or pages."""
+        """Add an empty sequence and return its id."""
         return self._add([], 0)
 
     @overload
@@ -153,62 +152,61 @@ class PagedKVCache:
     @overload
     def fork(self, sequence: Sequence[int]) -> list[int]: ...
     def fork(self, sequence: int | Sequence[int]) -> int | list[int]:
-        """A new sequence with all tokens of another, in the same pages. Nothing is copied until one of them grows.
+        """Add a sequence with all tokens of another one, in the same pages, and return its id.
 
-        Of a list or tuple of sequences, each as often as it stands there, a list of new ones.
+        A shared page is copied when a sequence writes into it. A list or tuple of sequences gives a list of ids.
         """
         if isinstance(sequence, (list, tuple)):
             return [self._fork(x) for x in [self._find(x) for x in sequence]]
         return self._fork(self._find(sequence))
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget all but the first `length` tokens of a sequence, such as those that speculation got wrong."""
-        found = self._find(sequence)
+        """Remove all but the first `length` tokens of a sequence, for example rejected speculative tokens."""
+        entry = self._find(sequence)
         length = _count("length", length, 0)
-        if length > found.length:
-            raise ValueError(f"length: expected at most the sequence's {found.length}, got {length}")
-        self._truncate(found, length)
+        if length > entry.length:
+            raise ValueError(f"length: expected at most the sequence's {entry.length}, got {length}")
+        self._truncate(entry, length)
 
     def free(self, sequence: int | Sequence[int]) -> None:
-        """End a sequence, or each of a list or tuple; pages that no other sequence holds are free again."""
+        """Remove a sequence, or each of a list or tuple. Pages that no other sequence uses become free."""
         one = not isinstance(sequence, (list, tuple))
-        for found in [self._find(sequence)] if one else self._find_all(sequence):
-            self._truncate(found, 0)
-            del self._held[found.name]
+        for entry in [self._find(sequence)] if one else self._find_all(sequence):
+            self._truncate(entry, 0)
+            del self._entries[entry.name]
 
     def batch(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(page_table (B, pages), cache_seqlens (B,)), int32, as `attention_decode` takes them for these sequences.
+        """(page_table (B, pages), cache_seqlens (B,)), int32, the arguments of `attention_decode` for these sequences.
 
-        pages is that of the longest sequence; shorter rows are filled up with 0, which nobody reads: the length ends
-        before it.
+        pages is the page count of the longest sequence; shorter rows are padded with 0, which is never read.
         """
-        found = self._find_all(sequences)
-        return self._table(found), self._integers([x.length for x in found])
+        entries = self._find_all(sequences)
+        return self._table(entries), self._integers([x.length for x in entries])
 
     def extend(self, sequences: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
-        """Make room for `tokens` more in each of the sequences, to be written by `attention_decode(k_new=..., ...)`.
+        """Reserve slots for `tokens` more tokens in each sequence, to be written by `attention_decode(k_new=..., ...)`.
 
-        Returns (page_table, cache_seqlens) as `batch` does, the table with the new room and the lengths without it:
-        what `attention_decode` takes with `k_new` and `v_new` (B, tokens, num_kv_heads, ...), once for each layer.
+        Returns (page_table, cache_seqlens) like `batch`, with the new slots in the table but not in the lengths: the
+        arguments of `attention_decode` with `k_new` and `v_new` (B, tokens, num_kv_heads, ...), once per layer.
         """
-        found = self._find_all(sequences)
+        entries = self._find_all(sequences)
         tokens = _count("tokens", tokens, 0)
-        shared = self._to_copy(found) if tokens else []
-        wanted = len(shared) + sum(self._pages_of(x.length + tokens) - len(x.pages) for x in found)
+        shared = self._to_copy(entries) if tokens else []
+        wanted = len(shared) + sum(self._pages_of(x.length + tokens) - len(x.pages) for x in entries)
         if wanted > len(self._free):
             raise CacheFullError(wanted, len(self._free))
         self._own_last_page(shared)
-        before = self._integers([x.length for x in found])
-        for x in found:
+        before = self._integers([x.length for x in entries])
+        for x in entries:
             x.length += tokens
             x.pages += [self._take() for _ in range(self._pages_of(x.length) - len(x.pages))]
-        return self._table(found), before
+        return self._table(entries), before
 
     def append(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> None:
-        """Add T tokens to each of B sequences; each layer takes one scatter for k and one for v.
+        """Append T tokens to each of B sequences, with one scatter for k and one for v per layer.
 
-        k: (num_layers, B, T, num_kv_heads, head_dim), or without its first dimension where there is one layer. v: the
-        same with value_dim. Both of the cache's dtype and device.
+        k: (num_layers, B, T, num_kv_heads, head_dim); the first dimension may be omitted for one layer. v: the same
+        with value_dim. Both have the cache's dtype and device.
         """
         self._check_kv("k", k, len(self._find_all(sequences)), self.k)
         self._check_kv("v", v, len(sequences), self.v)
@@ -220,63 +218,63 @@ class PagedKVCache:
         for k_layer, v_layer, *new_layer in zip(self.k, self.v, *new, strict=True):
             Cache(k_layer, v_layer, before, page_table).append(*new_layer)
 
-    # --- who holds what
+    # --- ownership of pages
 
     def _add(self, pages: list[int], length: int) -> int:
         name = self._next
         self._next += 1
-        self._held[name] = _Held(name, pages, length)
+        self._entries[name] = _Entry(name, pages, length)
         return name
 
-    def _fork(self, found: _Held) -> int:
-        for page in found.pages:
-            self._holders[page] += 1
-        return self._add(found.pages.copy(), found.length)
+    def _fork(self, entry: _Entry) -> int:
+        for page in entry.pages:
+            self._references[page] += 1
+        return self._add(entry.pages.copy(), entry.length)
 
-    def _truncate(self, found: _Held, length: int) -> None:
-        found.length = length
-        while len(found.pages) > self._pages_of(length):
-            self._release(found.pages.pop())
+    def _truncate(self, entry: _Entry, length: int) -> None:
+        entry.length = length
+        while len(entry.pages) > self._pages_of(length):
+            self._release(entry.pages.pop())
 
-    def _find(self, sequence: Any) -> _Held:
-        allowed = f"one of the cache's {len(self._held)} sequences, an int that allocate() or fork() returned"
-        found = self._held.get(as_int("sequence", sequence, allowed))
-        if found is None:
+    def _find(self, sequence: Any) -> _Entry:
+        allowed = f"one of the cache's {len(self._entries)} sequences, an int that allocate() or fork() returned"
+        entry = self._entries.get(as_int("sequence", sequence, allowed))
+        if entry is None:
             raise ValueError(f"sequence: expected {allowed}, got {describe(sequence)}")
-        return found
+        return entry
 
-    def _find_all(self, sequences: Any) -> list[_Held]:
+    def _find_all(self, sequences: Any) -> list[_Entry]:
         if not isinstance(sequences, (list, tuple)):
             raise TypeError(f"sequences: expected a list or tuple of sequences, got {describe(sequences)}")
-        found = [self._find(x) for x in sequences]
-        if len({x.name for x in found}) < len(found):
+        entries = [self._find(x) for x in sequences]
+        if len({x.name for x in entries}) < len(entries):
             raise ValueError(f"sequences: expected each only once, got {sequences}")
-        return found
+        return entries
 
     def _pages_of(self, length: int) -> int:
         return -(-length // self.page_size)
 
     def _take(self) -> int:
         page = self._free.pop()
-        self._holders[page] = 1
+        self._references[page] = 1
         return page
 
     def _release(self, page: int) -> None:
-        self._holders[page] -= 1
-        if not self._holders[page]:
+        self._references[page] -= 1
+        if not self._references[page]:
             self._free.append(page)
 
-    def _to_copy(self, growing: list[_Held]) -> list[_Held]:
-        """Those whose last page has room and is held by others too: all its holders but one, if all of them grow."""
+    def _to_copy(self, growing: list[_Entry]) -> list[_Entry]:
+        """The sequences that must copy their last page: it is shared and not full. The last one to write keeps it."""
         leaving: Counter[int] = Counter()
         shared = []
         for x in growing:
-            if x.length % self.page_size and self._holders[x.pages[-1]] - leaving[x.pages[-1]] > 1:
+            if x.length % self.page_size and self._references[x.pages[-1]] - leaving[x.pages[-1]] > 1:
                 leaving[x.pages[-1]] += 1
                 shared.append(x)
         return shared
 
-    def _own_last_page(self, shared: list[_Held]) -> None:
+    def _own_last_page(self, shared: list[_Entry]) -> None:
         if not shared:
             return
         old, new = [x.pages[-1] for x in shared], [self._take() for _ in shared]
@@ -291,9 +289,9 @@ class PagedKVCache:
     def _integers(self, x: list) -> Tensor:
         return torch.tensor(x, dtype=torch.int32, device=self.k.device)
 
-    def _table(self, found: list[_Held]) -> Tensor:
-        width = max((len(x.pages) for x in found), default=0)
-        return self._integers([x.pages + [0] * (width - len(x.pages)) for x in found]).view(len(found), width)
+    def _table(self, entries: list[_Entry]) -> Tensor:
+        width = max((len(x.pages) for x in entries), default=0)
+        return self._integers([x.pages + [0] * (width - len(x.pages)) for x in entries]).view(len(entries), width)
 
     def _check_kv(self, name: str, x: Any, batch: int, data: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -313,8 +311,8 @@ class PagedKVCache:
             raise ValueError(f"{name}: a cache has no backward; expected a tensor that requires no grad; detach() it")
 
 
-def _count(name: str, given: Any, least: int) -> int:
-    x = as_int(name, given)
+def _count(name: str, value: Any, least: int) -> int:
+    x = as_int(name, value)
     if x < least:
         raise ValueError(f"{name}: must be >= {least}, got {x}")
     return x

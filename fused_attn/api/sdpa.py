@@ -39,11 +39,11 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, with the modifiers that it lacks.
 
     query (..., M, D), key (..., N, D), value (..., N, Dv) with leading dims that broadcast; any dim may be 0. With
-    enable_gqa the third last dim counts heads, and key's and value's must divide query's. attn_mask: bool (True = may
-    attend) or float (added), broadcastable to (..., M, N). is_causal, which excludes a mask, and window are aligned
-    top-left, as torch's. torch.nn.attention.sdpa_kernel changes no answer. A row that may see nothing
-    gives zeros. softcap, window, alibi_slopes, sink and backend mean what they mean in `attention`. Jagged nested
-    tensors (B, H, j, D) are taken too, without an attn_mask.
+    enable_gqa dim -3 counts heads, and those of key and value must divide query's. attn_mask: bool (True = may attend)
+    or float (added), broadcastable to (..., M, N). is_causal, which excludes attn_mask, and window are aligned
+    top-left, as in torch. torch.nn.attention.sdpa_kernel changes no result. A fully masked row gives zeros. softcap,
+    window, alibi_slopes, sink and backend are those of `attention`. Jagged nested tensors (B, H, j, D) are supported,
+    without an attn_mask.
 
     Returns (..., M, Dv). Raises TypeError and ValueError that name the argument.
 
@@ -94,13 +94,13 @@ def _attend(
 
 
 def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
-    """The leading dims of the answer: broadcast, but for the heads under enable_gqa, which are query's."""
+    """The leading dims of the result: broadcast, except the heads under enable_gqa, which are query's."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if enable_gqa and x.ndim < 3:
             raise ValueError(f"{name}: enable_gqa needs at least 3 dimensions, got shape {tuple(x.shape)}")
     tail = 3 if enable_gqa else 2
     leads = [x.shape[:-tail] for x in (query, key, value)]
-    try:  # in Python, and slow: most often they are the same
+    try:  # broadcast_shapes is slow, and most often the dims are equal
         lead = leads[0] if leads[0] == leads[1] == leads[2] else torch.broadcast_shapes(*leads)
     except RuntimeError:
         shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("query", query), ("key", key), ("value", value)))
@@ -115,7 +115,7 @@ def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[
 
 
 def _four_dims(x: Tensor, lead: tuple[int, ...], enable_gqa: bool) -> Tensor:
-    """x as (B, H, length, dim): leading dims broadcast, the last of them the heads and the others folded into B."""
+    """x as (B, H, length, dim): leading dims are broadcast; the last is H, the others are flattened into B."""
     if enable_gqa:
         lead = (*lead[:-1], x.shape[-3])
     if x.shape[:-2] != lead:
@@ -133,7 +133,7 @@ def _product(sizes: Iterable[int]) -> int:
 
 
 def _four_dim_mask(mask: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """attn_mask as a 4-d view of the folded problem, its broadcast dims kept at size 1 wherever that is possible."""
+    """attn_mask as a 4-d view with flattened leading dims, broadcast dims kept at size 1 where possible."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask: expected a tensor, got {describe(mask)}")
     check_dense("attn_mask", mask)

@@ -1,4 +1,4 @@
-"""What attention looks at: statistics of its weights, and the weights themselves for chosen rows and heads."""
+"""`attention_stats` and `attention_map`: statistics of the attention weights, and weights of chosen rows and heads."""
 
 from __future__ import annotations
 
@@ -48,36 +48,36 @@ def attention_stats(
     backend: str | None = None,
     **unknown: NoReturn,
 ) -> Statistics:
-    """Statistics of the attention weights, in memory linear in length: no (M, N) matrix is ever there.
+    """Statistics of the attention weights, in linear memory: no (M, N) matrix is materialized.
 
     With s_ij the scores of `attention` and P_ij its weights before dropout, P_ij = exp(s_ij) / (sum_j exp(s_ij) +
     exp(sink)), or sigmoid(s_ij), and 0 wherever s_ij is -inf:
 
         key_mass_j   = sum_i P_ij
-        entropy_i    = -sum_j P_ij log P_ij, in nats, over the keys: what a sink or softmax1 takes is not among them
+        entropy_i    = -sum_j P_ij log P_ij, in nats, over the keys, without the share of a sink or softmax1
         max_logit_i  = max_j s_ij
-        top_k        = the top_k largest s_ij of each row, the largest first, of equals the first key first
+        top_k        = the top_k largest s_ij of each row, in descending order, ties by ascending key
 
     Args:
         q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). k: (B, Hkv, N, D). As in `attention`.
-        key_mass, entropy, max_logit: what is asked for. entropy is refused with normalizer "sigmoid", whose weights are
-            no distribution.
-        top_k: how many keys of each row; 0 for none, at most N.
+        key_mass, entropy, max_logit: which statistics to compute. entropy is refused with normalizer "sigmoid", whose
+            weights are no distribution.
+        top_k: the number of keys per row, at most N; 0 for none.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: q (Tq, Hq, D) and k (Tk, Hkv, D) are packed sequences,
-            as in `attention_varlen`. Every statistic then has (T, Hq) where it has (B, Hq, M) or (B, Hq, N), and a
-            place is an index in its own sequence.
-        The other keywords are those of `attention`. Dropout changes no statistic.
+            as in `attention_varlen`. Results then have (T, Hq) instead of (B, Hq, M) or (B, Hq, N), and indices count
+            from the start of the sequence.
+        The other keywords are those of `attention`. Dropout does not apply.
         backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
 
     Returns:
-        A named tuple of float32 tensors, computed in float64 where q is float64; None for what was not asked for.
+        A named tuple of float32 tensors, computed in float64 where q is float64; None for statistics not requested.
         key_mass (B, Hq, N), entropy (B, Hq, M), max_logit (B, Hq, M), top_k_indices (int64) and top_k_weights
-        (B, Hq, M, top_k). A row that sees fewer than top_k keys has index -1 and weight 0 in the places that are left;
-        one that may see nothing has entropy 0 and max_logit -inf. A NaN score makes NaN of its row's max_logit, entropy
-        and weights, and so of the mass of every key that the row sees; it ranks above every number.
+        (B, Hq, M, top_k). A row with fewer than top_k visible keys has index -1 and weight 0 in the remaining entries;
+        a fully masked row has entropy 0 and max_logit -inf. A NaN score makes its row's max_logit, entropy and weights
+        NaN, and the mass of every key that the row attends to; it ranks above every number.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name; BackendError as in `attention`. Nothing here has a derivative:
+        TypeError, ValueError: an invalid argument, by name; BackendError as in `attention`. There are no derivatives:
         backward through a result raises NotImplementedError.
 
     >>> import torch, fused_attn
@@ -92,27 +92,27 @@ def attention_stats(
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         packed = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     elif max_seqlen_q is not None or max_seqlen_k is not None:
-        raise ValueError("max_seqlen_q, max_seqlen_k: speak of packed sequences, and cu_seqlens_q is None")
+        raise ValueError("max_seqlen_q, max_seqlen_k: only with cu_seqlens_q and cu_seqlens_k, got None for both")
     top_k = _checked_top_k(top_k, k, layout if packed is None else "packed")
     entropy = as_bool("entropy", entropy)
     if entropy and normalizer == "sigmoid":
-        raise ValueError('entropy: normalizer "sigmoid" has none, for its weights are no distribution')
-    asked = (as_bool("key_mass", key_mass), entropy, as_bool("max_logit", max_logit), top_k)
+        raise ValueError('entropy: normalizer "sigmoid" has none, because its weights are no distribution')
+    requested = (as_bool("key_mass", key_mass), entropy, as_bool("max_logit", max_logit), top_k)
 
-    def find(name: str, p: Problem) -> tuple[Tensor | None, ...]:
+    def compute(name: str, p: Problem) -> tuple[Tensor | None, ...]:
         if name == "reference":
-            return reference.statistics(p, *asked)
-        found = torch.ops.fused_attn.statistics(*ops.flatten(p, name), *asked)
-        return tuple(x if there else None for x, there in zip(found, (*asked, top_k), strict=True))
+            return reference.statistics(p, *requested)
+        tensors = torch.ops.fused_attn.statistics(*ops.flatten(p, name), *requested)
+        return tuple(x if wanted else None for x, wanted in zip(tensors, (*requested, top_k), strict=True))
 
     options = Options(
         mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, normalizer=normalizer
     )
-    found = _look("attention_stats", find, q, k, options, layout, backend, packed)
-    found = [x.float() if x is not None and x.is_floating_point() else x for x in found]
+    results = _run("attention_stats", compute, q, k, options, layout, backend, packed)
+    results = [x.float() if x is not None and x.is_floating_point() else x for x in results]
     if packed is not None:
-        found = [None if x is None else x[0].transpose(0, 1) for x in found]
-    return Statistics(*found)
+        results = [None if x is None else x[0].transpose(0, 1) for x in results]
+    return Statistics(*results)
 
 
 @keywords.closed
@@ -137,23 +137,23 @@ def attention_map(
     backend: str | None = None,
     **unknown: NoReturn,
 ) -> Tensor:
-    """The attention weights of chosen rows and heads; memory grows with what is chosen, times N.
+    """The attention weights of chosen rows and heads, in memory for these rows and heads alone.
 
     Args:
-        q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). k: (B, Hkv, N, D). As in `attention`.
-        rows: which queries, and heads: which query heads, each in the order given: ints from -M to M - 1 (-Hq to
-            Hq - 1), the negative ones counted from the end, or a 1-d tensor of such. None means all.
+        q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). k: (B, Hkv, N, D). As in `attention`. rows, heads: the
+        indices of queries and of query heads, in any order: ints or a 1-d tensor, from -M to M - 1 (-Hq
+            to Hq - 1), negative ones counted from the end. None means all.
         The other keywords are those of `attention`. The weights are those before dropout.
         backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
 
     Returns:
         (B, len(heads), len(rows), N) float32, computed in float64 where q is float64; heads-first in every layout.
-        A row sums to 1, or to less beside a sink or softmax1; one that may see nothing is zeros. A NaN score makes NaN
-        of its row, but where the mask forbids.
+        A row sums to 1, or to less with a sink or softmax1; a fully masked row is zeros. A NaN score makes the visible
+        keys of its row NaN.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name; BackendError as in `attention`. It has no derivative: backward
-        through it raises NotImplementedError.
+        TypeError, ValueError: an invalid argument, by name; BackendError as in `attention`. There is no derivative:
+        backward through the result raises NotImplementedError.
 
     >>> import torch, fused_attn
     >>> q, k = torch.randn(2, 8, 128, 64), torch.randn(2, 2, 128, 64)
@@ -173,26 +173,33 @@ def weights_of(
     q: Tensor, k: Tensor, options: Options, rows: Any = None, heads: Any = None, layout: str = "bhsd",
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """`attention_map` in the dtype it is computed in: float64 where q is float64."""
+    """`attention_map` without the cast to float32: float64 where q is float64."""
 
-    def find(name: str, p: Problem) -> tuple[Tensor]:
+    def compute(name: str, p: Problem) -> tuple[Tensor]:
         chosen = _choice("rows", rows, p.shape[2]), _choice("heads", heads, p.shape[1])
         if name == "reference":
             return (reference.weights(p, *chosen),)
         return (torch.ops.fused_attn.weights(*ops.flatten(p, name), *chosen),)
 
-    (found,) = _look("attention_map", find, q, k, options, layout, backend)
-    return found
+    (weights,) = _run("attention_map", compute, q, k, options, layout, backend)
+    return weights
 
 
-def _look(
-    what: str, find: Any, q: Tensor, k: Tensor, options: Options, layout: str, backend: str | None, packed: Any = None
+def _run(
+    caller: str,
+    compute: Any,
+    q: Tensor,
+    k: Tensor,
+    options: Options,
+    layout: str,
+    backend: str | None,
+    packed: Any = None,
 ) -> Any:
-    """The result of `find` by the backend that is chosen; it remembers that it has no derivative.
+    """The results of `compute` for the chosen backend, without a derivative.
 
-    packed: starts and longest lengths of the queries and the keys of packed sequences.
+    packed: cu_seqlens and max_seqlen of queries and keys.
     """
-    v = k[..., :1] if isinstance(k, Tensor) and k.ndim and not k.is_nested else k  # nobody looks at values
+    v = k[..., :1] if isinstance(k, Tensor) and k.ndim and not k.is_nested else k  # values are not used
     if packed is None:
         heads = heads_first(q, k, v, layout, options.score)
         with no_autocast(q):
@@ -201,9 +208,9 @@ def _look(
         p = bind_packed(q, k, v, options, *packed)
     with torch.no_grad(), no_autocast(q):
         name, form = dispatch.choose(p, backend, task="statistics")
-        found = find(name, form)
-    message = f"{what}: its results have no derivative; detach() them, or call it on q.detach()"
-    return without_derivative(message, found, *p.tensors().values())
+        results = compute(name, form)
+    message = f"{caller}: its results have no derivative; detach() them, or call it on q.detach()"
+    return without_derivative(message, results, *p.tensors().values())
 
 
 def _checked_top_k(top_k: Any, k: Any, layout: str) -> int:
@@ -213,7 +220,7 @@ def _checked_top_k(top_k: Any, k: Any, layout: str) -> int:
     rank, dim = (3, 0) if layout == "packed" else (4, 1) if layout == "bshd" else (4, 2)
     n = k.shape[dim] if isinstance(k, Tensor) and k.ndim == rank else top_k
     if top_k > n:
-        raise ValueError(f"top_k: expected at most the {n} keys that there are, got {top_k}")
+        raise ValueError(f"top_k: expected at most the {n} keys, got {top_k}")
     return top_k
 
 

@@ -43,36 +43,37 @@ def attention_varlen(
     backend: str | None = None,
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of B sequences that stand one behind another: sequence b's queries see sequence b's keys alone.
+    """`attention` of B packed sequences: the queries of sequence b attend to the keys of sequence b only.
 
     Args:
-        q: (Tq, Hq, D): the queries of all sequences. k: (Tk, Hkv, D), v: (Tk, Hkv, Dv). Types as in `attention`.
+        q: (Tq, Hq, D): the queries of all sequences. k: (Tk, Hkv, D), v: (Tk, Hkv, Dv). Dtypes as in `attention`.
         cu_seqlens_q: integers (B + 1,), ascending from 0 to Tq, on q's device: sequence b has the rows from
-            cu_seqlens_q[b] to cu_seqlens_q[b + 1]. cu_seqlens_k: the same of the keys; the two may differ, and a
-            sequence may have no queries, or no keys (its rows give zeros and lse -inf). What they hold is checked on
-            the CPU, and on a device under `fused_attn.debug()`, because reading it waits for the device.
-        max_seqlen_q, max_seqlen_k: no sequence is longer. Needed on a device where mask is a tensor, or bounds rows one
-            by one (`Mask.lengths`, `prefix`, `segments`, `blocks`, sinks), and with bias. A smaller number than the
-            longest sequence is checked as cu_seqlens are.
-        mask, bias: of padded sequences, broadcastable to (B, Hq, max_seqlen_q, max_seqlen_k); a shorter sequence uses
-            the beginning.
-        alignment: of every sequence with its own lengths: "top_left" or "bottom_right". Needed where causal, window or
-            alibi_slopes is used, unless cu_seqlens_q is cu_seqlens_k.
-        alibi_slopes: (Hq,), or (B, Hq). The others mean what they mean in `attention`. Dropout's mask is that of
-            the padded batch (B, Hq, max_seqlen_q, max_seqlen_k).
+            cu_seqlens_q[b] to cu_seqlens_q[b + 1]. cu_seqlens_k: the same for keys. Lengths of queries and keys may
+            differ, and may be 0 (rows without keys give zeros and lse -inf). Values are checked on the CPU, and on a
+            GPU inside `fused_attn.debug()`, because reading them synchronizes with the device.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths. Required on a GPU with bias, with a tensor mask, and
+        with
+            a mask that bounds each row (`Mask.lengths`, `prefix`, `segments`, `blocks`, sinks). Checked like
+            cu_seqlens.
+        mask, bias: for padded sequences, broadcastable to (B, Hq, max_seqlen_q, max_seqlen_k); a shorter sequence uses
+            the first rows and columns.
+        alignment: "top_left" or "bottom_right", relative to each sequence's own lengths. Required with causal, window
+        or
+            alibi_slopes, unless cu_seqlens_q is cu_seqlens_k.
+        alibi_slopes: (Hq,), or (B, Hq). The other keywords are those of `attention`. The dropout mask is that of the
+            padded batch (B, Hq, max_seqlen_q, max_seqlen_k).
         backend: "triton", "sdpa" (on a CPU), "tiled" or "reference"; None takes the first that can run the call.
-            `triton` never waits for
-            the device; the other two read the starts, and run the sequences one after another.
+            `triton` never synchronizes; the others read cu_seqlens, and run one sequence after another.
 
     Returns:
         out (Tq, Hq, Dv) in q's dtype, or (out, lse) with lse (Tq, Hq) as in `attention`.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name. BackendError: the backend asked for cannot run this.
+        TypeError, ValueError: an invalid argument, by name. BackendError: the chosen backend cannot run the call.
 
     >>> import torch, fused_attn
     >>> q, k, v = (torch.randn(7, 4, 16) for _ in range(3))
-    >>> starts = torch.tensor([0, 5, 5, 7], dtype=torch.int32)  # of 5, 0 and 2 tokens
+    >>> starts = torch.tensor([0, 5, 5, 7], dtype=torch.int32)  # sequences of 5, 0 and 2 tokens
     >>> out = fused_attn.attention_varlen(q, k, v, starts, starts, causal=True)
     >>> first = fused_attn.attention(*(x[None, :5] for x in (q, k, v)), causal=True, layout="bshd")
     >>> torch.testing.assert_close(out[:5], first[0])
@@ -90,7 +91,7 @@ def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, options: Options, starts_q: Any, starts_k: Any, max_q: int | None,
     max_k: int | None, backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`attention_varlen` with its options as one value."""
+    """`attention_varlen` with `Options`."""
     out, lse = _attend(q, k, v, options, "packed", backend, (starts_q, starts_k), (max_q, max_k))
     out = out[0].transpose(0, 1)
     return (out, lse[0].T) if options.return_lse else out  # type: ignore[index]
@@ -100,7 +101,7 @@ def bind_packed(
     q: Tensor, k: Tensor, v: Tensor, options: Options, starts_q: Any, starts_k: Any, max_q: int | None,
     max_k: int | None,
 ) -> Problem:  # fmt: skip
-    """A Problem from packed tensors (T, H, D), the starts of their sequences, and the longest lengths if known."""
+    """A Problem from packed tensors (T, H, D), the starts of the sequences, and their longest lengths if known."""
     heads = _heads_first(q, k, v, options.score)
     ragged = _ragged(heads[0], heads[1], starts_q, starts_k, max_q, max_k, options.alignment)
     with no_autocast(q):
@@ -131,7 +132,7 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor, score: Any) -> tuple[Tensor, T
 def _ragged(
     q: Tensor, k: Tensor, starts_q: Any, starts_k: Any, max_q: int | None, max_k: int | None, alignment: str | None
 ) -> Ragged:
-    """The starts checked, as far as that is free, and the longest sequences: given, read, or all that there is."""
+    """Starts, checked if `readable`, and longest lengths: max_seqlen, else the value read, else the total."""
     if alignment is not None:
         check_choice("alignment", alignment, ALIGNMENTS, "None or one of")
     starts_q, starts_k = as_starts(starts_q, starts_k)
@@ -141,8 +142,8 @@ def _ragged(
         most = None if most is None else as_int(f"max_seqlen_{name}", most, "None or an int >= 0")
         if most is not None and most < 0:
             raise ValueError(f"max_seqlen_{name}: expected None or an int >= 0, got {most}")
-        found = check_starts(name, starts, total, q.device, most)
-        longest.append(next(x for x in (most, found, total) if x is not None))
+        read = check_starts(name, starts, total, q.device, most)
+        longest.append(next(x for x in (most, read, total) if x is not None))
     if len(starts_q) != len(starts_k):
         shapes = tuple(starts_q.shape), tuple(starts_k.shape)
         raise ValueError(f"cu_seqlens_k: expected cu_seqlens_q's shape {shapes[0]}, got {shapes[1]}")
@@ -150,9 +151,9 @@ def _ragged(
 
 
 def _check_longest(p: Problem, ragged: Ragged, max_q: int | None, max_k: int | None) -> None:
-    """What is said pair by pair, or row by row, is laid out by the longest sequences, so they have to be known."""
+    """Options with an entry per pair or row have the padded shape, so the longest lengths must be known."""
     by_row = (p.mask, p.span.lo, p.span.hi, p.pattern, p.span.sinks or None)
-    said = "bias" if p.bias is not None else "mask" if any(x is not None for x in by_row) else None
+    option = "bias" if p.bias is not None else "mask" if any(x is not None for x in by_row) else None
     for name, most in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-        if said and most is None and not readable(ragged.q):
-            raise ValueError(f"{name}: {said} is laid out by it, got None")
+        if option and most is None and not readable(ragged.q):
+            raise ValueError(f"{name}: {option} needs it, got None")

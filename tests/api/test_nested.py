@@ -267,7 +267,7 @@ def test_errors() -> None:
         attention(q, q, q, bias=torch.zeros(4, 4))
     with pytest.raises(NotImplementedError, match="attn_mask: it has no jagged form"):
         scaled_dot_product_attention(q, q, q, torch.zeros(4, 4))
-    with pytest.raises(TypeError, match=r"k: expected a jagged tensor as the others are, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"k: expected a jagged tensor like the others, got torch\.float32"):
         attention(q, dense, dense)
     with pytest.raises(TypeError, match="query: expected a jagged tensor"):
         scaled_dot_product_attention(dense, q, q)

@@ -47,8 +47,8 @@ def contents(cache: PagedKVCache, sequence: int) -> tuple[Tensor, Tensor]:
 
 def books(cache: PagedKVCache) -> Any:
     """All that the cache knows of its pages and sequences, as a value to compare."""
-    held = {name: (tuple(x.pages), x.length) for name, x in cache._held.items()}
-    return held, tuple(cache._holders), tuple(cache._free)
+    held = {name: (tuple(x.pages), x.length) for name, x in cache._entries.items()}
+    return held, tuple(cache._references), tuple(cache._free)
 
 
 def snapshot(cache: PagedKVCache) -> tuple[Any, Tensor, Tensor]:
@@ -99,8 +99,8 @@ class Operations(RuleBasedStateMachine):
         size = self.cache.page_size
         held = {name: len(self.model[name]) for name in sequences}
         fresh = sum(-(-(n + tokens) // size) - -(-n // size) for n in held.values())
-        partial = Counter(self.cache._held[name].pages[-1] for name, n in held.items() if n % size and tokens)
-        copies = sum(min(n, self.cache._holders[page] - 1) for page, n in partial.items())
+        partial = Counter(self.cache._entries[name].pages[-1] for name, n in held.items() if n % size and tokens)
+        copies = sum(min(n, self.cache._references[page] - 1) for page, n in partial.items())
         if fresh + copies <= self.cache.pages_free:
             return True
         before = snapshot(self.cache)
@@ -206,8 +206,8 @@ class Operations(RuleBasedStateMachine):
     def nothing_leaks(self) -> None:
         """Each page is held as often as the tables say, or is free, once."""
         cache = self.cache
-        held = Counter(page for x in cache._held.values() for page in x.pages)
-        assert cache._holders == [held[page] for page in range(PAGES)]
+        held = Counter(page for x in cache._entries.values() for page in x.pages)
+        assert cache._references == [held[page] for page in range(PAGES)]
         assert sorted([*held, *cache._free]) == list(range(PAGES))
         assert cache.pages_free == len(cache._free)
         assert cache.sequences == self.model.keys()
@@ -219,7 +219,7 @@ class Operations(RuleBasedStateMachine):
         places: dict[tuple[int, int], int] = {}
         full: dict[tuple[int, ...], int] = {}
         for name, numbers in self.model.items():
-            pages = self.cache._held[name].pages
+            pages = self.cache._entries[name].pages
             assert len(set(pages)) == len(pages) == -(-len(numbers) // size)
             for i, number in enumerate(numbers):
                 assert places.setdefault((pages[i // size], i % size), number) == number

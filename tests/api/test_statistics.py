@@ -409,7 +409,7 @@ def test_float64_on_triton_is_refused() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"top_k": 36}, ValueError, "top_k: expected at most the 35 keys that there are, got 36"),
+    ({"top_k": 36}, ValueError, "top_k: expected at most the 35 keys, got 36"),
     ({"top_k": -1}, ValueError, "top_k: must be >= 0, got -1"),
     ({"top_k": 2.0}, TypeError, "top_k: expected an int, got float 2.0"),
     ({"top_k": True}, TypeError, "top_k: expected an int, got bool True"),

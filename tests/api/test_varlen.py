@@ -134,7 +134,7 @@ def test_statistics_of_short_sequences(backend: str) -> None:
     assert set(found.top_k_indices[:3].unique().tolist()) == {-1, 0, 1}
     assert set(found.top_k_indices[3:].unique().tolist()) <= set(range(6))
     assert not found.top_k_weights[:3, :, 2:].any()
-    with pytest.raises(ValueError, match="max_seqlen_q, max_seqlen_k: speak of packed"):
+    with pytest.raises(ValueError, match="max_seqlen_q, max_seqlen_k: only with cu_seqlens_q"):
         fused_attn.attention_stats(q, k, max_seqlen_q=3)
     with pytest.raises(ValueError, match="at most the 8 keys"):
         fused_attn.attention_stats(q, k, top_k=9, **cut)
