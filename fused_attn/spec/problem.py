@@ -1,11 +1,11 @@
-"""The vocabulary: what an attention problem is, in words that every backend shares.
+"""The definition of an attention problem, which every layer below the API takes.
 
 Shapes are heads-first: q (B, Hq, M, D), k (B, Hkv, N, D), v (B, Hkv, N, Dv). Row i counts queries, column j keys,
 and query head h reads key-value head h // (Hq // Hkv). The score of (i, j) is, in this order:
 
     softcap(score(q_i, k_j) * scale)  + bias  - slope * |i + offset - j|,   -inf where the mask forbids it
 
-`materialize()` is the executable meaning of a noun; the reference is built from nothing else.
+`materialize()` defines the meaning of masks and dropout in full matrices; the reference is built from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Words of the vocabulary that have rooms of their own.
+# Reexported, so that layers above import the definitions from one module.
 from .checks import check_broadcastable, check_parameter, check_window, debug, describe  # noqa: F401
 from .dropout import Dropout
 from .masks import Mask  # noqa: F401
@@ -28,33 +28,33 @@ from .spans import ALIGNMENTS, Shape, Span, diagonal_offset  # noqa: F401
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 NORMALIZERS = ("softmax", "softmax1", "sigmoid")
-# What a backend may be asked for a gradient of. "parameter", of a score that is not lowered yet, is none of them.
+# The tensors that backends compute gradients of. A score's "parameter" is none of them: lowering replaces it.
 DIFFERENTIABLE = ("q", "k", "v", "scale", "softcap", "bias", "slopes", "sink", "w", "row_terms", "key_terms")
 
 
 class BackendError(ValueError):
-    """The backend that was asked for cannot run this problem; the message lists every reason."""
+    """The chosen backend cannot run this problem; the message lists every reason."""
 
 
 class TransformError(BackendError, NotImplementedError):
-    """A transform of torch (forward AD, torch.func, double backward) that this backend does not have yet."""
+    """The backend does not support a transform of torch (forward AD, torch.func, double backward)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One call, bound and checked. Tensors are heads-first views; nothing here has been copied or expanded.
+    """One validated call. Tensors are heads-first views, neither copied nor expanded.
 
-    scale, softcap: floats, or tensors () or (Hq,) for scale and () for softcap. A row sees a key where span, pattern
+    scale, softcap: floats, or tensors () or (Hq,) for scale and () for softcap. A row attends to a key if span, pattern
     and mask allow it. mask (bool) and bias are 4-d and broadcastable to (B, Hq, M, N); slopes (Hq,) or (B, Hq); sink
-    (Hq,). offset places the diagonal that ALiBi sees.
+    (Hq,). offset: the diagonal of ALiBi.
 
-    score: one of `fused_attn.scores`, None for the dot product. `lower` turns it into what backends take: other q and
-    k; w (D,) or (Hq, D), the weights of an additive score; row_terms (B, Hq, M) and key_terms (B, Hq, N), added to the
-    product times the scale. The normalizer softmax1 becomes a sink of zeros.
+    score: one of `fused_attn.scores`, None for the dot product. `lower` replaces it by other q and k; w (D,) or (Hq,
+    D), the weights of an additive score; row_terms (B, Hq, M) and key_terms (B, Hq, N), which are added to the scaled
+    product. It also replaces the normalizer softmax1 by a sink of zeros.
 
-    ragged: the batch is B sequences behind one another. q is then (1, Hq, T, D), and so is all that is as long as q or
-    k; what is said of pairs is said of the longest queries and keys, and holds for the beginning of shorter ones; the
-    numbers of span, and ALiBi, count from each sequence's own diagonal.
+    ragged: the batch is B packed sequences. q is then (1, Hq, T, D), and every tensor with rows or keys is packed too;
+    tensors of pairs have the longest lengths, and shorter sequences use their first rows and columns; the numbers of
+    span, and ALiBi, are relative to each sequence's own diagonal.
     """
 
     q: Tensor
@@ -82,7 +82,7 @@ class Problem:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B, Hq, M, N); M and N of the longest sequences where they differ."""
+        """(B, Hq, M, N); for ragged sequences M and N are the longest lengths."""
         if self.ragged is not None:
             return self.ragged.batch, self.q.shape[1], self.ragged.max_q, self.ragged.max_k
         return (*self.q.shape[:3], self.k.shape[2])
@@ -94,32 +94,32 @@ class Problem:
 
     @property
     def empty(self) -> bool:
-        """There is no score to compute."""
+        """True if there is no score to compute."""
         return 0 in (*self.shape, *self.q.shape[:3], self.k.shape[2])
 
     @property
     def unbounded(self) -> bool:
-        """Span and pattern hide no score."""
+        """True if span and pattern mask nothing."""
         return self.span.unbounded and self.pattern is None
 
     @property
     def all_reached(self) -> bool:
-        """Every key is seen by some row, as far as span and pattern go; keys without queries are not."""
+        """True if span and pattern let some row attend to every key; False without queries."""
         return self.unbounded and self.ragged is None and self.q.shape[2] > 0
 
     @property
     def needs_block_mask(self) -> bool:
-        """True if visibility, tensor masks aside, is no interval of keys: kernels then need a block mask."""
+        """True if kernels need a block mask: visibility, apart from the mask tensor, is no interval of keys."""
         return self.pattern is not None or self.span.sinks > 0
 
     def visible(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """bool (B or 1, Hq or 1, rows, cols): who sees whom by span and pattern."""
+        """bool (B or 1, Hq or 1, rows, cols): visibility by span and pattern."""
         grid = self.span.materialize(rows, cols, self.shape[3])
         return grid if self.pattern is None else grid & self.pattern.materialize(rows, cols)
 
     def reached(self) -> Tensor:
-        """bool (B or 1, 1, N): the keys that some row may see by its interval and ids, and some by interval and blocks
-        in any head. The others never matter, even as NaN."""
+        """bool (B or 1, 1, N): the keys that some row may attend to by interval and ids, and some row by interval and
+        blocks in any head. The other keys have no influence, even as NaN."""
         rows, cols = (torch.arange(x, device=self.q.device) for x in self.shape[2:])
         near = self.span.materialize(rows, cols, self.shape[3])
         found = near.any(-2)
@@ -142,12 +142,12 @@ class Problem:
 
     @property
     def sigmoid(self) -> bool:
-        """Each weight is of its score alone; there is no denominator and no LSE."""
+        """True if each weight depends on its score alone: there is no denominator and no LSE."""
         return self.normalizer == "sigmoid"
 
     @property
     def parameter(self) -> Any:
-        """The score's own, before it is lowered."""
+        """The score's parameter, before lowering."""
         return None if self.score is None else self.score.parameter
 
     @property
@@ -155,7 +155,7 @@ class Problem:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that a gradient can flow to, by name."""
+        """The differentiable tensors, by name."""
         found = {name: getattr(self, name) for name in (*DIFFERENTIABLE, "parameter")}
         return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
@@ -163,7 +163,7 @@ class Problem:
         return Problem(**{name: getattr(self, name) for name in _FIELDS} | changes)
 
     def sequences(self) -> Iterator[tuple[Sequence, Problem]]:
-        """Each of the ragged sequences, and the dense problem that it is, by views. Reads where they begin."""
+        """Each ragged sequence and its dense problem, as views. Reads the starts, which synchronizes the device."""
         if self.ragged is None:
             raise ValueError("ragged: expected a problem of sequences, got None")
         for one in self.ragged.sequences():
@@ -189,7 +189,7 @@ class Problem:
             )
 
     def joined(self, found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """(out, lse) of the ragged sequences, of each one's in order. Differentiable."""
+        """Packed (out, lse) from those of each sequence, in order. Differentiable."""
         outs, lses = ([x[i] for x in found] for i in range(2))
         out = torch.cat([self.empty_out()[:, :, :0], *outs], 2)
         if self.sigmoid:
@@ -197,11 +197,11 @@ class Problem:
         return self.in_order(out), torch.cat([self.empty_lse()[:, :, :0], *lses], 2)
 
     def of_head(self, h: int) -> Problem:
-        """What query head h asks, by views: a lowered problem of one head."""
+        """The problem of query head h alone, as views; self is lowered."""
         heads, kv_heads = slice(h, h + 1), slice(h // self.group, h // self.group + 1)
 
         def own(x: Any, dim: int) -> Any:
-            """The head's part of a tensor whose heads stand in dim, from the end, or that all heads share."""
+            """The head's slice of a tensor with heads in dim -dim, or the tensor if all heads share it."""
             if not isinstance(x, Tensor) or x.ndim < dim or x.shape[-dim] == 1:
                 return x
             return x.narrow(-dim, h, 1)
@@ -214,9 +214,9 @@ class Problem:
         )  # fmt: skip
 
     def lower(self, wide: bool = False) -> Problem:
-        """The same problem without a score object and softmax1, which only the reference takes as they are.
+        """The same problem without a score object and softmax1, which only the reference implements directly.
 
-        wide: q and k that a score has rewritten stay in `lse_dtype`, beside a v in half precision.
+        wide: q and k that a score has rewritten stay in `lse_dtype`, even if v has half precision.
         """
         p = self if self.score is None else self.score.lower(self, wide)
         if p.normalizer != "softmax1":
@@ -224,7 +224,7 @@ class Problem:
         return p.replace(normalizer="softmax", sink=p.q.new_zeros(p.q.shape[1], dtype=p.lse_dtype))
 
     def empty_lse(self) -> Tensor:
-        """An uninitialised (B, Hq, M); a sigmoid has none, which is (0,) to the operators."""
+        """An uninitialized (B, Hq, M); (0,) for a sigmoid, which has no LSE."""
         return self.q.new_empty((0,) if self.sigmoid else self.q.shape[:3], dtype=self.lse_dtype)
 
     def empty_rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,7 +234,7 @@ class Problem:
         return make(shape, dtype=dtype), make(shape, dtype=dtype), make(shape, dtype=dtype)
 
     def empty_out(self) -> Tensor:
-        """An uninitialised (B, Hq, M, Dv) in v's dtype, whose memory order follows q's."""
+        """An uninitialized (B, Hq, M, Dv) in v's dtype and q's memory order."""
         return empty_ordered(self.q, self.v.shape[3], self.v.dtype)
 
     def in_order(self, out: Tensor) -> Tensor:
@@ -252,8 +252,10 @@ def ordered_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def empty_ordered(q: Tensor, dv: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (..., dv) beside a 4-d q, in its memory order. No view: what a Function returns may not be one,
-    or it could not be changed in place. dtype None is q's."""
+    """An uninitialized (*q.shape[:3], dv) in q's memory order. dtype None is q's.
+
+    Not a permuted view: a view that a Function returns cannot be changed in place.
+    """
     shape, strides, step = (*q.shape[:3], dv), [0] * 4, 1
     for d in reversed(memory_order(q)[0]):
         strides[d] = step
@@ -262,7 +264,7 @@ def empty_ordered(q: Tensor, dv: int, dtype: torch.dtype | None = None) -> Tenso
 
 
 class Statistics(NamedTuple):
-    """What `attention_stats` finds; None where it was not asked for."""
+    """The results of `attention_stats`; None for those not requested."""
 
     key_mass: Tensor | None = None
     entropy: Tensor | None = None
@@ -274,7 +276,7 @@ class Statistics(NamedTuple):
     def of_sequences(
         p: Problem, find: Callable[..., Statistics], key_mass: bool, entropy: bool, max_logit: bool, top_k: int
     ) -> Statistics:
-        """Of ragged sequences, what `find` finds of each."""
+        """The statistics of ragged sequences, by calling `find` for each."""
         found = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)._asdict()
         for one, alone in p.sequences():
             own = find(alone, key_mass, entropy, max_logit, min(top_k, one.shape[1]))
@@ -286,7 +288,7 @@ class Statistics(NamedTuple):
 
     @staticmethod
     def of_nothing(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
-        """Of rows that may see nothing, in memory of its own."""
+        """The statistics of fully masked rows, in new memory."""
         (b, h, m, _), n = p.q.shape, p.k.shape[2]
 
         def full(asked: Any, value: float, *shape: int, dtype: torch.dtype = p.lse_dtype) -> Tensor | None:
@@ -302,9 +304,9 @@ class Statistics(NamedTuple):
 
 
 def memory_order(q: Tensor) -> tuple[list[int], list[int]]:
-    """The dims of a 4-d q from the slowest in memory to the fastest, the last one kept last; and the inverse."""
+    """The dims of a 4-d q by descending stride, the last dim kept last; and the inverse permutation."""
     strides, order = q.stride(), [0, 1, 2, 3]
-    for a in (0, 1, 0):  # a stable sort of three, in comparisons that a compiler can guard
+    for a in (0, 1, 0):  # a stable sort of three dims, by comparisons that dynamo can guard
         if strides[order[a]] < strides[order[a + 1]]:
             order[a], order[a + 1] = order[a + 1], order[a]
     return order, [order.index(d) for d in range(4)]
