@@ -67,10 +67,10 @@ def attention(
         window: (left, right), the numbers of keys before and after the diagonal; None is unbounded.
         alignment: the offset of the diagonal j = i + offset: "top_left" is 0, "bottom_right" is N - M. Required if
             M != N and causal, window or alibi_slopes is used.
-        bias: added to the scores, broadcastable to (B, Hq, M, N). Its gradient has its own shape. alibi_slopes: (Hq,)
-        or (B, Hq). Press et al., "Train short, test long", 2022. softcap: c > 0 makes a score c * tanh(s / c); a float
-        or a 0-d tensor. Not with Distance. sink: (Hq,) logits that are added to each row's denominator, without a
-        value. Xiao et al., "Efficient streaming language
+        bias: added to the scores, broadcastable to (B, Hq, M, N). Its gradient has the same shape as the bias.
+        alibi_slopes: (Hq,) or (B, Hq). Press et al., "Train short, test long", 2022.
+        softcap: c > 0 makes a score c * tanh(s / c); a float or a 0-d tensor. Not with Distance.
+        sink: (Hq,) logits added to each row's denominator, without a value. Xiao et al., "Efficient streaming language
             models with attention sinks", 2024.
         dropout_p: probability that a weight is dropped, in [0, 1]; survivors are scaled by 1 / (1 - p).
         seed: fixes the dropout mask: an int or a 0-d integer tensor. None draws one from the device's generator.

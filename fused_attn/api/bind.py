@@ -1,6 +1,6 @@
-"""Binding: the words of `attention`, checked one by one and made into a Problem.
+"""Binding: the arguments of `attention` are checked and converted to a Problem.
 
-Every error names the argument, what it was and what is allowed.
+Every error names the argument, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SCORES = "Additive(w), Bilinear(w), Cosine(t) or Distance(h)"
 LARGEST = torch.finfo(torch.float32).max
 NAMES = {"sdpa": ("query", "key", "value")}
 HEADS = {"bshd": 2}
-# torch.use_deterministic_algorithms overrides deterministic=False. Checks that only want its NaN fill clear this.
+# torch.use_deterministic_algorithms overrides deterministic=False. Checks that need only its NaN fill clear this.
 FOLLOW_TORCH = True
 UNMASKED: tuple[Span, Pattern | None, Tensor | None] = (Span(), None, None)
 
 
 def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") -> None:
-    """Types, devices and shapes of q, k and v; layout "sdpa" has any rank and only the last dims are judged."""
+    """Check types, devices and shapes of q, k and v; layout "sdpa" allows any rank and checks only the last dims."""
     names = NAMES.get(layout, ("q", "k", "v"))
     for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
@@ -84,18 +84,18 @@ def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") 
 
 
 def _rank_advice(name: str, x: Tensor, layout: str) -> str:
-    """How to make 4 dimensions of a q, k or v of another rank."""
+    """A hint for the error message: how to make q, k or v 4-dimensional."""
     if layout == "sdpa" or x.ndim < 2:
         return ""
     alone = "[None, :, None]" if layout == "bshd" else "[None, None]"
     advice = f"; pass {name}" + {2: alone, 3: "[None]"}.get(x.ndim, ".flatten(0, -4)")
-    if layout == "bshd":  # scaled_dot_product_attention would take its rows for heads
+    if layout == "bshd":  # scaled_dot_product_attention would treat its rows as heads
         return advice
     return f"{advice}, or call scaled_dot_product_attention, which takes any leading dimensions"
 
 
 def _layout_advice(q: Tensor, k: Tensor, layout: str) -> str:
-    """Names the other layout where the heads would divide in it."""
+    """A hint for the error message: the other layout, if the heads divide in it."""
     other = {"bhsd": "bshd", "bshd": "bhsd"}.get(layout)
     at = 1 if other == "bhsd" else 2
     if other is None or not k.shape[at] or q.shape[at] % k.shape[at]:
@@ -104,9 +104,9 @@ def _layout_advice(q: Tensor, k: Tensor, layout: str) -> str:
 
 
 def bind(q: Tensor, k: Tensor, v: Tensor, options: Options, ragged: Ragged | None = None) -> Problem:
-    """A Problem from heads-first tensors that `check_qkv` has passed and from options, which are checked here.
+    """A Problem from heads-first tensors, checked by `check_qkv`, and from options, which are checked here.
 
-    ragged: the batch is packed sequences; it holds their alignment.
+    ragged: the sequences of a packed batch, with their alignment.
     """
     (
         mask, bias, slopes, sink, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
@@ -148,7 +148,7 @@ def _check_parameter(name: str, x: Any, q: Tensor, *shapes: tuple[int, ...]) -> 
 
 
 def _conditions(mask: Any, causal: bool, window: Any, alignment: str | None) -> tuple[Condition, ...]:
-    """The conditions that a key must meet to be visible: those of the mask, causality and the window."""
+    """The conditions of the mask, causal and window."""
     conditions: tuple[Condition, ...] = ()
     if isinstance(mask, Tensor):
         mask = Mask.tensor(mask)
@@ -164,7 +164,7 @@ def _conditions(mask: Any, causal: bool, window: Any, alignment: str | None) -> 
 
 
 def _check_device(span: Span, pattern: Pattern | None, allowed: Tensor | None, device: torch.device) -> None:
-    """The tensors of a mask lie on q's device."""
+    """Check that a mask's tensors are on q's device."""
     ids_and_blocks = () if pattern is None else (pattern.q_ids, pattern.kv_ids, pattern.blocks)
     for x in (allowed, span.lo, span.hi, *ids_and_blocks):
         if x is not None and x.device != device:
@@ -231,7 +231,7 @@ def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
     if isinstance(seed, Tensor):
         return Dropout(p, torch.stack((seed, torch.zeros_like(seed))))
     if seed is None:
-        # From the device's default generator, without a synchronisation, so that manual_seed and checkpoints hold.
+        # From the device's default generator, without synchronization: manual_seed and checkpoints apply.
         return Dropout(p, torch.randint(2**63 - 1, (2,), device=q.device))
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: must fit int64, got {seed}")
@@ -247,7 +247,7 @@ LAYOUTS = ("bhsd", "bshd")
 
 
 def heads_first(q: Tensor, k: Tensor, v: Tensor, layout: str, score: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v checked, in autocast's dtype, as (B, H, length, dim) views."""
+    """q, k and v, checked and in autocast's dtype, as (B, H, length, dim) views."""
     check_choice("layout", layout, LAYOUTS)
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, layout, score)

@@ -1,4 +1,4 @@
-"""Attention of new queries over a cache of keys and values: the public call, and the checks of its arguments."""
+"""`attention_decode`: attention of new queries over a cache of keys and values, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -48,52 +48,54 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v over the keys and values of a cache, after writing new ones into it; forward only.
 
-    Sequence b has the keys j < length of its part of the cache, or leftpad <= j < length. Its M queries are its last M
-    positions: row i stands at length - M + i ("bottom_right"), and causal, window and ALiBi are seen from there. M = 1
-    is a step of generation; a larger M a chunk of a prompt, or a tree of guesses.
+    Sequence b has the keys j < length in its part of the cache, or leftpad <= j < length. Its M queries are its last M
+    positions: row i is at length - M + i ("bottom_right"), and causal, window and ALiBi are relative to it. M = 1 is a
+    generation step; M > 1 is a chunk of a prompt, or a tree of speculative tokens.
 
     Args:
-        q: (B, M, Hq, D), any strides; float16, bfloat16, float32, or on the CPU backends float64.
+        q: (B, M, Hq, D), any strides; float16, bfloat16, float32, or float64 on the CPU backends.
         k_cache: (C, N, Hkv, D), in q's dtype; C = B without cache_batch_idx. Hkv divides Hq, and query head h reads
-            key-value head h // (Hq // Hkv). With page_table: pages, (P, page, Hkv, D), of any size from 1 key on.
+            key-value head h // (Hq // Hkv). With page_table: pages, (P, page, Hkv, D), of at least 1 key.
         v_cache: (C, N, Hkv, Dv) or (P, page, Hkv, Dv).
-        cache_seqlens: integers (B,), or an int for all: how many keys each sequence has, those of k_new not
-            counted. None: as many as there is room for. What lies behind them is never read.
+        cache_seqlens: integers (B,), or an int for all: the number of keys of each sequence, without those of k_new.
+            None: the capacity of the cache. Later slots are never read.
         page_table: integers (B, pages): key j of sequence b is row j % page of page page_table[b, j // page]. Entries
-            behind a sequence's keys are never read.
+            after a sequence's last key are never read.
         k_new, v_new: (B, T, Hkv, D) and (B, T, Hkv, Dv), written into the caches in place, as keys cache_seqlens[b] + t
-            of each sequence, before the queries look.
+            of each sequence, before attention is computed.
         rotary: (cos, sin, interleaved), cos and sin (S, R / 2) with R <= D, in float32 or q's dtype: rotary embedding
-            of the first R dims of k_new at cache_seqlens + t, and of q at cache_seqlens + i where causal or window is
-            given, else all at cache_seqlens. Dim d turns with d + R / 2, or, interleaved, 2 d with 2 d + 1. Su et al.,
-            "RoFormer", 2021. Only with k_new.
-        tree_mask: bool (B, M, M) or (1, M, M): which of a sequence's last M keys each row may see, for speculative
-            decoding; the keys before them it sees as without.
-        cache_batch_idx: integers (B,): which row of the caches each sequence has. Not with page_table.
-        cache_leftpad: integers (B,): the first key of each sequence; those before it are never read.
+            of the first R dims of k_new at cache_seqlens + t, and of q at cache_seqlens + i with causal or window, else
+            all at cache_seqlens. Dims d and d + R / 2 are a pair; interleaved, 2 d and 2 d + 1. Su et al., "RoFormer",
+            2021. Only with k_new.
+        tree_mask: bool (B, M, M) or (1, M, M): which of a sequence's last M keys each row may attend to, for
+            speculative decoding; earlier keys are not affected.
+        cache_batch_idx: integers (B,): the row of each sequence in the caches. Not with page_table.
+        cache_leftpad: integers (B,): the first key of each sequence; earlier keys are never read.
         scale: multiplies the score, D ** -0.5 when None; a float, or a tensor () or (Hq,).
-        causal: row i sees no key behind its own position. window: (left, right) keys around it, None being unbounded.
-        alibi_slopes: (Hq,) or (B, Hq). softcap: c > 0 makes a score c * tanh(s / c). sink: (Hq,) logits that join the
+        causal: row i attends to no key after its own position.
+        window: (left, right), the numbers of keys before and after a row's position; None is unbounded.
+        alibi_slopes: (Hq,) or (B, Hq). softcap: c > 0 makes a score c * tanh(s / c). sink: (Hq,) logits added to the
             denominator. normalizer: "softmax" or "softmax1". As in `attention`.
-        num_splits: into how many parts the kernels cut the keys of a sequence, which then run side by side and are
-            merged in one order; None: as many as keep the device busy, from shapes alone. Other backends need none.
-        batch_invariant: cut a sequence at places that depend on nothing but its own length, so that the bits of its
-            answer do not depend on what else is in the batch, nor on its place there. Not with num_splits.
+        num_splits: the number of parts into which the kernels split the keys of a sequence, to compute them in parallel
+            and merge them in a fixed order; None: chosen from shapes to fill the device. Other backends ignore it.
+        batch_invariant: split a sequence at positions that depend only on its own length, so that its result is bitwise
+            independent of the rest of the batch and of its index there. Not with num_splits.
         return_lse: also return lse.
         backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
 
-    Sequences that append share no slot: with k_new, cache_batch_idx names no row twice, no page in which one sequence
-    writes holds that slot for another, and k_cache and v_cache are neither expanded nor overlap.
+    Sequences that append must not share slots: with k_new, the rows of cache_batch_idx must be distinct, a slot that is
+    written must belong to one sequence alone, and k_cache and v_cache must be neither expanded nor overlap.
 
     Returns:
-        out (B, M, Hq, Dv) in q's dtype, its memory order following q's; or (out, lse) with lse (B, Hq, M) float32
-        (float64 for float64), the natural log of the whole denominator. A row that may see nothing gives zeros and
-        lse -inf (the log of what a sink or softmax1 adds, where there is one).
+        out (B, M, Hq, Dv) in q's dtype and memory order; or (out, lse) with lse (B, Hq, M) float32 (float64 for
+        float64), the natural log of the whole denominator. A fully masked row gives zeros and lse -inf (with a sink or
+        softmax1, the log of its term).
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name; tensors that require grad, while gradients are enabled. What
-        index tensors hold (lengths, pages, rows) is checked on the CPU, where it costs no synchronisation, and on a
-        device inside `fused_attn.debug()`. BackendError: the backend asked for cannot run this; every reason is listed.
+        TypeError, ValueError: an invalid argument, by name; tensors that require grad, while gradients are enabled.
+        Values of index tensors (lengths, pages, rows) are checked on the CPU, and on a GPU inside `fused_attn.debug()`,
+        because reading them synchronizes with the device. BackendError: the chosen backend cannot run the call, with
+        every reason.
 
     >>> import torch, fused_attn
     >>> cache = torch.zeros(2, 2, 128, 4, 64)
@@ -141,7 +143,7 @@ def _decode(
     backend: str | None,
     plain: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse). plain: nothing traces the call, so the backend is called without torch's operators."""
+    """(out, lse). plain: nothing traces the call, so the torch operators are bypassed."""
     batch_invariant = as_bool("batch_invariant", batch_invariant)
     q, k_new, v_new = _autocast(q, k_cache, k_new, v_new)
     _check_caches(q, k_cache, v_cache, page_table is not None, cache_batch_idx is not None)
@@ -179,7 +181,7 @@ def _decode(
 
 
 def _autocast(q: Any, cache: Any, *new: Any) -> tuple[Any, ...]:
-    """Under autocast, what is no cache in the type of the cache, if that is autocast's: caches are not copied."""
+    """Under autocast, q and new keys in the cache's dtype, if that is autocast's. Caches are never cast."""
     given = (q, *new)
     if not isinstance(cache, Tensor) or not autocasts(cache.device.type):
         return given
@@ -190,7 +192,7 @@ def _autocast(q: Any, cache: Any, *new: Any) -> tuple[Any, ...]:
 
 
 def _check_kind(name: str, x: Any, like: Tensor | None = None, shape: str = "4 dimensions", hint: str = "") -> None:
-    """A 4-d floating tensor, of the dtype and device of q, which is `like`."""
+    """Check for a 4-d floating tensor with the dtype and device of `like`, which is q."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
     check_dense(name, x)
@@ -231,7 +233,7 @@ def _check_caches(q: Any, k: Any, v: Any, paged: bool, indexed: bool) -> None:
 
 
 def _heads_first(q: Tensor, k: Tensor) -> str:
-    """Which of q and the caches would fit as (B, H, length, D)."""
+    """A hint for the error message: which of q and the caches look like (B, H, length, D)."""
     for look, heads, kv_heads in (
         ("q, k_cache and v_cache look heads-first: transpose(1, 2) them", q.shape[1], k.shape[1]),
         ("q looks heads-first: transpose(1, 2) it", q.shape[1], k.shape[2]),
@@ -243,7 +245,7 @@ def _heads_first(q: Tensor, k: Tensor) -> str:
 
 
 def _indices(name: str, x: Any, q: Tensor, *shape: int | None) -> Tensor:
-    """Integers of any width on q's device as int32; None is a size of any number."""
+    """Integers of any width on q's device as int32; None in shape allows any size."""
     x = as_int32(name, x)
     if x.device != q.device:
         raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
@@ -254,7 +256,7 @@ def _indices(name: str, x: Any, q: Tensor, *shape: int | None) -> Tensor:
 
 
 def _cache(q: Tensor, k: Tensor, v: Tensor, lengths: Any, table: Any, index: Any, added: int) -> Cache:
-    """The cache before so many keys are added."""
+    """The cache before `added` keys are appended."""
     b = q.shape[0]
     if table is not None:
         table = _indices("page_table", table, q, b, None)
@@ -267,7 +269,7 @@ def _cache(q: Tensor, k: Tensor, v: Tensor, lengths: Any, table: Any, index: Any
 
 
 def _lengths(given: Any, q: Tensor, cache: Cache) -> Tensor:
-    """int32 (B,), also of one number for all."""
+    """int32 (B,), from a tensor or one number for all."""
     if isinstance(given, Tensor) and given.ndim:
         return _indices("cache_seqlens", given, q, q.shape[0])
     length = as_int("cache_seqlens", given, "an integer tensor or an int")
@@ -278,7 +280,7 @@ def _lengths(given: Any, q: Tensor, cache: Cache) -> Tensor:
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Problem:
-    """The options that `attention` has too, checked as there: of a problem with one key for each query."""
+    """Check the options shared with `attention` by binding them to a problem with one key per query."""
     if options.normalizer == "sigmoid":
         raise ValueError('normalizer: expected "softmax" or "softmax1", got \'sigmoid\'')
     b, m, _, _ = q.shape

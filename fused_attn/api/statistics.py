@@ -140,9 +140,9 @@ def attention_map(
     """The attention weights of chosen rows and heads, in memory for these rows and heads alone.
 
     Args:
-        q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). k: (B, Hkv, N, D). As in `attention`. rows, heads: the
-        indices of queries and of query heads, in any order: ints or a 1-d tensor, from -M to M - 1 (-Hq
-            to Hq - 1), negative ones counted from the end. None means all.
+        q: (B, Hq, M, D); with layout "bshd" (B, M, Hq, D). k: (B, Hkv, N, D). As in `attention`.
+        rows, heads: the indices of queries and of query heads, in any order: ints or a 1-d tensor, from -M to M - 1
+            (-Hq to Hq - 1), negative ones counted from the end. None means all.
         The other keywords are those of `attention`. The weights are those before dropout.
         backend: "triton", "tiled" or "reference"; None takes the first that can run the call.
 

@@ -52,14 +52,12 @@ def attention_varlen(
             differ, and may be 0 (rows without keys give zeros and lse -inf). Values are checked on the CPU, and on a
             GPU inside `fused_attn.debug()`, because reading them synchronizes with the device.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths. Required on a GPU with bias, with a tensor mask, and
-        with
-            a mask that bounds each row (`Mask.lengths`, `prefix`, `segments`, `blocks`, sinks). Checked like
+            with a mask that bounds each row (`Mask.lengths`, `prefix`, `segments`, `blocks`, sinks). Checked like
             cu_seqlens.
         mask, bias: for padded sequences, broadcastable to (B, Hq, max_seqlen_q, max_seqlen_k); a shorter sequence uses
             the first rows and columns.
         alignment: "top_left" or "bottom_right", relative to each sequence's own lengths. Required with causal, window
-        or
-            alibi_slopes, unless cu_seqlens_q is cu_seqlens_k.
+            or alibi_slopes, unless cu_seqlens_q is cu_seqlens_k.
         alibi_slopes: (Hq,), or (B, Hq). The other keywords are those of `attention`. The dropout mask is that of the
             padded batch (B, Hq, max_seqlen_q, max_seqlen_k).
         backend: "triton", "sdpa" (on a CPU), "tiled" or "reference"; None takes the first that can run the call.

@@ -1,9 +1,9 @@
 """A cache of bound and dispatched calls, keyed by everything that binding and dispatch depend on.
 
-A `CachedCall` stands for all calls that agree in all but the contents of their tensors. The first call of a key is
-noted, the second is learned from, the third is recorded if its backend can be (`record`), and later ones are replayed.
-The key holds the arguments and the state of torch. While torch compiles, traces, transforms or profiles, and for tensor
-subclasses, nothing is looked up and every call is bound.
+A `CachedCall` stands for all calls that differ only in the contents of tensors. The first call with a key adds it, the
+second fills its `CachedCall`, the third is recorded if the backend has `record`, and later ones are replayed. The key
+holds the arguments and the state of torch. The cache is bypassed while torch compiles, traces, transforms or profiles,
+and for tensor subclasses.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ..spec.torch_internals import any_autocast, deterministic_algorithms, float
 from . import autograd, dispatch, environment, ops
 from .autocast import no_autocast
 
-TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink", "q_starts", "k_starts")  # of a call, by name
+TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink", "q_starts", "k_starts")  # the tensors of a call
 PLACES = tuple(TENSORS.index(name) if name in TENSORS else None for name in ops.NAMES)
-PLAIN = {int, float, bool, str, tuple, type(None)}  # of tuples, the items are looked at
-LIMIT = 4096  # calls kept
+PLAIN = {int, float, bool, str, tuple, type(None)}  # items of tuples are checked too
+LIMIT = 4096  # of cached calls
 
 Given = tuple[Any, ...]  # tensors and None
 
@@ -43,7 +43,7 @@ HIP = torch.version.hip is not None
 
 
 def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Words, the state of torch, and all of the tensors but their contents; None where a tensor is not plain memory."""
+    """Options, the state of torch, and the tensors without contents; None if a tensor is not plain memory."""
     if observed():
         return None
     parts = [
@@ -57,10 +57,10 @@ def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if type(x) is not Tensor and type(x) is not Parameter:
                 return None
             where = x.data_ptr()
-            if not where or x.is_neg():  # a wrapper has no memory; a view may be kept with its sign turned
+            if not where or x.is_neg():  # a wrapper has no memory; a view may have a lazy negation
                 return None
             parts += x.shape, x.stride(), x.dtype, x.device, x.requires_grad, where & 15
-            if HIP:  # where short buffers are addressed by 32-bit offsets
+            if HIP:  # the compiler uses 32-bit offsets for short buffers
                 parts.append(x.untyped_storage().nbytes() < 2**31)
         if any_autocast() and torch.is_autocast_enabled(tensors[0].device.type):
             parts.append(torch.get_autocast_dtype(tensors[0].device.type))
@@ -70,10 +70,10 @@ def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """(out, lse), heads first, of a call that `bind` makes a Problem of; repeated calls skip binding and dispatch.
+    """A function that binds, dispatches and runs a call, (out, lse) heads first; repeated calls skip the first two.
 
-    bind(q, k, v, options, layout, starts, others) takes the last two if the call gives them: starts, tensors where
-    packed sequences begin; others, whatever else it depends on, which must be hashable.
+    bind(q, k, v, options, layout, starts, others) returns a Problem. The last two are optional: starts, the start
+    tensors of packed sequences; others, any other hashable value that it depends on.
     """
 
     @functools.wraps(bind)
@@ -98,7 +98,7 @@ def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor |
 
 
 def _heads_first(tensors: Given, layout: str) -> Given:
-    """With q, k and v as heads-first views."""
+    """The tensors, with q, k and v as heads-first views."""
     view = VIEWS.get(layout)
     return tensors if view is None else (*map(view, tensors[:3]), *tensors[3:])
 
@@ -106,9 +106,9 @@ def _heads_first(tensors: Given, layout: str) -> Given:
 def lookup(
     tensors: Given, options: Options, layout: str, backend: str | None, form: tuple[Any, ...]
 ) -> tuple[CachedCall | None, bool]:
-    """The call of these tensors and options, None at its first time; and whether torch only runs it.
+    """The cached call of these tensors and options, None at the first call; and whether nothing traces the call.
 
-    Options are told apart by type as well, for 1 equals True.
+    The key holds the options' types too, because 1 equals True.
     """
     if is_compiling():
         return None, False
@@ -144,10 +144,10 @@ def lookup(
 def replayed(
     function: Callable[..., Given], arguments: tuple[Any, ...], backend: str | None, alias: tuple[Any, Any]
 ) -> Given:
-    """function(*arguments, backend, plain), replayed from the third call of the same arguments but for the contents of
-    tensors; plain says that nothing traces the call.
+    """function(*arguments, backend, plain), recorded at the second call of a key and replayed from the third on.
 
-    It is for functions that read no tensor on a device. alias: two tensors; whether they overlap is part of the key.
+    plain: nothing traces the call. For functions that read no tensor on a device. alias: two tensors; whether they
+    overlap is part of the key.
     """
     if is_compiling() or observed():
         return function(*arguments, backend, False)
@@ -192,15 +192,15 @@ def _overlap(x: Any, y: Any) -> bool:
 
 
 def _recorded(asked: Any, q: Any) -> bool:
-    """Whether a backend, None where the package chooses, may make a call again."""
+    """True if the backend, None where the package chooses, may support repeated calls."""
     chosen = asked is None and isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")
     return chosen or asked in ("hopper", "triton", "sdpa")
 
 
 class CachedCall:
-    """All calls of one key. known: how it was bound is known, and by which backend it can be made again.
+    """All calls of one key. known: `learn` has succeeded, so the call can be repeated.
 
-    Of its tensors, in the order of `TENSORS`, it speaks without the absent ones at the end.
+    Its tensors are in the order of `TENSORS`, without the absent ones at the end.
     """
 
     __slots__ = (
@@ -210,12 +210,12 @@ class CachedCall:
 
     def __init__(self) -> None:
         self.known = False
-        self.kernel: Repeated | None = None  # torch's own, where that is what computes it
+        self.kernel: Repeated | None = None  # torch's kernel, for the backend sdpa
         self._forward: Any = None
         self._backward: dict[tuple[Any, ...], Any] = {}
 
     def learn(self, tensors: Given, p: Problem, backend: str) -> None:
-        """A call of this key was bound to p and went to that backend."""
+        """Learn from a call of this key that was bound to p and computed by a backend."""
         self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         if backend == "sdpa":
             self.lengths = isinstance(tensors[3], Mask)
@@ -230,16 +230,16 @@ class CachedCall:
         flat = ops.flatten(p, backend)
         self.backend, self.settings = backend, flat[ops.TENSORS :]
         self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())
-        # Binding may have made tensors, from what is not known here.
+        # Binding may have created tensors, which cannot be recreated here.
         self.known = all(map(_same, flat, self._flat(tensors))) and not p.empty
 
     def _flat(self, tensors: Given) -> tuple[Any, ...]:
-        """The operators' arguments, as `ops.flatten` gives them."""
+        """The operators' arguments, as by `ops.flatten`."""
         count = len(tensors)
         return *(tensors[i] if i is not None and i < count else None for i in PLACES), *self.settings
 
     def __call__(self, tensors: Given) -> tuple[Tensor, Tensor | None] | None:
-        """(out, lse); None: these tensors hold something for which the call must be bound again."""
+        """(out, lse); None if the contents of the tensors require binding the call again."""
         if self.kernel is not None:
             q, k, v, mask, bias = map(_four_dims, tensors[:5]) if self.short else tensors[:5]
             out = self.kernel(q, k, v, mask.kv_lengths if self.lengths else mask, bias)
@@ -262,7 +262,7 @@ class CachedCall:
         return ops.launcher(self.backend).forward(ops.rebuild(self._flat(given))[0])
 
     def backward(self, given: Given, needs: tuple[bool, ...]) -> Given:
-        """The gradients that needs asks for. given: the tensors, out, peak, log_sum, dout, dlse."""
+        """The gradients where `needs` is True. given: the tensors, out, peak, log_sum, dout, dlse."""
         key = _key(given, needs)
         replay = self._backward.get(key) if key is not None else None
         found = None if replay is None else replay(given)
@@ -288,7 +288,7 @@ class CachedCall:
         return found
 
     def again(self, given: Given, needs: tuple[bool, ...]) -> Given:
-        """As `backward`, by operations that can be differentiated in their turn, or that say that they cannot."""
+        """`backward` by differentiable operations, or by ones whose backward raises."""
         names = [name for name, need in zip(TENSORS, needs, strict=False) if need]
         *saved, dout, dlse = given[self.count :]
         wanted = [name in names for name in DIFFERENTIABLE]
@@ -296,23 +296,23 @@ class CachedCall:
         return self._shown(autograd.differentiable(flat, tuple(saved), dout, dlse, wanted), needs)
 
     def _shown(self, grads: Given, needs: tuple[bool, ...]) -> Given:
-        """Gradients in the order of DIFFERENTIABLE as those of the call's tensors."""
+        """Gradients in the order of the call's tensors, from the order of DIFFERENTIABLE."""
         by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
         return tuple(by_name[name] if need else None for name, need in zip(TENSORS, needs, strict=False))
 
 
 def _four_dims(x: Any) -> Any:
-    """With leading dims of 1; None is None."""
+    """x with leading dims of 1, or None."""
     return x if x is None or x.ndim == 4 else x[(None,) * (4 - x.ndim)]
 
 
 def _is_view(bound: Tensor | None, given: Tensor | None) -> bool:
-    """Whether binding took a tensor as it is, or with leading dims of 1."""
+    """True if binding used the tensor unchanged, or with leading dims of 1."""
     return _same(bound, _four_dims(given))
 
 
 def _same(x: Any, y: Any) -> bool:
-    """One object, or two views of the same elements."""
+    """True for one object, equal numbers, or two views of the same elements."""
     if x is y or not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return x is y or (not isinstance(x, Tensor) and not isinstance(y, Tensor) and x == y)
     layouts = ((z.data_ptr(), z.shape, z.stride(), z.dtype) for z in (x, y))
@@ -320,4 +320,4 @@ def _same(x: Any, y: Any) -> bool:
 
 
 _calls: dict[tuple[Any, ...], CachedCall] = {}
-_replays: dict[tuple[Any, ...], Any] = {}  # None at the first call
+_replays: dict[tuple[Any, ...], Any] = {}  # None after the first call

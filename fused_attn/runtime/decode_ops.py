@@ -1,8 +1,8 @@
-"""torch.library: the operators of decoding, `append` and `decode`.
+"""torch.library operators of decoding: `append` and `decode`.
 
-Both look at what index tensors hold where that is free (see `Cache.check`), when they run and not when they are traced.
-`append` writes into the caches that it is given and returns q rotated, or an empty tensor where nothing rotates.
-Launchers are looked up by name, as in `ops`.
+Both check index tensors when they run, not when they are traced (see `Cache.check`). `append` writes into the caches
+and returns the rotated q, or an empty tensor without rotary embedding. The Triton backend is imported when an operator
+runs, as in `ops`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _library.define(
 
 
 def launcher() -> Any:
-    """The module that launches kernels for both."""
+    """The module that launches the kernels of both operators."""
     return importlib.import_module(LAUNCHER)
 
 
@@ -48,7 +48,7 @@ def append(
     cache: Cache, leftpad: Tensor | None, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None, advance: bool,
     backend: str, plain: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Write k and v, rotated, after the keys of each sequence, and return q, rotated."""
+    """Append k, rotated, and v to each sequence, and return q, rotated."""
     cos, sin, interleaved = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
     run: Any = _append if plain else torch.ops.fused_attn.append
     turned = run(
@@ -87,7 +87,7 @@ def _append_fake(*args: Any) -> Tensor:
 
 
 def decode(d: Decode, backend: str, plain: bool = False) -> tuple[Tensor, Tensor]:
-    """(out, lse) by a backend. plain: without the operator, which costs more where nothing traces the call."""
+    """(out, lse) by a backend. plain: nothing traces the call, so the operator is bypassed, which is faster."""
     if plain:
         return _run(d, backend)
     scale_is_tensor, cap_is_tensor = isinstance(d.scale, Tensor), isinstance(d.softcap, Tensor)
@@ -101,7 +101,7 @@ def decode(d: Decode, backend: str, plain: bool = False) -> tuple[Tensor, Tensor
 
 
 def rebuild(args: tuple[Any, ...]) -> tuple[Decode, str]:
-    """What `decode` took apart."""
+    """The inverse of `decode`'s flat arguments."""
     q, k, v, lengths, table, index, leftpad, tree, scale, cap, slopes, sink, added, *rest, backend = args
     scale_value, cap_value, left, right, splits, batch_invariant = rest
     found = Decode(
@@ -141,7 +141,7 @@ for _name, _function, _fake in (("append", _append, _append_fake), ("decode", _d
 def _decode_flops(
     q: Any, k: Any, v: Any, lengths: Any, table: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    """Two products for each score with a key that there is room for: lengths are not looked at."""
+    """Two products for each score with a key within capacity; lengths are not read."""
     b, m, heads, d = q
     keys = k[1] * (1 if table is None else table[1])
     return sdpa_flop_count((b, heads, m, d), (b, heads, keys, d), (b, heads, keys, v[3]))
