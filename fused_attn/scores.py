@@ -28,8 +28,8 @@ from torch import Tensor
 from .spec.checks import as_float
 from .spec.description import Description
 from .spec.problem import Problem, check_parameter, describe, ordered_like
-from .spec.ragged import places
-from .spec.reach import reached
+from .spec.ragged import locate
+from .spec.visibility import visibility
 
 SHORTEST = 1e-6  # smallest norm of `Cosine`
 LARGE = 64.0  # largest |q . w| of `Bilinear` in float16
@@ -80,8 +80,8 @@ class Score(Description):
         """
         q, k = p.q, p.k
         keys = None
-        if not p.all_reached:
-            rows, keys = reached(p)
+        if not p.all_keys_visible:
+            rows, keys = visibility(p)
             q, k = torch.where(rows, q, 0), torch.where(keys, k, 0)
         return self._lower(p.replace(q=q, k=k, score=None), p.lse_dtype if wide else p.q.dtype, keys)
 
@@ -255,7 +255,7 @@ def _moved_to_origin(p: Problem, keys: Tensor | None) -> Problem:
         q_middle = k_middle = middle
     else:
         q_middle, k_middle = (
-            middle[0, :, places(starts, x.shape[2])[0]][None] for starts, x in ((p.ragged.q, p.q), (p.ragged.k, k))
+            middle[0, :, locate(starts, x.shape[2])[0]][None] for starts, x in ((p.ragged.q, p.q), (p.ragged.k, k))
         )
     q_middle = q_middle if p.group == 1 else q_middle.repeat_interleave(p.group, 1)
     return p.replace(q=ordered_like(p.q - q_middle, p.q), k=ordered_like(p.k - k_middle, p.k))
@@ -276,7 +276,7 @@ def _unmasked(p: Problem, mask: Tensor) -> Tensor:
         return mask.any(2).any(1, keepdim=True)[..., None]
     rows = torch.arange(p.shape[2], device=mask.device) < p.ragged.q.diff()[:, None]
     allowed = (mask & rows[:, None, :, None]).any(2).any(1)
-    b, j = places(p.ragged.k, p.k.shape[2])
+    b, j = locate(p.ragged.k, p.k.shape[2])
     return allowed.expand(-1, p.shape[3])[b, j][None, None, :, None]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.harness.providers import Call, Provider
 from bench.harness.samples import Sample
-from fused_attn.spec.ragged import padded, places
+from fused_attn.spec.ragged import locate, padded
 from fused_attn.testing import Case
 
 
@@ -44,7 +44,7 @@ class Padded:
 
     def packed(self, x: Tensor) -> Tensor:
         """(B, H, longest, D) to the layout of a packed sample, (1, H, T, D)."""
-        b, i = places(self.starts, int(self.starts[-1]))
+        b, i = locate(self.starts, int(self.starts[-1]))
         return x[b, :, i].transpose(0, 1)[None]
 
 

@@ -118,7 +118,7 @@ def _expanded(x: Tensor, p: Problem) -> Tensor:
     A masked key has weight 0, but 0 * NaN is NaN: padding may hold NaN.
     """
     x = x if p.group == 1 else x.repeat_interleave(p.group, dim=1)
-    return x if p.all_reached else torch.where(p.reached()[..., None], x, 0.0)
+    return x if p.all_keys_visible else torch.where(p.visible_keys()[..., None], x, 0.0)
 
 
 def _per_head(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:

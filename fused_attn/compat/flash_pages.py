@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..api.decode import attention_decode
 from ..spec.checks import as_int, describe
-from ..spec.ragged import places
+from ..spec.ragged import locate
 from . import flash_arguments as arguments
 
 
@@ -35,7 +35,7 @@ def over_pages(
         shapes = tuple(cu_seqlens_q.shape), describe(cu_seqlens_k)
         raise ValueError(f"cu_seqlens_k: expected cu_seqlens_q's shape {shapes[0]}, got {shapes[1]}")
     longest = as_int("max_seqlen_q", max_seqlen_q)
-    sequence, row = places(cu_seqlens_q, q.shape[0])
+    sequence, row = locate(cu_seqlens_q, q.shape[0])
     row = row + (longest - rows)[sequence]
     padded = q.new_zeros(len(rows), longest, *q.shape[1:]).index_put((sequence, row), q)
     out, lse = attention_decode(

@@ -22,7 +22,7 @@ from ..api.attention import attention
 from ..api.varlen import attention_varlen
 from ..runtime.no_derivative import without_derivative
 from ..spec.checks import as_int, as_starts, describe
-from ..spec.ragged import places
+from ..spec.ragged import locate
 from . import flash_arguments as arguments
 from .flash_errors import as_flash_attn
 from .flash_pages import over_pages
@@ -212,7 +212,7 @@ def varlen_backward(
         return result
 
     delta = _differentiate(run, (q, k, v), (dq, dk, dv), dout, out, softmax_lse.T)
-    sequence, _ = places(cu_seqlens_q, q.shape[0])
+    sequence, _ = locate(cu_seqlens_q, q.shape[0])
     rows = torch.arange(q.shape[0], device=q.device) + ROUND * sequence
     return delta.new_zeros(q.shape[1], q.shape[0] + ROUND * (len(cu_seqlens_q) - 1)).index_copy(1, rows, delta.T)
 
@@ -246,7 +246,7 @@ def _used(
     lengths = arguments.lengths("k", starts, k.shape[0], longest, k.device)
     first = torch.zeros_like(lengths) if leftpad is None else arguments.each("leftpad_k", leftpad, lengths)
     end = lengths if used is None else arguments.each("seqused_k", used, lengths)
-    b, i = places(starts, k.shape[0])
+    b, i = locate(starts, k.shape[0])
     exists = (first[b] <= i) & (i < end[b])
     left = (end - first).clamp_min(0).cumsum(0, dtype=torch.int32)
     return k[exists], v[exists], F.pad(left, (1, 0))

@@ -74,8 +74,8 @@ def _append(
     if rotary is None:
         cache.append(k, v)
         return q.new_empty(0)
-    cache.append(rotary.turned(k, cache.positions(k.shape[1])), v)
-    return rotary.turned(q, cache.positions(q.shape[1], advance))
+    cache.append(rotary.rotated(k, cache.positions(k.shape[1])), v)
+    return rotary.rotated(q, cache.positions(q.shape[1], advance))
 
 
 def _append_fake(*args: Any) -> Tensor:

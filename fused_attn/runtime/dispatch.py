@@ -83,16 +83,16 @@ def _rounded(p: Problem) -> bool:
 def _explain(
     p: Problem, lowered: Problem, backend: str | None, task: str = "", names: tuple[str, ...] = BACKENDS
 ) -> Explanation:
-    asked = environment.backend if backend is None else backend
+    explicit = environment.backend if backend is None else backend
     if backend is not None:
         check_choice("backend", backend, BACKENDS, "None or one of")
-    elif asked is not None:
-        check_choice("FUSED_ATTN_BACKEND", asked, BACKENDS)
+    elif explicit is not None:
+        check_choice("FUSED_ATTN_BACKEND", explicit, BACKENDS)
     transform = transformed(p)
     refused: dict[str, list[str]] = {}
-    for name in names if asked is None else (asked,):
-        reasons = why_not(name, p if name == "reference" else lowered, asked is not None, transform, task)
-        if name == "sdpa" and asked is None and p.q.device.type == "cpu" and _rounded(p):
+    for name in names if explicit is None else (explicit,):
+        reasons = why_not(name, p if name == "reference" else lowered, explicit is not None, transform, task)
+        if name == "sdpa" and explicit is None and p.q.device.type == "cpu" and _rounded(p):
             reasons = [*reasons, f"the score's rewritten q would be rounded to {p.q.dtype}; it runs if named"]
         if not reasons:
             return Explanation(name, refused)
@@ -109,10 +109,10 @@ def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str,
     # On the CPU kernels run only if named, and collecting the reasons costs more than the rest of a call.
     choice = _explain(p, lowered, backend, task, BACKENDS if p.q.device.type != "cpu" else ON_CPU)
     if choice.backend is None:
-        asked, reasons = next(reversed(choice.reasons.items()))
+        name, reasons = next(reversed(choice.reasons.items()))
         error = TransformError if transformed(p) else BackendError
         chosen = "" if backend is not None or environment.backend is None else ", which FUSED_ATTN_BACKEND chose,"
-        raise error(f"backend {asked!r}{chosen} cannot run this call: " + "; ".join(reasons))
+        raise error(f"backend {name!r}{chosen} cannot run this call: " + "; ".join(reasons))
     return choice.backend, taken(choice.backend, p, lowered)
 
 

@@ -178,7 +178,7 @@ def _statistics(*args: Any) -> tuple[Tensor, ...]:
 
 def _statistics_fake(*args: Any) -> tuple[Tensor, ...]:
     p, _ = rebuild(args[:-4])
-    return _as_tensors(p, Statistics.of_nothing(p, *args[-4:]))
+    return _as_tensors(p, Statistics.fully_masked(p, *args[-4:]))
 
 
 def _weights(*args: Any) -> Tensor:

@@ -29,15 +29,15 @@ class Rotary:
     sin: Tensor
     interleaved: bool = False
 
-    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """x (B, T, H, D) rotated for positions (B, T), computed in float32, or float64 for float64."""
         half = self.cos.shape[1]
         dtype = torch.promote_types(x.dtype, torch.float32)
         cos, sin = (y[positions].to(dtype)[:, :, None] for y in (self.cos, self.sin))
         pairs = x[..., : 2 * half].to(dtype).unflatten(-1, (half, 2) if self.interleaved else (2, half))
         first, second = pairs.unbind(-1 if self.interleaved else -2)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        rotated = torch.stack(turned, -1 if self.interleaved else -2).flatten(-2).to(x.dtype)
+        pairs_rotated = (first * cos - second * sin, second * cos + first * sin)
+        rotated = torch.stack(pairs_rotated, -1 if self.interleaved else -2).flatten(-2).to(x.dtype)
         return torch.cat((rotated, x[..., 2 * half :]), -1)
 
     def check(self, cache: Cache, count: int) -> None:
@@ -267,7 +267,7 @@ class Decode:
             self.softcap,
             slopes=self.slopes if self.slopes is None or self.slopes.ndim == 1 else self.slopes[b : b + 1],
             sink=self.sink,
-            mask=None if self.tree is None else self._seen(self.tree, b, keys),
+            mask=None if self.tree is None else self._tree_mask(self.tree, b, keys),
             span=Span(
                 None if self.left is None else diagonal - self.left,
                 None if self.right is None else diagonal + self.right,
@@ -276,13 +276,13 @@ class Decode:
             return_lse=True,
         )
 
-    def _seen(self, tree: Tensor, b: int, keys: int) -> Tensor:
+    def _tree_mask(self, tree: Tensor, b: int, keys: int) -> Tensor:
         """bool (1, 1, M, keys): the tree mask over the last min(M, keys) keys; earlier keys are visible."""
         m = self.q.shape[1]
         last = min(m, keys)
-        seen = tree.new_ones(1, 1, m, keys)
-        seen[0, 0, :, keys - last :] = tree[b if len(tree) > 1 else 0][:, m - last :]
-        return seen
+        mask = tree.new_ones(1, 1, m, keys)
+        mask[0, 0, :, keys - last :] = tree[b if len(tree) > 1 else 0][:, m - last :]
+        return mask
 
     def check(self) -> None:
         """See Cache.check."""

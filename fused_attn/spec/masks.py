@@ -244,7 +244,7 @@ def resolve(
 
 
 def padded_span(span: Span, ragged: Ragged) -> Span:
-    """The span of ragged sequences as a span of the batch padded to the longest lengths, for `bounds` and `seers`."""
+    """The span of ragged sequences as that of the padded batch, for `bounds` and `row_bounds`."""
     lengths = Mask.lengths(ragged.k.diff(), ragged.q.diff())
     within, _, _ = lengths.resolve((ragged.batch, 1, ragged.max_q, ragged.max_k))
     return span.shifted(ragged.offsets()) & within

@@ -101,7 +101,7 @@ class Pattern:
             some, whole = some & other[0], whole & other[1]
         return some, whole
 
-    def reaches(self, start: Tensor, stop: Tensor) -> Tensor:
+    def visible_keys(self, start: Tensor, stop: Tensor) -> Tensor:
         """bool (B or 1, N): the keys visible to some row in [start, stop) by ids, and to some such row by blocks in any
         head. start and stop are (B or 1, N)."""
         reached, device = start < stop, start.device

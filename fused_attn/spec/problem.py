@@ -103,7 +103,7 @@ class Problem:
         return self.span.unbounded and self.pattern is None
 
     @property
-    def all_reached(self) -> bool:
+    def all_keys_visible(self) -> bool:
         """True if span and pattern let some row attend to every key; False without queries."""
         return self.unbounded and self.ragged is None and self.q.shape[2] > 0
 
@@ -117,7 +117,7 @@ class Problem:
         grid = self.span.materialize(rows, cols, self.shape[3])
         return grid if self.pattern is None else grid & self.pattern.materialize(rows, cols)
 
-    def reached(self) -> Tensor:
+    def visible_keys(self) -> Tensor:
         """bool (B or 1, 1, N): the keys that some row may attend to by interval and ids, and some row by interval and
         blocks in any head. The other keys have no influence, even as NaN."""
         rows, cols = (torch.arange(x, device=self.q.device) for x in self.shape[2:])
@@ -277,7 +277,7 @@ class Statistics(NamedTuple):
         p: Problem, find: Callable[..., Statistics], key_mass: bool, entropy: bool, max_logit: bool, top_k: int
     ) -> Statistics:
         """The statistics of ragged sequences, by calling `find` for each."""
-        found = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)._asdict()
+        found = Statistics.fully_masked(p, key_mass, entropy, max_logit, top_k)._asdict()
         for one, alone in p.sequences():
             own = find(alone, key_mass, entropy, max_logit, min(top_k, one.shape[1]))
             for name, x in own._asdict().items():
@@ -287,7 +287,7 @@ class Statistics(NamedTuple):
         return Statistics(**found)
 
     @staticmethod
-    def of_nothing(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
+    def fully_masked(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
         """The statistics of fully masked rows, in new memory."""
         (b, h, m, _), n = p.q.shape, p.k.shape[2]
 

@@ -77,7 +77,7 @@ class Ragged:
         return (self.k.diff() - self.q.diff()).long()[:, None] if self.bottom_right else 0
 
 
-def places(starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def locate(starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """(b, i), int64 (total,) each: the sequence of each packed row, and the row's index in it."""
     index = torch.arange(total, device=starts.device, dtype=starts.dtype)
     b = torch.searchsorted(starts[1:].contiguous(), index, right=True).clamp_max(max(0, len(starts) - 2))
@@ -92,6 +92,6 @@ def sums(x: Tensor, starts: Tensor) -> Tensor:
 def padded(x: Tensor, starts: Tensor, longest: int) -> Tensor:
     """Packed (1, H, T, ...) as (B, H, longest, ...), padded with zeros."""
     result = x.new_zeros((len(starts) - 1, x.shape[1], longest, *x.shape[3:]))
-    b, i = places(starts, x.shape[2])
+    b, i = locate(starts, x.shape[2])
     result[b, :, i] = x[0].transpose(0, 1)
     return result

@@ -114,7 +114,7 @@ class Span:
 
     def shifted(self, by: Any) -> Span:
         """A copy with the diagonal moved right by a number, or by int64 (B, 1) for each batch. With a tensor, only
-        `bounds`, `materialize` and `seers` work."""
+        `bounds`, `materialize` and `row_bounds` work."""
         left, right = (None if x is None else x + by for x in (self.left, self.right))
         return replace(self, left=left, right=right)
 
@@ -124,7 +124,7 @@ class Span:
         stop = None if self.lo is None else _rows_up_to(self.lo, n)
         return start, stop
 
-    def seers(self, m: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def row_bounds(self, m: int, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The transpose of this span: start, stop (B or 1, N) int64; key j is visible to the rows start <= i < stop.
 
         keys: all key indices, ascending. The rows of a sink are an interval too.

@@ -26,9 +26,9 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     peak = torch.where(peak == -torch.inf, 0.0, peak)
     weights = torch.exp(stacked - peak)
     total = weights.sum(0)
-    seen = total > 0
-    lse = torch.where(seen, peak + torch.log(torch.where(seen, total, 1.0)), -torch.inf)
+    nonempty = total > 0
+    lse = torch.where(nonempty, peak + torch.log(torch.where(nonempty, total, 1.0)), -torch.inf)
     lse = torch.where(torch.isnan(total), total, lse)
-    share = weights / torch.where(seen | torch.isnan(total), total, 1.0)
+    share = weights / torch.where(nonempty | torch.isnan(total), total, 1.0)
     out: Any = sum(share[i][..., None] * x.to(share.dtype) for i, x in enumerate(outs))
     return out.to(outs[0].dtype), lse

@@ -28,7 +28,7 @@ def _overlaps_itself(x: Layout) -> bool:
     # Two indices share an address if their difference, positive in the first dim where they differ, is 0 in memory.
     for at, (step, size) in enumerate(dims):
         others = [(other, 1 - count, count - 1) for other, count in dims[at + 1 :]]
-        if _reached(0, [(step, 1, size - 1), *others]):
+        if _is_sum(0, [(step, 1, size - 1), *others]):
             return True
     return False
 
@@ -39,16 +39,16 @@ def _overlap(x: Layout, y: Layout, apart: int) -> bool:
     for layout, side in ((x, 1), (y, 0)):
         for size, step in zip(*layout, strict=True):
             ranges.setdefault(step, [0, 0])[side] += size - 1 if side else 1 - size
-    return _reached(apart, sorted(((step, low, high) for step, (low, high) in ranges.items() if step), reverse=True))
+    return _is_sum(apart, sorted(((step, low, high) for step, (low, high) in ranges.items() if step), reverse=True))
 
 
-def _reached(target: int, steps: list[tuple[int, int, int]]) -> bool:
+def _is_sum(target: int, steps: list[tuple[int, int, int]]) -> bool:
     """True if sum(step * n) = target for some low <= n <= high; steps: (step, low, high), the largest step first."""
     if not steps:
         return target == 0
     (step, low, high), *others = steps
     if not step:
-        return _reached(target, others)
+        return _is_sum(target, others)
     least, most = (sum(other * bounds[side] for other, *bounds in others) for side in (0, 1))
     first, last = max(low, -((most - target) // step)), min(high, (target - least) // step)
-    return any(_reached(target - step * n, others) for n in range(first, last + 1))
+    return any(_is_sum(target - step * n, others) for n in range(first, last + 1))

@@ -17,7 +17,7 @@ from ..api.bind import bind
 from ..scores import Additive, Bilinear, Cosine, Distance, Score
 from ..spec.options import Options
 from ..spec.problem import Mask, Problem, Ragged
-from ..spec.reach import reached
+from ..spec.visibility import visibility
 from .cases import CASES, MASK_SHAPES, PARAMETERS, Case
 
 # ---------------------------------------------------------------------------------------------------------- values
@@ -447,7 +447,7 @@ def _parameters(c: Case, draw: Draw) -> dict[str, Tensor]:
 def _fill_unseen_with_nan(inputs: Inputs) -> None:
     """Set k and v to NaN at keys that no row sees by span or pattern; `Inputs.clean` stays finite."""
     p = inputs.problem()
-    visible = p.reached()[..., None] if p.ragged is None else reached(p)[1]
+    visible = p.visible_keys()[..., None] if p.ragged is None else visibility(p)[1]
     for name in "kv":
         x = inputs.tensors[name].detach()
         x.copy_(torch.where(visible, x, torch.nan))

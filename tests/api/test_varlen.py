@@ -18,7 +18,7 @@ import fused_attn
 from fused_attn import Mask, attention, attention_varlen, scores, testing
 from fused_attn.spec import checks
 from fused_attn.spec.problem import Problem, Ragged
-from fused_attn.spec.ragged import padded, places, sums
+from fused_attn.spec.ragged import locate, padded, sums
 from tests.parity import Largest
 
 BACKENDS = ("triton", "tiled", "reference")
@@ -342,7 +342,7 @@ def test_one_long_sequence_does_not_begin_last() -> None:
 def test_places(lengths: Any) -> None:
     rows = [x[0] for x in lengths]
     cuts, total = starts(rows), sum(rows)
-    b, i = places(cuts, total)
+    b, i = locate(cuts, total)
     assert list(zip(b.tolist(), i.tolist(), strict=True)) == [(n, j) for n, m in enumerate(rows) for j in range(m)]
     x = torch.arange(2.0 * total).view(1, 2, total)
     whole = padded(x, cuts, max(rows))

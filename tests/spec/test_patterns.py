@@ -17,9 +17,10 @@ import fused_attn
 from fused_attn import Mask
 from fused_attn.api.bind import bind
 from fused_attn.backends.tiled import tiles
-from fused_attn.spec import masks, reach
+from fused_attn.spec import masks
 from fused_attn.spec.options import Options
 from fused_attn.spec.problem import Problem
+from fused_attn.spec.visibility import visibility
 from fused_attn.tuning import Config, override
 
 Shape = tuple[int, int, int, int]
@@ -235,8 +236,8 @@ def test_tiles_of_the_host(drawn: tuple[Mask, Shape], group: int) -> None:
     p = problem(mask, shape, group)
     b, _, m, n = shape
     seen = p.visible(torch.arange(m), torch.arange(n)).expand(shape)
-    rows, keys = reach.reached(p)
-    assert torch.equal(keys[..., 0].expand(b, 1, n), p.reached().expand(b, 1, n))
+    rows, keys = visibility(p)
+    assert torch.equal(keys[..., 0].expand(b, 1, n), p.visible_keys().expand(b, 1, n))
     assert bool((seen.any(-1) <= rows[..., 0]).all()) and bool((seen.any(-2) <= keys[..., 0]).all())
     visited = torch.zeros(shape, dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:

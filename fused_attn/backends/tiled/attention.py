@@ -25,7 +25,7 @@ from ...scores import Additive
 from ...spec import state
 from ...spec.problem import Problem
 from ...spec.ragged import KEYS, ROWS
-from ...spec.reach import masked_by_tensors, reached, seen
+from ...spec.visibility import has_tensor_bounds, tensor_visibility, visibility
 from . import additive
 from .tiles import Chunk, Tile, chunks, part, row_tiles
 from .workspace import (
@@ -56,7 +56,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     peak = torch.zeros_like(log_sum)
     if p.sink is not None:
         log_sum.copy_(p.sink[:, None])
-    visible = seen(p)
+    visible = tensor_visibility(p)
     for chunk in chunks(p):
         ws = Workspace(p, chunk, visible)
         for tile in chunk.tiles:
@@ -128,7 +128,7 @@ def backward(
     """The gradients named in needs, with the shape and dtype of their tensors."""
     if p.ragged is not None:
         return _backward_ragged(p, out, peak, log_sum, dout, dlse, needs)
-    dtype, visible = work_dtype(p), seen(p)
+    dtype, visible = work_dtype(p), tensor_visibility(p)
     if visible is not None:
         dout = torch.where(visible[0], dout, 0)
     rows: tuple[Tensor, ...] = ()
@@ -348,7 +348,7 @@ def attention(p: Problem) -> tuple[Tensor, Tensor]:
     if p.ragged is not None:
         return p.joined([attention(sequence) for _, sequence in p.sequences()])
     # A tile also multiplies the keys between its sinks and its window, which must hold no NaN.
-    visible = reached(p) if p.span.sinks else seen(p)
+    visible = visibility(p) if p.span.sinks else tensor_visibility(p)
     if visible is not None:
         rows, keys = visible
         p = p.replace(q=torch.where(rows, p.q, 0), k=torch.where(keys, p.k, 0), v=torch.where(keys, p.v, 0))
@@ -380,7 +380,7 @@ def _plain_rows(p: Problem, tile: Tile) -> tuple[Tensor, Tensor | None]:
     if p.slopes is not None:
         s = s - p.slopes.to(dtype)[..., None, None] * distance_to_diagonal(p, rows, keys, dtype)
     i, j = (indices(x, s.device) for x in (rows, keys))
-    if masked_by_tensors(p) or tile.partial(keys):
+    if has_tensor_bounds(p) or tile.partial(keys):
         s = torch.where(p.visible(i, j), s, -torch.inf)
     if p.mask is not None:
         s = torch.where(part(p.mask, slice(b), slice(h), rows, keys), s, -torch.inf)

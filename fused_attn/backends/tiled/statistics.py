@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...spec.problem import Problem, Statistics
-from ...spec.reach import seen
+from ...spec.visibility import tensor_visibility
 from .tiles import Chunk, Tile, chunks, one_tile, windows
 from .workspace import Workspace, exp_minus, finite_peak, softmax_weights
 
@@ -33,8 +33,8 @@ def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k
     """The requested statistics, in the working dtype; no autograd."""
     if p.ragged is not None:
         return Statistics.of_sequences(p, statistics, key_mass, entropy, max_logit, top_k)
-    result: Any = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)
-    visible = seen(p)
+    result: Any = Statistics.fully_masked(p, key_mass, entropy, max_logit, top_k)
+    visible = tensor_visibility(p)
     for chunk in chunks(p):
         ws = Workspace(p, chunk, visible)
         for tile in chunk.tiles:
@@ -57,7 +57,7 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
     """(B, len(heads), len(rows), N), in the working dtype; no autograd."""
     b, _, _, n = p.shape
     result = p.q.new_zeros((b, len(heads), len(rows), n), dtype=p.lse_dtype)
-    visible = seen(p)
+    visible = tensor_visibility(p)
     for slot, head in enumerate(heads if result.numel() else ()):
         ws = Workspace(p.of_head(head), Chunk(slice(b), slice(1), slice(1), []), visible)
         for window in windows(rows, ROWS, APART):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...spec.problem import Problem
-from ...spec.reach import masked_by_tensors
+from ...spec.visibility import has_tensor_bounds
 
 ROWS, KEYS = (128, 512), 512  # (fewest, most) rows of a tile, over all heads of a group, and its keys
 PATTERN_BLOCK = 128  # keys per entry of Tile.pattern
@@ -119,7 +119,7 @@ def _with_sinks(tile: Tile, p: Problem) -> Tile:
 def one_tile(p: Problem, start: int, stop: int) -> Tile:
     """The tile of any rows. lo, hi and the pattern are not read; if there are any, no key counts as fully visible."""
     tile = _tile(p, start, stop)
-    return tile._replace(full_from=0, full_to=0) if masked_by_tensors(p) else tile
+    return tile._replace(full_from=0, full_to=0) if has_tensor_bounds(p) else tile
 
 
 class Window(NamedTuple):

@@ -11,7 +11,7 @@ from ...kernels import additive as kernels
 from ...kernels import scores
 from ...kernels.types import Additive, AdditiveGradients
 from ...spec.problem import HALF, Problem
-from ...spec.ragged import places
+from ...spec.ragged import locate
 from ...tuning import Config
 from ...tuning.select import padded
 from . import block_mask, launcher, settings, tile_scheduler, views
@@ -161,6 +161,6 @@ def _rows_of(features: Tensor, like: Tensor, starts: Tensor | None, scale: float
     if starts is None:
         found = found[:, :, :length]
     else:
-        own, index = places(starts, length)
+        own, index = locate(starts, length)
         found = found[:, :, (-(-starts[own] // BLOCK) + own * (GAP // BLOCK + 1)) * BLOCK + index]
     return torch.mul(found, scale, out=torch.empty_like(like))

@@ -63,9 +63,9 @@ def _seers(p: Problem) -> tuple[Tensor, Tensor]:
     """int32 (B or 1, N): key j is visible to no row outside of start <= i < stop; to none at all if nothing reaches
     it."""
     m, n = p.shape[2:]
-    start, stop = torch.broadcast_tensors(*p.span.seers(m, torch.arange(n, device=p.q.device)))
+    start, stop = torch.broadcast_tensors(*p.span.row_bounds(m, torch.arange(n, device=p.q.device)))
     if p.pattern is not None:
-        reached = p.pattern.reaches(start, stop)
+        reached = p.pattern.visible_keys(start, stop)
         start, stop = torch.where(reached, start, m), torch.where(reached, stop, 0)
     return start.int(), stop.int()
 

@@ -55,7 +55,7 @@ def _planes(p: Problem) -> tuple[Any, ...]:
 
 def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
     """The requested statistics of a problem; call under no_grad."""
-    found = Statistics.of_nothing(p, key_mass, entropy, max_logit, top_k)
+    found = Statistics.fully_masked(p, key_mass, entropy, max_logit, top_k)
     if p.empty:
         return found
     by_mass = key_mass and not p.sigmoid
