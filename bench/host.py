@@ -167,7 +167,8 @@ def overhead(calls: int, rounds: int = 300) -> dict[str, Any]:
 
     starts = torch.arange(0, 1025, 128, dtype=torch.int32)
     packed = [torch.zeros(1024, SHAPE[1], SHAPE[3], dtype=torch.bfloat16) for _ in range(3)]
-    prefixes = itertools.cycle([[x[:n] for x in packed] for n in range(64, 1024)])
+    longer = [torch.zeros(4096, SHAPE[1], SHAPE[3], dtype=torch.bfloat16) for _ in range(3)]
+    prefixes = itertools.cycle([[x[:n] for x in longer] for n in range(64, 4096)])
 
     def ours_packed(inputs: list[Tensor]) -> Tensor:
         return fused_attn.attention_varlen(
@@ -177,7 +178,8 @@ def overhead(calls: int, rounds: int = 300) -> dict[str, Any]:
     b, h, n, d = SHAPE
     query, new = torch.zeros(b, 1, h, d, dtype=torch.bfloat16), torch.zeros(b, 1, h, d, dtype=torch.bfloat16)
     keys, values = (torch.zeros(b, n, h, d, dtype=torch.bfloat16) for _ in range(2))
-    capacities = itertools.cycle([[x[:, :c] for x in (keys, values)] for c in range(64, n)])
+    roomy = [torch.zeros(b, 4096, h, d, dtype=torch.bfloat16) for _ in range(2)]
+    capacities = itertools.cycle([[x[:, :c] for x in roomy] for c in range(64, 4096)])
     pages = [torch.zeros(b * n // 64, 64, h, d, dtype=torch.bfloat16) for _ in range(2)]
     table = torch.arange(b * n // 64, dtype=torch.int32).view(b, -1)
     counts = torch.full((b,), 17, dtype=torch.int32)

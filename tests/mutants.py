@@ -346,7 +346,7 @@ MUTANTS = (
            "return id(kernel), *classes, *options.items(), kinds", "return id(kernel), *classes, kinds", _launches),
     Mutant("constants in tuples are left out of a launch's signature",
            "fused_attn/backends/triton/launch_cache.py",
-           "classes += kind, type(value), value", "classes += kind, type(value)", _launches),
+           "known = x, (constexpr, type(x.value), x.value)", "known = x, (constexpr, type(x.value))", _launches),
     Mutant("strides are left out of a call's key", "fused_attn/runtime/call_cache.py",
            "x.shape, x.stride(), x.dtype, x.device", "x.shape, x.dtype, x.device", _launches),
     Mutant("addresses are left out of a call's key", "fused_attn/runtime/call_cache.py",

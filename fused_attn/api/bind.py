@@ -40,6 +40,7 @@ NAMES = {"sdpa": ("query", "key", "value")}
 HEADS = {"bshd": 2}
 # torch.use_deterministic_algorithms overrides deterministic=False. Checks that need only its NaN fill clear this.
 FOLLOW_TORCH = True
+CAUSAL = {x: Window(None, 0, x) for x in (None, *ALIGNMENTS)}
 UNMASKED: tuple[Span, Pattern | None, Tensor | None] = (Span(), None, None)
 
 
@@ -157,7 +158,7 @@ def _conditions(mask: Any, causal: bool, window: Any, alignment: str | None) -> 
     elif mask is not None:
         raise TypeError(f"mask: expected a bool tensor or a fused_attn.Mask, got {describe(mask)}")
     if causal:
-        conditions = (*conditions, Window(None, 0, alignment))
+        conditions = (*conditions, CAUSAL[alignment])
     if window is not None:
         conditions = (*conditions, Window(*check_window(window), alignment))
     return conditions
@@ -216,6 +217,8 @@ def _check_normalizer(normalizer: Any, sink: bool, return_lse: bool) -> None:
 
 
 def _dropout(p: float, seed: int | Tensor | None, q: Tensor) -> Dropout | None:
+    if type(p) is float and p == 0.0 and seed is None:
+        return None
     p = as_float("dropout_p", p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p: must lie in [0, 1], got {p}")

@@ -230,8 +230,8 @@ class Problem:
     def empty_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Three of `empty_lse`."""
         shape, dtype = (0,) if self.sigmoid else self.q.shape[:3], self.lse_dtype
-        make = self.q.new_empty
-        return make(shape, dtype=dtype), make(shape, dtype=dtype), make(shape, dtype=dtype)
+        first = self.q.new_empty(shape, dtype=dtype)
+        return first, torch.empty_like(first), torch.empty_like(first)
 
     def empty_out(self) -> Tensor:
         """An uninitialized (B, Hq, M, Dv) in v's dtype and q's memory order."""
@@ -256,7 +256,11 @@ def empty_ordered(q: Tensor, dv: int, dtype: torch.dtype | None = None) -> Tenso
 
     Not a permuted view: a view that a Function returns cannot be changed in place.
     """
-    shape, strides, step = (*q.shape[:3], dv), [0] * 4, 1
+    b, h, m, _ = q.shape
+    slowest, slower, slow, fast = q.stride()
+    if slowest >= slower >= slow >= fast > 0:
+        return q.new_empty((b, h, m, dv), dtype=dtype)
+    shape, strides, step = (b, h, m, dv), [0] * 4, 1
     for d in reversed(memory_order(q)[0]):
         strides[d] = step
         step = step * shape[d]

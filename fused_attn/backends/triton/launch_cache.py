@@ -13,7 +13,8 @@ if its version is not in READ.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -96,29 +97,34 @@ def launch(kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any
 def signature(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], device: int) -> tuple[Any, ...] | None:
     """What the binder reads of a launch, as a hashable tuple; None if an argument is unknown."""
     kinds = tuple(map(type, options.values()))
-    if (
-        kernel.pre_run_hooks
-        or not CONSTANTS.issuperset(kinds)
-        or not options.keys() >= _constant_names(kernel, len(args))
-    ):
+    parameters = _parameters(kernel, len(args))
+    if kernel.pre_run_hooks or not CONSTANTS.issuperset(kinds) or not options.keys() >= parameters.constants:
         return None
     hip = kernel.device_caches[device][2].backend == "hip"
     classes: list[Any] = []
     try:
-        for x, param in zip(args, kernel.params, strict=False):
-            if type(x) is int and param.do_not_specialize:
-                classes.append(_width(x))
-            else:
-                _classify((x,), classes, hip)
+        for i in parameters.unspecialized:
+            classes.append(_width(args[i]) if type(args[i]) is int else classify(args[i], hip))
+        _classify([args[i] for i in parameters.others], classes, hip)
     except Unknown:
         return None
     return id(kernel), *classes, *options.items(), kinds
 
 
+class Parameters(NamedTuple):
+    """Of a kernel: the places of integers that it is not specialised on, the other places, and the constants' names."""
+
+    unspecialized: tuple[int, ...]
+    others: tuple[int, ...]
+    constants: set[str]
+
+
 @functools.lru_cache(1024)
-def _constant_names(kernel: Any, count: int) -> set[str]:
-    """The parameters of a kernel after the first so many: those that options give."""
-    return set(kernel.arg_names[count:])
+def _parameters(kernel: Any, count: int) -> Parameters:
+    """count: of arguments; the parameters after them are constants."""
+    unspecialized = tuple(i for i, x in enumerate(kernel.params[:count]) if x.do_not_specialize)
+    others = tuple(i for i in range(count) if i not in unspecialized)
+    return Parameters(unspecialized, others, set(kernel.arg_names[count:]))
 
 
 def classify(x: Any, hip: bool = False) -> tuple[Any, ...]:
@@ -139,7 +145,22 @@ def _integer(x: int) -> str:
     return "1" if x == 1 else _width(x) if x % 16 else _width(x) + "x16"
 
 
-def _classify(items: tuple[Any, ...], classes: list[Any], hip: bool) -> None:
+_constants: dict[int, tuple[constexpr, Any]] = {}  # by id, and alive, so that no id is used twice
+
+
+def _constant(x: constexpr) -> Any:
+    """The type and the value. Most constants are a few objects, and constexpr hashes slowly."""
+    known = _constants.get(id(x))
+    if known is None:
+        if type(x.value) not in CONSTANTS:
+            raise Unknown(constexpr)
+        known = x, (constexpr, type(x.value), x.value)
+        if len(_constants) < LIMIT:
+            _constants[id(x)] = known
+    return known[1]
+
+
+def _classify(items: Sequence[Any], classes: list[Any], hip: bool) -> None:
     """Append the classes of items, and of those of nested tuples, to one list: cheaper than a tuple per level."""
     for x in items:
         kind = type(x)
@@ -148,10 +169,7 @@ def _classify(items: tuple[Any, ...], classes: list[Any], hip: bool) -> None:
         elif kind is int:
             classes.append(_integer(x))
         elif kind is constexpr:
-            value = x.value
-            if type(value) not in CONSTANTS:
-                raise Unknown(kind)
-            classes += kind, type(value), value
+            classes.append(_constant(x))
         elif kind is Tensor or kind is Parameter:
             classes += x.dtype, x.data_ptr() % 16 == 0
             if hip:  # buffers below 2 GB have 32-bit offsets
