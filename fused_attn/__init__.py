@@ -12,8 +12,8 @@ from importlib.util import module_from_spec as _module_from_spec
 from pathlib import Path as _Path
 from types import ModuleType as _ModuleType
 
-# An installed package holds the device code; in a checkout, bare or installed as editable, it is beside the package.
-# Only that directory is made importable: with its parent in __path__, setup.py would be a module of this package.
+# An installed package contains the kernels; in a checkout or editable install they are a sibling directory. Only that
+# directory becomes importable: with its parent in __path__, setup.py would be a module of this package.
 _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "setup.py").is_file():
     _spec = _ModuleSpec(f"{__name__}.kernels", None, is_package=True)
@@ -64,5 +64,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> _ModuleType:
     if name in ("compat", "modules", "testing", "viz"):
         return _import_module(f".{name}", __name__)
-    later = "; it is not built yet" if name in ("parallel", "record") else ""
+    later = "; it is not implemented yet" if name in ("parallel", "record") else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{later}")

@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
     if options.mask is not None or options.bias is not None:
         raise NotImplementedError("attn_mask: it has no jagged form; use is_causal, window or alibi_slopes")
     if not enable_gqa and query.shape[1] != key.shape[1]:
-        raise ValueError(f"key: {key.shape[1]} heads beside query's {query.shape[1]} need enable_gqa")
+        raise ValueError(f"key: expected query's {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
     out: Any = attention(query, key, value, options, "bhsd", backend, names)
     return out
 

@@ -188,14 +188,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         lengths: dict[str, list[int]] = {}
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.layout != torch.strided:
-                raise NotImplementedError(f"{name}: nested tensors of layout {x.layout} are not built yet")
+                raise NotImplementedError(f"{name}: nested tensors of layout {x.layout} are not supported yet")
             if x.ndim != 3 or not self.batch_first:
                 raise InputError(f"{name}: a nested tensor needs 3 dimensions and batch_first, got {x.ndim} dimensions")
             lengths[name] = [row.shape[0] for row in x.unbind()]
         if lengths["value"] != lengths["key"] or len(lengths["key"]) != len(lengths["query"]):
             raise InputError(f"key, value: lengths must agree, and their number with query's, got {lengths}")
         if self.bias_k is not None or self.add_zero_attn:
-            raise NotImplementedError("query: nested tensors with add_bias_kv or add_zero_attn are not built yet")
+            raise NotImplementedError("query: nested tensors with add_bias_kv or add_zero_attn are not supported yet")
 
         padded = {id(x): x.to_padded_tensor(0.0) for x in (query, key, value)}
         q, k, v = self._project(*(padded[id(x)] for x in (query, key, value)))

@@ -60,7 +60,7 @@ class ScoredAttention(nn.Module):
         need_weights = as_bool("need_weights", need_weights)
         value = key if value is None else value
         if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
-            raise NotImplementedError("query, key, value: nested tensors are not built yet")
+            raise NotImplementedError("query, key, value: nested tensors are not supported yet")
         b, _, n = check_inputs(query, key, value, (self.query_dim, self.key_dim, None))
         check_mask("key_padding_mask", key_padding_mask, query, (n,) if query.ndim == 2 else (b, n))
         if value.shape[-1] % self.num_heads:

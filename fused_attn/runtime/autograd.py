@@ -128,7 +128,7 @@ class _Once(torch.autograd.Function):
 
 
 def _once(backend: str, transform: str) -> TransformError:
-    return TransformError(f'{transform} is not built for backend="{backend}"; backend="tiled" and "reference" have it')
+    return TransformError(f'backend="{backend}" does not support {transform}; "tiled" and "reference" do')
 
 
 # The base class's apply: `Function.apply` also binds default arguments, in Python, at every call. It does not support

@@ -18,7 +18,7 @@ from . import autograd, environment, ops
 BACKENDS = ("hopper", "triton", "sdpa", "tiled", "reference")
 ON_CPU = ("sdpa", "tiled", "reference")
 # Tasks other than computing out: the reason against backends without them, and the backends that have them.
-TASKS = {"statistics": "computes no statistics and no map", "decoding": "decodes from no cache"}
+TASKS = {"statistics": "computes no statistics and no map", "decoding": "does not decode from a cache"}
 WITH_TASKS = ("triton", "tiled", "reference")
 PLAIN = {"sdpa": sdpa, "tiled": tiled, "reference": reference}  # backends made of torch's own differentiable ops
 for _name in ops.LAUNCHERS:
@@ -50,7 +50,7 @@ def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: s
         return [f"it {TASKS[task]}"]
     if transform and (task or name not in ("tiled", "reference")):
         # The only reason, because the other checks may read tensors, and transformed tensors cannot be read.
-        return [f"{transform} is not built for {task or 'it'}"]
+        return [f"it does not support {transform}{f' of {task}' if task else ''}"]
     reasons = PLAIN[name].why_not(p) if name in PLAIN else ops.launcher(name).why_not(p)
     if name == "hopper" and not by_name and not reasons:
         reasons = ops.launcher(name).unproven(p)

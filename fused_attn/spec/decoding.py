@@ -149,11 +149,11 @@ class Cache:
         for name, x in (("k_cache", self.k), ("v_cache", self.v)):
             if storage.overlaps_itself(x):
                 raise ValueError(
-                    f"{name}: expected memory of its own for every element, into which new keys are written, got shape"
+                    f"{name}: expected elements that share no memory, because new keys are written, got shape"
                     f" {tuple(x.shape)} with strides {x.stride()}; clone() an expanded tensor"
                 )
         if storage.overlap(self.k, self.v):
-            raise ValueError("v_cache: expected memory of its own beside k_cache, into which new keys are written")
+            raise ValueError("v_cache: expected memory that does not overlap k_cache, because both are written")
         if not readable(self.k):
             return
         if self.index is not None and len(self.index.unique()) < len(self.index):
@@ -161,8 +161,7 @@ class Cache:
             row = int(rows[counts > 1][0])
             which = (self.index == row).nonzero().flatten().tolist()
             raise ValueError(
-                f"cache_batch_idx: sequences {', '.join(map(str, which))} append to row {row}; expected a row of its"
-                " own for each"
+                f"cache_batch_idx: sequences {', '.join(map(str, which))} append to row {row}; expected one row each"
             )
         if self.table is not None and self.lengths is not None:
             self._check_written_pages(self.table, self.lengths.long()[:, None], leftpad)
@@ -192,7 +191,7 @@ class Cache:
             owners = used.nonzero()[:, 0][hit & (pages == page)].tolist()
             raise ValueError(
                 f"page_table: page {page} holds keys of sequences {', '.join(map(str, owners))} where one of them"
-                " appends; expected pages of its own there for each, as PagedKVCache.extend gives them"
+                " appends; expected separate pages for each, as from PagedKVCache.extend"
             )
 
 

@@ -27,7 +27,7 @@ def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ra
         if own is None and not ragged.square:
             raise ValueError(f'alignment: {what} needs "top_left" or "bottom_right", got None')
         if not ragged.square and alignment not in (None, own):
-            raise ValueError(f"alignment: sequences have one for all, {own!r}, and {what} asks for {alignment!r}")
+            raise ValueError(f"alignment: expected that of all sequences, {own!r}, for {what}, got {alignment!r}")
         return 0
     if alignment is None:
         if m != n:

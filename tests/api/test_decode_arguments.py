@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sigmoid": ({"normalizer": "sigmoid"}, ValueError, "normalizer: expected"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap: must be > 0"),
     "window": ({"window": (-1, 0)}, ValueError, "window: left must be None or >= 0"),
-    "backend": ({"backend": "sdpa"}, BackendError, "sdpa.*decodes from no cache"),
+    "backend": ({"backend": "sdpa"}, BackendError, "sdpa.*does not decode from a cache"),
 }  # fmt: skip
 
 
@@ -214,6 +214,6 @@ def test_autocast_casts_what_is_no_cache() -> None:
 
 def test_nobody_decodes_under_a_transform() -> None:
     q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match=r"torch.func transforms is not built for decoding"):
+    with pytest.raises(NotImplementedError, match=r"does not support torch\.func transforms of decoding"):
         torch.func.vmap(lambda q: attention_decode(q[None], k[:1], v[:1]))(q)
     assert fused_attn.attention_decode is attention_decode

@@ -104,7 +104,7 @@ def test_memory(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """Seen from strides and addresses, so also where index tensors are not read."""
     k, v = expanded(name)
     monkeypatch.setattr(decoding, "readable", lambda x: False)
-    with pytest.raises(ValueError, match=f"{'k_cache' if name[0] == 'k' else 'v_cache'}: expected memory of its own"):
+    with pytest.raises(ValueError, match=f"{'k_cache' if name[0] == 'k' else 'v_cache'}: expected .*memory"):
         call(k, v, ints(0, 1, 2), backend=backend)
     assert not k.any()
     attention_decode(torch.randn(B, 1, HEADS, D), k, v, backend=backend)

@@ -344,13 +344,13 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
         attention(x, x, x)
 
 
-# ------------------------------------------------------------------------------------------------------ not built yet
+# -------------------------------------------------------------------------------------------------- not implemented yet
 
 
 @pytest.mark.parametrize("name", ("parallel", "record"))
 def test_what_is_not_built_says_so(name: str) -> None:
     assert not hasattr(fused_attn, name)
-    with pytest.raises(AttributeError, match=f"'fused_attn' has no attribute '{name}'; it is not built yet"):
+    with pytest.raises(AttributeError, match=f"'fused_attn' has no attribute '{name}'; it is not implemented yet"):
         getattr(fused_attn, name)
 
 

@@ -88,7 +88,7 @@ def test_keywords_of_other_libraries(name: str) -> None:
     ("call", "keyword", "hint"),
     [
         (lambda **x: attention(X, X, X, **x), "dropout", "here it is dropout_p="),
-        (lambda **x: attention(X, X, X, **x), "score_mod", "here it is softcap=.*functions are not built yet"),
+        (lambda **x: attention(X, X, X, **x), "score_mod", "here it is softcap=.*functions are not supported yet"),
         (lambda **x: attention(X, X, X, **x), "cu_seqlens_q", "attention_varlen takes packed sequences"),
         (lambda **x: attention(X, X, X, **x), "attn_implementation", "here it is backend="),
         (lambda **x: fused_attn.attention_stats(X, X, **x), "dropout", ""),

@@ -283,7 +283,7 @@ def test_errors() -> None:
         attention(q, q, q, layout="bshd")
     with pytest.raises(ValueError, match="layout: expected one of"):
         attention(q, q, q, layout="thd")
-    with pytest.raises(ValueError, match="key: 1 heads beside query's 2 need enable_gqa"):
+    with pytest.raises(ValueError, match="key: expected query's 2 heads without enable_gqa, got 1"):
         scaled_dot_product_attention(q, *[jagged(torch.randn(7, 1, 8), offsets)] * 2)
     with pytest.raises(ValueError, match="key: expected query's head dim 8"):
         scaled_dot_product_attention(q, *[jagged(torch.randn(7, 2, 5), offsets)] * 2)

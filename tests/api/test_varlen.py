@@ -383,13 +383,13 @@ BAD: dict[str, tuple[dict[str, Any], type, str]] = {
     "longest, a float": ({"max_seqlen_k": 90.0}, TypeError, "max_seqlen_k: expected None or an int"),
     "alignment": ({"causal": True}, ValueError, "alignment: a causal mask or window needs"),
     "two alignments": (
-        {"mask": Mask.causal("top_left"), "alignment": "bottom_right"}, ValueError, "alignment: sequences have one",
+        {"mask": Mask.causal("top_left"), "alignment": "bottom_right"}, ValueError, "alignment: expected that of all",
     ),
     "slopes": ({"alibi_slopes": torch.zeros(5, 2), "alignment": "top_left"}, ValueError, "alibi_slopes: expected"),
     "bias": ({"bias": torch.zeros(40, 71)}, ValueError, "bias: shape .* does not broadcast"),
     "mask": ({"mask": torch.ones(7, 1, 1, 70, dtype=torch.bool)}, ValueError, "mask: shape .* does not broadcast"),
     "sdpa": ({"backend": "sdpa", "return_lse": True}, fused_attn.BackendError, "torch's kernel has no log-sum-exp"),
-    "hopper": ({"backend": "hopper"}, fused_attn.BackendError, "a ragged batch is not built"),
+    "hopper": ({"backend": "hopper"}, fused_attn.BackendError, "a ragged batch is not supported"),
 }  # fmt: skip
 
 

@@ -65,9 +65,9 @@ def why_not(p: Problem) -> list[str]:
         "a term for each row and key": p.key_terms, "a sigmoid": p.sigmoid or None,
         "a mask that is no interval": p.needs_block_mask or None, "a ragged batch": p.ragged,
     }  # fmt: skip
-    reasons += [f"{name} is not built" for name, x in lacking.items() if x is not None]
+    reasons += [f"{name} is not supported" for name, x in lacking.items() if x is not None]
     if p.span.lo is not None or p.span.hi is not None:
-        reasons.append("a mask with bounds for each row is not built; causal and window are")
+        reasons.append("a mask with bounds for each row is not supported; causal and window are")
     elif not p.empty and _seen(p)[0] >= _seen(p)[1]:
         reasons.append("no row sees any key")
     for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
