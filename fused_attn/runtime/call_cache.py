@@ -27,11 +27,11 @@ from . import autograd, dispatch, environment, ops
 from .autocast import no_autocast
 
 TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink", "q_starts", "k_starts")  # the tensors of a call
-PLACES = tuple(TENSORS.index(name) if name in TENSORS else None for name in ops.NAMES)
+POSITIONS = tuple(TENSORS.index(name) if name in TENSORS else None for name in ops.NAMES)
 PLAIN = {int, float, bool, str, tuple, type(None)}  # items of tuples are checked too
 LIMIT = 4096  # of cached calls
 
-Given = tuple[Any, ...]  # tensors and None
+Tensors = tuple[Any, ...]  # tensors and None
 
 # Heads-first views of q, k and v by layout.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,12 +42,12 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 HIP = torch.version.hip is not None
 
 
-def _key(tensors: Given, words: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _key(tensors: Tensors, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Options, the state of torch, and the tensors without contents; None if a tensor is not plain memory."""
     if observed():
         return None
     parts = [
-        words, is_grad_enabled(), is_inference_mode_enabled(), deterministic_algorithms(), float32_matmul_precision()
+        values, is_grad_enabled(), is_inference_mode_enabled(), deterministic_algorithms(), float32_matmul_precision()
     ]  # fmt: skip
     try:
         for x in tensors:
@@ -97,14 +97,14 @@ def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor |
     return call
 
 
-def _heads_first(tensors: Given, layout: str) -> Given:
+def _heads_first(tensors: Tensors, layout: str) -> Tensors:
     """The tensors, with q, k and v as heads-first views."""
     view = VIEWS.get(layout)
     return tensors if view is None else (*map(view, tensors[:3]), *tensors[3:])
 
 
 def lookup(
-    tensors: Given, options: Options, layout: str, backend: str | None, form: tuple[Any, ...]
+    tensors: Tensors, options: Options, layout: str, backend: str | None, form: tuple[Any, ...]
 ) -> tuple[CachedCall | None, bool]:
     """The cached call of these tensors and options, None at the first call; and whether nothing traces the call.
 
@@ -112,18 +112,18 @@ def lookup(
     """
     if is_compiling():
         return None, False
-    asked = environment.read() if backend is None else backend
-    words = options[OPTIONAL:] + form[1:]
+    requested = environment.read() if backend is None else backend
+    values = options[OPTIONAL:] + form[1:]
     if type(tensors[3]) is Mask:
         lengths = tensors[3].kv_lengths
         if lengths is None:
             return None, False
-        tensors, words = (*tensors[:3], lengths, *tensors[4:]), (*words, "Mask.lengths")
-    kinds = tuple(map(type, words))
+        tensors, values = (*tensors[:3], lengths, *tensors[4:]), (*values, "Mask.lengths")
+    kinds = tuple(map(type, values))
     if tuple in kinds:
-        words = tuple(y for x in words for y in (x if type(x) is tuple else (x,)))
-        kinds += tuple(map(type, words))
-    key = _key(tensors, (layout, kinds, asked, words))
+        values = tuple(y for x in values for y in (x if type(x) is tuple else (x,)))
+        kinds += tuple(map(type, values))
+    key = _key(tensors, (layout, kinds, requested, values))
     if key is None:
         return None, False
     try:
@@ -134,7 +134,7 @@ def lookup(
         return cached_call, True
     if not PLAIN.issuperset(kinds):
         return None, False
-    if _recorded(asked, tensors[0]) and not (form and form[0] and checks.readable(tensors[0])):
+    if _recorded(requested, tensors[0]) and not (form and form[0] and checks.readable(tensors[0])):
         if len(_calls) >= LIMIT:
             _calls.clear()
         _calls[key] = CachedCall()
@@ -142,8 +142,8 @@ def lookup(
 
 
 def replayed(
-    function: Callable[..., Given], arguments: tuple[Any, ...], backend: str | None, alias: tuple[Any, Any]
-) -> Given:
+    function: Callable[..., Tensors], arguments: tuple[Any, ...], backend: str | None, alias: tuple[Any, Any]
+) -> Tensors:
     """function(*arguments, backend, plain), recorded at the second call of a key and replayed from the third on.
 
     plain: nothing traces the call. For functions that read no tensor on a device. alias: two tensors; whether they
@@ -151,16 +151,16 @@ def replayed(
     """
     if is_compiling() or observed():
         return function(*arguments, backend, False)
-    asked = environment.read() if backend is None else backend
+    requested = environment.read() if backend is None else backend
     q = arguments[0]
-    if asked not in (None, "triton") or not isinstance(q, Tensor) or checks.readable(q):
+    if requested not in (None, "triton") or not isinstance(q, Tensor) or checks.readable(q):
         return function(*arguments, backend, True)
     lengths = tuple([len(x) if type(x) is tuple else -1 for x in arguments])
     flat = [y for x in arguments for y in (x if type(x) is tuple else (x,))]
     tensors = tuple([x for x in flat if isinstance(x, Tensor)])
-    words = tuple([Tensor if isinstance(x, Tensor) else x for x in flat])
+    values = tuple([Tensor if isinstance(x, Tensor) else x for x in flat])
     kinds = tuple(map(type, flat))
-    key = _key(tensors, (function, asked, lengths, kinds, words, _overlap(*alias)))
+    key = _key(tensors, (function, requested, lengths, kinds, values, _overlap(*alias)))
     if key is None:
         return function(*arguments, backend, False)
     try:
@@ -177,8 +177,8 @@ def replayed(
         result = replay(tensors)
         return function(*arguments, backend, True) if result is None else result
 
-    def work(*given: Tensor) -> Given:
-        remaining = iter(given)
+    def work(*args: Tensor) -> Tensors:
+        remaining = iter(args)
         items = iter([next(remaining) if isinstance(x, Tensor) else x for x in flat])
         rebuilt = [next(items) if n < 0 else tuple([next(items) for _ in range(n)]) for n in lengths]
         return function(*rebuilt, backend, True)
@@ -191,10 +191,10 @@ def _overlap(x: Any, y: Any) -> bool:
     return isinstance(x, Tensor) and isinstance(y, Tensor) and storage.overlap(x, y)
 
 
-def _recorded(asked: Any, q: Any) -> bool:
+def _recorded(requested: Any, q: Any) -> bool:
     """True if the backend, None where the package chooses, may support repeated calls."""
-    chosen = asked is None and isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")
-    return chosen or asked in ("hopper", "triton", "sdpa")
+    chosen = requested is None and isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")
+    return chosen or requested in ("hopper", "triton", "sdpa")
 
 
 class CachedCall:
@@ -214,14 +214,14 @@ class CachedCall:
         self._forward: Any = None
         self._backward: dict[tuple[Any, ...], Any] = {}
 
-    def learn(self, tensors: Given, p: Problem, backend: str) -> None:
+    def learn(self, tensors: Tensors, p: Problem, backend: str) -> None:
         """Learn from a call of this key that was bound to p and computed by a backend."""
         self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         if backend == "sdpa":
             self.lengths = isinstance(tensors[3], Mask)
-            given = (*tensors[:3], None, tensors[4]) if self.lengths else tensors[:5]
-            self.short = any(x is not None and x.ndim < 4 for x in given)
-            if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), given)) and not (self.lengths and self.short):
+            args = (*tensors[:3], None, tensors[4]) if self.lengths else tensors[:5]
+            self.short = any(x is not None and x.ndim < 4 for x in args)
+            if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), args)) and not (self.lengths and self.short):
                 self.kernel = Repeated.of(p, self.lengths)
             self.known = self.kernel is not None
             return
@@ -233,69 +233,69 @@ class CachedCall:
         # Binding may have created tensors, which cannot be recreated here.
         self.known = all(map(_same, flat, self._flat(tensors))) and not p.empty
 
-    def _flat(self, tensors: Given) -> tuple[Any, ...]:
+    def _flat(self, tensors: Tensors) -> tuple[Any, ...]:
         """The operators' arguments, as by `ops.flatten`."""
         count = len(tensors)
-        return *(tensors[i] if i is not None and i < count else None for i in PLACES), *self.settings
+        return *(tensors[i] if i is not None and i < count else None for i in POSITIONS), *self.settings
 
-    def __call__(self, tensors: Given) -> tuple[Tensor, Tensor | None] | None:
+    def __call__(self, tensors: Tensors) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse); None if the contents of the tensors require binding the call again."""
         if self.kernel is not None:
             q, k, v, mask, bias = map(_four_dims, tensors[:5]) if self.short else tensors[:5]
             out = self.kernel(q, k, v, mask.kv_lengths if self.lengths else mask, bias)
             return None if out is None else (out, None)
-        given = tensors[: self.count]
-        return autograd.again(self, *given) if self.differentiable else self.forward(given)[:2]
+        args = tensors[: self.count]
+        return autograd.again(self, *args) if self.differentiable else self.forward(args)[:2]
 
-    def forward(self, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, args: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(out, lse, peak, log_sum) without a derivative."""
-        found = None if self._forward is None else self._forward(given)
-        if found is not None:
-            return found
-        with torch.autocast(given[0].device.type, enabled=False):
+        results = None if self._forward is None else self._forward(args)
+        if results is not None:
+            return results
+        with torch.autocast(args[0].device.type, enabled=False):
             if self._forward is not None:
-                return torch.ops.fused_attn.forward(*self._flat(given))
-            found, self._forward = ops.launcher(self.backend).record(self._work_forward, given)
-        return found
+                return torch.ops.fused_attn.forward(*self._flat(args))
+            results, self._forward = ops.launcher(self.backend).record(self._work_forward, args)
+        return results
 
-    def _work_forward(self, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.launcher(self.backend).forward(ops.rebuild(self._flat(given))[0])
+    def _work_forward(self, *args: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return ops.launcher(self.backend).forward(ops.rebuild(self._flat(args))[0])
 
-    def backward(self, given: Given, needs: tuple[bool, ...]) -> Given:
-        """The gradients where `needs` is True. given: the tensors, out, peak, log_sum, dout, dlse."""
-        key = _key(given, needs)
+    def backward(self, args: Tensors, needs: tuple[bool, ...]) -> Tensors:
+        """The gradients where `needs` is True. args: the tensors, out, peak, log_sum, dout, dlse."""
+        key = _key(args, needs)
         replay = self._backward.get(key) if key is not None else None
-        found = None if replay is None else replay(given)
-        if found is not None:
-            return found
+        results = None if replay is None else replay(args)
+        if results is not None:
+            return results
         names = frozenset(name for name, need in zip(TENSORS, needs, strict=False) if need)
         if key is None or replay is not None:
             wanted = [name in names for name in DIFFERENTIABLE]
-            args = (*self._flat(given[: self.count]), *given[self.count :], wanted)
-            return self._shown(torch.ops.fused_attn.backward(*args), needs)
+            args = (*self._flat(args[: self.count]), *args[self.count :], wanted)
+            return self._per_tensor(torch.ops.fused_attn.backward(*args), needs)
 
-        def work(*given: Any) -> Given:
-            p, _ = ops.rebuild(self._flat(given[: self.count]))
-            grads = ops.launcher(self.backend).backward(p, *given[self.count :], names)
+        def work(*args: Any) -> Tensors:
+            p, _ = ops.rebuild(self._flat(args[: self.count]))
+            grads = ops.launcher(self.backend).backward(p, *args[self.count :], names)
             return tuple(grads.get(name) for name in TENSORS[: self.count])
 
-        with torch.autocast(given[0].device.type, enabled=False):
-            found, replay = ops.launcher(self.backend).record(work, given)
+        with torch.autocast(args[0].device.type, enabled=False):
+            results, replay = ops.launcher(self.backend).record(work, args)
         if replay is not None:
             if len(self._backward) >= LIMIT:
                 self._backward.clear()
             self._backward[key] = replay
-        return found
+        return results
 
-    def again(self, given: Given, needs: tuple[bool, ...]) -> Given:
+    def again(self, args: Tensors, needs: tuple[bool, ...]) -> Tensors:
         """`backward` by differentiable operations, or by ones whose backward raises."""
         names = [name for name, need in zip(TENSORS, needs, strict=False) if need]
-        *saved, dout, dlse = given[self.count :]
+        *saved, dout, dlse = args[self.count :]
         wanted = [name in names for name in DIFFERENTIABLE]
-        flat = self._flat(given[: self.count])
-        return self._shown(autograd.differentiable(flat, tuple(saved), dout, dlse, wanted), needs)
+        flat = self._flat(args[: self.count])
+        return self._per_tensor(autograd.differentiable(flat, tuple(saved), dout, dlse, wanted), needs)
 
-    def _shown(self, grads: Given, needs: tuple[bool, ...]) -> Given:
+    def _per_tensor(self, grads: Tensors, needs: tuple[bool, ...]) -> Tensors:
         """Gradients in the order of the call's tensors, from the order of DIFFERENTIABLE."""
         by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
         return tuple(by_name[name] if need else None for name, need in zip(TENSORS, needs, strict=False))
@@ -306,9 +306,9 @@ def _four_dims(x: Any) -> Any:
     return x if x is None or x.ndim == 4 else x[(None,) * (4 - x.ndim)]
 
 
-def _is_view(bound: Tensor | None, given: Tensor | None) -> bool:
+def _is_view(bound: Tensor | None, x: Tensor | None) -> bool:
     """True if binding used the tensor unchanged, or with leading dims of 1."""
-    return _same(bound, _four_dims(given))
+    return _same(bound, _four_dims(x))
 
 
 def _same(x: Any, y: Any) -> bool:
