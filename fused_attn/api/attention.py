@@ -105,7 +105,7 @@ def attention(
     if extra or unknown:
         keywords.check(attention, unknown, extra)
     options = Options(
-        mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
+        bias, alibi_slopes, sink, mask, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
         return_lse, deterministic,
     )  # fmt: skip
     if nested.is_nested(q, k, v):
@@ -116,11 +116,13 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-@call_cache.cached
-def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str) -> Problem:
+def _bind(q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str) -> Problem:
     heads = heads_first(q, k, v, layout, options.score)
     with no_autocast(q):
         return bind(*heads, options)
+
+
+_attend = call_cache.cached(_bind)
 
 
 def explain(

@@ -38,7 +38,8 @@ SCORES = "Additive(w), Bilinear(w), Cosine(t) or Distance(h)"
 LARGEST = torch.finfo(torch.float32).max
 NAMES = {"sdpa": ("query", "key", "value")}
 HEADS = {"bshd": 2}
-# torch.use_deterministic_algorithms overrides deterministic=False. Checks that need only its NaN fill clear this.
+# torch.use_deterministic_algorithms overrides deterministic=False. bench/evidence clears this, to have torch fill new
+# memory with NaN and nothing else.
 FOLLOW_TORCH = True
 CAUSAL = {x: Window(None, 0, x) for x in (None, *ALIGNMENTS)}
 UNMASKED: tuple[Span, Pattern | None, Tensor | None] = (Span(), None, None)
@@ -110,7 +111,7 @@ def bind(q: Tensor, k: Tensor, v: Tensor, options: Options, ragged: Ragged | Non
     ragged: the sequences of a packed batch, with their alignment.
     """
     (
-        mask, bias, slopes, sink, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
+        bias, slopes, sink, mask, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
         return_lse, deterministic,
     ) = options  # fmt: skip
     heads = q.shape[1]
@@ -192,7 +193,7 @@ def _softcap(softcap: Any, score: Score | None, q: Tensor) -> float | Tensor | N
     else:
         softcap = as_float("softcap", softcap, "a float or a tensor")
         if not softcap > 0:
-            raise ValueError(f"softcap: must be > 0, got {softcap}")
+            raise ValueError(f"softcap: must be None (off) or > 0, got {softcap}")
     if isinstance(score, Distance):
         raise ValueError("softcap: scores.Distance has none, got both")
     return softcap

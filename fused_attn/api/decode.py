@@ -57,8 +57,8 @@ def attention_decode(
         k_cache: (C, N, Hkv, D), in q's dtype; C = B without cache_batch_idx. Hkv divides Hq, and query head h reads
             key-value head h // (Hq // Hkv). With page_table: pages, (P, page, Hkv, D), of at least 1 key.
         v_cache: (C, N, Hkv, Dv) or (P, page, Hkv, Dv).
-        cache_seqlens: integers (B,), or an int for all: the number of keys of each sequence, without those of k_new.
-            None: the capacity of the cache. Later slots are never read.
+        cache_seqlens: integers (B,), or an int for all (slower on a GPU): the number of keys of each sequence, without
+            those of k_new. None: the capacity of the cache. Later slots are never read.
         page_table: integers (B, pages): key j of sequence b is row j % page of page page_table[b, j // page]. Entries
             after a sequence's last key are never read.
         k_new, v_new: (B, T, Hkv, D) and (B, T, Hkv, Dv), written into the caches in place, as keys cache_seqlens[b] + t
@@ -107,15 +107,15 @@ def attention_decode(
     """
     if extra or unknown:
         keywords.check(attention_decode, unknown, extra)
-    out, lse = call_cache.replayed(
-        _decode,
-        (
-            q, k_cache, v_cache, cache_seqlens, page_table, k_new, v_new, rotary, tree_mask, cache_batch_idx,
-            cache_leftpad, scale, causal, window, alibi_slopes, softcap, sink, normalizer, num_splits, batch_invariant,
-        ),
-        backend,
-        alias=(None, None) if k_new is None else (k_cache, v_cache),
+    arguments = (
+        q, k_cache, v_cache, cache_seqlens, page_table, k_new, v_new, rotary, tree_mask, cache_batch_idx,
+        cache_leftpad, scale, causal, window, alibi_slopes, softcap, sink, normalizer, num_splits, batch_invariant,
     )  # fmt: skip
+    if isinstance(cache_seqlens, int):  # as a part of the key it would make every step of generation a new call
+        out, lse = _decode(*arguments, backend, plain=False)
+    else:
+        alias = (None, None) if k_new is None else (k_cache, v_cache)
+        out, lse = call_cache.replayed(_decode, arguments, backend, alias)
     return (out, lse) if as_bool("return_lse", return_lse) else out
 
 

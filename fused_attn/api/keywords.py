@@ -68,12 +68,11 @@ INSTEAD = {
     **dict.fromkeys(("mask", "attn_mask", "attention_mask", "key_padding_mask"), CACHED),
     **dict.fromkeys(("bias", "attn_bias"), "alibi_slopes= is the only bias over a cache"),
     "enable_gqa": "grouped heads need no keyword: the key-value heads may be fewer and must divide the query heads",
+    "return_attn_probs": f"return_lse=True returns the log-sum-exp, and {WEIGHTS}",
     "cu_seqlens": "attention_varlen takes packed sequences",
     "cu_seqlens_q": "attention_varlen takes packed sequences",
     "cu_seqlens_k": "attention_varlen takes packed sequences",
-    **dict.fromkeys(
-        ("return_weights", "return_attn_weights", "return_attn_probs", "need_weights", "output_attentions"), WEIGHTS
-    ),
+    **dict.fromkeys(("return_weights", "return_attn_weights", "need_weights", "output_attentions"), WEIGHTS),
 }
 # For each function, the keywords that surplus positional arguments probably stand for.
 POSITIONAL = {

@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
         keywords.check(scaled_dot_product_attention, unknown)
     is_mask = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
     mask, bias = (attn_mask, None) if is_mask else (None, attn_mask)
-    options = Options(mask, bias, alibi_slopes, sink, "dot", scale, is_causal, window, "top_left", softcap, dropout_p)
+    options = Options(bias, alibi_slopes, sink, mask, "dot", scale, is_causal, window, "top_left", softcap, dropout_p)
     if nested.is_nested(query, key, value):
         query, key, value = autocast(query, key, value)
         return nested.scaled_dot_product_attention(query, key, value, options, enable_gqa, backend)
@@ -69,8 +69,7 @@ def scaled_dot_product_attention(
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
-@call_cache.cached
-def _attend(
+def _bind(
     query: Tensor, key: Tensor, value: Tensor, options: Options, layout: str, starts: tuple[()], enable_gqa: bool
 ) -> Problem:
     query, key, value = autocast(query, key, value)
@@ -91,6 +90,9 @@ def _attend(
         options = options._replace(mask=mask, bias=bias)
     with no_autocast(q):
         return bind(q, k, v, options)
+
+
+_attend = call_cache.cached(_bind)
 
 
 def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

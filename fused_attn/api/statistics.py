@@ -106,7 +106,7 @@ def attention_stats(
         return tuple(x if wanted else None for x, wanted in zip(tensors, (*requested, top_k), strict=True))
 
     options = Options(
-        mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, normalizer=normalizer
+        bias, alibi_slopes, sink, mask, score, scale, causal, window, alignment, softcap, normalizer=normalizer
     )
     results = _run("attention_stats", compute, q, k, options, layout, backend, packed)
     results = [x.float() if x is not None and x.is_floating_point() else x for x in results]
@@ -164,7 +164,7 @@ def attention_map(
     if extra or unknown:
         keywords.check(attention_map, unknown, extra)
     options = Options(
-        mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, normalizer=normalizer
+        bias, alibi_slopes, sink, mask, score, scale, causal, window, alignment, softcap, normalizer=normalizer
     )
     return weights_of(q, k, options, rows, heads, layout, backend).float()
 

@@ -79,7 +79,7 @@ def attention_varlen(
     if extra or unknown:
         keywords.check(attention_varlen, unknown, extra)
     options = Options(
-        mask, bias, alibi_slopes, sink, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
+        bias, alibi_slopes, sink, mask, score, scale, causal, window, alignment, softcap, dropout_p, seed, normalizer,
         return_lse, deterministic,
     )  # fmt: skip
     return attend_packed(q, k, v, options, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, backend)
@@ -108,12 +108,14 @@ def bind_packed(
     return p
 
 
-@call_cache.cached
-def _attend(
+def _bind(
     q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, starts: tuple[Any, Any],
     longest: tuple[int | None, int | None],
 ) -> Problem:  # fmt: skip
     return bind_packed(q, k, v, options, *starts, *longest)
+
+
+_attend = call_cache.cached(_bind)
 
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor, score: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,9 @@ from ..spec.torch_internals import any_autocast, deterministic_algorithms, float
 from . import autograd, dispatch, environment, ops
 from .autocast import no_autocast
 
-TENSORS = ("q", "k", "v", "mask", "bias", "slopes", "sink", "q_starts", "k_starts")  # the tensors of a call
+# The tensors of a call, in the order of the operators: checkpoints compare what first and later calls save, one by one.
+TENSORS = ("q", "k", "v", "bias", "slopes", "sink", "mask", "q_starts", "k_starts")
+MASK = TENSORS.index("mask")
 POSITIONS = tuple(TENSORS.index(name) if name in TENSORS else None for name in ops.NAMES)
 PLAIN = {int, float, bool, str, tuple, type(None)}  # items of tuples are checked too
 LIMIT = 4096  # of cached calls
@@ -114,11 +116,14 @@ def lookup(
         return None, False
     requested = environment.read() if backend is None else backend
     values = options[OPTIONAL:] + form[1:]
-    if type(tensors[3]) is Mask:
-        lengths = tensors[3].kv_lengths
+    packed = bool(form and form[0])
+    if packed:
+        values += (form[0][0] is form[0][1],)
+    if type(tensors[MASK]) is Mask:
+        lengths = tensors[MASK].kv_lengths
         if lengths is None:
             return None, False
-        tensors, values = (*tensors[:3], lengths, *tensors[4:]), (*values, "Mask.lengths")
+        tensors, values = (*tensors[:MASK], lengths, *tensors[MASK + 1 :]), (*values, "Mask.lengths")
     kinds = tuple(map(type, values))
     if tuple in kinds:
         values = tuple(y for x in values for y in (x if type(x) is tuple else (x,)))
@@ -126,6 +131,8 @@ def lookup(
     key = _key(tensors, (layout, kinds, requested, values))
     if key is None:
         return None, False
+    if packed and checks.readable(tensors[0]):  # the starts are checked at each call
+        return None, PLAIN.issuperset(kinds)
     try:
         cached_call = _calls.get(key)
     except TypeError:  # an option that cannot be hashed
@@ -134,7 +141,7 @@ def lookup(
         return cached_call, True
     if not PLAIN.issuperset(kinds):
         return None, False
-    if _recorded(requested, tensors[0]) and not (form and form[0] and checks.readable(tensors[0])):
+    if _recorded(requested, tensors[0]):
         if len(_calls) >= LIMIT:
             _calls.clear()
         _calls[key] = CachedCall()
@@ -160,19 +167,18 @@ def replayed(
     tensors = tuple([x for x in flat if isinstance(x, Tensor)])
     values = tuple([Tensor if isinstance(x, Tensor) else x for x in flat])
     kinds = tuple(map(type, flat))
-    key = _key(tensors, (function, requested, lengths, kinds, values, _overlap(*alias)))
+    try:
+        key = _key(tensors, (function, requested, lengths, kinds, values, _overlap(*alias)))
+        replay = None if key is None else _replays.get(key, MISSING)
+    except (RuntimeError, TypeError):  # a tensor without a storage, or an argument that cannot be hashed
+        return function(*arguments, backend, False)
     if key is None:
         return function(*arguments, backend, False)
-    try:
-        first = key not in _replays
-    except TypeError:  # an argument that cannot be hashed
-        return function(*arguments, backend, True)
-    if first:
+    if replay is MISSING:
         if len(_replays) >= LIMIT:
             _replays.clear()
         _replays[key] = None
         return function(*arguments, backend, True)
-    replay = _replays[key]
     if replay is not None:
         result = replay(tensors)
         return function(*arguments, backend, True) if result is None else result
@@ -218,8 +224,8 @@ class CachedCall:
         """Learn from a call of this key that was bound to p and computed by a backend."""
         self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         if backend == "sdpa":
-            self.lengths = isinstance(tensors[3], Mask)
-            args = (*tensors[:3], None, tensors[4]) if self.lengths else tensors[:5]
+            self.lengths = isinstance(tensors[MASK], Mask)
+            args = (*tensors[:3], None if self.lengths else tensors[MASK], tensors[3])
             self.short = any(x is not None and x.ndim < 4 for x in args)
             if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), args)) and not (self.lengths and self.short):
                 self.kernel = Repeated.of(p, self.lengths)
@@ -241,7 +247,8 @@ class CachedCall:
     def __call__(self, tensors: Tensors) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse); None if the contents of the tensors require binding the call again."""
         if self.kernel is not None:
-            q, k, v, mask, bias = map(_four_dims, tensors[:5]) if self.short else tensors[:5]
+            args = (*tensors[:3], tensors[MASK], tensors[3])
+            q, k, v, mask, bias = map(_four_dims, args) if self.short else args
             out = self.kernel(q, k, v, mask.kv_lengths if self.lengths else mask, bias)
             return None if out is None else (out, None)
         args = tensors[: self.count]
@@ -321,3 +328,4 @@ def _same(x: Any, y: Any) -> bool:
 
 _calls: dict[tuple[Any, ...], CachedCall] = {}
 _replays: dict[tuple[Any, ...], Any] = {}  # None after the first call
+MISSING = object()

@@ -220,7 +220,7 @@ def check_window(window: Any) -> tuple[int | None, int | None]:
     )
     for side, x in (("left", left), ("right", right)):
         if x is not None and x < 0:
-            raise ValueError(f"window: {side} must be None or >= 0, got {x}")
+            raise ValueError(f"window: {side} must be None (unbounded) or >= 0, got {x}")
     return left, right
 
 

@@ -16,10 +16,10 @@ class Options(NamedTuple):
     parameters.
     """
 
-    mask: Tensor | Mask | None = None
     bias: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sink: Tensor | None = None
+    mask: Tensor | Mask | None = None
     score: Any = "dot"
     scale: float | Tensor | None = None
     causal: bool = False

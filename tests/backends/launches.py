@@ -788,7 +788,7 @@ def test_a_replayed_step_of_decoding_launches_what_the_first_does(
         call, own = decoded(name)
         found.append(launched(lambda call=call: fused_attn.attention_decode(**call), *own))
     assert found[0] and all(x == found[0] for x in found)
-    assert asked == [True] * 3
+    assert asked == [True] * (0 if name == "a length" else 3)
 
 
 @pytest.mark.parametrize("other", ("capacity", "causal", "softcap", "lengths"))

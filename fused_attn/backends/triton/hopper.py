@@ -1,4 +1,4 @@
-"""The "hopper" backend: Gluon kernels for sm_90. Calls that they do not support run on the portable kernels."""
+"""The "hopper" backend: Gluon kernels for sm_90. Portable kernels run a backward that the one-pass kernel cannot."""
 
 from __future__ import annotations
 

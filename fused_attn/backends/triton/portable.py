@@ -110,7 +110,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             tile_scheduler.programs(p, c.BLOCK_M, hq),
             *(views.view(x) for x in (p.q, p.k, p.v, out)),
             None if p.sigmoid else code.types.Normaliser(*found),
-            _device_code().additive.view(p),
+            code.additive.view(p),
             code.block_mask.rows(p, c),
             views.plane_view(p.mask, p.shape),
             None if p.sink is None else p.sink.contiguous(),
