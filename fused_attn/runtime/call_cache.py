@@ -131,7 +131,7 @@ def lookup(
     key = _key(tensors, (layout, kinds, requested, values))
     if key is None:
         return None, False
-    if packed and checks.readable(tensors[0]):  # the starts are checked at each call
+    if packed and (tensors[0] is None or checks.readable(tensors[0])):  # the starts are checked at each call
         return None, PLAIN.issuperset(kinds)
     try:
         cached_call = _calls.get(key)
