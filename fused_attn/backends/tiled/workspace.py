@@ -119,8 +119,8 @@ class Workspace:
         if cap is not None:
             factor = factor / cap
         if p.w is None:
-            # With alpha 0, baddbmm skips the product and loses its NaN.
-            alpha = 1.0 if isinstance(factor, Tensor) or factor == 0 else factor
+            # With alpha 0, baddbmm skips the product and loses its NaN; an infinite one it may apply to parts of a sum.
+            alpha = factor if isinstance(factor, float) and factor != 0 and math.isfinite(factor) else 1.0
             unscaled, product = alpha is not factor, self.fold(s)
             torch.baddbmm(product, q, self.k[:, keys].mT, beta=0, alpha=alpha, out=product)
         else:
