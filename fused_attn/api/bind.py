@@ -56,30 +56,32 @@ def check_qkv(q: Any, k: Any, v: Any, layout: str = "bhsd", score: Any = "dot") 
                 raise TypeError(f"{name}: expected a nested tensor of layout torch.jagged, got {x.layout}")
             raise NotImplementedError(f"{name}: only attention and scaled_dot_product_attention take jagged tensors")
         check_dense(name, x)
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected {names[0]}'s {q.dtype}, got {x.dtype}")
+        dtype, shape = x.dtype, x.shape
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if dtype != q.dtype:
+            raise TypeError(f"{name}: expected {names[0]}'s {q.dtype}, got {dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected {names[0]}'s device {q.device}, got {x.device}")
-        if x.ndim != 4 if layout != "sdpa" else x.ndim < 2:
+        if len(shape) != 4 if layout != "sdpa" else len(shape) < 2:
             allowed = "4 dimensions" if layout != "sdpa" else "at least 2 dimensions"
-            raise ValueError(f"{name}: expected {allowed}, got shape {tuple(x.shape)}{_rank_advice(name, x, layout)}")
-        if x.shape[-1] == 0 and layout != "sdpa":
-            raise ValueError(f"{name}: the head dim must be at least 1, got shape {tuple(x.shape)}")
-    if k.shape[-1] != q.shape[-1] and not isinstance(score, Bilinear):
-        raise ValueError(f"{names[1]}: expected {names[0]}'s head dim {q.shape[-1]}, got shape {tuple(k.shape)}")
+            raise ValueError(f"{name}: expected {allowed}, got shape {tuple(shape)}{_rank_advice(name, x, layout)}")
+        if shape[-1] == 0 and layout != "sdpa":
+            raise ValueError(f"{name}: the head dim must be at least 1, got shape {tuple(shape)}")
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if of_k[-1] != of_q[-1] and not isinstance(score, Bilinear):
+        raise ValueError(f"{names[1]}: expected {names[0]}'s head dim {of_q[-1]}, got shape {tuple(of_k)}")
     if layout == "sdpa":
-        if v.shape[-2] != k.shape[-2]:
-            raise ValueError(f"{names[2]}: expected {names[1]}'s length {k.shape[-2]}, got shape {tuple(v.shape)}")
+        if of_v[-2] != of_k[-2]:
+            raise ValueError(f"{names[2]}: expected {names[1]}'s length {of_k[-2]}, got shape {tuple(of_v)}")
         return
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{name}: expected q's batch size {q.shape[0]}, got shape {tuple(x.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: expected k's batch, heads and length, got {tuple(v.shape)} beside k {tuple(k.shape)}")
+    for name, shape in (("k", of_k), ("v", of_v)):
+        if shape[0] != of_q[0]:
+            raise ValueError(f"{name}: expected q's batch size {of_q[0]}, got shape {tuple(shape)}")
+    if of_v[:3] != of_k[:3]:
+        raise ValueError(f"v: expected k's batch, heads and length, got {tuple(of_v)} beside k {tuple(of_k)}")
     at = HEADS.get(layout, 1)
-    heads, kv_heads = q.shape[at], k.shape[at]
+    heads, kv_heads = of_q[at], of_k[at]
     if heads and (kv_heads == 0 or heads % kv_heads):
         advice = _layout_advice(q, k, layout)
         raise ValueError(f"k: {kv_heads} key-value heads do not divide the {heads} query heads{advice}")

@@ -24,23 +24,18 @@ def attend(p: Problem, backend: str, plain: bool = False) -> tuple[Tensor, Tenso
 
     plain: nothing traces or transforms the call, so the backend is called directly, which is faster.
     """
-    args = ops.flatten(p, backend)
     if torch.compiler.is_compiling() or jit_tracing():
         # Compilers and torch.jit.trace record the operator, which has the formula registered below.
-        return torch.ops.fused_attn.forward(*args)[:2]
-    if torch.is_grad_enabled() and any(_wants(x) for x in args[: len(DIFFERENTIABLE)]):
-        return _apply(p if plain else None, *args)[:2]
-    return (ops.serving(p, backend).forward(p) if plain else _forward(*args))[:2]
+        return torch.ops.fused_attn.forward(*ops.flatten(p, backend))[:2]
+    if p.differentiable:
+        return _apply(p if plain else None, *ops.flatten(p, backend))[:2]
+    return (ops.serving(p, backend).forward(p) if plain else _forward(*ops.flatten(p, backend)))[:2]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator below the autograd layer of the dispatcher, for calls without a derivative."""
     with below_autograd():
         return torch.ops.fused_attn.forward(*args)
-
-
-def _wants(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -235,7 +235,7 @@ class CachedCall:
             return
         flat = ops.flatten(p, backend)
         self.backend, self.settings = backend, flat[ops.TENSORS :]
-        self.differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())
+        self.differentiable = p.differentiable
         # Binding may have created tensors, which cannot be recreated here.
         self.known = all(map(_same, flat, self._flat(tensors))) and not p.empty
 

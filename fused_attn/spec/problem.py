@@ -95,7 +95,7 @@ class Problem:
     @property
     def empty(self) -> bool:
         """True if there is no score to compute."""
-        return 0 in (*self.shape, *self.q.shape[:3], self.k.shape[2])
+        return 0 in self.shape or (self.ragged is not None and 0 in (self.q.shape[2], self.k.shape[2]))
 
     @property
     def unbounded(self) -> bool:
@@ -153,6 +153,15 @@ class Problem:
     @property
     def lse_dtype(self) -> torch.dtype:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def differentiable(self) -> bool:
+        """True if autograd is on and a tensor requires grad."""
+        operands = (
+            self.q, self.k, self.v, self.scale, self.softcap, self.bias, self.slopes, self.sink, self.w,
+            self.row_terms, self.key_terms, self.parameter,
+        )  # fmt: skip
+        return torch.is_grad_enabled() and any(x.requires_grad for x in operands if isinstance(x, Tensor))
 
     def tensors(self) -> dict[str, Tensor]:
         """The differentiable tensors, by name."""

@@ -139,41 +139,51 @@ def _width(x: int) -> str:
     return "i32" if x in INT32 else "i64" if x in INT64 else "u64"
 
 
-@functools.lru_cache(65536)
-def _integer(x: int) -> str:
-    """What a kernel may be specialised on: being 1, the width, and divisibility by 16."""
-    return "1" if x == 1 else _width(x) if x % 16 else _width(x) + "x16"
+# By id, what is found at many launches: the object itself, so that its id is not used again, and its class.
+_kept: dict[int, tuple[Any, object]] = {}
+_classes: dict[tuple[Any, ...], object] = {}  # one object for each class, which hashes and compares by identity
 
 
-_constants: dict[int, tuple[constexpr, Any]] = {}  # by id, and alive, so that no id is used twice
+def keep(x: Any) -> Any:
+    """x, a constexpr or a tuple without tensors, for the life of the process; its class is read once."""
+    if len(_kept) < LIMIT:
+        _kept[id(x)] = x, _class(x)
+    return x
 
 
-def _constant(x: constexpr) -> Any:
-    """The type and the value. Most constants are a few objects, and constexpr hashes slowly."""
-    known = _constants.get(id(x))
-    if known is None:
+def _class(x: Any) -> object:
+    if type(x) is constexpr:
         if type(x.value) not in CONSTANTS:
             raise Unknown(constexpr)
-        known = x, (constexpr, type(x.value), x.value)
-        if len(_constants) < LIMIT:
-            _constants[id(x)] = known
-    return known[1]
+        found = constexpr, type(x.value), x.value
+    else:
+        found = classify(x)
+    return _classes.setdefault(found, object())
 
 
 def _classify(items: Sequence[Any], classes: list[Any], hip: bool) -> None:
-    """Append the classes of items, and of those of nested tuples, to one list: cheaper than a tuple per level."""
+    """Append the classes of items, and of those of nested tuples, to one list: cheaper than a tuple per level.
+
+    A launch has about 100 items, so the frequent types come first, and an integer is classified without a call.
+    """
+    add = classes.append
     for x in items:
         kind = type(x)
-        if x is None or kind is float or kind is bool:
-            classes.append(kind)
-        elif kind is int:
-            classes.append(_integer(x))
+        if kind is int:  # what a kernel may be specialised on: being 1, the width, and divisibility by 16
+            if -0x80000000 <= x < 0x80000000:
+                add("1" if x == 1 else "i32" if x & 15 else "i32x16")
+            else:
+                add(_width(x) if x & 15 else _width(x) + "x16")
+        elif x is None or kind is float or kind is bool:
+            add(kind)
+        elif (kept := _kept.get(id(x))) is not None:
+            add(kept[1])
         elif kind is constexpr:
-            classes.append(_constant(x))
+            add(_class(keep(x)))
         elif kind is Tensor or kind is Parameter:
             classes += x.dtype, x.data_ptr() % 16 == 0
             if hip:  # buffers below 2 GB have 32-bit offsets
-                classes.append(x.untyped_storage().nbytes() < 2**31)
+                add(x.untyped_storage().nbytes() < 2**31)
         elif isinstance(x, tuple):
             classes += kind, len(x)
             _classify(x, classes, hip)

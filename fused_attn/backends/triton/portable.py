@@ -66,7 +66,7 @@ def _too_large(p: Problem) -> list[str]:
     arch = settings.architecture(p.q.device)
     if p.q.dtype in HALF or arch not in SHARED or arch == "gfx942":  # there, operands of products stay in registers
         return []
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in p.tensors().values())):
+    if not p.differentiable:
         return []
     # The backward holds a tile of each of q, k, v and dout.
     need = 2 * 16 * 4 * (padded(p.q.shape[3]) + padded(p.v.shape[3]))

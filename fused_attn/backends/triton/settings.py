@@ -47,8 +47,11 @@ def precision(p: Problem) -> str:
 
 def has_modifiers(p: Problem) -> bool:
     """True if a modifier, tensor mask or dropout needs registers in the loops."""
-    beside = (p.softcap, p.bias, p.slopes, p.row_terms, p.mask, p.dropout, p.span.lo, p.span.hi)
-    return p.sigmoid or p.needs_block_mask or any(x is not None for x in beside)
+    span = p.span
+    absent = (
+        p.softcap is p.bias is p.slopes is p.row_terms is p.mask is p.pattern is p.dropout is span.lo is span.hi is None
+    )
+    return not absent or p.sigmoid or span.sinks > 0
 
 
 def wave(p: Problem, heads: int) -> int:

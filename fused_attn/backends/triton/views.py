@@ -14,6 +14,7 @@ from ...kernels.types import Additive, Dropout, Scalar, Score, Span, Vector, Vie
 from ...spec.problem import Problem
 from ...spec.problem import Span as Interval
 from ...tuning.select import padded
+from . import launch_cache
 
 # A tile is at most this long, so offsets inside it fit int32 up to a stride of 2**31 divided by it.
 LONGEST_TILE = 512
@@ -118,8 +119,14 @@ def _bound(x: int | None) -> int | None:
     return None if x is None else encode(max(-FAR, min(FAR, x)))
 
 
+# Intervals without a left bound, by their right one.
+_spans = {right: launch_cache.keep(Span(right=_bound(right))) for right in (None, 0)}
+
+
 def span(s: Interval) -> Span:
     """Rows over keys."""
+    if s.right in _spans and s.left is None and s.lo is None and s.hi is None and not s.sinks:
+        return _spans[s.right]
     return Span(_bound(s.left), _bound(s.right), vector(s.lo), vector(s.hi), _bound(s.sinks or None))
 
 
@@ -130,9 +137,18 @@ def transposed_span(s: Interval, n: int) -> Span:
     return Span(left, right, vector(start), vector(stop))
 
 
+@functools.lru_cache(64)
+def _scaled(scale: float, sigmoid: bool) -> Score:
+    folds = not sigmoid and 0 < scale < math.inf
+    absent = (None,) * 7
+    return launch_cache.keep(Score(scalar(scale), *absent, _booleans[sigmoid], _booleans[folds]))
+
+
 def score(p: Problem, additive: Additive | None) -> Score:
     """additive: see `additive.score` of this package."""
-    alone = all(x is None for x in (p.softcap, p.bias, p.slopes, p.row_terms)) and not p.sigmoid
+    modified = not (p.softcap is p.bias is p.slopes is p.row_terms is None)
+    if not modified and p.key_terms is None and additive is None and isinstance(p.scale, float):
+        return _scaled(p.scale, p.sigmoid)
     return Score(
         scalar(p.scale),
         None if p.softcap is None else scalar(p.softcap),
@@ -143,7 +159,7 @@ def score(p: Problem, additive: Additive | None) -> Score:
         None if p.key_terms is None else p.key_terms.contiguous(),
         additive,
         _booleans[p.sigmoid],
-        _booleans[alone and isinstance(p.scale, float) and 0 < p.scale < math.inf],
+        _booleans[not (modified or p.sigmoid) and isinstance(p.scale, float) and 0 < p.scale < math.inf],
     )
 
 
