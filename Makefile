@@ -44,7 +44,7 @@ static: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(RUN) -m bench.run --device cpu
 	$(RUN) -m bench.ragged
-	$(RUN) -m bench.cpu
+	$(RUN) -m bench.host
 	$(RUN) -m bench.plot
 	$(RUN) -m bench.plot bench/results/ragged.csv
 	$(RUN) -m bench.report

@@ -1,9 +1,13 @@
-"""CPU overhead per call with the kernel launch stubbed out. Repeated shapes hit a cache; a new sequence length takes
-the slow path.
+"""CPU overhead of Triton calls, with the kernel launch stubbed out, without a GPU. bench.run measures attention itself.
 
-    python -m bench.host overhead 2000      microseconds per call, and the ratio to an empty operator, as JSON
-    python -m bench.host compilations 100   kernels compiled for that many new sequence lengths, as JSON
-    python -m bench.host first 3            seconds of a process's first call, cold and warm: the best of 3, as JSON
+    python -m bench.host                      all parts, each in a process of its own, into bench/results/host.json
+    python -m bench.host overhead             one part; the others stay as they are in the file
+    python -m bench.host overhead 2000        one part with another number of calls: printed as JSON, not written
+
+overhead      microseconds per call, and the ratio to an empty operator. Repeated shapes hit a cache; a new length takes
+              the slow path
+compilations  kernels compiled for that many new sequence lengths
+first         seconds of a process's first call, with cold and warm caches: the best of that many processes
 
 CPU tensors stand in for GPU tensors. Everything up to the driver's launch is real: the public call, dispatch, the
 operator, autograd, views, argument binding, cache keys, and the lookup of launcher and stream. Interpreted and compiled
@@ -19,6 +23,8 @@ import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +38,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fused_attn
-from bench.harness import first_call
+from bench import ROOT
+from bench.harness import first_call, table
 from fused_attn.api import varlen
 from fused_attn.backends.triton import hopper, settings
 from fused_attn.spec import checks, decoding
@@ -307,17 +314,50 @@ def first(count: int) -> dict[str, Any]:
     return {"triton": triton.__version__, "processes": count, "seconds": seconds}
 
 
-PARTS = {"overhead": overhead, "compilations": compilations, "first": first}
+# Of each part: the function, and the number of calls, lengths or processes.
+PARTS = {"overhead": (overhead, 6000), "compilations": (compilations, 100), "first": (first, 3)}
+RESULT = table.RESULTS / "host.json"
+
+
+def _apart(part: str) -> dict[str, Any]:
+    """The result of a part in a process of its own."""
+    command = [sys.executable, "-m", "bench.host", part, str(PARTS[part][1])]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def _lines(part: str, result: dict[str, Any]) -> Iterator[str]:
+    """The figures of a part, for a reader."""
+    if part == "overhead":
+        for name, ratio in result["ratios"].items():
+            yield f"{name:>34}: {result['microseconds'][name]:.0f} us, {ratio:.1f} x an empty operator"
+    elif part == "compilations":
+        for name, x in result["kinds"].items():
+            shown = f"{x['warm-up']} kernels at the first call, {x['unseen lengths']} more"
+            yield f"{name:>34}: {shown} for {result['lengths']} new lengths"
+    else:
+        for name, states in result["seconds"].items():
+            for state, seconds in states.items():
+                shown = f"{seconds['clock']:.1f} s, {seconds['processor']:.1f} s CPU time"
+                yield f"{name:>34}: {shown} at the first call, {state} caches"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("count", type=int, help="calls of each kind, lengths, or processes")
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("count", nargs="?", type=int, help="calls of each kind, lengths, or processes")
     args = parser.parse_args()
-    print(json.dumps(PARTS[args.part](args.count)))
+    if args.count is not None:
+        print(json.dumps(PARTS[args.part][0](args.count)))
+        return
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {"environment": {}}
+    for part in [args.part] if args.part else PARTS:
+        found[part] = _apart(part)
+        found["environment"][part] = table.environment()
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        print("\n".join(_lines(part, found[part])), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,6 @@ def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cpu() -> dict[str, Any]:
-    return json.loads((RESULTS / "cpu.json").read_text())
-
-
 def _machine(result: dict[str, Any], part: str) -> str:
     where = result["environment"][part]
     return f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit'][:10]}"
@@ -169,7 +165,7 @@ def decoding() -> str:
 
 def host() -> str:
     """Host time of a call, compilations over lengths that no call has seen, and the first call of a process."""
-    result = _cpu()
+    result = json.loads((RESULTS / "host.json").read_text())
     overhead, compiled = result["overhead"], result["compilations"]
     rows = [[name, f"{overhead['microseconds'][name]:.0f}", f"{x:.1f}"] for name, x in overhead["ratios"].items()]
     counts = ", ".join(f"{name} {x['unseen lengths']}" for name, x in compiled["kinds"].items())
