@@ -49,13 +49,16 @@ def test_replays_by_value(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(replayed) >= 2
 
 
+FILES = ("replays", "invalidation", "signatures", "recordings", "host_time")
+
+
 def _checks(path: Path | None, *options: str) -> None:
     paths = [str(x) for x in (path, ROOT, os.environ.get("PYTHONPATH")) if x]
     dropped = ("PYTEST_", "FUSED_ATTN_BACKEND")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environment |= {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-               "tests/backends/launches.py", *options]  # fmt: skip
+    files = [f"tests/backends/launches/{name}.py" for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout.splitlines()[-1], done.stdout
@@ -70,7 +73,7 @@ def test_launches() -> None:
 @pytest.mark.parametrize(
     "options",
     (
-        pytest.param(("-k", "replay or binder or descriptors"), id="what triton decides"),
+        pytest.param(("-k", "replay or triton or descriptors"), id="what triton decides"),
         pytest.param((), id="all", marks=pytest.mark.nightly),
     ),
 )
