@@ -58,7 +58,8 @@ def _checks(path: Path | None, *options: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environment |= {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
     files = [f"tests/backends/launches/{name}.py" for name in FILES]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, *options]
+    plugins = [f"-p{name}" for name in ("no:cacheprovider", "no:xdist", "tests.backends.launches.fixtures")]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *files, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout.splitlines()[-1], done.stdout

@@ -1,4 +1,5 @@
-"""The stub driver, for every test of this folder."""
+"""The stub driver, for every test of this folder. A plugin and no conftest, because a conftest would be loaded in every
+run of the tests, also without triton."""
 
 from __future__ import annotations
 
