@@ -36,7 +36,7 @@ def qkv() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", (2.0**-12, 2.0**80))
-def test_cosine_knows_no_length(backend: str, size: float, qkv: tuple[Tensor, ...]) -> None:
+def test_cosine_ignores_the_length_of_vectors(backend: str, size: float, qkv: tuple[Tensor, ...]) -> None:
     """huge and small vectors: powers of two change no bit, though the squares of the huge ones overflow."""
     available(backend)
     q, k, v = qkv
@@ -80,7 +80,7 @@ def test_softmax1_is_a_sink_of_zero(backend: str, qkv: tuple[Tensor, ...]) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_sigmoid_weighs_each_key_by_itself(backend: str, qkv: tuple[Tensor, ...]) -> None:
+def test_sigmoid_weights_are_independent(backend: str, qkv: tuple[Tensor, ...]) -> None:
     """Keys that join change nothing for those that are there, and a row that sees nothing gives zeros."""
     available(backend)
     q, k, v = qkv
@@ -103,7 +103,7 @@ def test_out_follows_the_order_of_q_through_a_matrix(backend: str) -> None:
     assert out.stride() == (72, 4, 8, 1)
 
 
-def test_a_plain_bilinear_score_goes_to_torch(qkv: tuple[Tensor, ...]) -> None:
+def test_bilinear_without_modifiers_goes_to_sdpa(qkv: tuple[Tensor, ...]) -> None:
     q, k, v = qkv
     assert explain(q, k, k, score=scores.Bilinear(randn(6, 6))).backend == "sdpa"
     assert explain(q, k, v, score=scores.Additive(randn(6))).backend == "tiled"
@@ -202,7 +202,7 @@ def distant(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wrong", (torch.nan, torch.inf))
-def test_a_wrong_key_stays_with_its_rows(backend: str, wrong: float) -> None:
+def test_nan_keys_affect_only_their_rows(backend: str, wrong: float) -> None:
     available(backend)
     q, k, v = distant(1, 1, 8, 6), distant(1, 1, 8, 6, seed=1), randn(1, 1, 8, 5, seed=2)
     options: dict[str, Any] = {"score": scores.Distance(1.0), "causal": True, "backend": backend}
@@ -212,7 +212,7 @@ def test_a_wrong_key_stays_with_its_rows(backend: str, wrong: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_masked_key_moves_no_bit(backend: str) -> None:
+def test_masked_keys_change_no_bit(backend: str) -> None:
     available(backend)
     q, k, v = distant(1, 1, 8, 6), distant(1, 1, 8, 6, seed=1), randn(1, 1, 8, 5, seed=2)
     options: dict[str, Any] = {"score": scores.Distance(1.0), "mask": torch.arange(8) < 7, "backend": backend}
@@ -223,7 +223,7 @@ def test_a_masked_key_moves_no_bit(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ("triton", "tiled"))
 @pytest.mark.parametrize("mask", (False, True))
-def test_a_packed_distance_is_a_dense_one(backend: str, mask: bool) -> None:
+def test_packed_distance_equals_dense_distance(backend: str, mask: bool) -> None:
     """Bit for bit, with neighbours at other places."""
     available(backend)
     lengths = (3, 6, 2)
@@ -243,7 +243,7 @@ def test_a_packed_distance_is_a_dense_one(backend: str, mask: bool) -> None:
         assert torch.equal(packed[own], alone[0])
 
 
-def test_the_translation_loses_no_gradient() -> None:
+def test_lowered_scores_keep_every_gradient() -> None:
     """Against float64 by finite differences, which do move the middle of the keys."""
     q, k, v = distant(1, 2, 3, 4).double(), distant(1, 1, 5, 4, seed=1).double(), randn(1, 1, 5, 3, seed=2).double()
     h = torch.tensor(2.0, dtype=torch.float64)

@@ -109,7 +109,7 @@ def test_append(name: str, backend: str, nan_outputs: None) -> None:
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("sink", (False, True))
-def test_nothing_to_see(backend: str, sink: bool) -> None:
+def test_fully_masked_rows(backend: str, sink: bool) -> None:
     given = Given(Call(lengths=(0, 0), m=3, sink=sink))
     out, lse = given.run(backend)
     assert (out == 0).all()
@@ -127,7 +127,7 @@ def test_empty(backend: str, shape: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_without_lengths_the_whole_cache_counts(backend: str) -> None:
+def test_without_lengths_the_whole_cache_is_attended(backend: str) -> None:
     q, k, v = tensors(m=3)
     full = ints(32, 32)
     a, b = (attention_decode(q, k, v, cache_seqlens=x, causal=True, backend=backend) for x in (None, full))
@@ -166,7 +166,7 @@ def test_bits_do_not_depend_on_the_batch(backend: str, page: int | None, monkeyp
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_a_shared_prefix_is_read_once_for_all(backend: str) -> None:
+def test_shared_prefix(backend: str) -> None:
     """All queries of a batch as rows over the prefix that they share, each over what it has alone, and both merged."""
     given = Given(Call(lengths=(40, 33, 0), hq=4, hkv=2))
     prefix, values = torch.randn(1, 50, 2, 16), torch.randn(1, 50, 2, 16)
@@ -182,7 +182,7 @@ def test_a_shared_prefix_is_read_once_for_all(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_nan_stays(backend: str) -> None:
+def test_nan_propagates_to_its_rows_only(backend: str) -> None:
     """In a key or a value that somebody sees, it comes out where it was seen, and nowhere else."""
     for i in (1, 2):
         x = list(tensors(n=70))
@@ -225,7 +225,7 @@ def test_the_same_bits_every_time() -> None:
 
 
 @pytest.mark.parametrize("name", ("plain", "pages_of_16", "leftpad_window"))
-def test_as_many_parts_as_keep_the_device_busy(name: str, monkeypatch: pytest.MonkeyPatch, nan_outputs: None) -> None:
+def test_number_of_splits_fills_the_device(name: str, monkeypatch: pytest.MonkeyPatch, nan_outputs: None) -> None:
     """Chosen without looking at a length, in pages too; and right."""
     counts = []
     real = decoding.parts
@@ -244,7 +244,7 @@ def test_as_many_parts_as_keep_the_device_busy(name: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("work", (1, 3, 8, 100, 132, 1000))
 @pytest.mark.parametrize("tiles", (1, 2, 40, 4096))
-def test_parts_fill_a_device_and_no_more(work: int, tiles: int) -> None:
+def test_splits_fill_whole_waves(work: int, tiles: int) -> None:
     slots = 264
     count = decoding.parts_for(work, tiles, slots)
     assert 1 <= count <= min(tiles, decoding.MOST)

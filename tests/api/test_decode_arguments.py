@@ -115,7 +115,7 @@ def test_wrong_arguments(name: str) -> None:
 
 
 @pytest.mark.parametrize("table", (None, ints([0], [1])))
-def test_a_paged_cache_is_one_of_layers(table: Tensor | None) -> None:
+def test_a_multi_layer_paged_cache_is_refused(table: Tensor | None) -> None:
     cache, q = PagedKVCache(2, 32, 2, 16), tensors()[0]
     with pytest.raises(
         ValueError, match=r"k_cache: .* \(1, 2, 32, 2, 16\); of a PagedKVCache, k\[layer\] and v\[layer\]"
@@ -142,7 +142,7 @@ def test_numbers_and_flags_of_any_kind(two: Any) -> None:
 
 @pytest.mark.parametrize("page", (None, 8))
 @pytest.mark.parametrize("six", (6, np.uint8(6), torch.tensor(6)), ids=repr)
-def test_one_length_for_all(six: Any, page: int | None) -> None:
+def test_one_length_for_every_sequence(six: Any, page: int | None) -> None:
     q, k, v = tensors()
     words = {}
     if page is not None:
@@ -176,7 +176,7 @@ def test_indices_are_integers_of_any_width(backend: str, dtype: torch.dtype, pag
         assert torch.equal(x, y)
 
 
-def test_a_table_may_hold_anything_behind_the_keys() -> None:
+def test_page_table_entries_beyond_the_keys_are_ignored() -> None:
     q, k, v = tensors()
     table = ints([0, 99], [1, -7])
     attention_decode(q, k, v, page_table=table, cache_seqlens=ints(32, 3))
@@ -184,7 +184,7 @@ def test_a_table_may_hold_anything_behind_the_keys() -> None:
         attention_decode(q, k, v, page_table=table, cache_seqlens=ints(33, 3))
 
 
-def test_rotary_knows_its_last_position() -> None:
+def test_rotary_needs_every_position() -> None:
     q, k, v = tensors(m=3)
     new, angles = torch.zeros(2, 1, 2, 16), torch.zeros(10, 4)
     words = {"cache_seqlens": ints(9, 2), "k_new": new, "v_new": new, "rotary": (angles, angles, False)}
@@ -204,7 +204,7 @@ def test_gradients_are_refused(name: str) -> None:
         attention_decode(**given)
 
 
-def test_autocast_casts_what_is_no_cache() -> None:
+def test_autocast_casts_all_but_the_caches() -> None:
     q, k, v = tensors()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attention_decode(q, k.bfloat16(), v.bfloat16()).dtype == torch.bfloat16
@@ -212,7 +212,7 @@ def test_autocast_casts_what_is_no_cache() -> None:
             attention_decode(q, k.half(), v.half())
 
 
-def test_nobody_decodes_under_a_transform() -> None:
+def test_transforms_are_refused() -> None:
     q, k, v = tensors()
     with pytest.raises(NotImplementedError, match=r"does not support torch\.func transforms of decoding"):
         torch.func.vmap(lambda q: attention_decode(q[None], k[:1], v[:1]))(q)

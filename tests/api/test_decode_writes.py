@@ -51,7 +51,7 @@ TABLES: dict[str, tuple[list[list[int]], list[int], int, str]] = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_pages(name: str, backend: str) -> None:
+def test_appends_to_one_page_are_refused(name: str, backend: str) -> None:
     table, lengths, tokens, said = TABLES[name]
     k, v = torch.zeros(2, 6, PAGE, HEADS, D)
     words = {"page_table": ints(*table), "backend": backend}
@@ -63,7 +63,7 @@ def test_pages(name: str, backend: str) -> None:
     assert not k.any() and not v.any()
 
 
-def test_pages_before_a_leftpad_are_nobodys(backend: str) -> None:
+def test_page_table_entries_before_a_leftpad_are_ignored(backend: str) -> None:
     """Their entries may name anything, pages in use or none."""
     k, v = torch.zeros(2, 6, PAGE, HEADS, D)
     words = {"cache_leftpad": ints(4, 0, 4), "backend": backend}
@@ -73,7 +73,7 @@ def test_pages_before_a_leftpad_are_nobodys(backend: str) -> None:
         call(k, v, ints(5, 4, 6), page_table=ints([0, 2], [1, 2], [99, 3]), **words)
 
 
-def test_rows(backend: str) -> None:
+def test_appends_to_one_row_are_refused(backend: str) -> None:
     k, v = torch.zeros(2, 5, N, HEADS, D)
     with pytest.raises(ValueError, match="cache_batch_idx: sequences 0, 2 append to row 4"):
         call(k, v, ints(3, 0, 5), cache_batch_idx=ints(4, 1, 4), backend=backend)
@@ -100,7 +100,7 @@ def expanded(name: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "name", ("k over sequences", "v over heads", "v over dims", "k unfolded", "one tensor", "a shift")
 )
-def test_memory(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_that_overlap_themselves_are_refused(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from strides and addresses, so also where index tensors are not read."""
     k, v = expanded(name)
     monkeypatch.setattr(decoding, "readable", lambda x: False)
@@ -129,7 +129,7 @@ def test_through_flash_attn() -> None:
         flash_attn_with_kvcache(q, k, v, q, q, cache_seqlens=3, block_table=ints([1], [2], [1]))
 
 
-def test_on_a_device_it_is_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indices_on_a_device_are_checked_under_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     k, v = torch.zeros(2, B, N, HEADS, D)
     words = {"cache_batch_idx": ints(1, 1, 0)}
     monkeypatch.setattr(decoding, "readable", lambda x: fused_attn.spec.checks._debugging.get())

@@ -26,7 +26,7 @@ def call(**changed: Any) -> Any:
     return attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
 
 
-def test_the_call_is_right_when_nothing_is_changed() -> None:
+def test_unchanged_arguments_are_valid() -> None:
     assert call().shape == (B, HQ, M, DV)
 
 
@@ -283,7 +283,7 @@ SDPA: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ("v", zeros(1, B, N, HKV, DV), r"v: expected 4 dimensions, .*; pass v\.flatten\(0, -4\)$"),
     ),
 )
-def test_another_rank_where_heads_come_after_rows(name: str, value: torch.Tensor, words: str) -> None:
+def test_wrong_rank_in_layout_bshd(name: str, value: torch.Tensor, words: str) -> None:
     """scaled_dot_product_attention, which takes rows for heads there, is not advised."""
     given = {"q": zeros(B, M, HQ, D), "k": zeros(B, N, HKV, D), "v": zeros(B, N, HKV, DV), "layout": "bshd"}
     with pytest.raises(ValueError, match=words):
@@ -348,7 +348,7 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ("parallel", "record"))
-def test_what_is_not_built_says_so(name: str) -> None:
+def test_names_not_implemented_yet(name: str) -> None:
     assert not hasattr(fused_attn, name)
     with pytest.raises(AttributeError, match=f"'fused_attn' has no attribute '{name}'; it is not implemented yet"):
         getattr(fused_attn, name)

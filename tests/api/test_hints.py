@@ -30,7 +30,7 @@ def test_axes_of_the_other_layout(causal: bool) -> None:
         attention(q, k, k, layout="bshd", **options)
 
 
-def test_layout_is_suggested_where_it_would_fit() -> None:
+def test_layout_hint() -> None:
     q, k = zeros(B, 9, 6, 4, D)[:, :, :, 0], zeros(B, 6, 4, D)  # 6 and 4 divide neither way
     with pytest.raises(ValueError, match=r"do not divide the 9 query heads$"):
         attention(q, k, k)
@@ -166,13 +166,13 @@ def test_positional_arguments_too_many(
     "name", ("attention", "scaled_dot_product_attention", "attention_varlen", "attention_decode", "attention_stats",
              "attention_map")
 )  # fmt: skip
-def test_signatures_show_what_is_taken(name: str) -> None:
+def test_signatures_hide_the_catch_alls(name: str) -> None:
     """The parameters that catch what is not taken are no part of the signature."""
     kinds = {x.kind for x in inspect.signature(getattr(fused_attn, name)).parameters.values()}
     assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("name", ("key_mass", "entropy", "max_logit"))
-def test_flags_of_statistics(name: str) -> None:
+def test_statistics_flags_must_be_bools(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}: expected a bool, got str 'yes'"):
         fused_attn.attention_stats(X, X, **{name: "yes"})

@@ -33,7 +33,7 @@ def jagged(values: Tensor, offsets: Tensor, layout: str = "bhsd") -> Any:
     return x.transpose(1, 2) if layout == "bhsd" else x
 
 
-def test_torch_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_torch_logs_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     """Of making a jagged tensor torch logs advice to itself, once in a process; other records of that log stay."""
     from torch.fx import _symbolic_trace
 
@@ -126,7 +126,7 @@ def check(words: str, layout: str, backend: str) -> None:
         within_budget(name, *found)
 
 
-def test_out_goes_on_where_q_goes() -> None:
+def test_out_shares_the_offsets_of_q() -> None:
     """It shares q's offsets, so that torch adds them; and what is known of the lengths stays known."""
     q = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
     out, lse = attention(q, q, q, causal=True, return_lse=True)
@@ -174,7 +174,7 @@ def test_a_model(causal: bool) -> None:
         within_budget(str(n), *found)
 
 
-def test_functional(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaced SDPA takes them without a word to torch: scale, groups, a window, other offsets for the keys."""
     packed = [
         torch.randn(sum(ROWS), HEADS, DIM),
@@ -236,13 +236,13 @@ def test_compiled() -> None:
     assert torch.equal(values_of(out), values_of(call(*heads)))
 
 
-def test_nothing_at_all() -> None:
+def test_empty_batch() -> None:
     empty = jagged(torch.randn(0, 2, 8), offsets_of([0, 0]))
     out, lse = attention(empty, empty, empty, causal=True, return_lse=True)
     assert (out.shape, lse.shape) == (empty.shape, empty.shape[:3])
 
 
-def test_holes_are_refused_and_can_be_packed() -> None:
+def test_jagged_tensors_with_holes() -> None:
     """torch.nested.narrow leaves them."""
     x = torch.nested.narrow(torch.randn(3, 7, 2, 8), 1, torch.tensor([1, 0, 2]), torch.tensor([3, 7, 2]), torch.jagged)
     q = x.transpose(1, 2)

@@ -89,7 +89,7 @@ def test_floats(x: Any) -> None:
 
 
 @pytest.mark.parametrize("x", NEITHER, ids=kind)
-def test_no_numbers(x: Any) -> None:
+def test_values_that_are_no_numbers(x: Any) -> None:
     with pytest.raises(TypeError, match="n: expected an int, got"):
         as_int("n", x)
     with pytest.raises(TypeError, match="n: expected a float, got"):
@@ -112,13 +112,13 @@ def test_flags(x: Any) -> None:
     [None, "false", "never", 0, 1, 0.0, [], np.int64(1), np.array([True]), torch.tensor(1), torch.tensor([True])],
     ids=kind,
 )
-def test_no_flags(x: Any) -> None:
+def test_values_that_are_no_flags(x: Any) -> None:
     with pytest.raises(TypeError, match="flag: expected a bool, got"):
         as_bool("flag", x)
 
 
 @pytest.mark.parametrize("x", [np.zeros((100, 100)), list(range(1000)), "x" * 1000], ids=["array", "list", "str"])
-def test_messages_hold_no_whole_array(x: Any) -> None:
+def test_error_messages_shorten_arrays(x: Any) -> None:
     with pytest.raises(TypeError, match=r"^n: expected a float, got ") as error:
         as_float("n", x)
     assert len(str(error.value)) < 150
@@ -225,7 +225,7 @@ REFUSED: list[tuple[str, Any, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "calls"), REFUSED, ids=lambda x: repr(x) if not isinstance(x, tuple) else "")
-def test_words_of_another_type(name: str, value: Any, calls: tuple[str, ...]) -> None:
+def test_strings_of_another_type(name: str, value: Any, calls: tuple[str, ...]) -> None:
     for call in calls:
         with pytest.raises(TypeError, match=rf"^{name}\b.*: expected .*, got "):
             CALLS[call](**{name: value})

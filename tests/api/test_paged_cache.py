@@ -290,7 +290,7 @@ def test_pages() -> None:
     assert cache.pages_free == PAGES - 2
 
 
-def test_a_batch_is_filled_up_with_a_page_that_exists() -> None:
+def test_page_tables_are_padded_with_a_valid_page() -> None:
     cache = small(4)
     names = [cache.allocate() for _ in range(3)]
     cache.append(names[:1], *drawn(cache, 1, 9))
@@ -302,7 +302,7 @@ def test_a_batch_is_filled_up_with_a_page_that_exists() -> None:
     assert [x.shape for x in cache.batch([])] == [(0, 0), (0,)]
 
 
-def test_room_is_made_before_it_is_written() -> None:
+def test_extend_reserves_pages() -> None:
     """extend says the lengths before, and where the new tokens go; what was there stays."""
     cache = small(4)
     one = cache.allocate()
@@ -315,7 +315,7 @@ def test_room_is_made_before_it_is_written() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_one_layer_needs_no_dimension(dtype: torch.dtype) -> None:
+def test_one_layer(dtype: torch.dtype) -> None:
     cache = PagedKVCache(3, 2, HEADS, D, dtype=dtype)
     assert cache.k.shape == cache.v.shape == (1, 3, 2, HEADS, D) and cache.k.dtype == cache.v.dtype == dtype
     one, two = cache.allocate(), cache.allocate()
@@ -326,7 +326,7 @@ def test_one_layer_needs_no_dimension(dtype: torch.dtype) -> None:
         assert all(torch.equal(x[0], y[own, 0]) for x, y in zip(contents(cache, name), (k, v), strict=True))
 
 
-def test_made_in_inference_mode_and_written_outside() -> None:
+def test_created_in_inference_mode() -> None:
     with torch.inference_mode():
         cache = small()
         one = cache.allocate()
@@ -336,7 +336,7 @@ def test_made_in_inference_mode_and_written_outside() -> None:
         cache.append([one], *drawn(cache, 1, 3))
 
 
-def test_a_gradient_is_not_lost_in_silence() -> None:
+def test_keys_that_require_grad_are_refused() -> None:
     cache, (k, v) = small(), drawn(small(), 1, 2)
     one = cache.allocate()
     with pytest.raises(ValueError, match="v: a cache has no backward"):
@@ -346,7 +346,7 @@ def test_a_gradient_is_not_lost_in_silence() -> None:
     assert not cache.v.requires_grad
 
 
-def test_full() -> None:
+def test_a_full_cache() -> None:
     """The named error, its numbers, and a copy that nothing is left for; then it fits."""
     cache = small(4)
     one = cache.allocate()
@@ -417,7 +417,9 @@ WRONG: list[tuple[Callable[[PagedKVCache], Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("act", "error", "said"), WRONG, ids=[said for _, _, said in WRONG])
-def test_what_is_refused_changes_nothing(act: Callable[[PagedKVCache], Any], error: type[Exception], said: str) -> None:
+def test_refused_operations_change_nothing(
+    act: Callable[[PagedKVCache], Any], error: type[Exception], said: str
+) -> None:
     cache = small()
     cache.append([cache.allocate()], *drawn(cache, 1, 6))
     before = snapshot(cache)
@@ -446,7 +448,7 @@ def test_one_layer_heads_first() -> None:
         ({"dtype": "half"}, TypeError, "got 'half'"),
     ],
 )
-def test_a_cache_that_cannot_be(changed: dict[str, Any], error: type[Exception], said: str) -> None:
+def test_wrong_sizes(changed: dict[str, Any], error: type[Exception], said: str) -> None:
     given = {"num_pages": 2, "page_size": 4, "num_kv_heads": 1, "head_dim": 8}
     with pytest.raises(error, match=said):
         PagedKVCache(**given | changed)

@@ -78,7 +78,7 @@ def samples(dtype: torch.dtype) -> list[Sample]:
 COUNT = len(samples(torch.float32))
 
 
-def test_torch_still_has_samples() -> None:
+def test_opinfo_has_samples() -> None:
     kinds = {(x.query.ndim, *sorted(x.options)) for x in samples(torch.float32)[: -len(_more(torch.float32))]}
     assert COUNT >= 27 and {kind[0] for kind in kinds} >= {3, 4}
     assert any("attn_mask" in kind for kind in kinds) and any("is_causal" in kind for kind in kinds)

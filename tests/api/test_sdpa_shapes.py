@@ -57,7 +57,7 @@ def test_leading_dims_and_sizes_of_zero(lead: tuple[int, ...]) -> None:
     ids=lambda x: next(iter(x)),
 )  # fmt: skip
 @pytest.mark.parametrize(("d", "dv"), ((0, 4), (8, 0)))
-def test_no_channels(d: int, dv: int, options: dict) -> None:
+def test_head_dim_of_zero(d: int, dv: int, options: dict) -> None:
     heads = 1 if options.get("enable_gqa") else 2
     agree(randn(2, 2, 5, d), randn(2, heads, 7, d), randn(2, heads, 7, dv), **options)
 

@@ -103,7 +103,7 @@ def test_every_case(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ("key_mass", "entropy", "max_logit", "top_k_indices", "top_k_weights", "map"))
-def test_a_small_fault_is_seen(name: str) -> None:
+def test_small_errors_exceed_the_budget(name: str) -> None:
     """One part in two thousand of one element, or one place next to the right one."""
     check = statistics.StatisticsCheck("plain")
     options = {x: y for x, y in check.inputs.kwargs.items() if x not in statistics.OUTPUT_OPTIONS} | {
@@ -120,7 +120,7 @@ def test_a_small_fault_is_seen(name: str) -> None:
         check.compare_map(got.pop("map")) if name == "map" else check.compare(Statistics(*list(got.values())[:5]))
 
 
-def test_most_places_are_beyond_doubt() -> None:
+def test_most_top_k_indices_are_unambiguous() -> None:
     assert statistics.check_statistics("plain", "tiled").rows["top_k_indices"].error < 0.01
 
 
@@ -129,7 +129,7 @@ def test_most_places_are_beyond_doubt() -> None:
 
 @pytest.mark.parametrize("top_k", (1, 3, 8, 33))
 @pytest.mark.parametrize("n", (40, 113, 600))
-def test_of_equals_the_first_key_comes_first(backend: str, n: int, top_k: int) -> None:
+def test_ties_take_the_first_key(backend: str, n: int, top_k: int) -> None:
     """Small integers: every score is exact, and most of them have equals in other tiles."""
     if backend == "triton" and n > 113:
         pytest.skip("long for an interpreter")
@@ -143,7 +143,7 @@ def test_of_equals_the_first_key_comes_first(backend: str, n: int, top_k: int) -
 
 
 @pytest.mark.parametrize("value", (0.0, -3.0))
-def test_all_alike(backend: str, value: float) -> None:
+def test_all_weights_equal(backend: str, value: float) -> None:
     """One score for all: the first keys, and equal weights. Zeros of both signs are alike."""
     q, k = torch.full((1, 1, 5, 16), value), torch.ones(1, 1, 70, 16)
     signs = torch.where(torch.arange(70) % 2 == 0, -0.0, 0.0)  # added to a product of 0 * -1
@@ -170,7 +170,7 @@ def test_leading_is_a_stable_sort() -> None:
         assert torch.equal(places[seen], order[:, :k][seen])
 
 
-def test_fewer_keys_than_asked_for(backend: str) -> None:
+def test_top_k_beyond_the_number_of_keys(backend: str) -> None:
     """Row i of a causal mask sees i + 1 keys; the places that are left are -1, with weight 0."""
     q, k = qk(9)
     got = attention_stats(q, k, top_k=9, causal=True, backend=backend)
@@ -204,7 +204,7 @@ def test_weights_are_those_of_the_map(backend: str) -> None:
 # ---------------------------------------------------------------------------------------- nothing, NaN, and infinity
 
 
-def test_rows_that_see_nothing(backend: str) -> None:
+def test_fully_masked_rows(backend: str) -> None:
     q, k = qk(40, 70)
     mask = torch.ones(40, 70, dtype=torch.bool)
     mask[::3] = False
@@ -218,7 +218,7 @@ def test_rows_that_see_nothing(backend: str) -> None:
     assert (nothing.key_mass == 0).all()
 
 
-def test_padding_is_never_looked_at(backend: str) -> None:
+def test_padding_is_not_read(backend: str) -> None:
     """NaN in queries and keys past the lengths reaches no statistic: NaN times a weight of 0 would."""
     q, k = qk(50, 70, b=2)
     lengths, q_lengths = torch.tensor([70, 41]), torch.tensor([33, 50])
@@ -230,7 +230,7 @@ def test_padding_is_never_looked_at(backend: str) -> None:
     assert (got.key_mass[1, :, 41:] == 0).all() and (shown[0, :, 33:] == 0).all()
 
 
-def test_nan_reaches_what_it_touches(backend: str) -> None:
+def test_nan_propagates(backend: str) -> None:
     """One NaN query poisons its row and the mass of the keys that the row may see, and nothing else."""
     q, k = qk(40, 70)
     q[0, 0, 20, 3] = NAN
@@ -310,7 +310,7 @@ def test_windows_hold_each_choice_once() -> None:
         assert all(b - a <= apart for x in found for a, b in itertools.pairwise(sorted(x.inside)))
 
 
-def test_only_what_is_asked_for(backend: str) -> None:
+def test_only_requested_statistics_are_returned(backend: str) -> None:
     q, k = qk()
     every = attention_stats(q, k, **ALL, backend=backend)
     for name, value in ALL.items():
@@ -360,7 +360,7 @@ def test_backward_raises(backend: str, leaf: str) -> None:
         assert not attention_stats(q, k, entropy=True, **words).entropy.requires_grad
 
 
-def test_without_leaves_there_is_no_graph() -> None:
+def test_no_graph_without_requires_grad() -> None:
     q, k = qk()
     assert not any(x.requires_grad for x in (*attention_stats(q, k, **ALL), attention_map(q, k)))
 
@@ -387,7 +387,7 @@ def test_operators(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ("hopper", "sdpa"))
-def test_who_has_none_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_without_statistics_raise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = qk()
     for call in (attention_stats, attention_map):
         with pytest.raises(BackendError, match=f"'{name}' .*computes no statistics"):
@@ -397,7 +397,7 @@ def test_who_has_none_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         attention_map(q, k)
 
 
-def test_tiled_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_is_chosen_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in (reference, triton_statistics):
         monkeypatch.setattr(other, "statistics", None)
     assert attention_stats(*qk(), entropy=True).entropy is not None
@@ -426,7 +426,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "error", "words"), WRONG, ids=range(len(WRONG)))
-def test_wrong_words(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_options_of_wrong_types(changed: dict[str, Any], error: type[Exception], words: str) -> None:
     q, k = qk()
     with pytest.raises(error, match=words):
         attention_stats(**{"q": q, "k": k} | changed)
@@ -465,7 +465,7 @@ def test_statistics_are_linear_in_length() -> None:
 
 
 @linux
-def test_a_map_is_as_large_as_what_it_shows() -> None:
+def test_memory_of_a_map_is_that_of_its_rows() -> None:
     """64 rows of one head of 8192 keys are 2 MiB; every row would be 256."""
     peak = memory.peak("tiled", "map", 8192)
     assert 4 * 64 * 8192 < peak < 4 * 4 * 64 * 8192

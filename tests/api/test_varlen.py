@@ -63,7 +63,7 @@ def parts(x: Tensor, cuts: Tensor) -> list[Tensor]:
     ),
     ids=("plain", "causal", "window", "softmax1", "cosine"),
 )
-def test_each_sequence_is_a_call_of_its_own(backend: str, words: dict[str, Any]) -> None:
+def test_each_sequence_equals_a_separate_call(backend: str, words: dict[str, Any]) -> None:
     """Bit by bit: neighbours change nothing, in the results and in the gradients."""
     q, k, v, *cuts = packed()
     out, lse = attention_varlen(q, k, v, *cuts, return_lse=True, backend=backend, **words)
@@ -115,7 +115,7 @@ def test_dropout_is_that_of_the_padded_batch(backend: str) -> None:
 @pytest.mark.parametrize(
     "lengths", ((), ((0, 0),), ((0, 5), (0, 0)), ((4, 0),)), ids=("none", "zero", "keys", "queries")
 )
-def test_nothing_to_compute(backend: str, lengths: Any) -> None:
+def test_empty_batches(backend: str, lengths: Any) -> None:
     q, k, v, *cuts = packed(lengths)
     out, lse = attention_varlen(
         q, k, v, *cuts, return_lse=True, sink=None, max_seqlen_q=7, max_seqlen_k=7, backend=backend
@@ -182,7 +182,7 @@ ASYNCHRONOUS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
 @pytest.mark.usefixtures("on_a_device")
-def test_triton_does_not_wait_for_the_device(name: str) -> None:
+def test_triton_does_not_synchronize(name: str) -> None:
     tensors = packed()
     with NoReading():
         out = attention_varlen(*tensors, backend="triton", **ASYNCHRONOUS[name])
@@ -191,7 +191,7 @@ def test_triton_does_not_wait_for_the_device(name: str) -> None:
 
 @pytest.mark.usefixtures("on_a_device")
 @pytest.mark.parametrize("name", ("prefix", "lengths", "sinks", "bias"))
-def test_what_is_laid_out_by_the_longest_needs_them(name: str) -> None:
+def test_bias_and_mask_need_the_longest_lengths(name: str) -> None:
     words = {x: y for x, y in ASYNCHRONOUS[name].items() if x not in LONGEST}
     with pytest.raises(ValueError, match=r"max_seqlen_|broadcast"):
         attention_varlen(*packed(), **words, backend="triton")
@@ -244,7 +244,7 @@ LIES = (
 )
 
 
-def test_compiled_lengths_are_read_when_it_runs() -> None:
+def test_compiled_calls_check_lengths_at_run_time() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(attention_varlen, fullgraph=True, backend="aot_eager")
     q, k, v = torch.randn(9, 2, 8), *torch.randn(2, 6, 2, 8)
@@ -325,7 +325,7 @@ def test_every_tile_has_one_slot_and_the_longest_come_first(
     )
 
 
-def test_one_long_sequence_does_not_begin_last() -> None:
+def test_schedule_balances_one_long_sequence() -> None:
     """Turns taken by whichever of 16 programs is free end within a tenth of the best that there is."""
     tile_scheduler = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
     lengths = [(n, n) for n in [40] * 50 + [1500] + [40] * 50 + [700]]
@@ -339,7 +339,7 @@ def test_one_long_sequence_does_not_begin_last() -> None:
 
 @given(LISTS)
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_places(lengths: Any) -> None:
+def test_locate_and_padded(lengths: Any) -> None:
     rows = [x[0] for x in lengths]
     cuts, total = starts(rows), sum(rows)
     b, i = locate(cuts, total)
@@ -414,7 +414,7 @@ def test_starts_are_integers_of_any_width(backend: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("kind", (np.int8, np.uint64, torch.tensor), ids=lambda kind: kind.__name__)
-def test_the_longest_may_be_a_number_of_any_kind(kind: Any) -> None:
+def test_max_seqlen_of_any_integer_type(kind: Any) -> None:
     """It says the shape of a mask."""
     words = {"mask": torch.rand(6, 1, 50, 90) < 0.5}
     expected = attention_varlen(**changed(max_seqlen_q=50, max_seqlen_k=90, **words))
@@ -422,7 +422,7 @@ def test_the_longest_may_be_a_number_of_any_kind(kind: Any) -> None:
     assert torch.equal(attention_varlen(**given), expected)
 
 
-def test_explained() -> None:
+def test_explain() -> None:
     q, k, v, *cuts = packed(grad=False)
     words = {"cu_seqlens_q": cuts[0], "cu_seqlens_k": cuts[1]}
     assert fused_attn.explain(q, k, v, **words).backend == "sdpa"
@@ -431,7 +431,7 @@ def test_explained() -> None:
         fused_attn.explain(q, k, v, **words, causal=True)
 
 
-def test_what_a_device_holds_is_read_when_asked() -> None:
+def test_starts_on_a_device_are_checked_under_debug() -> None:
     here = torch.zeros(1)
     with FakeTensorMode():
         there = torch.empty(1, device="cuda")  # outside the mode, no more than its device
@@ -443,13 +443,13 @@ def test_what_a_device_holds_is_read_when_asked() -> None:
     assert not checks.readable(there)
 
 
-def test_alignment_goes_without_saying_where_both_sides_begin_alike() -> None:
+def test_alignment_is_optional_for_equal_lengths() -> None:
     q, k, v, cuts, _ = packed(tuple((n, n) for n in (5, 0, 9)), grad=False)
     same = [attention_varlen(q, k, v, cuts, cuts, causal=True, alignment=x) for x in (None, "top_left", "bottom_right")]
     assert all(torch.equal(same[0], x) for x in same)
 
 
-def test_flops_are_those_of_the_scores_that_there_are() -> None:
+def test_flops_count_existing_scores() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     tensors = packed()
@@ -462,7 +462,7 @@ def test_flops_are_those_of_the_scores_that_there_are() -> None:
     assert counter.get_total_flops() == forward + 5 * 2 * 2 * count * 16
 
 
-def test_pairs_of_options_do_not_disturb_each_other() -> None:
+def test_pairs_of_options() -> None:
     """Two at a time, on tiled against the reference, through the one tolerance rule."""
     options = {"causal": True, "softcap_tensor": True, "sink": True, "dropout_p": 0.3, "alibi": "bh", "bias": "b11n"}
     for one, two in itertools.combinations(options, 2):

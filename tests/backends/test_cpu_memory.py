@@ -33,5 +33,5 @@ def test_additive_memory(direction: str) -> None:
     assert memory.peak("naive", direction, 256, "additive") > eager * 256**2
 
 
-def test_the_meter_sees_a_score_matrix() -> None:
+def test_memory_meter_detects_a_score_matrix() -> None:
     assert memory.peak("naive", "forward", 2048) > SCORES * 2048**2

@@ -28,7 +28,7 @@ CASES = (
 )  # fmt: skip
 
 
-def test_every_gradient_is_asked_for() -> None:
+def test_every_gradient_is_requested() -> None:
     asked = {name for case in CASES for name in testing.make_inputs(case).leaves}
     assert asked == set(LEAVES)
 
@@ -81,7 +81,7 @@ def test_triton(case: Case) -> None:
     assert_same_bits(case, "triton", 1)
 
 
-def test_a_sum_in_any_order_is_seen(shuffled: None) -> None:
+def test_unordered_sums_are_detected(shuffled: None) -> None:
     """What an atomic would do to a gradient."""
     import triton
     import triton.language as tl

@@ -59,7 +59,7 @@ def rows(value: float) -> Fill:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", FILLED)
-def test_filled_rows(backend: str, value: float) -> None:
+def test_rows_filled_with_a_finite_minimum(backend: str, value: float) -> None:
     """Rows that a bias fills with a finite minimum, wholly or partly, beside ordinary ones."""
     judge(backend, Case("filled", **TINY, bias="1hmn"), bias=rows(value))
 
@@ -67,7 +67,7 @@ def test_filled_rows(backend: str, value: float) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "value"), ((torch.float64, LOWEST), (torch.bfloat16, -3e38), (torch.float16, -6e4)),
                          ids=str)  # fmt: skip
-def test_filled_rows_in_other_types(backend: str, dtype: torch.dtype, value: float) -> None:
+def test_rows_filled_with_a_finite_minimum_in_other_dtypes(backend: str, dtype: torch.dtype, value: float) -> None:
     judge(backend, Case("filled", **TINY, bias="1hmn"), dtype, bias=rows(value))
 
 
@@ -86,7 +86,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("backend", ("tiled", "triton"))
 @pytest.mark.parametrize("form", FORMS)
-def test_filled_rows_beside_features(backend: str, form: str) -> None:
+def test_rows_filled_with_a_finite_minimum_beside_modifiers(backend: str, form: str) -> None:
     """What else reads the normaliser: every kernel of the backward, sinks, and ragged batches."""
     judge(backend, Case(form, **TINY | FORMS[form]), bias=rows(LOWEST) if form != "one_value_a_key" else LOWEST)
 
@@ -102,7 +102,7 @@ def test_equal_logits(backend: str, value: float) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
-def test_equal_logits_in_other_types(backend: str, dtype: torch.dtype) -> None:
+def test_equal_logits_in_other_dtypes(backend: str, dtype: torch.dtype) -> None:
     judge(backend, Case("equal", **TINY), dtype, q=100.0, k=100.0)
 
 
@@ -119,7 +119,7 @@ def test_equal_logits_and_a_sink(backend: str, sign: int, above: float) -> None:
 @pytest.mark.parametrize("fields", ({"scale_tensor": "h"}, {"lengths": ((5, 9), (3, 7), (1, 2))},
                                     {"causal": True, "alignment": "bottom_right"}),
                          ids=("scales", "ragged", "causal"))  # fmt: skip
-def test_equal_logits_beside_features(backend: str, fields: dict) -> None:
+def test_equal_logits_beside_modifiers(backend: str, fields: dict) -> None:
     fills: dict[str, Fill] = {"q": 1024.0, "k": 1024.0}
     if "scale_tensor" in fields:
         fills["scale"] = 0.25
@@ -130,7 +130,7 @@ def test_equal_logits_beside_features(backend: str, fields: dict) -> None:
 
 
 @pytest.mark.parametrize(("value", "sink"), ((100.0, None), (1024.0, 0.0), (65536.0, None)))
-def test_parts_of_a_decode(value: float, sink: float | None) -> None:
+def test_split_decoding(value: float, sink: float | None) -> None:
     """However the keys are cut, the last part being shorter, the answer is the mean of the values."""
     keys = 16 * 4 + 3
     q, k = torch.full((1, 2, 2, 16), value), torch.full((1, keys, 1, 16), value)
@@ -144,7 +144,7 @@ def test_parts_of_a_decode(value: float, sink: float | None) -> None:
         assert (found / lse - 1).abs().max() < 1e-6
 
 
-def test_parts_of_a_decode_that_differ() -> None:
+def test_split_decoding_with_unequal_splits() -> None:
     """A part of small logits beside parts of equal large ones, and one that sees nothing: the window ends before it."""
     q, k = torch.full((1, 1, 1, 16), 1024.0), torch.full((1, 80, 1, 16), 1024.0)
     k[:, 40:60] = -1.0

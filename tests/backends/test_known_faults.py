@@ -159,7 +159,7 @@ def test_huge_equal_logits(backend: str, dtype: torch.dtype) -> None:
     ),
     ids=("lengths", "segments", "window", "causal"),
 )
-def test_garbage_in_unseen_keys(backend: str, fields: dict, dtype: torch.dtype) -> None:
+def test_garbage_in_invisible_keys(backend: str, fields: dict, dtype: torch.dtype) -> None:
     """NaN in padding, in unseen keys, in stride gaps and past the end."""
     parity(backend, dtype, unseen_nan=True, **fields)
 
@@ -180,7 +180,7 @@ def test_garbage_under_a_tensor_mask(backend: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf), ids=("nan", "inf"))
 @pytest.mark.parametrize("name", ("q", "k", "v"))
-def test_bad_numbers_stay_bad(backend: str, name: str, bad: float, dtype: torch.dtype) -> None:
+def test_nan_and_infinity_propagate(backend: str, name: str, bad: float, dtype: torch.dtype) -> None:
     """NaN and Inf in q, k or v must not come out clean."""
     available(backend)
     x = dict(zip("qkv", (t.detach().to(dtype) for t in qkv(35, 70)), strict=True))
@@ -214,7 +214,7 @@ LENGTHS = ((1, 1), (1, 65), (31, 33), (33, 31), (65, 1), (63, 65), (64, 64), (65
 
 @pytest.mark.parametrize("backend", JUDGED)
 @pytest.mark.parametrize(("m", "n"), LENGTHS)
-def test_lengths_beside_the_tile(backend: str, m: int, n: int, guarded: list) -> None:
+def test_lengths_around_the_tile_size(backend: str, m: int, n: int, guarded: list) -> None:
     """Lengths around a tile's multiple: the tail is masked in forward and in every gradient."""
     parity(backend, m=m, n=n)
 
@@ -247,7 +247,7 @@ def test_causal_with_unequal_lengths(backend: str, side: str, m: int, n: int) ->
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("m", "n"), ((33, 70), (70, 33)))
-def test_where_the_diagonal_lies(backend: str, side: str, m: int, n: int) -> None:
+def test_position_of_the_diagonal(backend: str, side: str, m: int, n: int) -> None:
     """A key above the diagonal has no weight at all, and every other one has some."""
     available(backend)
     q, k, _ = qkv(m, n, h=1, d=8)
@@ -327,7 +327,7 @@ def test_every_tile(flags: tuple[str, ...], tile: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("backend", LINEAR)
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("only_")])
-def test_one_gradient_alone(backend: str, name: str) -> None:
+def test_single_gradients(backend: str, name: str) -> None:
     """Only one tensor needs a gradient: it is the same bits as when all do."""
     available(backend)
     case = replace(CASES[name], m=35, hq=2)
@@ -364,7 +364,7 @@ def by_formula(q: Tensor, k: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_gradient_of_the_lse_alone(backend: str) -> None:
+def test_gradient_of_lse_only(backend: str) -> None:
     """Dv is 0, dq is the weighted mean of the keys, and the LSE is a natural logarithm."""
     available(backend)
     q, k, v = qkv(35, 70)
@@ -387,7 +387,7 @@ def dropped(backend: str, p: float = 0.4, m: int = 35, n: int = 70, **options: A
 
 @pytest.mark.parametrize("backend", ("triton", "tiled"))
 @pytest.mark.parametrize("seed", (0, 1234, -5, 2**63 - 1))
-def test_dropout_is_the_same_everywhere(backend: str, seed: int) -> None:
+def test_dropout_mask_is_the_same_on_every_backend(backend: str, seed: int) -> None:
     """Bit for bit the reference's mask, whatever the tile; a constant seed is a constant mask."""
     available(backend)
     expected = dropped("reference", seed=seed)
@@ -451,7 +451,7 @@ def test_not_gaussian(backend: str, values: str) -> None:
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
-def test_an_exact_answer(backend: str, dtype: torch.dtype) -> None:
+def test_exact_result(backend: str, dtype: torch.dtype) -> None:
     """64 equal scores and integer values: the answer is exact, and so are its bits."""
     q = torch.zeros(1, 1, 9, 16, dtype=dtype)
     available(backend)

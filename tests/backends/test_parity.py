@@ -102,12 +102,12 @@ def test_attention(backend: str, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", ("tiled", "reference"))
-def test_nothing_is_refused(backend: str) -> None:
+def test_torch_backends_support_every_case(backend: str) -> None:
     """The PyTorch backends take every case; a skip above would otherwise hide a backend that runs nothing."""
     assert {name: why for name in CASES if (why := testing.why_not(name, backend))} == {}
 
 
-def test_triton_refuses_nothing() -> None:
+def test_triton_supports_every_case() -> None:
     pytest.importorskip("triton")
     assert {name: why for name in CASES if (why := testing.why_not(name, "triton"))} == {}
 
@@ -121,7 +121,7 @@ def test_sdpa_takes_the_plain_cases(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ("out", "q", "k", "v", "sink", "bias", "slopes", "lse"))
-def test_a_small_fault_is_seen(name: str) -> None:
+def test_small_errors_exceed_the_budget(name: str) -> None:
     """One part in two thousand of one element of one result, in float32."""
     inputs = testing.make_inputs("everything")
     expected = testing.expect(inputs)
@@ -139,20 +139,20 @@ def test_a_small_fault_is_seen(name: str) -> None:
     ("bad", "message"),
     ((torch.nan, "got nan, expected"), (torch.inf, "got inf"), (1e-12, "budget 0")),
 )
-def test_nan_infinity_and_nonzero_are_seen(bad: float, message: str) -> None:
+def test_nan_infinity_and_nonzero_are_detected(bad: float, message: str) -> None:
     oracle = torch.zeros(4, dtype=torch.float64)
     got = torch.tensor([0.0, 0.0, bad, 0.0])
     with pytest.raises(AssertionError, match=message):
         testing.assert_within_budget("out", got, oracle, oracle.float(), oracle, torch.float32)
 
 
-def test_shape_is_seen() -> None:
+def test_wrong_shape_is_detected() -> None:
     oracle = torch.ones(4, 1, dtype=torch.float64)
     with pytest.raises(AssertionError, match="shape"):
         testing.assert_within_budget("out", torch.ones(4), oracle, oracle, oracle, torch.float32)
 
 
-def test_a_write_into_a_gap_is_seen() -> None:
+def test_writes_outside_of_outputs_are_detected() -> None:
     inputs = testing.make_inputs("plain")
     inputs.check_untouched()
     inputs.buffers[0][0][-1] = 0.0
@@ -160,7 +160,7 @@ def test_a_write_into_a_gap_is_seen() -> None:
         inputs.check_untouched()
 
 
-def test_poison_is_there() -> None:
+def test_inputs_hold_nan_outside() -> None:
     """The inputs of a case hold NaN around every tensor and in unseen keys."""
     inputs = testing.make_inputs("lengths")
     assert inputs.tensors["k"].isnan().any() and not inputs.clean["k"].isnan().any()
@@ -170,7 +170,7 @@ def test_poison_is_there() -> None:
     assert testing.make_inputs("memory_corrupt").tensors["q"].stride(0) > 2**33
 
 
-def test_every_modifier_has_its_case() -> None:
+def test_every_modifier_has_a_case() -> None:
     """Each keyword of `attention` but backend differs from its default in a case."""
     wanted = {
         x.name: x.default

@@ -40,7 +40,7 @@ TAKEN = {
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
 @pytest.mark.parametrize("name", TAKEN)
-def test_whatever_torch_computes_is_its_own(name: str, dtype: torch.dtype) -> None:
+def test_supported_calls_go_to_torch(name: str, dtype: torch.dtype) -> None:
     """Masks and biases of every broadcast shape, each twice more, when the call is one of those made before."""
     assert testing.why_not(TAKEN[name], "sdpa", dtype) == []
     testing.check_parity(TAKEN[name], "sdpa", dtype)
@@ -51,7 +51,7 @@ def test_whatever_torch_computes_is_its_own(name: str, dtype: torch.dtype) -> No
         testing.compare(inputs, testing.run_public(inputs, None), expected, name)
 
 
-def test_a_bias_that_learns_is_tiled() -> None:
+def test_bias_that_requires_grad_goes_to_tiled() -> None:
     q, bias = torch.randn(1, 2, 5, 8), torch.zeros(5, 5, requires_grad=True)
     assert fused_attn.explain(q, q, q, bias=bias).backend == "tiled"
     with torch.no_grad():
@@ -127,7 +127,7 @@ def judged(call: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("group", (1, 2))
 @pytest.mark.parametrize("name", PIECES)
-def test_what_no_row_sees_is_not_computed(name: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invisible_keys_are_skipped(name: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     options, scores = PIECES[name]
     q, k, v = torch.randn(4, 4, 70, 16), *(torch.randn(4, 4 // group, 70, 16) for _ in range(2))
     calls = counted(monkeypatch)
@@ -153,7 +153,7 @@ PADDED = {
 
 @pytest.mark.parametrize("options", ({}, {"causal": True}), ids=("full", "causal"))
 @pytest.mark.parametrize("name", PADDED)
-def test_padding_of_a_mask_is_not_computed(name: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_padding_is_skipped(name: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bool mask that hides the ends of the keys from all rows costs what lengths cost."""
     monkeypatch.setattr(pieces, "PADDED", 1)
     calls = counted(monkeypatch)
@@ -166,7 +166,7 @@ def test_padding_of_a_mask_is_not_computed(name: str, options: dict, monkeypatch
 @pytest.mark.parametrize("mask", (padding(LENGTHS, 70)[:, None, None] ^ (torch.arange(70) == 3),
                                   torch.rand(4, 1, 70, 70) > 0.5, torch.ones(4, 1, 1, 70, dtype=torch.bool)),
                          ids=("hole", "random", "nothing"))  # fmt: skip
-def test_other_masks_are_added(mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_masks_are_additive(mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PADDED", 1)
     calls = counted(monkeypatch)
     q, k, v = (torch.randn(4, 2, 70, 16) for _ in range(3))
@@ -177,12 +177,12 @@ def test_other_masks_are_added(mask: Tensor, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("options", ({"mask": Mask.window(3, 0)}, {"mask": Mask.prefix(torch.tensor([35]))},
                                      {"causal": True, "alignment": "bottom_right"}),
                          ids=("window", "prefix", "bottom right"))  # fmt: skip
-def test_other_spans_are_tiled(options: dict[str, Any]) -> None:
+def test_other_spans_go_to_tiled(options: dict[str, Any]) -> None:
     q, k = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 50 if "causal" in options else 40, 16)
     assert fused_attn.explain(q, k, k, **options).backend == "tiled"
 
 
-def test_small_pieces_are_tiled() -> None:
+def test_small_pieces_go_to_tiled() -> None:
     q = torch.randn(1, 2, 40, 16)
     assert fused_attn.explain(q, q, q, mask=Mask.segments(torch.arange(40) // 2)).backend == "tiled"
 
@@ -194,9 +194,7 @@ def test_small_pieces_are_tiled() -> None:
 @pytest.mark.parametrize("name", ("k", "v"))
 @pytest.mark.parametrize("options", ({"mask": Mask.lengths(LENGTHS)}, {"causal": True, "alignment": "top_left"}),
                          ids=("lengths", "causal"))  # fmt: skip
-def test_keys_that_no_row_sees_may_hold_anything(
-    options: dict, name: str, bad: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invisible_keys_may_hold_nan(options: dict, name: str, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those behind the end of a sequence, of which the kernel reads some, and those behind the last diagonal."""
     q, k, v = torch.randn(4, 2, 33, 16), torch.randn(4, 2, 70, 16), torch.randn(4, 2, 70, 16)
     assert fused_attn.explain(q, k, v, **options).backend == "sdpa"
@@ -209,7 +207,7 @@ def test_keys_that_no_row_sees_may_hold_anything(
 
 @pytest.mark.parametrize("again", (0, 3), ids=("first", "repeated"))
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
-def test_nan_reaches_out(dtype: torch.dtype, again: int) -> None:
+def test_nan_propagates(dtype: torch.dtype, again: int) -> None:
     """In any row of q, the whole of it too, in k, and in a bias."""
     q, k, v, bias = (torch.randn(s, dtype=dtype) for s in ((1, 2, 35, 16), (1, 2, 70, 16), (1, 2, 70, 16), (35, 70)))
     for _ in range(again):
@@ -256,7 +254,7 @@ def test_a_mask_in_vector_instructions(dtype: torch.dtype) -> None:
         )
 
 
-def test_rows_that_see_nothing() -> None:
+def test_fully_masked_rows() -> None:
     """Zeros, and no gradient, whatever their cotangent is."""
     mask = torch.rand(6, 6) > 0.3
     mask[2] = False
@@ -273,7 +271,7 @@ def test_rows_that_see_nothing() -> None:
 @pytest.mark.parametrize("name", ("k", "v"))
 @pytest.mark.parametrize("m", (1, 4, 17))
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
-def test_gradients_do_not_see_keys_behind_the_last_row(compiled: bool, m: int, name: str) -> None:
+def test_gradients_ignore_keys_after_the_last_row(compiled: bool, m: int, name: str) -> None:
     """The kernel's backward multiplies what its forward never reads."""
     if compiled and m != 4:
         pytest.skip("one size is compiled")
@@ -318,14 +316,14 @@ def test_masks_of_any_rank_are_repeated(given: str, rank: int, monkeypatch: pyte
     assert torch.equal(wrapped(*fewer, mask).view_as(expected), expected)
 
 
-def test_repeated_calls_lie_in_memory_as_the_first_one() -> None:
+def test_repeated_calls_have_the_strides_of_the_first() -> None:
     q, k = torch.randn(1, 3, 5, 7).expand(3, -1, -1, -1), torch.randn(3, 3, 2, 7)
     assert len({attention(q, k, k).stride() for _ in range(4)}) == 1
 
 
 @pytest.mark.parametrize("grad", (False, True), ids=("inference", "training"))
 @pytest.mark.parametrize("name", ("bias b1mn", "mask", "grouped, causal", "bshd"))
-def test_the_third_call_is_not_bound(name: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_third_call_skips_binding(name: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = testing.make_inputs(replace(TAKEN[name], backward=grad, memory="dense"))
 
     def call() -> Tensor:
@@ -346,7 +344,7 @@ def heads_first(inputs: testing.Inputs, out: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", ({}, {"causal": True}), ids=("full", "causal"))
 @pytest.mark.parametrize("grad", (False, True), ids=("inference", "training"))
 @pytest.mark.parametrize("how", ("lengths", "padding b11n", "padding b1mn"))
-def test_repeated_calls_read_their_buffer(
+def test_repeated_calls_read_changed_values(
     how: str, grad: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lengths and padding are read at each call, which gives the bits of a first call."""
@@ -382,7 +380,7 @@ def test_repeated_calls_read_their_buffer(
             call(x)
 
 
-def test_one_call_keeps_no_tensor_of_another() -> None:
+def test_cached_calls_keep_no_tensor() -> None:
     import gc
     import weakref
 
@@ -457,7 +455,7 @@ def test_batched_gradients_of_pieces() -> None:
 # --------------------------------------------------------------------------------------------------------- compilers
 
 
-def test_compiled_calls_are_mended_too() -> None:
+def test_compiled_calls_recompute_wrong_results() -> None:
     """The operator, which a compiler sees, finds NaN and rows of a finite minimum by itself."""
     compiled = torch.compile(lambda q, k, v, bias: attention(q, k, v, bias=bias), backend="aot_eager", fullgraph=True)
     q, k, v = (torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3))
@@ -478,7 +476,7 @@ def plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("causal", (False, True))
-def test_packed_sequences_are_calls_of_their_own(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_sequences_equal_separate_calls(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, whatever they are packed with."""
     calls = counted(monkeypatch)
     x, starts = torch.randn(93, 2, 16), torch.tensor([0, 60, 60, 93], dtype=torch.int32)
@@ -490,7 +488,7 @@ def test_packed_sequences_are_calls_of_their_own(causal: bool, monkeypatch: pyte
         assert torch.equal(out[own].transpose(0, 1)[None], attention(alone, alone, alone, causal=causal))
 
 
-def test_masks_of_packed_sequences_are_their_own() -> None:
+def test_masks_of_packed_sequences() -> None:
     """They count from each sequence's first row, so the kernel is not given them."""
     x, starts, seen = torch.randn(30, 2, 16), torch.tensor([0, 17, 30], dtype=torch.int32), torch.rand(17, 17) > 0.3
     options = {"mask": seen, "max_seqlen_q": 17, "max_seqlen_k": 17}

@@ -23,7 +23,7 @@ def lengths(b: int, n: int) -> Mask:
     return Mask.lengths(torch.arange(b) % n)
 
 
-def test_small_batches_go_together() -> None:
+def test_small_batches_share_a_chunk() -> None:
     (chunk,) = chunks(64, 16, lengths(64, 16))
     (tile,) = chunk.tiles
     assert chunk.batch == slice(0, 64) and tile == tiles.Tile(0, 16, 0, 15, 0, 0)
@@ -31,13 +31,13 @@ def test_small_batches_go_together() -> None:
     assert [chunk.tiles for chunk in chunks(64, 16, alike)] == [[tiles.Tile(0, 16, 0, 11, 0, 11)]]
 
 
-def test_keys_that_all_batches_see() -> None:
+def test_keys_visible_to_all_batches_are_full() -> None:
     seen = (torch.arange(16) >= torch.tensor([[1], [3], [2]])).int()
     (chunk,) = chunks(3, 16, Mask.segments(torch.ones_like(seen), seen))
     assert chunk.tiles == [tiles.Tile(0, 16, 1, 16, 3, 16)]
 
 
-def test_large_batches_go_alone() -> None:
+def test_large_batches_have_chunks_of_their_own() -> None:
     found = chunks(3, 2048, Mask.lengths(torch.tensor([0, 700, 2048])), heads=1)
     assert [chunk.batch for chunk in found] == [slice(0, 1), slice(1, 2), slice(2, 3)]
     assert [{(tile.last, tile.full_to) for tile in chunk.tiles} for chunk in found] == [
@@ -47,7 +47,7 @@ def test_large_batches_go_alone() -> None:
     ]
 
 
-def test_bounds_that_batches_share_keep_them_together() -> None:
+def test_batches_with_equal_bounds_share_a_chunk() -> None:
     """They skip alike, so that joining them costs nothing."""
     ids = torch.arange(512).expand(1, 512) // 100
     assert [chunk.batch for chunk in chunks(3, 512, Mask.segments(ids), heads=1)] == [

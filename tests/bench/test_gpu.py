@@ -167,7 +167,7 @@ def test_a_wrong_kernel_fails_and_is_not_timed(tmp_path: Path) -> None:
 
 
 @needs_triton
-def test_time_runs_out(tmp_path: Path) -> None:
+def test_time_limit(tmp_path: Path) -> None:
     code, record, _ = rehearse(tmp_path, "--only", "core", "--seconds", "0.01", change=None)
     expected, found = every_case(), by_name(record)
     assert found.keys() == expected.keys()
@@ -194,7 +194,9 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
-def test_no_gpu_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What the plain command does on a machine that cannot obey it."""
     import torch
 
@@ -254,7 +256,7 @@ def test_tables_take_what_was_faster_and_right(tmp_path: Path, monkeypatch: pyte
         ("passed", None, False),
     ],
 )
-def test_a_hopper_row_needs_all_of_its_evidence(
+def test_hopper_rows_need_complete_evidence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: str, races: str | None, taken: bool
 ) -> None:
     from bench import gpu, tune
@@ -286,7 +288,7 @@ def test_a_hopper_row_needs_all_of_its_evidence(
 
 
 @needs_triton
-def test_hopper_evidence_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopper_evidence_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU machine will be asked of the Gluon kernels runs to its end."""
     from bench.evidence.parts import PARTS
     from bench.evidence.setting import TINY

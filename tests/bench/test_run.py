@@ -94,7 +94,7 @@ def test_kernels_name_their_tiles(tmp_path: Path) -> None:
     )
 
 
-def test_time_runs_out(tmp_path: Path) -> None:
+def test_time_limit(tmp_path: Path) -> None:
     code, rows = rehearse(tmp_path, "--only", "causal,sink", "--providers", "naive", "--seconds", "1e-9")
     assert code == 1, "a run that shows nothing does not pass"
     assert {(x["case"], x["status"]) for x in rows if x["case"] != "copy"} == {
@@ -115,7 +115,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
-def test_nothing_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_requested(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main([*CPU, "--only", "casual"]) == 2
     assert "causal" in capsys.readouterr().out
 
@@ -156,7 +156,7 @@ def crash(x: torch.Tensor) -> torch.Tensor:
     ),
     ids=("output", "gradient", "ours crashes"),
 )
-def test_what_is_wrong_is_not_timed(
+def test_wrong_results_are_not_timed(
     wrong: Provider, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "ALL", (wrong, providers.NAIVE))
@@ -168,7 +168,7 @@ def test_what_is_wrong_is_not_timed(
 
 
 @pytest.mark.parametrize("alive", (True, False))
-def test_a_case_that_breaks_off(alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_case(alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs itself, and on a device that is lost with it, those after it."""
     broken_off = iter((True, False))
     interleave = rounds.interleave
@@ -188,7 +188,7 @@ def test_a_case_that_breaks_off(alive: bool, tmp_path: Path, monkeypatch: pytest
     assert bool(about(rows, status="not reached", length=48)) != alive
 
 
-def test_an_inexact_peer_is_timed_and_its_error_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inexact_peers_are_timed_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coarse = broken("coarse", lambda out: out * 1.01, inexact=True)
     monkeypatch.setattr(run, "ALL", (coarse, broken("absent", crash)))
     code, rows = rehearse(tmp_path, "--only", "causal", "--lengths", "32")
@@ -232,7 +232,7 @@ def test_parameters_of_one_batch_are_judged_by_one_head() -> None:
 @pytest.mark.parametrize(
     "name", ("plain", "causal", "window_causal", "segments_causal", "gqa_8", "runs", "blocks", "window_sinks")
 )
-def test_operations_are_counted_by_what_is_seen(name: str) -> None:
+def test_flops_count_visible_scores(name: str) -> None:
     x = sample(name)
     b, h, m, n = x.problem.shape
     seen = x.problem.visible(torch.arange(m), torch.arange(n)).expand(b, h, m, n).sum().item()
@@ -242,7 +242,7 @@ def test_operations_are_counted_by_what_is_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ("bias_1hmn", "mask_11mn", "alibi_h"))
-def test_samples_lie_as_torch_lays_tensors_out(name: str) -> None:
+def test_samples_are_contiguous(name: str) -> None:
     """The named cases live among gaps of NaN; at a benchmark's size they do not, in any part."""
     x, again = sample(name), sample(name)
     parts = [*x.leaves, *x.cotangents, *(t for t in (x.problem.mask,) if t is not None)]
@@ -259,7 +259,7 @@ def test_bytes_are_those_of_operands_and_results() -> None:
     assert x.bytes("forward+backward") == 12 * size + 3 * bias
 
 
-def test_flex_is_told_of_every_modifier(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_adapter_passes_every_modifier(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its adapter, uncompiled: right where it accepts a case, and clear where it does not."""
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     (flex,) = (x for x in providers.PROVIDERS if x.name == "flex")
@@ -312,7 +312,7 @@ def test_packed_sequences_are_judged(scores: int) -> None:
 
 
 @pytest.mark.parametrize("causal", (False, True))
-def test_operations_of_packed_sequences_are_each_ones_own(causal: bool) -> None:
+def test_flops_of_packed_sequences(causal: bool) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     x = packed_sample(causal=causal)
@@ -324,7 +324,7 @@ def test_operations_of_packed_sequences_are_each_ones_own(causal: bool) -> None:
     assert x.flops("forward+backward") == counted / (2 if causal else 1)
 
 
-def test_padding_takes_no_part_where_it_is_masked() -> None:
+def test_masked_padding_has_no_effect() -> None:
     """What stands beside ours is the same problem."""
     x = packed_sample()
     padded = Padded(x)
@@ -339,7 +339,7 @@ def test_padding_takes_no_part_where_it_is_masked() -> None:
         x.judge(found[False][0], found[False][1:])
 
 
-def test_peers_of_packed_sequences_say_what_they_lack() -> None:
+def test_unsupported_peers_of_packed_sequences() -> None:
     said = {p.name: rounds.run_once(p, packed_sample(), "cpu").found["forward"]["refused"] for p in PEERS}
     assert "not installed" in said["flash_attn"] and all("GPU" in said[x] for x in ("varlen", "nested"))
 
@@ -378,7 +378,7 @@ def test_ragged_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # ---------------------------------------------------------------------------------------------------------- revisions
 
 
-def test_a_difference_within_the_noise_is_noise() -> None:
+def test_differences_within_the_noise() -> None:
     steady = [1.0, 1.01, 0.99, 1.0, 1.01, 0.99]
 
     def verdict(again: float, base: float) -> str:
@@ -412,7 +412,7 @@ def test_no_such_revision(tmp_path: Path) -> None:
         rehearse(tmp_path, "--base", "no-such-revision", "--only", "sink")
 
 
-def test_a_side_is_judged(tmp_path: Path) -> None:
+def test_revisions_are_checked_before_timing(tmp_path: Path) -> None:
     """A revision that is wrong, and one that does not know the call, are not timed."""
     tree = tmp_path / "tree"
     (tree / "fused_attn").mkdir(parents=True)
@@ -463,7 +463,7 @@ def test_pictures_of_a_table(tmp_path: Path) -> None:
     assert [name for name, draw in plot.PICTURES.items() if draw(plot.framed(some))] == ["memory"]
 
 
-def test_what_readme_says_of_additive_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_additive_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing until there are figures; then speed, and the share of the eager form's memory."""
     code, rows = rehearse(tmp_path, "--only", "additive", "--providers", "fused_attn,naive,torch", "--rounds", "1")
     assert code == 0 and "no score but the dot product" in about(rows, provider="torch", case="additive")[0]["reason"]

@@ -295,7 +295,7 @@ def test_a_forced_spill_fails_the_gate():
 
 
 @pytest.mark.aot
-def test_a_request_that_cannot_be_compiled_is_answered_with_its_cause():
+def test_compile_errors_are_reported():
     (request,) = static.requests("sm_80/forward/bf16/64/plain")
     request["configs"] = {"forward": {"BLOCK_M": 24, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}}
     with Pool(1) as pool:

@@ -50,14 +50,14 @@ ROWS = {backend: covering(backend) for backend in ("triton", "tiled", "sdpa")}
 ROWS["reference"] = ROWS["tiled"]
 
 
-def test_the_committed_matrix_is_what_the_code_says() -> None:
+def test_committed_matrix_is_current() -> None:
     with support.TABLE.open() as file:
         written = file.read()
     assert support.spelled(support.matrix()) == written, "run python -m bench.support"
 
 
 @pytest.mark.parametrize("backend", COMPLETE)
-def test_only_what_was_promised_is_refused(backend: str) -> None:
+def test_refusals_are_listed(backend: str) -> None:
     refused = set(COMMITTED) - taken(backend)
     assert set(REFUSED) <= refused <= {x for x in COMMITTED if x in REFUSED or COMPLETE[backend] & set(x)}
 
@@ -70,7 +70,7 @@ def test_rows_hold_every_pair(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", support.BACKENDS)
 @pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: " ".join("-".join(x) for x in pair))
-def test_what_is_refused_raises(pair: Pair, backend: str) -> None:
+def test_refused_combinations_raise(pair: Pair, backend: str) -> None:
     """The public call names the argument, whichever backend was asked for."""
     inputs = testing.make_inputs(*support.case(dict(pair)))
     with pytest.raises(ValueError, match=f"^{REFUSED[pair]}: "):

@@ -89,7 +89,7 @@ def test_sizes_of_any_kind() -> None:
         bert_padding.pad_input(packed, torch.tensor([0, 3]), 2, 2.0)
 
 
-def test_places_that_do_not_exist() -> None:
+def test_indices_out_of_range() -> None:
     packed, places = torch.randn(2, 3), torch.tensor([0, 4])
     with pytest.raises(ValueError, match="indices: expected 0 <= indices < 4, got some from 0 to 4"):
         bert_padding.pad_input(packed, places, 2, 2)

@@ -56,11 +56,11 @@ def test_signature(name: str) -> None:
     assert shown == SIGNATURES[name]
 
 
-def test_all_is_said() -> None:
+def test_every_public_function_is_checked() -> None:
     assert set(flash.__all__) == {name for name in SIGNATURES if name[0] != "_"}
 
 
-def test_what_changes_no_value_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, Any]] = []
     for name in ("attention", "attention_varlen", "attention_decode"):
         monkeypatch.setattr(flash, name, lambda *args, **words: given.append(words) or (None, None))
@@ -304,7 +304,7 @@ def test_examples(module: Any) -> None:
     assert doctest.testmod(module, raise_on_error=True).attempted >= len(module.__all__)
 
 
-def test_errors_are_flash_attns() -> None:
+def test_errors_have_the_types_of_flash_attn() -> None:
     """RuntimeErrors, by the names that arguments have there."""
     q, pages = torch.randn(1, 1, 2, 8), torch.randn(2, 4, 4, 2, 8).unbind()
     table = torch.zeros(1, 1, dtype=torch.int32)
@@ -337,7 +337,7 @@ def test_errors_are_flash_attns() -> None:
         assert isinstance(raised.value, kind)
 
 
-def test_errors_of_backends_stay_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_backends_keep_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ATTN_BACKEND", "sdpa")
     q = torch.randn(1, 4, 2, 8)
     with pytest.raises(BackendError, match="sdpa"):

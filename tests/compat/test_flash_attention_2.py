@@ -156,7 +156,7 @@ def test_a_step_over_pages(flash: list[str]) -> None:
         assert torch.equal(pages[0][table[b, n // 4], n % 4], k[0, b])
 
 
-def test_flash_attention_2_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_2_scopes_nest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scopes and calls nest, and all is as it was afterwards."""
     from transformers import modeling_flash_attention_utils as flash_utils
     from transformers.integrations import flash_attention as integration
@@ -208,7 +208,9 @@ def logits_of(config: Any, implementation: str, dtype: torch.dtype, tokens: dict
 
 
 @pytest.mark.parametrize("name", GUARDED)
-def test_files_that_ask_for_flash_attn_at_import(name: str, flash: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_that_check_for_flash_attn_at_import(
+    name: str, flash: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model's own flash class, in float32, where its file was imported before the switch, and where after."""
     file = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     config = GUARDED[name]()
@@ -229,7 +231,7 @@ def test_files_that_ask_for_flash_attn_at_import(name: str, flash: list[str], mo
     assert flash == ["attention_varlen"] * 4
 
 
-def test_layers_without_a_linear(flash: list[str]) -> None:
+def test_models_without_a_linear_layer(flash: list[str]) -> None:
     """GPT-2's are Conv1D; Transformers looks for the dtype of the first nn.Linear."""
     config = transformers.GPT2Config(**NAMED)
     tokens = {"input_ids": torch.randint(1, 50, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}

@@ -65,7 +65,7 @@ def test_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     check(varlen("flash_attn_varlen_func"), RAGGED, WORDS["all"])
 
 
-def test_varlen_lengths_need_not_be_ints() -> None:
+def test_varlen_lengths_of_any_integer_type() -> None:
     """Transformers hands over what it read off a tensor as a tensor."""
     q, starts = torch.randn(7, 2, 8), starts_of([3, 4])
     expected = flash.flash_attn_varlen_func(q, q, q, starts, starts, 4, 4, causal=True)

@@ -118,7 +118,7 @@ def test_varlen(name: str, dropout_p: float) -> None:
         assert not delta[:, at + rows[b] : at + rows[b] + 128].any()
 
 
-def test_keys_that_are_there() -> None:
+def test_leftpad_and_seqused() -> None:
     """leftpad_k and seqused_k, of packed keys, and seqused_k of pages."""
     q, k, v = torch.randn(5, HEADS, DIM), *torch.randn(2, 12, KV_HEADS, DIM)
     starts, ends = starts_of([2, 0, 3]), [(0, 4), (4, 5), (5, 12)]
@@ -165,7 +165,7 @@ def test_starts_and_lengths_are_integers_of_any_width(dtype: torch.dtype, paged_
     assert torch.equal(run(lambda x: x.to(dtype)), run(lambda x: x))
 
 
-def test_rows_that_see_nothing() -> None:
+def test_fully_masked_rows() -> None:
     q, k, v, dout = drawn(m=13, n=7)
     own = passed({"causal": True})
     out, lse, *_ = flash._flash_attn_forward(q, k, v, **own, return_softmax=False)
@@ -266,7 +266,7 @@ def test_signs_of_weights_that_are_zero() -> None:
     assert hidden.double().mean() > 0.9 and 0.4 < weights[hidden].signbit().double().mean() < 0.6
 
 
-def test_asked_of_a_pass() -> None:
+def test_return_softmax() -> None:
     q, k, v, _ = drawn()
     words = {"causal": True}
     torch.manual_seed(4)

@@ -86,7 +86,7 @@ def lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("lengths", [(11, 11), (7, 19)], ids=str)
 @pytest.mark.parametrize("call", [causal_by_flag, grouped, float_mask, upper_left, lower_right])
-def test_functional(arrivals: list, call: Callable, lengths: tuple[int, int]) -> None:
+def test_functional_calls(arrivals: list, call: Callable, lengths: tuple[int, int]) -> None:
     q, k, v = (randn(2, 4, n, 8).requires_grad_() for n in (lengths[0], lengths[1], lengths[1]))
     dout = randn(2, 4, lengths[0], 8)
 
@@ -185,7 +185,7 @@ def test_refused_causal_bias_is_spelled_out_for_torch(arrivals: list, monkeypatc
     assert torch.equal(out, expected)
 
 
-def test_what_torch_makes_of_a_wrong_call(arrivals: list) -> None:
+def test_mask_with_is_causal_behaves_as_in_torch(arrivals: list) -> None:
     """A mask together with is_causal, which torch takes up to 2.14; a bias of other lengths is wrong for it too."""
     q = randn(1, 2, 4, 8)
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
@@ -232,7 +232,7 @@ def test_switch(arrivals: list) -> None:
     assert F.scaled_dot_product_attention is TORCH
 
 
-def test_a_later_replacement_is_kept(arrivals: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_replacements_are_kept(arrivals: list, monkeypatch: pytest.MonkeyPatch) -> None:
     def theirs(*args: Any, **kwargs: Any) -> Tensor:
         return TORCH(*args, **kwargs)
 
@@ -287,7 +287,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("call", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("kernel", ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"))
-def test_torchs_choice_of_kernels(kernel: str, call: Callable) -> None:
+def test_sdpa_kernel_context(kernel: str, call: Callable) -> None:
     """It may leave torch's function no kernel at all; ours does not depend on it."""
     q = randn(1, 2, 7, 4)
     oracle, *_, plain = call(q.double()), *(call(q) for _ in range(4))  # some of which may be replayed
@@ -334,7 +334,7 @@ def test_scope_and_compiled_functions(arrivals: list, way: str) -> None:
 
 
 @pytest.mark.parametrize("switch", (lambda: compat_sdpa.scope().__enter__(), compat_sdpa.enable, compat_sdpa.disable))
-def test_the_switch_is_not_compiled(arrivals: list, switch: Callable) -> None:
+def test_switching_inside_compiled_code_is_refused(arrivals: list, switch: Callable) -> None:
     """The error says where the switch belongs, and nothing is left switched."""
 
     def inside(q: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def test_window_without_a_mask(m: int) -> None:
     within_budget("out", out, expected, TORCH(q, k, v, attn_mask=allowed).transpose(1, 2))
 
 
-def test_who_decides_causality() -> None:
+def test_causality_from_module_and_arguments() -> None:
     """The argument, else the module, else causal; never with a mask, nor for a single query."""
     q, k = randn(1, 2, 6, 8), randn(1, 2, 6, 8)
     encoder = Layer()
@@ -189,7 +189,7 @@ def test_dropout_reaches_the_weights() -> None:
     assert not torch.equal(out, models.attention_forward(Layer(), q, k, k, None)[0])
 
 
-def test_what_is_refused_or_absent_is_said() -> None:
+def test_unsupported_arguments_are_reported() -> None:
     q = randn(1, 2, 6, 8)
     with pytest.raises(NotImplementedError, match="cache"):
         models.attention_forward(Layer(), q, q, q, None, cache=object())
@@ -197,7 +197,7 @@ def test_what_is_refused_or_absent_is_said() -> None:
         models.attention_forward(Layer(), q, q, q, None, output_attentions=True)
 
 
-def test_sentence_encoder_is_quiet() -> None:
+def test_sentence_encoder_warns_nothing() -> None:
     """Registering twice changes nothing, and a model built on the name warns of nothing."""
     models.register()
     models.register()
@@ -215,7 +215,7 @@ def test_weights_are_not_returned() -> None:
         assert model(torch.randint(1, 50, (1, 7)), output_attentions=True).attentions == ()
 
 
-def test_none_is_everything_where_a_causal_mask_is_never_none() -> None:
+def test_no_mask_means_full_attention_in_models_that_always_pass_causal_masks() -> None:
     """Some modules that see everything say nothing of causality, or say that they are causal."""
     q, k = randn(1, 2, 4, 8), randn(1, 2, 6, 8)
     module = Layer()
@@ -226,7 +226,7 @@ def test_none_is_everything_where_a_causal_mask_is_never_none() -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
-def test_chosen_blocks_of_keys(mask: str) -> None:
+def test_sparse_blocks_of_keys(mask: str) -> None:
     """-1 names no block, the last block may be cut, and heads share what is chosen for their group."""
     q, k = randn(1, 4, 5, 8), randn(1, 2, 5, 8)
     blocks = torch.tensor([[[[0, -1]] * 5, [[0, 2]] * 5]])
@@ -241,7 +241,7 @@ def test_chosen_blocks_of_keys(mask: str) -> None:
     within_budget("out", found, exact, TORCH(q, k, k, attn_mask=keep, enable_gqa=True).transpose(1, 2))
 
 
-def test_a_sink_for_each_row() -> None:
+def test_sinks_per_row() -> None:
     q, k, sinks = randn(1, 2, 5, 8), randn(1, 2, 5, 8), randn(1, 2, 5, 1)
 
     def eager(dtype: torch.dtype) -> Tensor:

@@ -162,7 +162,7 @@ def test_refused(name: str) -> None:
         cls._from_config(cls.config_class(), attn_implementation=models.NAME)
 
 
-def test_refused_by_inheritance() -> None:
+def test_subclasses_of_refused_models_are_refused() -> None:
     class Mine(transformers.BloomForCausalLM):
         pass
 
@@ -171,7 +171,7 @@ def test_refused_by_inheritance() -> None:
         Mine._from_config(transformers.BloomConfig(), attn_implementation=models.NAME)
 
 
-def test_a_part_may_stay_eager() -> None:
+def test_composite_models_with_an_eager_part() -> None:
     """The parts of a composite model, where one of them computes attention itself."""
     models.register()
     parts = {"": models.NAME, "vision_config": "eager", "mask_decoder_config": models.NAME}
@@ -181,7 +181,7 @@ def test_a_part_may_stay_eager() -> None:
     assert model.config._attn_implementation == model.config.mask_decoder_config._attn_implementation == models.NAME
 
 
-def test_a_model_that_cannot_change_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_models_without_support_stay_unchanged(caplog: pytest.LogCaptureFixture) -> None:
     models.register()
     model, given = build(transformers.BloomModel)
     before = answer(model, given, torch.float32)

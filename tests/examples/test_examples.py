@@ -124,7 +124,9 @@ def test_gpt_notices_a_wrong_attention(
         ([1], [1], "A cache pays for longer texts"),
     ],
 )
-def test_gpt_says_when_a_cache_pays(cached: list[float], afresh: list[float], said: str, gpt: ModuleType) -> None:
+def test_gpt_reports_the_speed_of_the_cache(
+    cached: list[float], afresh: list[float], said: str, gpt: ModuleType
+) -> None:
     """From the end of the last stretch in which the text with a cache was not ahead."""
     assert said in str(gpt.Writing(torch.zeros(9), torch.zeros(9), cached, afresh))
 
@@ -171,7 +173,7 @@ def test_gpt_positions_are_relative(gpt: ModuleType) -> None:
     assert scores[0].unique().numel() == 20
 
 
-def test_gpt_writes_what_the_model_says(gpt: ModuleType, model: torch.nn.Module) -> None:
+def test_gpt_samples_from_the_model(gpt: ModuleType, model: torch.nn.Module) -> None:
     """Nearly cold, the likeliest character each time; of what `first_read` says alone."""
     shaken(model)
     start = torch.randint(50, (12,))
@@ -206,7 +208,7 @@ def test_gpt_writes_the_same_with_a_cache(
     assert len(cached[37:].unique()) > (10 if temperature == 1 else 1)
 
 
-def test_gpt_reads_on_where_it_stopped(gpt: ModuleType, model: torch.nn.Module) -> None:
+def test_gpt_cache_in_chunks_of_any_size(gpt: ModuleType, model: torch.nn.Module) -> None:
     """Logits over a cache, in chunks of any size, are those of the whole text; every block's keys are the same."""
     shaken(model.double())
     tokens = torch.randint(50, (1, 70))
@@ -217,7 +219,7 @@ def test_gpt_reads_on_where_it_stopped(gpt: ModuleType, model: torch.nn.Module) 
     assert len(memory) == 70 and memory.cache.k.shape[0] == len(model.blocks)
 
 
-def test_gpt_forgets_half_at_once(gpt: ModuleType) -> None:
+def test_gpt_window_moves_by_half_a_context(gpt: ModuleType) -> None:
     """Not more than the context is read, and at least half of it, as soon as there is so much; it moves on in steps."""
     for context in (1, 2, 7, 160):
         firsts = [gpt.first_read(n, context) for n in range(1, 500)]
@@ -251,7 +253,7 @@ def test_gpt_text(gpt: ModuleType) -> None:
     assert fair.entropy() == pytest.approx(math.log(2))
 
 
-def test_gpt_learns_the_same_again(gpt: ModuleType, corpus: object) -> None:
+def test_gpt_training_is_reproducible(gpt: ModuleType, corpus: object) -> None:
     given = gpt.arguments([*map(str, SMALL), "--context", "40", "--steps", "4"], corpus)
     runs = [gpt.start(name, gpt.fused, corpus, given) for name in "ab"]
     for x in runs:
@@ -368,7 +370,7 @@ def test_classify_log_odds(classify: ModuleType) -> None:
     torch.testing.assert_close(classify.log_odds(logits, area), torch.logit(chance))
 
 
-def test_classify_words_have_their_tokens(classify: ModuleType, untrained: torch.nn.Module) -> None:
+def test_classify_maps_words_to_tokens(classify: ModuleType, untrained: torch.nn.Module) -> None:
     """All but the special tokens, each in one word."""
     text = "The co-owner's re-registration wasn't 'unlawful', was it?"
     found = classify.token_positions(untrained, text)

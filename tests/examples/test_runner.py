@@ -116,7 +116,7 @@ def test_default_device(examples: dict, name: str, machine: Callable, first: int
     ("kind", "backend", "dtype"),
     [("cuda", "triton", torch.float16), *((x, "tiled", torch.float32) for x in THERE[1:])],
 )
-def test_what_is_shown_on_a_device(devices: ModuleType, kind: str, backend: str, dtype: torch.dtype) -> None:
+def test_backend_and_dtype_of_a_device(devices: ModuleType, kind: str, backend: str, dtype: torch.dtype) -> None:
     device = torch.device(kind)
     assert (devices.shown(device), devices.inference_dtype(device)) == (backend, dtype)
 
@@ -171,7 +171,7 @@ class OneDevice(TorchDispatchMode):
         return function(*given, **more or {})
 
 
-def test_one_device_notices_two() -> None:
+def test_tensors_on_two_devices_are_detected() -> None:
     with OneDevice(), pytest.raises(AssertionError):
         torch.ones(3) + torch.ones(3, device="meta")
 
@@ -205,7 +205,7 @@ def test_seq2seq_is_on_its_device(examples: dict, score: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_place_that_cannot_be_written(examples: dict, name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_unwritable_output(examples: dict, name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """One line, before anything is trained or embedded."""
     (tmp_path / "file").touch()
     monkeypatch.setattr(examples[name], {"seq2seq": "corpus", "minilm": "load"}.get(name, "trained"), None)
@@ -226,7 +226,7 @@ def test_a_read_only_place(runner: ModuleType, tmp_path: Path, monkeypatch: pyte
         runner.prepare(tmp_path)
 
 
-def test_no_half_of_a_file(runner: ModuleType, tmp_path: Path) -> None:
+def test_interrupted_writes_leave_no_file(runner: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     with runner.complete(path) as part:
         part.write_text("old")
@@ -272,7 +272,7 @@ def test_missing_triton(examples: dict, tmp_path: Path, monkeypatch: pytest.Monk
         minilm.main(["--device", "cpu", "--out", str(tmp_path)])
 
 
-def test_a_fault_of_ours_is_no_missing_package(runner: ModuleType) -> None:
+def test_own_import_errors_are_not_missing_packages(runner: ModuleType) -> None:
     with pytest.raises(ModuleNotFoundError), runner.imports():
         import torch.no_such_module  # noqa: F401
 

@@ -223,7 +223,7 @@ def test_padding_changes_nothing(seq2seq: ModuleType, pairs: list[Any], score: s
     torch.testing.assert_close(model.loss(sources, targets), (alone * words).sum() / words.sum())
 
 
-def test_models_differ_in_their_context_alone(seq2seq: ModuleType) -> None:
+def test_models_differ_only_in_their_context(seq2seq: ModuleType) -> None:
     attended, last = (built(seq2seq, score) for score in ("dot", None))
     of_attention = sum(x.numel() for x in (*attended.query.parameters(), *attended.key.parameters()))
     sizes = [sum(x.numel() for x in model.parameters()) for model in (attended, last)]

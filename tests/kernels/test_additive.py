@@ -153,7 +153,7 @@ def test_any_order_of_programs_gives_the_same_bits(
     assert len(orders) > 1, "every order was the same"
 
 
-def test_fewer_programs_than_tiles_do_all_of_them(turns: list[Turns], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_persistent_programs_cover_all_tiles(turns: list[Turns], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gradients(CASES["full"])
     monkeypatch.setattr(launch, "RESIDENT", 2)
     monkeypatch.setattr(settings, "multiprocessors", lambda device: 1)
@@ -173,7 +173,7 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def test_float32_takes_tanh_and_half_precision_takes_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_uses_tanh_and_half_precision_uses_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, same in ((torch.float32, True), (torch.float16, False)):
         found = attend(*inputs(dtype))
         with monkeypatch.context() as patch:

@@ -157,7 +157,7 @@ def run_pipeline(seed: int, **constants: Any) -> tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_right_pipeline(seed: int) -> None:
+def test_correct_pipeline(seed: int) -> None:
     out, expected, _ = run_pipeline(seed, BREAK="")
     within_budget("product", out, *expected)
 
@@ -183,12 +183,12 @@ def test_a_right_pipeline(seed: int) -> None:
         ("store", "ended before its store had read shared memory"),
     ),
 )
-def test_a_broken_pipeline(what: str, message: str) -> None:
+def test_incorrect_pipeline(what: str, message: str) -> None:
     x, y, out = operands()
     fails(message, pipeline, 1, *(descriptor(t, 16, 16) for t in (x, y, out)), 5, BREAK=what)
 
 
-def test_who_waits_for_what() -> None:
+def test_deadlocks_name_the_waiting_partitions() -> None:
     with pytest.raises(Fault) as found:
         run_pipeline(0, BREAK="arrive")
     text = str(found.value)
@@ -251,18 +251,18 @@ def phases(COMPLETED: gl.constexpr, PARITY: gl.constexpr):
 
 
 @pytest.mark.parametrize(("completed", "parity"), ((0, 1), (1, 0), (2, 1), (3, 0)))
-def test_a_wait_passes(completed: int, parity: int) -> None:
+def test_wait_on_a_completed_phase_passes(completed: int, parity: int) -> None:
     """The phase before the first has parity 1, and one two behind looks like the latest."""
     launch(phases, 1, COMPLETED=completed, PARITY=parity)
 
 
 @pytest.mark.parametrize(("completed", "parity"), ((0, 0), (1, 1), (2, 0), (3, 1)))
-def test_a_wait_blocks(completed: int, parity: int) -> None:
+def test_wait_on_an_open_phase_blocks(completed: int, parity: int) -> None:
     with pytest.raises(Fault, match="deadlock"):
         launch(phases, 1, COMPLETED=completed, PARITY=parity)
 
 
-def test_a_parity_is_a_bit() -> None:
+def test_parity_is_one_bit() -> None:
     with pytest.raises(Fault, match="parity is 0 or 1"):
         launch(phases, 1, COMPLETED=2, PARITY=2)
 
@@ -325,7 +325,7 @@ def copy(x, y, row, column, WAIT: gl.constexpr):
 
 
 @pytest.mark.parametrize(("row", "column"), ((0, 0), (10, 0), (24, 16), (-5, -8), (40, 0), (0, 40)))
-def test_boxes_that_reach_out(row: int, column: int) -> None:
+def test_tma_boxes_beyond_the_tensor(row: int, column: int) -> None:
     """Zeros come in and nothing goes out."""
     x, y = torch.randn(27, 24), torch.full((27, 24), 7.0)
     launch(copy, 1, descriptor(x, 16, 16), descriptor(y, 16, 16), row, column, WAIT=True)
@@ -337,7 +337,7 @@ def test_boxes_that_reach_out(row: int, column: int) -> None:
     assert torch.equal(y, expected[60:87, 60:84])
 
 
-def test_a_copy_that_nobody_waits_for() -> None:
+def test_copies_without_a_wait_are_detected() -> None:
     x = torch.randn(16, 16)
     with pytest.raises(Fault, match="copy that nobody waited for"):
         launch(copy, 1, descriptor(x, 16, 16), descriptor(x.clone(), 16, 16), 0, 0, WAIT=False)
@@ -411,7 +411,7 @@ def test_sums_that_must_be_ordered(seed: int) -> None:
         run_ordered(seed, ordered=True, BULK=False, ORDER=False)
 
 
-def test_a_read_source_is_no_finished_write() -> None:
+def test_wait_for_read_does_not_finish_the_write() -> None:
     with pytest.raises(Fault, match=r"global memory: a copy from global memory .* not ordered after an asynchr"):
         for seed in SEEDS:
             run_ordered(seed, BULK=False, ORDER=True)
@@ -423,7 +423,7 @@ def spins(flag):
         pass
 
 
-def test_spinning_ends() -> None:
+def test_step_limit() -> None:
     with pytest.raises(Fault, match="still running after 500 steps"):
         launch(spins, 1, torch.zeros(1, dtype=torch.int32), deadline=500)
 
@@ -464,7 +464,7 @@ def test_reads_before_writes(seed: int) -> None:
     assert sums == 16
 
 
-def test_a_read_that_a_write_overtakes() -> None:
+def test_write_after_read_races() -> None:
     flag = torch.zeros(1, dtype=torch.int32)
     fails("race in global memory", passes_on, 2, torch.ones(16), torch.zeros(1), flag, ORDER=False)
 
@@ -523,7 +523,7 @@ def hands_tensors():
     gl.warp_specialize([(nothing, (x,)), (nothing, (x,))], [1], [24])
 
 
-def test_workers_take_no_tensors() -> None:
+def test_partitions_accept_no_tensors() -> None:
     with pytest.raises(Fault, match="only the first partition takes tensors"):
         launch(hands_tensors, 1)
 
@@ -535,7 +535,7 @@ def unwritten(out):
     gl.store(out + gl.arange(0, 16, L), cell.load(L))
 
 
-def test_memory_that_nobody_has_written() -> None:
+def test_uninitialized_memory_is_detected() -> None:
     with pytest.raises(Fault, match="nobody has written"):
         launch(unwritten, 1, torch.zeros(16))
 
@@ -545,7 +545,7 @@ def large(x, ROWS: gl.constexpr):
     gl.allocate_shared_memory(gl.bfloat16, [ROWS, 128], x.layout)
 
 
-def test_shared_memory_ends() -> None:
+def test_shared_memory_limit() -> None:
     x = descriptor(torch.zeros(16, 128).bfloat16(), 16, 128)
     launch(large, 1, x, ROWS=227 * 4)
     with pytest.raises(Fault, match="bytes of shared memory"):
@@ -567,7 +567,7 @@ def plain(out):
     tl.store(out + tl.arange(0, 16), tl.arange(0, 16))
 
 
-def test_other_kernels_go_where_they_went() -> None:
+def test_emulation_leaves_other_kernels_alone() -> None:
     out = torch.zeros(16, dtype=torch.int32)
     before = launcher.launch
     with emulated() as emulation:

@@ -146,7 +146,7 @@ def test_parameters() -> None:
 
 
 @pytest.mark.parametrize("transform", ("double backward", "jvp"))
-def test_the_threshold_as_it_is(transform: str) -> None:
+def test_transforms_around_the_length_threshold(transform: str) -> None:
     layers = [x.double() for x in pair(batch_first=True)]
     for n in (weights_module.COLUMNS, weights_module.COLUMNS + 1):
         key = randn(1, n, E, seed=1).double()
@@ -182,7 +182,7 @@ def test_first_gradients_with_create_graph() -> None:
 
 
 @pytest.mark.usefixtures("keys")
-def test_weights_say_which_backends_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_derivatives_of_weights_name_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' weights have a first derivative; never part of a second one."""
     pytest.importorskip("triton")
     monkeypatch.setenv("FUSED_ATTN_BACKEND", "triton")

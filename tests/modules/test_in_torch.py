@@ -267,7 +267,7 @@ def test_script_is_refused(make: Any) -> None:
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else x.__name__,
 )
-def test_exceptions_are_torchs_too(wrong: dict[str, Any], error: type[Exception]) -> None:
+def test_exceptions_have_torchs_types(wrong: dict[str, Any], error: type[Exception]) -> None:
     """Ours are ValueError or TypeError, and what torch raises for the same."""
     given = {"query": randn(4, 4, 4), "key": randn(4, 4, 4), "value": randn(4, 4, 4)} | wrong
     for layer in (nn.MultiheadAttention(4, 4), MultiheadAttention(4, 4)):

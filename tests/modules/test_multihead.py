@@ -122,7 +122,7 @@ def test_one_tensor_in_several_roles(same: str, batch_first: bool) -> None:
 
 
 @pytest.mark.parametrize("options", ({}, {"need_weights": False, "key_padding_mask": padding(10, 4, 1)}), ids=str)
-def test_a_hint_that_is_wrong(options: dict) -> None:
+def test_wrong_is_causal_hint(options: dict) -> None:
     """Where torch reads the mask all the same, so do we."""
     ours, theirs = pair(batch_first=True)
     agree(ours, theirs, batch(batch_first=True), {"attn_mask": holes(M, N), "is_causal": True} | options)
@@ -178,7 +178,7 @@ def test_float64() -> None:
         within_budget("output", got.detach(), oracle.detach(), plain.detach())
 
 
-def test_a_query_that_sees_nothing() -> None:
+def test_fully_masked_rows() -> None:
     """Weights and gradients are zeros, and the output is the projection's bias, with the weights and without them."""
     ours, _ = pair(batch_first=True)
     args = tuple(x.requires_grad_() for x in batch(batch_first=True))
@@ -221,7 +221,7 @@ def test_dropout(average: bool) -> None:
     assert torch.equal(ours(x, x, x)[0], ours.out_proj.bias.expand_as(x))
 
 
-def test_is_torchs(tmp_path: Any) -> None:
+def test_is_a_subclass_of_torchs_layer(tmp_path: Any) -> None:
     """The same signatures, names and initial parameters; state_dicts load either way, and from disk."""
     for name in ("__init__", "forward"):
         ours, theirs = (inspect.signature(getattr(x, name)) for x in (MultiheadAttention, nn.MultiheadAttention))

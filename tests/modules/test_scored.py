@@ -222,7 +222,7 @@ def test_additive_memory_is_linear() -> None:
     ],
 )
 @pytest.mark.filterwarnings(NESTED)
-def test_what_scored_layers_refuse(given: dict, error: type[Exception], words: str) -> None:
+def test_unsupported_arguments_are_refused(given: dict, error: type[Exception], words: str) -> None:
     layer = AdditiveAttention(5, 6, 8, num_heads=2)
     with pytest.raises(error, match=words):
         layer(**({"query": randn(B, M, 5), "key": randn(B, N, 6)} | given))

@@ -35,7 +35,7 @@ def test_readme_is_short_and_begins_with_installation_and_the_two_commands() -> 
 
 
 @pytest.mark.parametrize("name", report.DOCUMENTS)
-def test_figures_are_the_results(name: str) -> None:
+def test_figures_match_the_results(name: str) -> None:
     assert report.rewritten(name) == DOCUMENTS[name], "run python -m bench.report"
 
 

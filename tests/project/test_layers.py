@@ -59,7 +59,7 @@ def test_imports_point_down(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(x for x in MODULES if x.startswith("kernels.")))
-def test_kernels_import_triton_alone(name: str) -> None:
+def test_kernels_import_only_triton(name: str) -> None:
     allowed = {"triton", "kernels", "__future__", "typing", "math"}
     assert {x.split(".")[0] for x in imports(MODULES[name])} <= allowed
 

@@ -11,7 +11,7 @@ from tests import ROOT, mutants
 
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: m.name)
-def test_text_stands_once(mutant: mutants.Mutant) -> None:
+def test_mutated_text_occurs_once(mutant: mutants.Mutant) -> None:
     text = (ROOT / mutant.file).read_text()
     assert text.count(mutant.old) == 1, f"{mutant.file}: {mutant.old!r} stands there {text.count(mutant.old)} times"
     ast.parse(text.replace(mutant.old, mutant.new))

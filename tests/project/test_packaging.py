@@ -166,8 +166,8 @@ def test_editable_install(checkout: Path, decoy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [("-m", "pytest"), ("pytest",)], ids=["python -m pytest", "pytest"])
 def test_bare_checkout(checkout: Path, decoy: Path, command: tuple[str, ...]) -> None:
     (checkout / "tests").mkdir(exist_ok=True)
-    (checkout / "tests" / "test_probe.py").write_text(
-        "def test_probe():\n"
+    (checkout / "tests" / "test_import_probe.py").write_text(
+        "def test_import_probe():\n"
         "    import fused_attn.kernels.types, kernels\n"
         f"    assert fused_attn.__file__ == {str(checkout / 'fused_attn' / '__init__.py')!r}\n"
         f"    assert fused_attn.kernels.types.__file__ == {str(checkout / 'kernels' / 'types.py')!r}\n"
@@ -178,7 +178,7 @@ def test_bare_checkout(checkout: Path, decoy: Path, command: tuple[str, ...]) ->
     assert "1 passed" in said
 
 
-def test_kernels_is_not_ours() -> None:
+def test_kernels_directory_shadows_no_package() -> None:
     """With no file to import, the directory gives way to any distribution of that name, and Transformers sees none."""
     assert not (KERNELS / "__init__.py").exists()
     spec = importlib.util.find_spec("kernels")

@@ -65,7 +65,7 @@ def packed(starts_q: Tensor, starts_k: Tensor) -> Any:
 
 
 @pytest.mark.skipif(bool(testing.why_not("ragged", "triton")), reason="triton does not run here")
-def test_packed_batches_are_checked_whatever_came_before(unread: None) -> None:
+def test_packed_batches_are_checked_at_each_call(unread: None) -> None:
     starts, wrong = torch.tensor([0, 30, 64], dtype=torch.int32), torch.tensor([0, 80, 64], dtype=torch.int32)
     for _ in range(4):
         packed(starts, starts)
@@ -76,7 +76,7 @@ def test_packed_batches_are_checked_whatever_came_before(unread: None) -> None:
 
 
 @pytest.mark.parametrize("name", ("k_cache", "v_cache"))
-def test_a_sparse_cache_is_named(name: str, unread: None) -> None:
+def test_sparse_tensors_are_refused(name: str, unread: None) -> None:
     caches = {x: torch.zeros(1, 8, 2, 16) for x in ("k_cache", "v_cache")}
     new = torch.zeros(1, 1, 2, 16)
     caches[name] = caches[name].to_sparse()

@@ -52,7 +52,7 @@ def residual(out: Tensor) -> Tensor:
     ("name", "backend"),
     [(x, b) for x in CALLS for b in ("tiled", "reference")] + [(x, "triton") for x in ("contiguous", "bshd", "varlen")],
 )
-def test_residual(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residual_added_in_place(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     monkeypatch.setenv("FUSED_ATTN_BACKEND", backend)
@@ -77,7 +77,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("create_graph", (False, True))
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes(change: str, create_graph: bool) -> None:
+def test_changed_out_gives_the_gradient_of_the_original(change: str, create_graph: bool) -> None:
     """As if the change were made to a copy; also where nobody but the version counter saw it."""
     x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
 
@@ -131,7 +131,7 @@ def test_lse_may_change_too() -> None:
     torch.testing.assert_close(torch.autograd.grad(out.sum() + lse.sum(), x)[0], expected, rtol=0, atol=0)
 
 
-def test_inputs_may_not() -> None:
+def test_changed_inputs_are_refused() -> None:
     """They are saved, and torch says so."""
     x = torch.randn(1, 2, 5, 4).requires_grad_()
     q = x * 1.0

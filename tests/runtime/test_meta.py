@@ -153,7 +153,7 @@ def facts(result: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_like_real_tensors(name: str) -> None:
+def test_same_shapes_and_strides_as_real_tensors(name: str) -> None:
     call = CALLS[name]
     expected = facts(call(Made("cpu")))
     assert facts(call(Made("meta"))) == expected
@@ -186,7 +186,7 @@ def test_explain() -> None:
 
 
 @pytest.mark.parametrize("device", ("cpu", "meta"))
-def test_operations_are_counted(device: str) -> None:
+def test_flop_counter(device: str) -> None:
     q = torch.empty(2, 4, 5, 8, device=device)
     with FlopCounterMode(display=False) as counter:
         attention(q, q, q, softcap=2.0)

@@ -262,7 +262,7 @@ def test_saved_tensors(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
-def test_nothing_leaks(backend: str) -> None:
+def test_no_tensor_leaks(backend: str) -> None:
     """Inputs and outputs die with their last reference, before and after a backward, without the collector."""
     available(backend)
 
@@ -429,7 +429,7 @@ def test_flops() -> None:
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
-def test_the_same_bits_every_time(backend: str) -> None:
+def test_same_bits_at_every_call(backend: str) -> None:
     """Every gradient, parameters included; and use_deterministic_algorithms overrides deterministic=False."""
     available(backend)
     inputs = testing.make_inputs(replace(CASES["everything_tensor"], b=1, hq=2, hkv=1, m=35, n=70))

@@ -229,7 +229,7 @@ def test_entry_points(entry_point: Callable[..., Tensor]) -> None:
     check(entry_point, leaf(5, 2, 8))
 
 
-def test_entry_points_say_who_has_it(entry_point: Callable[..., Tensor]) -> None:
+def test_errors_name_the_backends_with_second_derivatives(entry_point: Callable[..., Tensor]) -> None:
     """Kernels have the first derivative; what they lack is refused by name, and never a silent zero."""
     pytest.importorskip("triton")
     x = leaf(5, 2, 8).detach().float().requires_grad_()

@@ -80,14 +80,14 @@ def test_repr(name: str) -> None:
     assert make() == make()
 
 
-def test_all_of_them_differ() -> None:
+def test_different_masks_are_unequal() -> None:
     made = [make() for make, _ in MASKS.values()]
     for i, mask in enumerate(made):
         assert [mask == other for other in made] == [i == j for j in range(len(made))]
     assert Mask.causal() != "Mask.causal()"
 
 
-def test_equality_is_of_conditions() -> None:
+def test_equality_ignores_the_order_of_conditions() -> None:
     assert Mask.causal() & Mask.window(3, 0) == Mask.window(3, 0) & Mask.causal()
     assert Mask.causal() == Mask.window(None, 0) and Mask.window(None, None) == Mask()
     assert Mask.causal() & Mask.causal() == Mask.causal() != Mask.causal("top_left")
@@ -97,7 +97,7 @@ def test_equality_is_of_conditions() -> None:
     assert Mask.segments(IDS) == Mask.segments(IDS, IDS) != Mask.segments(IDS, sorted=True)
 
 
-def test_there_is_no_hash() -> None:
+def test_masks_are_unhashable() -> None:
     for x in (Mask.causal(), Mask.causal().parts[0]):
         with pytest.raises(TypeError, match="unhashable"):
             hash(x)
@@ -127,7 +127,7 @@ def test_to(name: str) -> None:
 @pytest.mark.parametrize(
     "x", (Mask(), Mask.causal(), Mask.lengths(lengths(3, 4)), scores.Cosine(torch.ones(2))), ids=repr
 )
-def test_to_takes_a_device_alone(x: Any) -> None:
+def test_to_accepts_only_a_device(x: Any) -> None:
     assert x.to(torch.device("cpu")) == x
     for other in (torch.int32, torch.float16, torch.zeros(2), None, True):
         with pytest.raises(TypeError, match=r"device: expected a torch.device, a str or an int, got"):
@@ -153,7 +153,7 @@ REFILLED = {
 
 @pytest.mark.parametrize("backend", [None, "tiled", "reference"])
 @pytest.mark.parametrize("name", REFILLED)
-def test_a_buffer_filled_anew(name: str, backend: str | None) -> None:
+def test_index_tensors_are_read_at_each_call(name: str, backend: str | None) -> None:
     make, before, after = REFILLED[name]
     q, k, v = (torch.randn(2, 2, 6, 4) for _ in range(3))
     kept = before.clone()
@@ -165,14 +165,14 @@ def test_a_buffer_filled_anew(name: str, backend: str | None) -> None:
 
 
 @pytest.mark.parametrize("ids", [(SECOND, None), (FIRST, SECOND), (SECOND, FIRST)], ids=["both", "keys", "queries"])
-def test_a_false_promise(ids: tuple[Tensor, Tensor | None]) -> None:
+def test_unsorted_ids_with_sorted_true_are_refused(ids: tuple[Tensor, Tensor | None]) -> None:
     mask = Mask.segments(*ids, sorted=True)
     name = "q_ids" if ids[0] is SECOND else "kv_ids"
     with pytest.raises(ValueError, match=rf"Mask.segments\({name}\): sorted=True promises ids that never decrease"):
         mask.materialize(SHAPE)
 
 
-def test_ids_on_a_device_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_on_a_device_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, the default is right for all ids; a promise is believed, and checked under `debug`."""
     monkeypatch.setattr("fused_attn.spec.conditions.readable", lambda x: fused_attn.spec.checks._debugging.get())
     assert Mask.segments(FIRST).resolve(SHAPE)[1] is not None
@@ -189,7 +189,7 @@ LONG = (1, 1, 300, 300)
 
 
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
-def test_widths(dtype: torch.dtype) -> None:
+def test_integers_of_any_width(dtype: torch.dtype) -> None:
     """N and M fit no 8 bits."""
     kv, q, ids = lengths(100), lengths(120), torch.arange(300) // 100
     makes = {
@@ -214,14 +214,14 @@ def test_ids_beyond_int64(order: bool | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("make", [Mask.lengths, Mask.prefix, Mask.segments])
-def test_what_is_no_integer(make: Any, dtype: torch.dtype) -> None:
+def test_non_integers_are_refused(make: Any, dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"Mask\.\w+\((kv|lengths|q_ids)\): expected an integer tensor, got torch\."):
         make(torch.ones(6).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint64], ids=str)
 @pytest.mark.parametrize("wrong", [-1, 7])
-def test_lengths_that_lie(wrong: int, dtype: torch.dtype) -> None:
+def test_lengths_out_of_range_are_refused(wrong: int, dtype: torch.dtype) -> None:
     given = torch.tensor([3, wrong]).to(dtype)
     makes = (("kv", lambda: Mask.lengths(given)), ("q", lambda: Mask.lengths(lengths(3, 3), given)),
              ("lengths", lambda: Mask.prefix(given)))  # fmt: skip

@@ -120,7 +120,7 @@ def test_intersection_is_and(count: int) -> None:
         assert torch.equal(joined.materialize(SHAPE), expected)
 
 
-def test_what_becomes_a_tensor() -> None:
+def test_conditions_that_become_a_tensor() -> None:
     """Only two windows of which the narrower one has more sinks."""
     for a, b in itertools.combinations(PARTS.keys() - {"tensor"}, 2):
         _, _, rest = (PARTS[a]() & PARTS[b]()).resolve(SHAPE)
@@ -188,7 +188,7 @@ def listed(block_mask: Any, tile: int, width: int, b: int, h: int) -> tuple[list
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(random_masks(), st.sampled_from(((16, 16), (16, 32), (32, 16))))
-def test_tables(drawn: tuple[Mask, Shape], sizes: tuple[int, int]) -> None:
+def test_block_masks_cover_exactly_the_visible_tiles(drawn: tuple[Mask, Shape], sizes: tuple[int, int]) -> None:
     """Every pair that is visible lies in a tile that is visited, full tiles are, none comes twice, tails are partial;
     and for one kind of pattern alone, no tile is visited for nothing."""
     pytest.importorskip("triton")
@@ -291,7 +291,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_kernels_visit_what_is_listed(name: str, products: list[None]) -> None:
+def test_kernels_visit_the_listed_tiles(name: str, products: list[None]) -> None:
     """Products of 32 x 32 tiles, of 36 in all: two a tile in the forward, four and three in the backward."""
     make, count = SKIPPED[name]
     q, k, v = (torch.randn(1, 1, 192, 16, requires_grad=True) for _ in range(3))
@@ -305,7 +305,7 @@ def test_kernels_visit_what_is_listed(name: str, products: list[None]) -> None:
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_the_host_visits_what_is_left(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_visits_the_remaining_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, count = SKIPPED[name]
     for constant, value in (("ROWS", (32, 32)), ("KEYS", 32), ("PATTERN_BLOCK", 32)):
         monkeypatch.setattr(tiles, constant, value)

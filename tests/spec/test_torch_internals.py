@@ -67,7 +67,7 @@ def test_wrappers_of_torch_func_open_from_the_outermost() -> None:
     assert inside(lambda f: torch.func.vmap(torch.func.grad(f)), lambda x: ask(x[None].sum(0))) == (False, True, (3,))
 
 
-def test_batches_of_autograd_are_told_from_those_of_vmap() -> None:
+def test_batched_cotangents_are_distinguished_from_vmap() -> None:
     x, found = torch.ones(3, requires_grad=True), []
     y = x * 2
     y.register_hook(lambda g: found.append((internals.is_autograd_batched(g), internals.is_batched(g))))
@@ -117,7 +117,7 @@ def test_observed_inside_torch_func(transform: Callable) -> None:
     assert inside(transform, lambda _: internals.observed())
 
 
-def test_nothing_is_observed_where_only_modes_of_autograd_are_set() -> None:
+def test_autograd_modes_are_not_observed() -> None:
     for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), nullcontext()):
         with mode:
             assert not internals.observed()
@@ -133,7 +133,7 @@ def test_fake_tensors() -> None:
         assert inside(torch.func.grad, internals.is_fake)
 
 
-def test_below_autograd_no_graph_is_made_and_grad_mode_stays() -> None:
+def test_below_autograd_makes_no_graph() -> None:
     x = torch.ones(3, requires_grad=True)
     with internals.below_autograd():
         y = x * 2
@@ -245,7 +245,7 @@ FILES = [path for path in PACKAGE.rglob("*.py") if path.name != "torch_internals
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(path.relative_to(PACKAGE).parts))
-def test_private_names_stand_in_one_file(path: Path) -> None:
+def test_private_names_are_in_one_file(path: Path) -> None:
     assert private_names(path) == []
 
 

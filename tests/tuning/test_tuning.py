@@ -66,7 +66,7 @@ def test_a_configuration_that_no_kernel_can_have_is_refused(changed: dict[str, i
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias", "delta", "decode"])
-def test_every_architecture_has_an_answer_for_every_head_dim(kernel: str, dtype: torch.dtype) -> None:
+def test_every_architecture_has_every_head_dim(kernel: str, dtype: torch.dtype) -> None:
     for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"):
         for dim in (1, 16, 40, 64, 96, 128, 192, 256, 512):
             for with_modifiers in (False, True):
@@ -83,7 +83,7 @@ def refusals(**options: Any) -> list[str]:
     return fused_attn.explain(q, q, options.pop("v", q), **options).reasons.get("hopper", [])
 
 
-def test_a_hopper_kernel_is_taken_unasked_only_where_its_row_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopper_is_chosen_only_with_a_validated_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "_machine", lambda device: [])
     (reason,) = refusals(causal=True)
     assert "hopper_forward has no validated row" in reason and "only by name" in reason
@@ -95,7 +95,7 @@ def test_a_hopper_kernel_is_taken_unasked_only_where_its_row_is_validated(monkey
     assert fused_attn.explain(q, q, q).backend == "hopper"
 
 
-def test_another_machine_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_architectures_are_refused_before_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gluon ends the process where the target is not its own."""
     monkeypatch.setattr(hopper, "_device_code", lambda: pytest.fail("the kernels were asked for"))
     q = torch.randn(1, 2, 40, 64, dtype=torch.bfloat16)
@@ -117,9 +117,7 @@ def test_another_machine_is_refused_before_anything_is_compiled(monkeypatch: pyt
         ({"v": torch.randn(1, 2, 64, 40, dtype=torch.bfloat16).mT}, "v's rows"),
     ],
 )
-def test_what_the_hopper_kernels_lack_is_named(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], word: str
-) -> None:
+def test_hopper_refusals_name_the_feature(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], word: str) -> None:
     monkeypatch.setattr(hopper, "_machine", lambda device: [])
     assert any(word in reason for reason in refusals(**options, backend="hopper"))
 
