@@ -1,13 +1,13 @@
 """Choose tuning-table rows without a GPU: compile candidates, and take the one with the fewest modelled clocks.
 
     python -m bench.tune                          every architecture, kernel and head dim
-    python -m bench.tune --only sm_90/forward     rows whose name, architecture/kernel/class/D[/rich], contains the word
+    python -m bench.tune --only sm_90/forward     rows whose name contains this, such as sm_90/forward/half/64
     python -m bench.tune --show                   print the candidates of each row, best first
 
 Candidates that exceed a limit of bench.static are dropped. The clocks are modelled (bench/compiler/device_model.py), so
 a row has "validated": false and "result": null until a GPU has timed it; validated rows are kept. Candidates are
-published tiles (FlashAttention 2 and 3, FlexAttention) and smaller ones. A rich row, for modified scores, takes the
-plain row's tile if it keeps the limits with a dense bias, else the best smaller one.
+published tiles (FlashAttention 2 and 3, FlexAttention) and smaller ones. A row with_modifiers takes the tile of the row
+without them if that keeps the limits with a dense bias, else the best smaller one.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def attention_decode(
         cache_leftpad, scale, causal, window, alibi_slopes, softcap, sink, normalizer, num_splits, batch_invariant,
     )  # fmt: skip
     if isinstance(cache_seqlens, int):  # as a part of the key it would make every step of generation a new call
-        out, lse = _decode(*arguments, backend, plain=False)
+        out, lse = _decode(*arguments, backend, untraced=False)
     else:
         alias = (None, None) if k_new is None else (k_cache, v_cache)
         out, lse = call_cache.replayed(_decode, arguments, backend, alias)
@@ -141,9 +141,9 @@ def _decode(
     num_splits: int | None,
     batch_invariant: bool,
     backend: str | None,
-    plain: bool,
+    untraced: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse). plain: nothing traces the call, so the torch operators are bypassed."""
+    """(out, lse). untraced: nothing traces the call, so the torch operators are bypassed."""
     batch_invariant = as_bool("batch_invariant", batch_invariant)
     q, k_new, v_new = _autocast(q, k_cache, k_new, v_new)
     _check_caches(q, k_cache, v_cache, page_table is not None, cache_batch_idx is not None)
@@ -163,32 +163,32 @@ def _decode(
             cache_leftpad = _indices("cache_leftpad", cache_leftpad, q, q.shape[0])
         if tree_mask is not None:
             _check_tree(tree_mask, q)
-        turn = None if rotary is None else _rotary(rotary, q, k_new is not None)
+        rotation = None if rotary is None else _rotary(rotary, q, k_new is not None)
         if k_new is not None or v_new is not None:
             _check_new(k_new, v_new, cache, q.shape[0])
         num_splits = None if num_splits is None else _splits(num_splits, batch_invariant)
         name, p = dispatch.choose(p, backend, task="decoding")
         left, right = p.span.left, p.span.right
         if k_new is not None and v_new is not None:
-            moves = left is not None or right is not None
-            q = decode_ops.append(cache, cache_leftpad, k_new, v_new, q, turn, moves, name, plain)
+            advance = left is not None or right is not None
+            q = decode_ops.append(cache, cache_leftpad, k_new, v_new, q, rotation, advance, name, untraced)
             cache = replace(cache, added=added)
-        asked = Decode(
+        step = Decode(
             q, cache, p.scale, p.softcap, p.slopes, p.sink, None if left is None else -left, right,
             cache_leftpad, tree_mask, num_splits, batch_invariant,
         )  # fmt: skip
-        return decode_ops.decode(asked, name, plain)
+        return decode_ops.decode(step, name, untraced)
 
 
 def _autocast(q: Any, cache: Any, *new: Any) -> tuple[Any, ...]:
     """Under autocast, q and new keys in the cache's dtype, if that is autocast's. Caches are never cast."""
-    given = (q, *new)
+    tensors = (q, *new)
     if not isinstance(cache, Tensor) or not autocasts(cache.device.type):
-        return given
+        return tensors
     dtype = torch.get_autocast_dtype(cache.device.type)
     if cache.dtype != dtype:
-        return given
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+        return tensors
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors)
 
 
 def _check_kind(name: str, x: Any, like: Tensor | None = None, shape: str = "4 dimensions", hint: str = "") -> None:
@@ -209,22 +209,22 @@ def _check_kind(name: str, x: Any, like: Tensor | None = None, shape: str = "4 d
 
 
 def _check_caches(q: Any, k: Any, v: Any, paged: bool, indexed: bool) -> None:
-    lies = "pages (P, page size, Hkv, D)" if paged else "(B, N, Hkv, D)"
+    expected = "pages (P, page size, Hkv, D)" if paged else "(B, N, Hkv, D)"
     layered = isinstance(k, Tensor) and k.ndim == 5
-    layers = "; of a PagedKVCache, k[layer] and v[layer] are taken, with page_table" if layered else ""
-    one = "; pass q[:, None] for one query of each sequence" if isinstance(q, Tensor) and q.ndim == 3 else ""
-    _check_kind("q", q, shape="(B, M, Hq, D)", hint=one)
-    _check_kind("k_cache", k, q, lies, layers)
-    _check_kind("v_cache", v, q, lies, layers)
+    layer_hint = "; of a PagedKVCache, k[layer] and v[layer] are taken, with page_table" if layered else ""
+    query_hint = "; pass q[:, None] for one query of each sequence" if isinstance(q, Tensor) and q.ndim == 3 else ""
+    _check_kind("q", q, shape="(B, M, Hq, D)", hint=query_hint)
+    _check_kind("k_cache", k, q, expected, layer_hint)
+    _check_kind("v_cache", v, q, expected, layer_hint)
     if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k_cache: expected q's head dim {q.shape[3]} in {lies}, got shape {tuple(k.shape)}")
+        raise ValueError(f"k_cache: expected q's head dim {q.shape[3]} in {expected}, got shape {tuple(k.shape)}")
     if paged and k.shape[1] == 0:
         raise ValueError(f"k_cache: a page must hold at least 1 key, got shape {tuple(k.shape)}")
     if not paged and not indexed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k_cache: expected q's batch size {q.shape[0]} in {lies}, got shape {tuple(k.shape)}")
+        raise ValueError(f"k_cache: expected q's batch size {q.shape[0]} in {expected}, got shape {tuple(k.shape)}")
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads and (kv_heads == 0 or heads % kv_heads):
-        where = "(B, M, Hq, D), k_cache " + lies
+        where = "(B, M, Hq, D), k_cache " + expected
         raise ValueError(
             f"k_cache: {kv_heads} key-value heads do not divide the {heads} query heads; expected q {where}, got"
             f" {tuple(q.shape)} and {tuple(k.shape)}{_heads_first(q, k)}"
@@ -234,13 +234,13 @@ def _check_caches(q: Any, k: Any, v: Any, paged: bool, indexed: bool) -> None:
 
 def _heads_first(q: Tensor, k: Tensor) -> str:
     """A hint for the error message: which of q and the caches look like (B, H, length, D)."""
-    for look, heads, kv_heads in (
+    for hint, heads, kv_heads in (
         ("q, k_cache and v_cache look heads-first: transpose(1, 2) them", q.shape[1], k.shape[1]),
         ("q looks heads-first: transpose(1, 2) it", q.shape[1], k.shape[2]),
         ("k_cache and v_cache look heads-first: transpose(1, 2) them", q.shape[2], k.shape[1]),
     ):
         if heads and kv_heads and heads % kv_heads == 0:
-            return f"; {look}"
+            return f"; {hint}"
     return ""
 
 
@@ -268,14 +268,14 @@ def _cache(q: Tensor, k: Tensor, v: Tensor, lengths: Any, table: Any, index: Any
     return replace(cache, added=0, lengths=None if lengths is None else _lengths(lengths, q, cache))
 
 
-def _lengths(given: Any, q: Tensor, cache: Cache) -> Tensor:
+def _lengths(lengths: Any, q: Tensor, cache: Cache) -> Tensor:
     """int32 (B,), from a tensor or one number for all."""
-    if isinstance(given, Tensor) and given.ndim:
-        return _indices("cache_seqlens", given, q, q.shape[0])
-    length = as_int("cache_seqlens", given, "an integer tensor or an int")
-    most = cache.capacity - cache.added
-    if not 0 <= length <= most:
-        raise ValueError(f"cache_seqlens: expected 0 <= cache_seqlens <= {most} {cache.room()}, got {length}")
+    if isinstance(lengths, Tensor) and lengths.ndim:
+        return _indices("cache_seqlens", lengths, q, q.shape[0])
+    length = as_int("cache_seqlens", lengths, "an integer tensor or an int")
+    longest = cache.capacity - cache.added
+    if not 0 <= length <= longest:
+        raise ValueError(f"cache_seqlens: expected 0 <= cache_seqlens <= {longest} {cache.room()}, got {length}")
     return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
 
 
@@ -313,12 +313,12 @@ def _check_new(k: Any, v: Any, cache: Cache, b: int) -> None:
         raise ValueError(f"k_new: {k.shape[1]} new keys, and the cache has room for {cache.capacity}")
 
 
-def _rotary(given: Any, q: Tensor, appends: bool) -> Rotary:
-    if not isinstance(given, (tuple, list)) or len(given) != 3:
-        raise TypeError(f"rotary: expected (cos, sin, interleaved), got {describe(given)}")
+def _rotary(rotary: Any, q: Tensor, appends: bool) -> Rotary:
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 3:
+        raise TypeError(f"rotary: expected (cos, sin, interleaved), got {describe(rotary)}")
     if not appends:
         raise ValueError("rotary: only with k_new, got k_new None")
-    cos, sin, interleaved = given
+    cos, sin, interleaved = rotary
     for name, x in (("cos", cos), ("sin", sin)):
         if not isinstance(x, Tensor):
             raise TypeError(f"rotary: expected a tensor for {name}, got {describe(x)}")
@@ -330,8 +330,8 @@ def _rotary(given: Any, q: Tensor, appends: bool) -> Rotary:
     return Rotary(cos, sin, as_bool("rotary's interleaved", interleaved))
 
 
-def _splits(given: Any, batch_invariant: bool) -> int:
-    splits = as_int("num_splits", given)
+def _splits(num_splits: Any, batch_invariant: bool) -> int:
+    splits = as_int("num_splits", num_splits)
     if splits < 1:
         raise ValueError(f"num_splits: must be at least 1, got {splits}")
     if batch_invariant:

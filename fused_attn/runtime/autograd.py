@@ -19,17 +19,17 @@ from ..spec.transforms import Version, by_operations, transform_of_cotangents, v
 from . import ops
 
 
-def attend(p: Problem, backend: str, plain: bool = False) -> tuple[Tensor, Tensor]:
+def attend(p: Problem, backend: str, untraced: bool = False) -> tuple[Tensor, Tensor]:
     """(out, lse) by the operator, differentiable if an input requires grad.
 
-    plain: nothing traces or transforms the call, so the backend is called directly, which is faster.
+    untraced: nothing traces or transforms the call, so the backend is called directly, which is faster.
     """
     if torch.compiler.is_compiling() or jit_tracing():
         # Compilers and torch.jit.trace record the operator, which has the formula registered below.
         return torch.ops.fused_attn.forward(*ops.flatten(p, backend))[:2]
     if p.differentiable:
-        return _apply(p if plain else None, *ops.flatten(p, backend))[:2]
-    return (ops.serving(p, backend).forward(p) if plain else _forward(*ops.flatten(p, backend)))[:2]
+        return _apply(p if untraced else None, *ops.flatten(p, backend))[:2]
+    return (ops.serving(p, backend).forward(p) if untraced else _forward(*ops.flatten(p, backend)))[:2]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,9 +83,9 @@ def differentiable(
     saved: out, peak and log_sum.
     """
     backend, count = args[-1], len(DIFFERENTIABLE)
-    plain = getattr(ops.launcher(backend), "attention", None)
-    if plain is not None:
-        return vjp(lambda *x: plain(ops.rebuild((*x, *args[count:]))[0]), args[:count], needs, (dout, dlse))
+    attention = getattr(ops.launcher(backend), "attention", None)
+    if attention is not None:
+        return vjp(lambda *x: attention(ops.rebuild((*x, *args[count:]))[0]), args[:count], needs, (dout, dlse))
     transform = transform_of_cotangents(dout, dlse)
     if transform is not None:
         raise _once(backend, f"{transform} of the backward")

@@ -30,7 +30,7 @@ from .autocast import no_autocast
 TENSORS = ("q", "k", "v", "bias", "slopes", "sink", "mask", "q_starts", "k_starts")
 MASK = TENSORS.index("mask")
 POSITIONS = tuple(TENSORS.index(name) if name in TENSORS else None for name in ops.NAMES)
-PLAIN = {int, float, bool, str, tuple, type(None)}  # items of tuples are checked too
+VALUE_TYPES = {int, float, bool, str, tuple, type(None)}  # of options in a key; items of tuples are checked too
 LIMIT = 4096  # of cached calls
 
 Tensors = tuple[Any, ...]  # tensors and None
@@ -45,7 +45,7 @@ HIP = torch.version.hip is not None
 
 
 def _key(tensors: Tensors, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Options, the state of torch, and the tensors without contents; None if a tensor is not plain memory."""
+    """Options, the state of torch, and the tensors without contents; None if a tensor has no memory of its own."""
     if observed():
         return None
     parts = [
@@ -83,7 +83,7 @@ def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor |
         q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, backend: str | None, *form: Any
     ) -> tuple[Tensor, Tensor | None]:
         tensors = (q, k, v, *options[:OPTIONAL], *(form[0] if form else ()))
-        cached_call, plain = lookup(tensors, options, layout, backend, form)
+        cached_call, untraced = lookup(tensors, options, layout, backend, form)
         if cached_call is not None and cached_call.known:
             result = cached_call(_heads_first(tensors, layout))
             if result is not None:
@@ -91,7 +91,7 @@ def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor |
         p = bind(q, k, v, options, layout, *form)
         with no_autocast(q):
             name, p = dispatch.choose(p, backend)
-            result = dispatch.run(p, name, plain)
+            result = dispatch.run(p, name, untraced)
         if cached_call is not None and not cached_call.known:
             cached_call.learn(_heads_first(tensors, layout), p, name)
         return result
@@ -132,14 +132,14 @@ def lookup(
     if key is None:
         return None, False
     if packed and (tensors[0] is None or checks.readable(tensors[0])):  # the starts are checked at each call
-        return None, PLAIN.issuperset(kinds)
+        return None, VALUE_TYPES.issuperset(kinds)
     try:
         cached_call = _calls.get(key)
     except TypeError:  # an option that cannot be hashed
         return None, False
     if cached_call is not None:
         return cached_call, True
-    if not PLAIN.issuperset(kinds):
+    if not VALUE_TYPES.issuperset(kinds):
         return None, False
     if _recorded(requested, tensors[0]):
         if len(_calls) >= LIMIT:
@@ -151,9 +151,9 @@ def lookup(
 def replayed(
     function: Callable[..., Tensors], arguments: tuple[Any, ...], backend: str | None, alias: tuple[Any, Any]
 ) -> Tensors:
-    """function(*arguments, backend, plain), recorded at the second call of a key and replayed from the third on.
+    """function(*arguments, backend, untraced), recorded at the second call of a key and replayed from the third on.
 
-    plain: nothing traces the call. For functions that read no tensor on a device. alias: two tensors; whether they
+    untraced: nothing traces the call. For functions that read no tensor on a device. alias: two tensors; whether they
     overlap is part of the key.
     """
     if is_compiling() or observed():

@@ -46,16 +46,16 @@ def launcher() -> Any:
 
 def append(
     cache: Cache, leftpad: Tensor | None, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None, advance: bool,
-    backend: str, plain: bool = False,
+    backend: str, untraced: bool = False,
 ) -> Tensor:  # fmt: skip
     """Append k, rotated, and v to each sequence, and return q, rotated."""
     cos, sin, interleaved = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
-    run: Any = _append if plain else torch.ops.fused_attn.append
-    turned = run(
+    run: Any = _append if untraced else torch.ops.fused_attn.append
+    rotated_q = run(
         cache.k, cache.v, cache.lengths, cache.table, cache.index, leftpad, k, v, q, cos, sin, interleaved, advance,
         backend,
     )  # fmt: skip
-    return q if rotary is None else turned
+    return q if rotary is None else rotated_q
 
 
 def _append(
@@ -86,9 +86,9 @@ def _append_fake(*args: Any) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ decode
 
 
-def decode(d: Decode, backend: str, plain: bool = False) -> tuple[Tensor, Tensor]:
-    """(out, lse) by a backend. plain: nothing traces the call, so the operator is bypassed, which is faster."""
-    if plain:
+def decode(d: Decode, backend: str, untraced: bool = False) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a backend. untraced: nothing traces the call, so the operator is bypassed, which is faster."""
+    if untraced:
         return _run(d, backend)
     scale_is_tensor, cap_is_tensor = isinstance(d.scale, Tensor), isinstance(d.softcap, Tensor)
     cache = d.cache

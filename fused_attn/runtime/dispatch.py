@@ -20,7 +20,7 @@ ON_CPU = ("sdpa", "tiled", "reference")
 # Tasks other than computing out: the reason against backends without them, and the backends that have them.
 TASKS = {"statistics": "computes no statistics and no map", "decoding": "does not decode from a cache"}
 WITH_TASKS = ("triton", "tiled", "reference")
-PLAIN = {"sdpa": sdpa, "tiled": tiled, "reference": reference}  # backends made of torch's own differentiable ops
+TORCH_BACKENDS = {"sdpa": sdpa, "tiled": tiled, "reference": reference}  # made of torch's differentiable operators
 for _name in ops.LAUNCHERS:
     ops.launcher(_name)  # imported here, because a compiler that traces a call cannot import
 
@@ -51,7 +51,7 @@ def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: s
     if transform and (task or name not in ("tiled", "reference")):
         # The only reason, because the other checks may read tensors, and transformed tensors cannot be read.
         return [f"it does not support {transform}{f' of {task}' if task else ''}"]
-    reasons = PLAIN[name].why_not(p) if name in PLAIN else ops.launcher(name).why_not(p)
+    reasons = TORCH_BACKENDS[name].why_not(p) if name in TORCH_BACKENDS else ops.launcher(name).why_not(p)
     if name == "hopper" and not by_name and not reasons:
         reasons = ops.launcher(name).unproven(p)
     if name == "triton" and not by_name and p.q.device.type == "cpu":
@@ -116,11 +116,11 @@ def choose(p: Problem, backend: str | None = None, task: str = "") -> tuple[str,
     return choice.backend, taken(choice.backend, p, lowered)
 
 
-def run(p: Problem, name: str, plain: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) by a backend. plain: see `autograd.attend`."""
+def run(p: Problem, name: str, untraced: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) by a backend. untraced: see `autograd.attend`."""
     if name == "reference" or (name == "sdpa" and not (p.q.device.type == "cpu" and _tracing())):
-        out, lse = PLAIN[name].attention(p)
-        return autograd.attend(p, "tiled", plain) if out is None else (out, lse)
+        out, lse = TORCH_BACKENDS[name].attention(p)
+        return autograd.attend(p, "tiled", untraced) if out is None else (out, lse)
     if name == "tiled" and transformed(p):
         return tiled.attention(p)
-    return autograd.attend(p, name, plain)
+    return autograd.attend(p, name, untraced)

@@ -25,7 +25,7 @@ RESIDENT = 4  # programs of the backward per multiprocessor, at most
 class Features(NamedTuple):
     """Features of q or k, (B * H, features, length padded to whole tiles), their exponentials and peaks."""
 
-    plain: Tensor
+    values: Tensor
     exponentials: Tensor
     peaks: Tensor
 
@@ -49,20 +49,20 @@ def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
         blocks = -(-length // BLOCK) + (len(starts) - 1) * (GAP // BLOCK + 1)
         memory, ragged = x.new_zeros, tile_scheduler.alone(starts, length, BLOCK)
         programs = len(ragged.schedule) * heads
-    plain = memory(b * heads, even(d), blocks * BLOCK, dtype=torch.float32)
-    exponentials = memory(plain.shape, dtype=torch.float32) if paired else plain
-    peaks = memory(b * heads, blocks, dtype=torch.float32) if paired else plain
+    values = memory(b * heads, even(d), blocks * BLOCK, dtype=torch.float32)
+    exponentials = memory(values.shape, dtype=torch.float32) if paired else values
+    peaks = memory(b * heads, blocks, dtype=torch.float32) if paired else values
     launcher.launch(
         kernels.additive_prepare_kernel,
         programs,
-        *(views.view(x), plain, exponentials, peaks, views.encode(blocks), ragged, length, heads, b * heads),
+        *(views.view(x), values, exponentials, peaks, views.encode(blocks), ragged, length, heads, b * heads),
         FEATURES=even(d),
         D=d,
         BLOCK_D=padded(even(d)),
         PAIRS=paired,
         num_warps=4,
     )
-    return Features(plain, exponentials, peaks)
+    return Features(values, exponentials, peaks)
 
 
 def view(p: Problem) -> Any:
@@ -80,8 +80,8 @@ def score(p: Problem, fast: bool) -> Additive | None:
     w = torch.nn.functional.pad(p.w.float(), (0, d % 2)).contiguous()
     return Additive(
         w, views.encode(0 if w.ndim == 1 else even(d)),
-        q.plain, k.plain, q.exponentials, k.exponentials, q.peaks, k.peaks,
-        *(views.encode(x.plain.shape[2] // BLOCK) for x in (q, k)),
+        q.values, k.values, q.exponentials, k.exponentials, q.peaks, k.peaks,
+        *(views.encode(x.values.shape[2] // BLOCK) for x in (q, k)),
         *(views.constant(x) for x in (even(d), paired, p.group, fast)),
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ def keys(p: Problem, c: Config, kinds: bool = False) -> Span:
     if not p.needs_block_mask:
         return views.transposed_span(p.span, p.shape[3])
     p = _padded(p)
-    start, stop = _seers(p)
+    start, stop = _visible_rows(p)
     span = Span(lo=views.vector(start), hi=views.vector(stop))
     block_mask = _block_mask(*_tiles_of_rows(p, c, start, stop), kinds)
     return _patterned(span, p.pattern, transposed=True)._replace(block_mask=block_mask)
@@ -59,7 +59,7 @@ def _patterned(span: Span, pattern: Pattern | None, transposed: bool) -> Span:
     return span
 
 
-def _seers(p: Problem) -> tuple[Tensor, Tensor]:
+def _visible_rows(p: Problem) -> tuple[Tensor, Tensor]:
     """int32 (B or 1, N): key j is visible to no row outside of start <= i < stop; to none at all if nothing reaches
     it."""
     m, n = p.shape[2:]

@@ -68,8 +68,8 @@ def why_not(p: Problem) -> list[str]:
     reasons += [f"{name} is not supported" for name, x in lacking.items() if x is not None]
     if p.span.lo is not None or p.span.hi is not None:
         reasons.append("a mask with bounds for each row is not supported; causal and window are")
-    elif not p.empty and _seen(p)[0] >= _seen(p)[1]:
-        reasons.append("no row sees any key")
+    elif not p.empty and _visible_keys(p)[0] >= _visible_keys(p)[1]:
+        reasons.append("every row is fully masked")
     for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
         if not _copyable(x):
             reasons.append(f"{name}'s rows do not lie apart on a grid of 16 bytes: strides {tuple(x.stride())}")
@@ -120,8 +120,8 @@ def _aligned(x: Tensor) -> bool:
         return True
 
 
-def _seen(p: Problem) -> tuple[int, int]:
-    """The keys that any row sees, as (first, last), last excluded."""
+def _visible_keys(p: Problem) -> tuple[int, int]:
+    """The keys that some row may attend to, as (first, last), last excluded."""
     _, _, m, n = p.shape
     left, right = p.span.left, p.span.right
     return max(0, left or 0), n if right is None else min(n, m + right)
@@ -158,8 +158,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, peak, log_sum); call under no_grad."""
     code = _device_code()
     b, hq, m, _ = p.shape
-    # Keys that no row sees may hold NaN, so the kernel does not get them.
-    first, last = _seen(p)
+    # Invisible keys may hold NaN, so the kernel does not get them.
+    first, last = _visible_keys(p)
     k, v = p.k, p.v
     if last - first < p.shape[3]:
         k, v = (x[:, :, first:last] for x in (k, v))
@@ -217,14 +217,14 @@ def _one_pass(p: Problem, needs: frozenset[str]) -> bool:
         return False
     if not 0 < p.scale < math.inf:
         return False
-    first, last = _seeing(p)
+    first, last = _rows_with_keys(p)
     if p.sink is not None and (first > 0 or last < p.shape[2]):
-        return False  # rows that see nothing also contribute to the sink's gradient
+        return False  # fully masked rows also contribute to the sink's gradient
     return not p.deterministic or _config("hopper_backward", p).ordered
 
 
-def _seeing(p: Problem) -> tuple[int, int]:
-    """The rows that see any key, as (first, last), last excluded."""
+def _rows_with_keys(p: Problem) -> tuple[int, int]:
+    """The rows that may attend to some key, as (first, last), last excluded."""
     _, _, m, n = p.shape
     left, right = p.span.left, p.span.right
     return max(0, -(right or 0)), m if left is None else min(m, n - left)
@@ -235,7 +235,7 @@ FINE = 32  # rows per program of prepare and finish; row numbers are padded to a
 
 
 class _OnePass(portable._Backward):
-    """The one-pass backward in Gluon. The kernel gets only rows that see a key and keys that are seen."""
+    """The one-pass backward in Gluon. The kernel gets only rows that have a key and keys that have a row."""
 
     def run(self) -> dict[str, Tensor]:
         p, code = self.p, _device_code()
@@ -244,7 +244,7 @@ class _OnePass(portable._Backward):
         hkv, d = p.k.shape[1], p.q.shape[3]
         c = _config("hopper_backward", p)
         tile = _tile_dim(d)
-        rows, keys = slice(*_seeing(p)), slice(*_seen(p))
+        rows, keys = slice(*_rows_with_keys(p)), slice(*_visible_keys(p))
         lead = -rows.start % FINE
         padded = -(-(rows.stop - rows.start) // c.BLOCK_M) * c.BLOCK_M
         length = -(-(lead + max(m, rows.start + padded)) // FINE) * FINE

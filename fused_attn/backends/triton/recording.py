@@ -139,7 +139,7 @@ class Recorder(TorchDispatchMode):
         self.kernels.append(self._constant(kernel))
         run, function, metadata = map(self._constant, (compiled.run, compiled.function, compiled.metadata))
         # A launcher flattens tuples of any type.
-        arguments = ", ".join(self._open(x, plain=True) for x in (*args, *compiled.constants))
+        arguments = ", ".join(self._open(x, flat=True) for x in (*args, *compiled.constants))
         self._line(f"{run}({grid}, 1, 1, stream, {function}, {metadata}, None, None, None, {arguments})")
 
     def _constant(self, x: Any) -> str:
@@ -147,17 +147,18 @@ class Recorder(TorchDispatchMode):
         self.constants[name] = x
         return name
 
-    def _open(self, x: Any, plain: bool = False) -> str:
-        """An argument as an expression over the names of tensors. plain: named tuples become tuples."""
+    def _open(self, x: Any, flat: bool = False) -> str:
+        """An argument as an expression over the names of tensors. flat: for the launcher of a compiled
+        kernel, which takes tuples of any type."""
         if isinstance(x, Tensor):
-            return self._name(x, pointer=plain)
-        if isinstance(x, tuple) and not _plain(x):
-            inside = ", ".join(self._open(y, plain) for y in x)
-            return f"({inside},)" if plain or type(x) is tuple else f"{self._constant(type(x))}({inside})"
+            return self._name(x, pointer=flat)
+        if isinstance(x, tuple) and not _without_tensors(x):
+            inside = ", ".join(self._open(y, flat) for y in x)
+            return f"({inside},)" if flat or type(x) is tuple else f"{self._constant(type(x))}({inside})"
         if type(x) in launch_cache.DESCRIPTORS:
             rest = ", ".join(self._constant(getattr(x, field.name)) for field in fields(x) if field.name != "base")
             return f"{self._constant(type(x))}({self._name(x.base)}, {rest})"
-        if not _plain(x):
+        if not _without_tensors(x):
             raise NotRecordable(f"a {type(x).__name__}, which may hold a tensor")
         return self._constant(x)
 
@@ -204,9 +205,10 @@ class Recorder(TorchDispatchMode):
         return space["work"]
 
 
-def _plain(x: Any) -> bool:
-    """True if x holds no tensor."""
-    return all(map(_plain, x)) if isinstance(x, tuple) else type(x) in launch_cache.CONSTANTS or type(x) is constexpr
+def _without_tensors(x: Any) -> bool:
+    if isinstance(x, tuple):
+        return all(map(_without_tensors, x))
+    return type(x) in launch_cache.CONSTANTS or type(x) is constexpr
 
 
 def _at(x: Tensor, y: Tensor) -> bool:
