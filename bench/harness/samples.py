@@ -19,7 +19,8 @@ from torch import Tensor
 from fused_attn import testing
 from fused_attn.scores import Additive
 from fused_attn.spec.problem import Problem
-from fused_attn.testing import CASES, Case, Inputs
+from fused_attn.testing import Case, Inputs
+from fused_attn.testing.cases import named
 
 GRID = ("plain", "causal")  # timed at every length and head dim
 # Timed at one length: names and features of testing.CASES.
@@ -66,7 +67,7 @@ SCORES = {
 
 def sized(case: Case | str, batch: int, heads: int, length: int, dim: int) -> Case:
     """A named case at another size, contiguous. The number of query heads per KV head is kept."""
-    case = CASES[case] if isinstance(case, str) else case
+    case = named(case)
     sizes = case.sizes()
     group = sizes["h"] // sizes["g"]
     window = None if case.window is None else (WINDOW - 1, None if case.causal else WINDOW)

@@ -126,6 +126,8 @@ def bind(q: Tensor, k: Tensor, v: Tensor, options: Options, ragged: Ragged | Non
         _check_parameter("alibi_slopes", slopes, q, (heads,), (shape[0], heads))
         offset = diagonal_offset(alignment, shape[2], shape[3], "alibi_slopes", ragged)
     conditions = _conditions(mask, as_bool("causal", causal), window, alignment)
+    if alignment is None and (causal or window is not None):
+        diagonal_offset(None, shape[2], shape[3], "causal or window", ragged)
     span, pattern, allowed = resolve(conditions, shape, q.device, ragged) if conditions else UNMASKED
     if mask is not None:
         _check_device(span, pattern, allowed, q.device)

@@ -38,7 +38,7 @@ class Window(Condition):
     sinks: int = 0
 
     def resolve(self, shape: Shape, ragged: Ragged | None) -> Span:
-        offset = diagonal_offset(self.alignment, *shape[2:], "a causal mask or window", ragged)
+        offset = diagonal_offset(self.alignment, *shape[2:], self, ragged)
         above = None if self.right is None else offset + self.right
         return Span(right=above) if self.left is None else Span(offset - self.left, above, sinks=self.sinks)
 
@@ -60,7 +60,7 @@ class Prefix(Condition):
         b, _, m, n = shape
         check_batch("Mask.prefix(lengths)", self.lengths, b)
         lengths = check_lengths("Mask.prefix(lengths)", self.lengths, n, "N")
-        offset: Any = diagonal_offset(self.alignment, m, n, "a prefix mask", ragged)
+        offset: Any = diagonal_offset(self.alignment, m, n, self, ragged)
         offset = offset if ragged is None else ragged.offsets()
         rows = torch.arange(m, device=lengths.device)
         hi = torch.maximum(lengths[:, None], rows + offset + 1).clamp(0, n)

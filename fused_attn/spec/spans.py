@@ -17,10 +17,11 @@ ALIGNMENTS = ("top_left", "bottom_right")
 Shape = tuple[int, int, int, int]  # (B, Hq, M, N)
 
 
-def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ragged | None = None) -> int:
+def diagonal_offset(alignment: str | None, m: int, n: int, what: Any, ragged: Ragged | None = None) -> int:
     """The offset of the diagonal j = i + offset: 0 for "top_left", N - M for "bottom_right".
 
-    Ragged sequences share one alignment; for them it is 0, relative to each sequence's own diagonal.
+    Ragged sequences share one alignment; for them it is 0, relative to each sequence's own diagonal. what: the keyword
+    or the part of a `Mask` that needs it, for the error message.
     """
     if ragged is not None:
         own = ragged.alignment
@@ -31,7 +32,8 @@ def diagonal_offset(alignment: str | None, m: int, n: int, what: str, ragged: Ra
         return 0
     if alignment is None:
         if m != n:
-            needs = f'{what} with M = {m} and N = {n} needs "top_left" or "bottom_right", got None'
+            own = "" if isinstance(what, str) else "one of its own, "
+            needs = f'{what} with M = {m} and N = {n} needs {own}"top_left" or "bottom_right", got None'
             grouped = f'; if {m} and {n} count heads, pass layout="bshd"' if m > n > 0 == m % n else ""
             raise ValueError(f"alignment: {needs}{grouped}")
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -365,3 +366,13 @@ CASES: dict[str, Case] = _table(
             scale_tensor="h", alibi="h") for x in LEAVES if x != "parameter"),
     _case("no_gradient", needs=(), m=63),
 )  # fmt: skip
+
+
+def named(case: Case | str) -> Case:
+    """A case, or the one of this name in `CASES`."""
+    if isinstance(case, Case):
+        return case
+    if case not in CASES:
+        close = ", ".join(difflib.get_close_matches(str(case), CASES))
+        raise ValueError(f"case: expected a Case or a key of CASES, got {case!r}{close and f'; close to {close}'}")
+    return CASES[case]

@@ -18,7 +18,7 @@ from ..scores import Additive, Bilinear, Cosine, Distance, Score
 from ..spec.options import Options
 from ..spec.problem import Mask, Problem, Ragged
 from ..spec.visibility import visibility
-from .cases import CASES, MASK_SHAPES, PARAMETERS, Case
+from .cases import MASK_SHAPES, PARAMETERS, Case, named
 
 # ---------------------------------------------------------------------------------------------------------- values
 
@@ -360,7 +360,7 @@ def make_inputs(case: Case | str, dtype: torch.dtype = torch.float32, device: An
     >>> attention(*inputs.qkv, **inputs.kwargs).shape
     torch.Size([1, 2, 113, 32])
     """
-    c = CASES[case] if isinstance(case, str) else case
+    c = named(case)
     source, default = (device, "dense") if c.memory == "dense" else ("cpu", "gaps")
     generator = torch.Generator(source).manual_seed(seed)
 

@@ -170,6 +170,11 @@ def test_inputs_hold_nan_outside() -> None:
     assert testing.make_inputs("memory_corrupt").tensors["q"].stride(0) > 2**33
 
 
+def test_unknown_case() -> None:
+    with pytest.raises(ValueError, match=r"case: expected .*got 'causl'; close to causal,"):
+        testing.check_parity("causl", "tiled")
+
+
 def test_every_modifier_has_a_case() -> None:
     """Each keyword of `attention` but backend differs from its default in a case."""
     wanted = {
