@@ -76,7 +76,7 @@ def test_a_crash_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def crash(*args: Any) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(dispatch.PLAIN["reference"], "attention", crash)
+    monkeypatch.setattr(dispatch.TORCH_BACKENDS["reference"], "attention", crash)
     code, printed = run(monkeypatch, capsys, "--json")
     assert code == 1
     failures = {row["backend"]: row["failures"] for row in json.loads(printed)["parity"]}
