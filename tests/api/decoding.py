@@ -1,7 +1,7 @@
-"""Calls of `attention_decode` for the tests, with caches that are NaN outside the sequences, and their oracle.
+"""Named calls of `attention_decode`, with caches that hold NaN outside of the sequences, and their oracle.
 
-The keys and values of each sequence are drawn first, then copied into a dense or a paged cache.
-The oracle is dense attention over each sequence, in float64.
+A call starts from the keys and values of each sequence, one behind another. They are put into a cache or into pages of
+it, and the oracle is dense attention over each sequence, in float64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Call:
     d: int = 16
     dv: int | None = None
     page: int | None = None
-    capacity: int = 130  # keys per sequence
+    room: int = 130  # keys that each sequence has room for
     new: int = 0
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
@@ -42,7 +42,7 @@ class Call:
     sink: bool = False
     normalizer: str = "softmax"
     scale: Any = None
-    tree: str = ""  # "" for none, "shared" or "per_sequence"
+    tree: str = ""  # "" for none, "shared" or "own"
     leftpad: bool = False
     indexed: bool = False
     rotary: str = ""  # "" for none, "halves" or "pairs"
@@ -51,8 +51,8 @@ class Call:
     seed: int = 0
 
 
-class CallData:
-    """A call's tensors. `keys` and `values` hold (n, Hkv, D) for each sequence: the expected cache contents."""
+class Given:
+    """A call's tensors. `keys` and `values` are each sequence's own, (n, Hkv, D), as they must be found."""
 
     def __init__(self, call: Call, dtype: torch.dtype = torch.float32) -> None:
         self.call, self.dtype = call, dtype
@@ -62,12 +62,12 @@ class CallData:
         if c.layout == "bhmd":
             self.q = self.q.transpose(1, 2).contiguous().transpose(1, 2)
         if c.layout == "gaps":
-            padded = torch.full((b, c.m, c.hq, c.d + 3), torch.nan, dtype=dtype)
-            self.q = padded[..., : c.d].copy_(self.q)
+            roomy = torch.full((b, c.m, c.hq, c.d + 3), torch.nan, dtype=dtype)
+            self.q = roomy[..., : c.d].copy_(self.q)
         self.keys = [self._tensor(n, c.hkv, c.d) for n in c.lengths]
         self.values = [self._tensor(n, c.hkv, dv) for n in c.lengths]
         self.starts = [min(n, 3 + 5 * i) if c.leftpad else 0 for i, n in enumerate(c.lengths)]
-        self.kwargs: dict[str, Any] = self._options()
+        self.kwargs: dict[str, Any] = self._words()
         self.k, self.v = self._caches(c.d), self._caches(dv)
         self._lay_out()
         if c.new:
@@ -86,7 +86,7 @@ class CallData:
     def old(self) -> list[int]:
         return [n - self.call.new for n in self.call.lengths]
 
-    def _options(self) -> dict[str, Any]:
+    def _words(self) -> dict[str, Any]:
         c, b = self.call, len(self.call.lengths)
         found: dict[str, Any] = {"causal": c.causal, "window": c.window, "normalizer": c.normalizer}
         found["cache_seqlens"] = torch.tensor(c.lengths, dtype=torch.int32)
@@ -97,27 +97,27 @@ class CallData:
         if c.sink:
             found["sink"] = torch.randn(c.hq, generator=self.draw)
         if c.tree:
-            shape = (b if c.tree == "per_sequence" else 1, c.m, c.m)
+            shape = (b if c.tree == "own" else 1, c.m, c.m)
             found["tree_mask"] = (torch.rand(shape, generator=self.draw) < 0.5) | torch.eye(c.m, dtype=torch.bool)
         if c.leftpad:
             found["cache_leftpad"] = torch.tensor(self.starts, dtype=torch.int32)
         if c.rotary:
-            angles = torch.outer(torch.arange(c.capacity + c.m), 100.0 ** -torch.linspace(0, 1, c.d // 4))
+            angles = torch.outer(torch.arange(c.room + c.m), 100.0 ** -torch.linspace(0, 1, c.d // 4))
             found["rotary"] = (angles.cos().to(self.dtype), angles.sin().to(self.dtype), c.rotary == "pairs")
         return found
 
     def _caches(self, width: int) -> Tensor:
-        """A cache full of NaN, with more rows or pages than the sequences need."""
+        """NaN everywhere, more of it than anybody needs."""
         c, b = self.call, len(self.call.lengths)
-        outer, inner = (b + 2 * c.indexed, c.capacity) if c.page is None else (b * -(-c.capacity // c.page) + 3, c.page)
-        if c.cache_order == "gaps":  # a slice of longer rows
+        outer, inner = (b + 2 * c.indexed, c.room) if c.page is None else (b * -(-c.room // c.page) + 3, c.page)
+        if c.cache_order == "gaps":  # as rows of something longer
             return torch.full((outer, inner, c.hkv, width + 3), torch.nan, dtype=self.dtype)[..., :width]
         if c.cache_order == "bhnd":
             return torch.full((outer, c.hkv, inner, width), torch.nan, dtype=self.dtype).transpose(1, 2)
         return torch.full((outer, inner, c.hkv, width), torch.nan, dtype=self.dtype)
 
     def _lay_out(self) -> None:
-        """Write each sequence's old keys into the cache, from its leftpad on; unused page table entries are invalid."""
+        """Put every sequence's old keys where it has them, none before its leftpad; tables name no page in vain."""
         c, b = self.call, len(self.call.lengths)
         if c.page is None:
             order = torch.randperm(len(self.k), generator=self.draw)[:b] if c.indexed else torch.arange(b)
@@ -125,7 +125,7 @@ class CallData:
                 self.kwargs["cache_batch_idx"] = order.int()
             self.places = [(order[i].expand(n), torch.arange(n)) for i, n in enumerate(c.lengths)]
         else:
-            width = -(-c.capacity // c.page)
+            width = -(-c.room // c.page)
             pages = torch.randperm(len(self.k), generator=self.draw)[: b * width].view(b, width)
             table = torch.full((b, width), 2**30, dtype=torch.int32)
             self.places = []
@@ -143,18 +143,18 @@ class CallData:
         return attention_decode(self.q, self.k, self.v, **self.kwargs, **more, return_lse=True, backend=backend)
 
     def check_caches(self) -> None:
-        """The new keys and values are in their rows, and no other byte has changed."""
+        """What was appended stands in its place, and nothing else has changed."""
         for have, before, new in zip((self.k, self.v), self.before, ("k_new", "v_new"), strict=True):
             wanted = before.clone()
             for i, n in enumerate(self.old):
                 rows, slots = (x[n:] for x in self.places[i])
                 if self.call.new:
                     written = self.kwargs[new]
-                    wanted[rows, slots] = (self.rotated(written, self.old) if new == "k_new" else written)[i]
+                    wanted[rows, slots] = (self.turned(written, self.old) if new == "k_new" else written)[i]
             torch.testing.assert_close(have, wanted, rtol=0, atol=0, equal_nan=True)
 
-    def rotated(self, x: Tensor, starts: list[int], advance: bool = True) -> Tensor:
-        """x (B, T, H, D) after the rotary embedding, computed one pair of dims at a time."""
+    def turned(self, x: Tensor, starts: list[int], advance: bool = True) -> Tensor:
+        """x (B, T, H, D) under the rotary embedding, one pair of dims after another."""
         if not self.call.rotary:
             return x
         cos, sin, pairs = self.kwargs["rotary"]
@@ -170,27 +170,27 @@ class CallData:
         return found
 
     def problems(self, dtype: torch.dtype) -> list[Problem]:
-        """Dense attention over each sequence; the queries are its last rows."""
-        c, kwargs = self.call, self.kwargs
+        """Dense attention over each sequence, whose last rows are the queries."""
+        c, words = self.call, self.kwargs
         moves = c.causal or c.window not in (None, (None, None))
-        q = self.rotated(self.q, self.old, moves)
+        q = self.turned(self.q, self.old, moves)
         keys = self.keys
         if c.new:
-            new = self.rotated(kwargs["k_new"], self.old)
+            new = self.turned(words["k_new"], self.old)
             keys = [torch.cat((x[:n], new[i])) for i, (x, n) in enumerate(zip(keys, self.old, strict=True))]
         found = []
         for i, n in enumerate(c.lengths):
             start = self.starts[i]
-            slopes, tree = kwargs.get("alibi_slopes"), kwargs.get("tree_mask")
+            slopes, tree = words.get("alibi_slopes"), words.get("tree_mask")
             mask = None
             if tree is not None:
                 seen = torch.ones(c.m, n, dtype=torch.bool)
                 last = min(n, c.m)
-                seen[:, n - last :] = tree[i if c.tree == "per_sequence" else 0][:, c.m - last :]
+                seen[:, n - last :] = tree[i if c.tree == "own" else 0][:, c.m - last :]
                 mask = Mask.tensor(seen[:, start:])
             heads = [x[None].transpose(1, 2).to(dtype) for x in (q[i], keys[i][start:], self.values[i][start:])]
             options = {
-                x: kwargs[x] for x in ("scale", "softcap", "sink", "normalizer", "causal", "window") if x in kwargs
+                x: words[x] for x in ("scale", "softcap", "sink", "normalizer", "causal", "window") if x in words
             }
             own = slopes[i : i + 1] if c.alibi_batch else slopes
             options = {x: y.to(torch.float32) if isinstance(y, Tensor) else y for x, y in options.items()}
@@ -200,7 +200,7 @@ class CallData:
         return found
 
     def check(self, out: Tensor, lse: Tensor) -> float:
-        """Compare both with the oracle by `assert_within_budget`; return the largest share of the budget used."""
+        """Both against the oracle by the one rule; the largest share of the budget that was used."""
         wide = torch.promote_types(self.dtype, torch.float32)
         assert out.dtype == self.dtype and lse.dtype == wide
         b, m, heads, _ = self.q.shape

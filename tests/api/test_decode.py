@@ -19,7 +19,7 @@ from fused_attn import BackendError, attention_decode
 from fused_attn.backends.triton import decode as decoding
 from fused_attn.backends.triton import settings
 from tests import ROOT
-from tests.api.decoding import Call, CallData
+from tests.api.decoding import Call, Given
 from tests.runtime.compilations import COMPILATIONS
 
 HOST = ("reference", "tiled")
@@ -32,21 +32,21 @@ CALLS = {
     "group_8": Call(hq=8, hkv=1, m=3, causal=True, lengths=(70, 33)),
     "chunk": Call(m=17, causal=True, lengths=(70, 33), hkv=1, hq=2),
     "chunk_longer_than_keys": Call(lengths=(5, 70), m=17, causal=True, sink=True, hq=3, hkv=1),
-    "pages_of_1": Call(page=1, lengths=(37, 5), capacity=40),
+    "pages_of_1": Call(page=1, lengths=(37, 5), room=40),
     "pages_of_16": Call(page=16, m=3, causal=True),
     "pages_of_64": Call(page=64, softcap=3.0),
-    "pages_of_256": Call(page=256, capacity=256, hq=6, hkv=2),
+    "pages_of_256": Call(page=256, room=256, hq=6, hkv=2),
     "window": Call(window=(20, 0), m=3),
     "window_both_sides": Call(window=(20, 5), m=17, page=16, lengths=(70, 33), hq=2, hkv=1),
     "window_right": Call(window=(None, 2), m=17, sink=True, lengths=(70, 33), hq=2, hkv=1),
     "alibi": Call(alibi=True, m=3),
-    "alibi_per_sequence": Call(alibi_batch=True, m=3, causal=True, page=16, lengths=(70, 2, 96)),
+    "alibi_of_each": Call(alibi_batch=True, m=3, causal=True, page=16, lengths=(70, 2, 96)),
     "sink": Call(sink=True, page=64),
     "softmax1": Call(normalizer="softmax1", lengths=(70, 0)),
-    "scale_per_head": Call(scale="heads", softcap=2.0),
+    "scale_of_heads": Call(scale="heads", softcap=2.0),
     "negative_scale": Call(scale=-0.3),
     "tree": Call(tree="shared", m=17, lengths=(70, 17), hq=2, hkv=1),
-    "tree_per_sequence": Call(tree="own", m=3, page=16, causal=True, lengths=(70, 2, 33)),
+    "tree_of_each": Call(tree="own", m=3, page=16, causal=True, lengths=(70, 2, 33)),
     "tree_leftpad": Call(tree="own", m=17, leftpad=True, lengths=(70, 18), hq=3, hkv=1),
     "leftpad": Call(leftpad=True),
     "leftpad_pages": Call(leftpad=True, page=16, m=3, causal=True),
@@ -79,8 +79,8 @@ def ints(*values: Any) -> Tensor:
 @pytest.mark.parametrize(("backend", "splits"), [*((x, None) for x in HOST), ("triton", 1), ("triton", 3)])
 @pytest.mark.parametrize("name", CALLS)
 def test_parity(name: str, backend: str, splits: int | None, nan_outputs: None) -> None:
-    """Unwritten and invisible cache rows, and the outputs before the launch, hold NaN."""
-    given = CallData(CALLS[name])
+    """In memory that holds NaN wherever nobody has written or may look."""
+    given = Given(CALLS[name])
     given.check(*given.run(backend, num_splits=splits))
     given.check_caches()
 
@@ -88,8 +88,8 @@ def test_parity(name: str, backend: str, splits: int | None, nan_outputs: None) 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64), ids=str)
 @pytest.mark.parametrize("name", ("chunk", "everything", "pairs"))
-def test_dtypes(name: str, dtype: torch.dtype, backend: str) -> None:
-    given = CallData((CALLS | APPENDS)[name], dtype)
+def test_types(name: str, dtype: torch.dtype, backend: str) -> None:
+    given = Given((CALLS | APPENDS)[name], dtype)
     if backend == "triton" and dtype == torch.float64:
         with pytest.raises(BackendError, match="float64"):
             given.run(backend)
@@ -100,8 +100,8 @@ def test_dtypes(name: str, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("name", APPENDS)
 def test_append(name: str, backend: str, nan_outputs: None) -> None:
-    """New keys are written rotated, no other byte changes, and the queries attend to them."""
-    given = CallData(APPENDS[name])
+    """New keys stand where they should, rotated; every other byte is as it was; and the queries see them."""
+    given = Given(APPENDS[name])
     out, lse = given.run(backend)
     given.check_caches()
     given.check(out, lse)
@@ -110,7 +110,7 @@ def test_append(name: str, backend: str, nan_outputs: None) -> None:
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("sink", (False, True))
 def test_fully_masked_rows(backend: str, sink: bool) -> None:
-    given = CallData(Call(lengths=(0, 0), m=3, sink=sink))
+    given = Given(Call(lengths=(0, 0), m=3, sink=sink))
     out, lse = given.run(backend)
     assert (out == 0).all()
     expected = given.kwargs["sink"][:, None] if sink else torch.tensor(-torch.inf)
@@ -119,7 +119,7 @@ def test_fully_masked_rows(backend: str, sink: bool) -> None:
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("shape", ({"b": 0}, {"m": 0}, {"hq": 0}, {"n": 0}), ids=str)
-def test_zero_sizes(backend: str, shape: dict[str, int]) -> None:
+def test_empty(backend: str, shape: dict[str, int]) -> None:
     q, k, v = tensors(**shape)
     out, lse = attention_decode(q, k, v, return_lse=True, backend=backend)
     assert out.shape == q.shape and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
@@ -139,23 +139,23 @@ def test_without_lengths_the_whole_cache_is_attended(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("page", (None, 16))
-def test_batch_invariance(backend: str, page: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """batch_invariant: the same bits alone or in a batch, at any index and any capacity, with any number of splits."""
+def test_bits_do_not_depend_on_the_batch(backend: str, page: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, in company, in another place, with more or less room: the same bits, of one part or of several."""
     monkeypatch.setattr(decoding, "INVARIANT", 64)
     call = Call(lengths=(96, 130, 3, 70), m=2, causal=True, page=page, hq=6, hkv=2, sink=True)
-    given = CallData(call)
+    given = Given(call)
     out, lse = given.run(backend, batch_invariant=True)
     per_batch = {"cache_seqlens", "page_table"}
     words = {x: y for x, y in given.kwargs.items() if x not in per_batch}
 
     def some(order: list[int]) -> tuple[Tensor, Tensor]:
         own = {x: given.kwargs[x][order] for x in per_batch & given.kwargs.keys()}
-        caches, capacity = [given.k, given.v], max(call.lengths[i] for i in order)
+        caches, room = [given.k, given.v], max(call.lengths[i] for i in order)
         if page is None:
             own["cache_batch_idx"] = ints(*order)
-            caches = [x[:, :capacity] for x in caches]
+            caches = [x[:, :room] for x in caches]
         else:
-            own["page_table"] = own["page_table"][:, : -(-capacity // page)]
+            own["page_table"] = own["page_table"][:, : -(-room // page)]
         return attention_decode(
             given.q[order], *caches, **words, **own, batch_invariant=True, return_lse=True, backend=backend
         )
@@ -167,8 +167,8 @@ def test_batch_invariance(backend: str, page: int | None, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("backend", ALL)
 def test_shared_prefix(backend: str) -> None:
-    """Attention over a shared prefix (the batch as query rows) merged with attention over each sequence's own keys."""
-    given = CallData(Call(lengths=(40, 33, 0), hq=4, hkv=2))
+    """All queries of a batch as rows over the prefix that they share, each over what it has alone, and both merged."""
+    given = Given(Call(lengths=(40, 33, 0), hq=4, hkv=2))
     prefix, values = torch.randn(1, 50, 2, 16), torch.randn(1, 50, 2, 16)
     together = given.q.transpose(0, 1)  # (1, B, Hq, D)
     shared, shared_lse = attention_decode(together, prefix, values, return_lse=True, backend=backend)
@@ -183,7 +183,7 @@ def test_shared_prefix(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ALL)
 def test_nan_propagates_to_its_rows_only(backend: str) -> None:
-    """NaN in a visible key or value reaches the rows that attend to it and no others."""
+    """In a key or a value that somebody sees, it comes out where it was seen, and nowhere else."""
     for i in (1, 2):
         x = list(tensors(n=70))
         x[i][0, 40, 0, 3] = torch.nan
@@ -200,16 +200,16 @@ def test_nan_propagates_to_its_rows_only(backend: str) -> None:
 @pytest.mark.parametrize("page", (None, 16))
 @pytest.mark.parametrize("layout", ("bmhd", "bhmd", "gaps"))
 @pytest.mark.parametrize("cache_order", ("bnhd", "bhnd", "gaps"))
-def test_memory_orders(layout: str, cache_order: str, page: int | None, nan_outputs: None) -> None:
-    """Every memory order of q and of the cache, with several splits and their merge."""
+def test_every_layout(layout: str, cache_order: str, page: int | None, nan_outputs: None) -> None:
+    """Every memory order of q and of the cache, into several parts and what merges them."""
     call = Call(layout=layout, cache_order=cache_order, page=page, m=2, lengths=(70, 33), hq=3, hkv=1)
-    given = CallData(call)
+    given = Given(call)
     given.check(*given.run("triton", num_splits=3))
 
 
 @pytest.mark.parametrize("backend", ALL)
 def test_pages_beyond_int32(backend: str) -> None:
-    """Offsets beyond 2**31; only the touched pages are committed by the OS."""
+    """Offsets past 2**31, in memory of which only what is touched exists."""
     pages, values = torch.empty(2, 2**31 // 256 + 8, 16, 1, 16, dtype=torch.float16)
     q, new = torch.randn(1, 1, 1, 16).half(), torch.randn(1, 20, 1, 16).half()
     words = {"page_table": ints([len(pages) - 1, 2**23 + 1]), "cache_seqlens": ints(0), "k_new": new, "v_new": new}
@@ -218,17 +218,15 @@ def test_pages_beyond_int32(backend: str) -> None:
     assert torch.equal(out, attention_decode(q, new, new, backend=backend))
 
 
-def test_repeated_calls_are_bitwise_equal() -> None:
-    given = CallData(CALLS["everything"])
+def test_the_same_bits_every_time() -> None:
+    given = Given(CALLS["everything"])
     (out, lse), *others = (given.run("triton", num_splits=3) for _ in range(3))
     assert all(torch.equal(out, x) and torch.equal(lse, y) for x, y in others)
 
 
 @pytest.mark.parametrize("name", ("plain", "pages_of_16", "leftpad_window"))
-def test_number_of_splits_does_not_depend_on_lengths(
-    name: str, monkeypatch: pytest.MonkeyPatch, nan_outputs: None
-) -> None:
-    """The number of splits depends on no length, also with pages, and the results are right."""
+def test_number_of_splits_fills_the_device(name: str, monkeypatch: pytest.MonkeyPatch, nan_outputs: None) -> None:
+    """Chosen without looking at a length, in pages too; and right."""
     counts = []
     real = decoding.parts
 
@@ -238,9 +236,9 @@ def test_number_of_splits_does_not_depend_on_lengths(
 
     monkeypatch.setattr(settings, "multiprocessors", lambda device: 16)
     monkeypatch.setattr(decoding, "parts", counted)
-    given = CallData(CALLS[name])
+    given = Given(CALLS[name])
     given.check(*given.run("triton"))
-    # 32 programs are resident, and 4 sequences of 2 heads make 8; the window covers 2 tiles.
+    # 32 programs are resident, and 4 sequences of 2 heads make 8; the window reaches into 2 tiles.
     assert counts == [2 if name == "leftpad_window" else 4]
 
 
@@ -257,8 +255,8 @@ def test_splits_fill_whole_waves(work: int, tiles: int) -> None:
 
 
 @pytest.fixture
-def loaded_addresses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The addresses of every unmasked load of a kernel."""
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses of every load of a kernel that takes place."""
     from triton.runtime import interpreter
 
     found: list[Any] = []
@@ -273,31 +271,30 @@ def loaded_addresses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def bytes_within(loaded_addresses: list[Any], x: Tensor) -> int:
+def bytes_within(loaded: list[Any], x: Tensor) -> int:
     start = x.untyped_storage().data_ptr()
     stop = start + x.untyped_storage().nbytes()
-    return sum(int(((a >= start) & (a < stop)).sum()) for a in loaded_addresses) * x.element_size()
+    return sum(int(((a >= start) & (a < stop)).sum()) for a in loaded) * x.element_size()
 
 
 @pytest.mark.parametrize("page", (None, 16, 64))
 @pytest.mark.parametrize("options", ({"num_splits": 1}, {"num_splits": 3}, {"batch_invariant": True}), ids=str)
-def test_bytes_moved(page: int | None, options: dict[str, Any], loaded_addresses: list[Any]) -> None:
-    """Each key and value is read once per group of heads, for any number of splits: within 2% of the minimum.
-
-    Unused capacity costs nothing."""
+def test_bytes_moved(page: int | None, options: dict[str, Any], loaded: list[Any]) -> None:
+    """Every key and value is read once for all the heads of its group, in however many parts: within 2% of what must
+    be. What each sequence has room for costs nothing."""
     lengths = (64, 192, 128, 0)
-    given = CallData(Call(lengths=lengths, hq=8, hkv=2, d=32, dv=16, page=page, capacity=1024))
+    given = Given(Call(lengths=lengths, hq=8, hkv=2, d=32, dv=16, page=page, room=1024))
     given.check(*given.run("triton", **options))
     for x in (given.k, given.v):
         needed = sum(lengths) * 2 * x.shape[3] * x.element_size()
-        assert needed <= bytes_within(loaded_addresses, x) <= 1.02 * needed
+        assert needed <= bytes_within(loaded, x) <= 1.02 * needed
 
 
-def test_bytes_moved_with_a_window(loaded_addresses: list[Any]) -> None:
-    """Keys before the window are not read, and keys at split boundaries are read once."""
-    given = CallData(Call(lengths=(192, 96), window=(31, 0), capacity=256, d=16))
+def test_bytes_of_a_window(loaded: list[Any]) -> None:
+    """What lies before it is not read, nor what lies between its parts twice."""
+    given = Given(Call(lengths=(192, 96), window=(31, 0), room=256, d=16))
     given.check(*given.run("triton", num_splits=3))
-    assert bytes_within(loaded_addresses, given.k) == 2 * 32 * 2 * 16 * 4
+    assert bytes_within(loaded, given.k) == 2 * 32 * 2 * 16 * 4
 
 
 COUNTER = (
@@ -309,10 +306,10 @@ from fused_attn.backends.triton import decode, settings
 settings.multiprocessors = lambda device: 132
 z = lambda *shape, dtype=torch.float16: torch.zeros(shape, dtype=dtype)
 counts = []
-for b, capacity, added in json.loads(sys.argv[1]):
+for b, room, added in json.loads(sys.argv[1]):
     before = len(compiled)
-    lengths, turn = z(b, dtype=torch.int32), z(capacity, 16)
-    for table, k in ((None, z(b, capacity, 2, 32)), (z(b, capacity // 16, dtype=torch.int32), z(b + 5, 16, 2, 32))):
+    lengths, turn = z(b, dtype=torch.int32), z(room, 16)
+    for table, k in ((None, z(b, room, 2, 32)), (z(b, room // 16, dtype=torch.int32), z(b + 5, 16, 2, 32))):
         new = z(b, added, 2, 32)
         q = decode.append(Cache(k, k, lengths, table), new, new, z(b, 1, 8, 32), Rotary(turn, turn), True)
         for left in (None, added):
@@ -325,7 +322,7 @@ print(json.dumps(counts))
 
 
 def test_no_compilation_per_step() -> None:
-    """No compilation after the first calls for other batch sizes, cache capacities and numbers of new tokens."""
+    """Whatever the batch, the room in the cache and the new tokens, nothing compiles after the first calls."""
     steps = [(2, 64, 2), (1, 64, 2), (3, 48, 3), (16, 4096, 16), (17, 272, 17), (5, 1600, 7)]
     done = subprocess.run(
         [sys.executable, "-c", COUNTER, json.dumps(steps)], capture_output=True, text=True, cwd=ROOT, check=False,
@@ -333,7 +330,7 @@ def test_no_compilation_per_step() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     first, *others = json.loads(done.stdout.splitlines()[-1])
-    # Dense and paged: an append, a split decode and a window without splits; and one merge kernel.
+    # Dense and paged: an append, parts, and a window that needs none; and a combination.
     assert first == 7 and not any(others), (first, others)
 
 
@@ -341,8 +338,8 @@ def test_no_compilation_per_step() -> None:
 
 
 def arguments(call: Call, backend: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arguments of the operators `append` and `decode`."""
-    given, w = CallData(call), None
+    """What `append` and `decode` are called with."""
+    given, w = Given(call), None
     w = given.kwargs
     rotary = w.get("rotary") or (None, None, False)
     place = (w["cache_seqlens"], w.get("page_table"), w.get("cache_batch_idx"))
@@ -375,9 +372,9 @@ OPERATORS = (
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("call", OPERATORS, ids=("pages", "rows"))
 def test_opcheck(call: Call, backend: str) -> None:
-    """torch.library.opcheck; the schema of `append` declares the caches as mutated."""
+    """Torch's own examination; what `append` writes to stands in its schema."""
     append, decode = arguments(call, backend)
-    # opcheck compares mutated arguments, and NaN differs from itself.
+    # Where it compares what was written, NaN would differ from itself.
     append = tuple(x.nan_to_num() if isinstance(x, Tensor) and x.is_floating_point() else x for x in append)
     torch.library.opcheck(torch.ops.fused_attn.append.default, append)
     torch.library.opcheck(torch.ops.fused_attn.decode.default, decode)
@@ -403,7 +400,7 @@ def test_compile_fullgraph(backend: str) -> None:
 
 
 def test_flops() -> None:
-    """Two products for each query and each key of the cache's capacity."""
+    """Two products for each score with a key that there is room for."""
     q, k, v = tensors(b=2, m=3, n=32, hq=4, d=16)
     with FlopCounterMode(display=False) as counter:
         attention_decode(q, k, v[..., :6], backend="tiled")

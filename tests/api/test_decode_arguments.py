@@ -42,9 +42,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lengths_shape": ({"cache_seqlens": ints(1, 2, 3)}, ValueError, r"cache_seqlens: expected shape \(2,\)"),
     "lengths_negative": ({"cache_seqlens": ints(3, -1)}, ValueError, r"cache_seqlens: .* got -1 at \(1,\)"),
     "lengths_beyond": ({"cache_seqlens": ints(33, 1)}, ValueError, r"cache_seqlens: .*room for 32, got 33 at \(0,\)"),
-    "cache_full": ({"cache_seqlens": ints(3, 32), "k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)},
+    "no_room": ({"cache_seqlens": ints(3, 32), "k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)},
                 ValueError, "cache_seqlens: expected 0 <= cache_seqlens <= 31 with 1 new keys and room for 32, got 32"),
-    "k_new_without_v_new": ({"cache_seqlens": ints(1, 1), "k_new": torch.zeros(2, 1, 2, 16)}, ValueError,
+    "new_alone": ({"cache_seqlens": ints(1, 1), "k_new": torch.zeros(2, 1, 2, 16)}, ValueError,
                   "v_new: expected a tensor beside k_new"),
     "new_without_lengths": ({"k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)}, ValueError,
                             "cache_seqlens: expected an int or integers"),
@@ -58,7 +58,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
                           r"v_new: expected shape .* = \(2, 3, 2, 16\), got \(2, 2, 3, 16\); " + TRANSPOSE),
     "new_rank": ({"cache_seqlens": 1, "k_new": torch.zeros(2, 2, 16), "v_new": torch.zeros(2, 2, 16)}, ValueError,
                  r"k_new: expected \(B, T, Hkv, D\), got shape \(2, 2, 16\)"),
-    "rotary_only": ({"rotary": (torch.zeros(9, 4), torch.zeros(9, 4), False)}, ValueError, "rotary: only with k_new"),
+    "rotary_alone": ({"rotary": (torch.zeros(9, 4), torch.zeros(9, 4), False)}, ValueError, "rotary: only with k_new"),
     "rotary_pair": ({"rotary": (1, 2)}, TypeError, "rotary: expected"),
     "tree_shape": ({"tree_mask": torch.ones(2, 2, 2, dtype=torch.bool)}, ValueError, "tree_mask: expected shape"),
     "tree_dtype": ({"tree_mask": torch.ones(2, 1, 1)}, TypeError, "tree_mask: expected a bool tensor"),
@@ -75,9 +75,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "table_dtype": ({"page_table": torch.zeros(2, 1)}, TypeError, "page_table: expected an integer tensor, got"),
     "index_dtype": ({"cache_batch_idx": torch.ones(2) > 0}, TypeError, "cache_batch_idx: .* integer tensor, got"),
     "leftpad_dtype": ({"cache_leftpad": [0, 1]}, TypeError, "cache_leftpad: expected an integer tensor, got list"),
-    "lengths_on_another_device": ({"cache_seqlens": ints(1, 1).to("meta")}, ValueError,
+    "lengths_elsewhere": ({"cache_seqlens": ints(1, 1).to("meta")}, ValueError,
                           "cache_seqlens: expected q's device cpu, got meta"),
-    "leftpad_on_another_device": ({"cache_leftpad": ints(1, 1).to("meta")}, ValueError,
+    "leftpad_elsewhere": ({"cache_leftpad": ints(1, 1).to("meta")}, ValueError,
                           "cache_leftpad: expected q's device cpu, got meta"),
     "splits_float": ({"num_splits": 2.0}, TypeError, "num_splits: expected an int, got float 2.0"),
     "splits_bool": ({"num_splits": np.True_}, TypeError, "num_splits: expected an int, got"),
@@ -126,7 +126,7 @@ def test_a_multi_layer_paged_cache_is_refused(table: Tensor | None) -> None:
 @pytest.mark.parametrize(
     "two", (np.int8(2), np.uint64(2), torch.tensor(2), torch.tensor(2, dtype=torch.int16)), ids=repr
 )
-def test_numbers_and_flags_of_numpy_and_torch(two: Any) -> None:
+def test_numbers_and_flags_of_any_kind(two: Any) -> None:
     q, k, v = tensors()
     new, angles = torch.randn(2, 1, 2, 16), torch.randn(40, 4)
     words = {"cache_seqlens": ints(3, 9), "k_new": new, "v_new": new}
@@ -142,7 +142,7 @@ def test_numbers_and_flags_of_numpy_and_torch(two: Any) -> None:
 
 @pytest.mark.parametrize("page", (None, 8))
 @pytest.mark.parametrize("six", (6, np.uint8(6), torch.tensor(6)), ids=repr)
-def test_cache_seqlens_as_one_number(six: Any, page: int | None) -> None:
+def test_one_length_for_every_sequence(six: Any, page: int | None) -> None:
     q, k, v = tensors()
     words = {}
     if page is not None:
@@ -157,7 +157,7 @@ def test_cache_seqlens_as_one_number(six: Any, page: int | None) -> None:
 @pytest.mark.parametrize("backend", ("triton", "tiled", "reference"))
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int64, torch.uint32), ids=str)
 @pytest.mark.parametrize("paged", (False, True))
-def test_index_tensors_of_any_integer_dtype(backend: str, dtype: torch.dtype, paged: bool) -> None:
+def test_indices_are_integers_of_any_width(backend: str, dtype: torch.dtype, paged: bool) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     q, k, v = tensors()
@@ -184,7 +184,7 @@ def test_page_table_entries_beyond_the_keys_are_ignored() -> None:
         attention_decode(q, k, v, page_table=table, cache_seqlens=ints(33, 3))
 
 
-def test_rotary_tables_cover_every_position() -> None:
+def test_rotary_needs_every_position() -> None:
     q, k, v = tensors(m=3)
     new, angles = torch.zeros(2, 1, 2, 16), torch.zeros(10, 4)
     words = {"cache_seqlens": ints(9, 2), "k_new": new, "v_new": new, "rotary": (angles, angles, False)}
@@ -204,7 +204,7 @@ def test_gradients_are_refused(name: str) -> None:
         attention_decode(**given)
 
 
-def test_autocast_does_not_cast_the_caches() -> None:
+def test_autocast_casts_all_but_the_caches() -> None:
     q, k, v = tensors()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attention_decode(q, k.bfloat16(), v.bfloat16()).dtype == torch.bfloat16
@@ -212,7 +212,7 @@ def test_autocast_does_not_cast_the_caches() -> None:
             attention_decode(q, k.half(), v.half())
 
 
-def test_torch_func_transforms_are_refused() -> None:
+def test_transforms_are_refused() -> None:
     q, k, v = tensors()
     with pytest.raises(NotImplementedError, match=r"does not support torch\.func transforms of decoding"):
         torch.func.vmap(lambda q: attention_decode(q[None], k[:1], v[:1]))(q)

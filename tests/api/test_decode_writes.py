@@ -36,17 +36,17 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# page table, lengths, tokens that each sequence appends, and the error; "" if the call is valid
+# who has which page; how long each is; tokens that each appends; the sequences that collide, or none
 TABLES: dict[str, tuple[list[list[int]], list[int], int, str]] = {
-    "same first page": ([[0, 1], [0, 2], [3, 4]], [0, 0, 0], 1, "page 0 holds keys of sequences 0, 1"),
-    "same last page": ([[0, 1], [2, 1], [3, 4]], [5, 6, 0], 1, "page 1 holds keys of sequences 0, 1"),
-    "page filled by another sequence": ([[0, 1], [2, 3], [3, 4]], [0, 5, 4], 1, "page 3 holds keys of sequences 1, 2"),
-    "last of several tokens": ([[0, 1], [2, 3], [4, 3]], [0, 0, 0], 5, "page 3 holds keys of sequences 1, 2"),
-    "three sequences": ([[0, 1], [0, 1], [0, 1]], [4, 4, 4], 2, "page 1 holds keys of sequences 0, 1, 2"),
-    "same page twice in one sequence": ([[0, 0], [1, 2], [3, 4]], [4, 0, 0], 1, "page 0 holds keys of sequences 0, 0"),
-    "shared full prefix": ([[0, 1], [0, 2], [0, 3]], [4, 5, 7], 1, ""),
-    "shared page after the new keys": ([[0, 5], [1, 5], [2, 5]], [0, 2, 3], 1, ""),
-    "no new tokens": ([[0, 1], [0, 1], [0, 1]], [4, 4, 4], 0, ""),
+    "one page": ([[0, 1], [0, 2], [3, 4]], [0, 0, 0], 1, "page 0 holds keys of sequences 0, 1"),
+    "a last page": ([[0, 1], [2, 1], [3, 4]], [5, 6, 0], 1, "page 1 holds keys of sequences 0, 1"),
+    "a page that another has filled": ([[0, 1], [2, 3], [3, 4]], [0, 5, 4], 1, "page 3 holds keys of sequences 1, 2"),
+    "at the last of many tokens": ([[0, 1], [2, 3], [4, 3]], [0, 0, 0], 5, "page 3 holds keys of sequences 1, 2"),
+    "all three": ([[0, 1], [0, 1], [0, 1]], [4, 4, 4], 2, "page 1 holds keys of sequences 0, 1, 2"),
+    "one sequence twice": ([[0, 0], [1, 2], [3, 4]], [4, 0, 0], 1, "page 0 holds keys of sequences 0, 0"),
+    "a full prefix": ([[0, 1], [0, 2], [0, 3]], [4, 5, 7], 1, ""),
+    "behind the keys": ([[0, 5], [1, 5], [2, 5]], [0, 2, 3], 1, ""),
+    "nothing new": ([[0, 1], [0, 1], [0, 1]], [4, 4, 4], 0, ""),
 }
 
 
@@ -64,7 +64,7 @@ def test_appends_to_one_page_are_refused(name: str, backend: str) -> None:
 
 
 def test_page_table_entries_before_a_leftpad_are_ignored(backend: str) -> None:
-    """Entries before a leftpad may be out of range or name pages of other sequences."""
+    """Their entries may name anything, pages in use or none."""
     k, v = torch.zeros(2, 6, PAGE, HEADS, D)
     words = {"cache_leftpad": ints(4, 0, 4), "backend": backend}
     call(k, v, ints(5, 4, 6), page_table=ints([2, 0], [1, 2], [99, 3]), **words)
@@ -78,9 +78,7 @@ def test_appends_to_one_row_are_refused(backend: str) -> None:
     with pytest.raises(ValueError, match="cache_batch_idx: sequences 0, 2 append to row 4"):
         call(k, v, ints(3, 0, 5), cache_batch_idx=ints(4, 1, 4), backend=backend)
     assert not k.any() and not v.any()
-    call(
-        k, v, ints(3, 0, 5), 0, cache_batch_idx=ints(4, 1, 4), backend=backend
-    )  # sharing a row is allowed when nothing is appended
+    call(k, v, ints(3, 0, 5), 0, cache_batch_idx=ints(4, 1, 4), backend=backend)  # reading is free to share
     q = torch.randn(B, 1, HEADS, D)
     attention_decode(q, k, v, cache_batch_idx=ints(4, 1, 4), backend=backend)
     call(k, v, ints(3, 0, 5), cache_batch_idx=ints(4, 1, 2), backend=backend)
@@ -102,8 +100,8 @@ def expanded(name: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "name", ("k over sequences", "v over heads", "v over dims", "k unfolded", "one tensor", "a shift")
 )
-def test_overlapping_caches_are_refused(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check uses strides and addresses, so it works without reading index tensors."""
+def test_caches_that_overlap_themselves_are_refused(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from strides and addresses, so also where index tensors are not read."""
     k, v = expanded(name)
     monkeypatch.setattr(decoding, "readable", lambda x: False)
     with pytest.raises(ValueError, match=f"{'k_cache' if name[0] == 'k' else 'v_cache'}: expected .*memory"):
@@ -113,8 +111,8 @@ def test_overlapping_caches_are_refused(name: str, backend: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("dim", (0, 2, 3, 4))
-def test_interleaved_caches(dim: int) -> None:
-    """k_cache and v_cache may be interleaved views of one allocation, along any dim."""
+def test_keys_and_values_may_interleave(dim: int) -> None:
+    """One allocation for both, cut in any dim."""
     shape = [B, N, HEADS, D]
     k, v = torch.zeros(*shape[:dim], 2, *shape[dim:]).unbind(dim)
     own = torch.zeros(2, *shape)
@@ -122,7 +120,7 @@ def test_interleaved_caches(dim: int) -> None:
     assert torch.equal(k, own[0]) and torch.equal(v, own[1])
 
 
-def test_flash_attn_with_kvcache_refuses_shared_pages() -> None:
+def test_through_flash_attn() -> None:
     k, v = torch.zeros(2, B, N, HEADS, D)
     q = torch.randn(B, 1, HEADS, D)
     with pytest.raises(ValueError, match="cache_batch_idx: sequences 0, 1 append to row 1"):
@@ -153,8 +151,8 @@ def test_compiled() -> None:
         step(ints(5, 6, 0))
 
 
-def test_overlap_check_is_exact() -> None:
-    """The overlap check agrees with the addresses of random strided views of one tensor."""
+def test_overlaps_are_exact() -> None:
+    """Against the addresses themselves, of random strided views of one tensor."""
     draw, base, seen = random.Random(0), torch.arange(400), set()
     for _ in range(400):
         views = []

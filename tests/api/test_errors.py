@@ -21,7 +21,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 
 
 def call(**changed: Any) -> Any:
-    """A valid call of `attention` with some arguments changed."""
+    """A right call of `attention`, with something changed."""
     given = {"q": zeros(B, HQ, M, D), "k": zeros(B, HKV, N, D), "v": zeros(B, HKV, N, DV)} | changed
     return attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
 
@@ -30,7 +30,7 @@ def test_unchanged_arguments_are_valid() -> None:
     assert call().shape == (B, HQ, M, DV)
 
 
-# argument, bad value, error, and a part of its message
+# argument, the bad value, the error, and words that its message holds: what it was and what is allowed
 ATTENTION = [
     ("q", [1.0], TypeError, "expected a tensor, got list"),
     ("q", None, TypeError, "expected a tensor, got NoneType"),
@@ -113,20 +113,19 @@ ATTENTION = [
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "error", "message"), ATTENTION, ids=[f"{x[0]}-{i}" for i, x in enumerate(ATTENTION)]
+    ("name", "value", "error", "words"), ATTENTION, ids=[f"{x[0]}-{i}" for i, x in enumerate(ATTENTION)]
 )
-def test_one_invalid_argument(name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_attention(name: str, value: Any, error: type[Exception], words: str) -> None:
     """One argument at a time."""
-    with pytest.raises(error, match=f"{name}: .*{re.escape(message)}"):
+    with pytest.raises(error, match=f"{name}: .*{re.escape(words)}"):
         call(**{name: value} | ({"dropout_p": 0.5} if name == "seed" else {}))
 
 
 COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("causal needs an alignment", {"causal": True}, ValueError, "alignment: .*M = 5 and N = 7.*got None"),
-    ("window needs an alignment", {"window": (1, 0)}, ValueError, "alignment: .*M = 5 and N = 7.*got None"),
-    ("ALiBi needs an alignment", {"alibi_slopes": zeros(HQ)}, ValueError,
-     "alignment: alibi_slopes with M = 5 and N = 7"),
-    ("mask object needs an alignment", {"mask": Mask.causal(), "alignment": "top_left"}, ValueError,
+    ("a window needs one", {"window": (1, 0)}, ValueError, "alignment: .*M = 5 and N = 7.*got None"),
+    ("ALiBi needs one", {"alibi_slopes": zeros(HQ)}, ValueError, "alignment: alibi_slopes with M = 5 and N = 7"),
+    ("a mask object needs one", {"mask": Mask.causal(), "alignment": "top_left"}, ValueError,
      r"alignment: Mask.causal\(\) with M = 5 and N = 7 needs one of its own, .*got None"),
     ("ALiBi of a wrong shape", {"alibi_slopes": zeros(3), "alignment": "top_left"}, ValueError,
      r"alibi_slopes: expected shape \(4,\) or \(2, 4\), got \(3,\)"),
@@ -142,11 +141,11 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      r"Mask.segments\(kv_ids\): expected shape \(7,\) or \(2, 7\), got \(5,\)"),
     ("ids of another length, in any order", {"mask": Mask.segments(torch.arange(M), sorted=False)}, ValueError,
      r"Mask.segments\(kv_ids\): expected shape \(7,\) or \(2, 7\), got \(5,\)"),
-    ("ids on another device", {"mask": Mask.segments(zeros(M, dtype=torch.int32, device="meta"),
+    ("ids elsewhere", {"mask": Mask.segments(zeros(M, dtype=torch.int32, device="meta"),
      zeros(N, dtype=torch.int32, device="meta"), sorted=False)}, ValueError, "mask: expected q's device cpu, got meta"),
     ("blocks of another grid", {"mask": Mask.blocks(torch.ones(2, 4, 3, 3) > 0, 2)}, ValueError,
      r"Mask.blocks\(allowed\): shape \(2, 4, 3, 3\) does not broadcast to \(B, Hq, ceil\(M / 2\), .*= \(2, 4, 3, 4\)"),
-    ("blocks on another device", {"mask": Mask.blocks(zeros(3, 4, device="meta") > 0, 2)}, ValueError,
+    ("blocks elsewhere", {"mask": Mask.blocks(zeros(3, 4, device="meta") > 0, 2)}, ValueError,
      "mask: expected q's device cpu, got meta"),
     ("sinks without an alignment", {"mask": Mask.window(1, 0, sinks=2)}, ValueError,
      "alignment: .*M = 5 and N = 7.*got None"),
@@ -154,7 +153,7 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "k: 2 key-value heads do not divide the 3 query heads"),
     ("no key-value heads", {"k": zeros(B, 0, N, D), "v": zeros(B, 0, N, DV)}, ValueError,
      "k: 0 key-value heads do not divide the 4 query heads"),
-    ("head dim of zero", {"q": zeros(B, HQ, M, 0), "k": zeros(B, HKV, N, 0)}, ValueError,
+    ("no channels", {"q": zeros(B, HQ, M, 0), "k": zeros(B, HKV, N, 0)}, ValueError,
      r"q: the head dim must be at least 1, got shape \(2, 4, 5, 0\)"),
     ("additive weights of another head dim", {"score": scores.Additive(zeros(D + 1))}, ValueError,
      r"score.w: expected shape \(8,\) or \(4, 8\), got \(9,\)"),
@@ -164,7 +163,7 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      r"score.t: expected shape \(\) or \(4,\), got \(2,\)"),
     ("a temperature of another type", {"score": scores.Cosine(zeros(HQ, dtype=torch.float16))}, TypeError,
      "score.t: expected float32 or q's torch.float32, got torch.float16"),
-    ("bandwidth on another device", {"score": scores.Distance(zeros(HQ, device="meta"))}, ValueError,
+    ("a bandwidth elsewhere", {"score": scores.Distance(zeros(HQ, device="meta"))}, ValueError,
      "score.h: expected q's device cpu, got meta"),
     ("a distance with a softcap", {"score": scores.Distance(1.0), "softcap": 2.0}, ValueError,
      "softcap: scores.Distance has none"),
@@ -182,10 +181,10 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "changed", "error", "message"), COMBINED, ids=[x[0] for x in COMBINED])
-def test_invalid_combinations(what: str, changed: dict[str, Any], error: type[Exception], message: str) -> None:
-    """Arguments that are invalid in combination."""
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("what", "changed", "error", "words"), COMBINED, ids=[x[0] for x in COMBINED])
+def test_combinations(what: str, changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    """What is wrong only together with something else."""
+    with pytest.raises(error, match=words):
         call(**changed)
 
 
@@ -231,9 +230,9 @@ MASKS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "message"), MASKS, ids=range(len(MASKS)))
-def test_invalid_masks(make: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("make", "error", "words"), MASKS, ids=range(len(MASKS)))
+def test_masks(make: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
         make()
 
 
@@ -278,31 +277,31 @@ SDPA: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "words"),
     (
         ("q", zeros(M, HQ, D), r"q: expected 4 dimensions, got shape \(5, 4, 8\); pass q\[None\]$"),
         ("k", zeros(N, D), r"k: expected 4 dimensions, got shape \(7, 8\); pass k\[None, :, None\]$"),
         ("v", zeros(1, B, N, HKV, DV), r"v: expected 4 dimensions, .*; pass v\.flatten\(0, -4\)$"),
     ),
 )
-def test_wrong_rank_in_layout_bshd(name: str, value: torch.Tensor, message: str) -> None:
-    """The hint does not name scaled_dot_product_attention, which expects heads first."""
+def test_wrong_rank_in_layout_bshd(name: str, value: torch.Tensor, words: str) -> None:
+    """scaled_dot_product_attention, which takes rows for heads there, is not advised."""
     given = {"q": zeros(B, M, HQ, D), "k": zeros(B, N, HKV, D), "v": zeros(B, N, HKV, DV), "layout": "bshd"}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=words):
         call(**given | {name: value})
 
 
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.int32, torch.uint32))
-def test_seed_tensors_of_any_integer_dtype(dtype: torch.dtype) -> None:
+def test_a_seed_is_a_tensor_of_any_integers(dtype: torch.dtype) -> None:
     expected = call(v=torch.ones(B, HKV, N, DV), dropout_p=0.5, seed=7)
     assert torch.equal(call(v=torch.ones(B, HKV, N, DV), dropout_p=0.5, seed=torch.tensor(7, dtype=dtype)), expected)
 
 
-@pytest.mark.parametrize(("what", "changed", "error", "message"), SDPA, ids=[x[0] for x in SDPA])
-def test_invalid_sdpa_calls(what: str, changed: dict[str, Any], error: type[Exception], message: str) -> None:
-    """Invalid calls of scaled_dot_product_attention, some of which torch's function accepts."""
+@pytest.mark.parametrize(("what", "changed", "error", "words"), SDPA, ids=[x[0] for x in SDPA])
+def test_sdpa(what: str, changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    """scaled_dot_product_attention refuses what torch's function in part lets pass."""
     assert sdpa().shape == (B, HQ, M, DV)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=words):
         sdpa(**changed)
 
 
@@ -346,7 +345,7 @@ def test_environment_variable_counts_as_explicit(monkeypatch: pytest.MonkeyPatch
         attention(x, x, x)
 
 
-# ------------------------------------------------------------------------------------------------ not implemented yet
+# -------------------------------------------------------------------------------------------------- not implemented yet
 
 
 @pytest.mark.parametrize("name", ("parallel", "record"))
@@ -357,7 +356,7 @@ def test_names_not_implemented_yet(name: str) -> None:
 
 
 @pytest.mark.parametrize("module", (fused_attn, fused_attn.compat), ids=lambda module: module.__name__)
-def test_unknown_attributes(module: ModuleType) -> None:
+def test_attributes_that_do_not_exist(module: ModuleType) -> None:
     assert not hasattr(module, "nonsense") and not hasattr(module, "flex")
     with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'nonsense'$"):
         _ = module.nonsense
@@ -373,14 +372,14 @@ SCORES: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "message"), SCORES, ids=range(len(SCORES)))
-def test_invalid_scores(make: Callable[[], Any], error: type[Exception], message: str) -> None:
-    """An invalid score raises in its constructor."""
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("make", "error", "words"), SCORES, ids=range(len(SCORES)))
+def test_scores(make: Callable[[], Any], error: type[Exception], words: str) -> None:
+    """What is wrong with a score alone is said where it is made."""
+    with pytest.raises(error, match=words):
         make()
 
 
-# --------------------------------------------------------------------------------------- large values are not printed
+# ------------------------------------------------------------------------------------------- large values are not shown
 
 LARGE = torch.arange(10_000.0).view(100, 100)
 
@@ -394,7 +393,7 @@ def test_errors_are_short(name: str, value: Any) -> None:
     assert len(str(refusal.value)) < 300
 
 
-def test_invalid_merge_states_calls() -> None:
+def test_merge_states() -> None:
     out, lse = zeros(1, 2, 3, 4), zeros(1, 2, 3)
     with pytest.raises(ValueError, match="lses: expected one for each of the 2 outs"):
         fused_attn.merge_states([out, out], [lse])
@@ -408,7 +407,7 @@ def test_invalid_merge_states_calls() -> None:
         fused_attn.merge_states([out], [None])  # type: ignore[list-item]
 
 
-def test_invalid_warmup_calls() -> None:
+def test_warmup() -> None:
     with pytest.raises(ValueError, match=r"shapes: .*got tuple \(1, 2, 3\)"):
         fused_attn.warmup([(1, 2, 3)], device="cpu")
     with pytest.raises(TypeError, match="dtypes: expected torch's dtypes, got str 'float32'"):

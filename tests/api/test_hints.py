@@ -16,7 +16,7 @@ from tests.api.test_errors import B, D, zeros
 
 @pytest.mark.parametrize("causal", (True, False))
 def test_axes_of_the_other_layout(causal: bool) -> None:
-    """(B, S, H, D) passed as (B, H, S, D), and vice versa."""
+    """(B, S, H, D) taken for (B, H, S, D), and the other way round."""
     options: dict[str, Any] = {"causal": causal, "alignment": "top_left"}
     q, k = zeros(B, 9, 4, D), zeros(B, 6, 2, D)
     with pytest.raises(
@@ -31,10 +31,10 @@ def test_axes_of_the_other_layout(causal: bool) -> None:
 
 
 def test_layout_hint() -> None:
-    q, k = zeros(B, 9, 6, 4, D)[:, :, :, 0], zeros(B, 6, 4, D)  # neither 6 nor 4 divides the other
+    q, k = zeros(B, 9, 6, 4, D)[:, :, :, 0], zeros(B, 6, 4, D)  # 6 and 4 divide neither way
     with pytest.raises(ValueError, match=r"do not divide the 9 query heads$"):
         attention(q, k, k)
-    packed = zeros(8, 3, D), zeros(4, 2, D)  # the lengths would divide, but varlen has one layout only
+    packed = zeros(8, 3, D), zeros(4, 2, D)  # the lengths would divide, and there is no other layout
     starts = [torch.tensor([0, x], dtype=torch.int32) for x in (8, 4)]
     with pytest.raises(ValueError, match=r"do not divide the 3 query heads$"):
         fused_attn.attention_varlen(packed[0], packed[1], packed[1], *starts)
@@ -68,11 +68,11 @@ FOREIGN = [
 X = zeros(1, 2, 4, 8)
 STARTS = torch.tensor([0, 4], dtype=torch.int32)
 CALLS: dict[str, Callable[..., Any]] = {
-    "attention": lambda **extra: attention(X, X, X, **extra),
-    "attention_varlen": lambda **extra: fused_attn.attention_varlen(X[0], X[0], X[0], STARTS, STARTS, **extra),
-    "attention_stats": lambda **extra: fused_attn.attention_stats(X, X, **extra),
-    "attention_map": lambda **extra: fused_attn.attention_map(X, X, **extra),
-    "explain": lambda **extra: fused_attn.explain(X, X, X, **extra),
+    "attention": lambda **given: attention(X, X, X, **given),
+    "attention_varlen": lambda **given: fused_attn.attention_varlen(X[0], X[0], X[0], STARTS, STARTS, **given),
+    "attention_stats": lambda **given: fused_attn.attention_stats(X, X, **given),
+    "attention_map": lambda **given: fused_attn.attention_map(X, X, **given),
+    "explain": lambda **given: fused_attn.explain(X, X, X, **given),
 }
 
 
@@ -112,7 +112,7 @@ def test_keywords_of_other_libraries(name: str) -> None:
         (lambda **x: fused_attn.warmup([(1, 1, 1, 1, 1, 1)], device="cpu", **x), "is_causal", "here it is causal="),
     ],
 )
-def test_unknown_keyword(call: Callable, keyword: str, hint: str) -> None:
+def test_keyword(call: Callable, keyword: str, hint: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'" + (f"; .*{hint}" if hint else "$")):
         call(**{keyword: None})
 
@@ -147,27 +147,27 @@ TOO_MANY = [
 
 @pytest.mark.parametrize(("call", "name", "positional", "hint"), TOO_MANY, ids=[x[1] for x in TOO_MANY])
 @pytest.mark.parametrize(
-    ("extra", "printed"),
+    ("given", "said"),
     [
         (zeros(4, 4, dtype=torch.bool), r"torch.bool tensor of shape \(4, 4\)"),
         (X, "torch.float32 tensor of shape"),
         (None, "NoneType None"),
     ],
 )
-def test_too_many_positional_arguments(
-    call: Callable, name: str, positional: str, hint: str, extra: Any, printed: str
+def test_positional_arguments_too_many(
+    call: Callable, name: str, positional: str, hint: str, given: Any, said: str
 ) -> None:
-    words = rf"^{name}\(\) takes {positional} by position, got {printed}.* after them; {hint}"
+    words = rf"^{name}\(\) takes {positional} by position, got {said}.* after them; {hint}"
     with pytest.raises(TypeError, match=words):
-        call(extra)
+        call(given)
 
 
 @pytest.mark.parametrize(
     "name", ("attention", "scaled_dot_product_attention", "attention_varlen", "attention_decode", "attention_stats",
              "attention_map")
 )  # fmt: skip
-def test_signatures_hide_catch_all_parameters(name: str) -> None:
-    """inspect.signature hides the parameters that catch unknown keywords and extra positional arguments."""
+def test_signatures_hide_the_catch_alls(name: str) -> None:
+    """The parameters that catch what is not taken are no part of the signature."""
     kinds = {x.kind for x in inspect.signature(getattr(fused_attn, name)).parameters.values()}
     assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 

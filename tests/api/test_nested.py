@@ -34,7 +34,7 @@ def jagged(values: Tensor, offsets: Tensor, layout: str = "bhsd") -> Any:
 
 
 def test_torch_logs_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """torch's own log record about making a jagged tensor is filtered; other records of that logger stay."""
+    """Of making a jagged tensor torch logs advice to itself, once in a process; other records of that log stay."""
     from torch.fx import _symbolic_trace
 
     _symbolic_trace.is_fx_tracing_warning.cache_clear()
@@ -46,42 +46,42 @@ def test_torch_logs_no_warning(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def values_of(x: Any, layout: str = "bhsd") -> Tensor:
-    """The packed values (T, H, ...) of a jagged tensor."""
+    """The packed (T, H, ...) again."""
     return x.values().transpose(0, 1) if layout == "bhsd" else x.values()
 
 
-def each_sequence(call: Callable, rows: Sequence[int], keys: Sequence[int], *packed: Tensor) -> list[Tensor]:
-    """Call `call(b, q, k, v)` for each sequence b as a heads-first batch of one, and pack the results."""
+def one_by_one(call: Callable, rows: Sequence[int], keys: Sequence[int], *packed: Tensor) -> list[Tensor]:
+    """What call finds of each sequence, its number and tensors, heads-first in a batch of one; packed again."""
     parts = zip(*(x.split(list(n)) for x, n in zip(packed, (rows, keys, keys), strict=True)), strict=True)
     found = [call(b, *(x.transpose(0, 1)[None] for x in part)) for b, part in enumerate(parts)]
     return [torch.cat([x[0].transpose(0, 1) for x in column]) for column in zip(*found, strict=True)]
 
 
-VALID = torch.tensor([4, 3, 0, 5, 1]), torch.tensor([5, 0, 1, 6, 0])  # lengths of keys and of query rows
-OPTIONS: dict[str, dict[str, Any]] = {
+SOME = torch.tensor([4, 3, 0, 5, 1]), torch.tensor([5, 0, 1, 6, 0])  # of the keys, and of the rows
+WORDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True, "alignment": "top_left"},
     "bottom right": {"causal": True, "alignment": "bottom_right"},
     "window": {"window": (2, 1), "alignment": "bottom_right"},
-    "score modifiers": {
+    "modified": {
         "softcap": 1.5, "scale": 0.6, "sink": torch.tensor([0.3, -1.0, 0.0, 2.0]), "alignment": "top_left",
         "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 1.0]),
     },
     "mask": {"mask": Mask.causal("top_left") & Mask.window(3, None, "top_left"), "alignment": "top_left"},
-    "lengths": {"mask": Mask.lengths(*VALID)},
+    "lengths": {"mask": Mask.lengths(*SOME)},
     "distance": {"score": fused_attn.scores.Distance(torch.tensor(1.3))},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.parametrize("case", OPTIONS)
-def test_attention(case: str, layout: str, backend: str) -> None:
-    check(case, layout, backend)
+@pytest.mark.parametrize("words", WORDS)
+def test_attention(words: str, layout: str, backend: str) -> None:
+    check(words, layout, backend)
 
 
 def test_on_triton() -> None:
-    """After dense calls with the same options, which are in the call cache."""
+    """After a dense call by the same words, which is remembered."""
     pytest.importorskip("triton")
     dense = torch.randn(1, 2, 5, 8)
     for _ in range(4):
@@ -89,8 +89,8 @@ def test_on_triton() -> None:
     check("causal", "bhsd", "triton")
 
 
-def check(case: str, layout: str, backend: str) -> None:
-    """Compare out, lse and the gradients of the packed values with separate calls; keys have other offsets than q."""
+def check(words: str, layout: str, backend: str) -> None:
+    """out, lse and the gradients of packed values, with offsets of its own for the keys."""
     packed = [
         torch.randn(sum(ROWS), HEADS, DIM),
         torch.randn(sum(KEYS), KV_HEADS, DIM),
@@ -101,15 +101,15 @@ def check(case: str, layout: str, backend: str) -> None:
 
     def ours(*leaves: Tensor) -> list[Tensor]:
         q, k, v = (jagged(x, n, layout) for x, n in zip(leaves, (rows, keys, keys), strict=True))
-        out, lse = attention(q, k, v, layout=layout, return_lse=True, backend=backend, **OPTIONS[case])
+        out, lse = attention(q, k, v, layout=layout, return_lse=True, backend=backend, **WORDS[words])
         assert out.shape == q.shape
         assert (lse.shape[:2], lse.shape[2]) == ((len(ROWS), HEADS), q.shape[2 if layout == "bhsd" else 1])
         return [values_of(out, layout), values_of(lse)]
 
-    def single(b: int, *heads: Tensor) -> Any:
-        own = {n: x.to(heads[0].dtype) if isinstance(x, Tensor) else x for n, x in OPTIONS[case].items()}
-        if case == "lengths":
-            own["mask"] = Mask.lengths(*(x[b : b + 1] for x in VALID))
+    def alone(b: int, *heads: Tensor) -> Any:
+        own = {n: x.to(heads[0].dtype) if isinstance(x, Tensor) else x for n, x in WORDS[words].items()}
+        if words == "lengths":
+            own["mask"] = Mask.lengths(*(x[b : b + 1] for x in SOME))
         return attention(*heads, return_lse=True, backend="reference", **own)
 
     def run(function: Callable, dtype: torch.dtype) -> list[Tensor]:
@@ -119,7 +119,7 @@ def check(case: str, layout: str, backend: str) -> None:
         return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
 
     def theirs(*leaves: Tensor) -> list[Tensor]:
-        return each_sequence(single, ROWS, KEYS, *leaves)
+        return one_by_one(alone, ROWS, KEYS, *leaves)
 
     columns = run(ours, torch.float32), run(theirs, torch.float64), run(theirs, torch.float32)
     for name, *found in zip(("out", "lse", "dq", "dk", "dv"), *columns, strict=True):
@@ -127,7 +127,7 @@ def check(case: str, layout: str, backend: str) -> None:
 
 
 def test_out_shares_the_offsets_of_q() -> None:
-    """out shares q's offsets tensor, so that torch can add both, and keeps the cached max and min lengths."""
+    """It shares q's offsets, so that torch adds them; and what is known of the lengths stays known."""
     q = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
     out, lse = attention(q, q, q, causal=True, return_lse=True)
     assert out.offsets() is q.offsets()
@@ -139,20 +139,20 @@ def test_out_shares_the_offsets_of_q() -> None:
 
 
 class Block(nn.Module):
-    """Self-attention as commonly written for dense and nested batches."""
+    """Self-attention as people write it for batches that may be nested."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inward, self.outward = nn.Linear(16, 48), nn.Linear(16, 16)
 
-    def forward(self, x: Tensor, attend: Callable, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, attend: Callable, **words: Any) -> Tensor:
         q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.inward(x).chunk(3, -1))
-        return self.outward(attend(q, k, v, **options).transpose(1, 2).flatten(-2))
+        return self.outward(attend(q, k, v, **words).transpose(1, 2).flatten(-2))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_model(causal: bool) -> None:
-    """Projections, q, k and v as chunks of one tensor, F.scaled_dot_product_attention, gradients of the weights."""
+def test_a_model(causal: bool) -> None:
+    """Projections, halves of one tensor as q, k and v, F.scaled_dot_product_attention, gradients of the weights."""
     torch.manual_seed(0)
     model, batch = Block(), [torch.randn(n, 16) for n in (5, 1, 8)]
 
@@ -175,7 +175,7 @@ def test_model(causal: bool) -> None:
 
 
 def test_sdpa_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The replaced F.scaled_dot_product_attention handles jagged inputs without calling torch's."""
+    """Replaced SDPA takes them without a word to torch: scale, groups, a window, other offsets for the keys."""
     packed = [
         torch.randn(sum(ROWS), HEADS, DIM),
         torch.randn(sum(KEYS), KV_HEADS, DIM),
@@ -183,23 +183,23 @@ def test_sdpa_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     rows, keys = offsets_of(ROWS), offsets_of(KEYS)
 
-    def run(dtype: torch.dtype, **options: Any) -> Tensor:
-        def single(b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-            return (scaled_dot_product_attention(q, k, v, backend="reference", **options),)
+    def run(dtype: torch.dtype, **words: Any) -> Tensor:
+        def alone(b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+            return (scaled_dot_product_attention(q, k, v, backend="reference", **words),)
 
-        return each_sequence(single, ROWS, KEYS, *(x.to(dtype) for x in packed))[0]
+        return one_by_one(alone, ROWS, KEYS, *(x.to(dtype) for x in packed))[0]
 
     q, k, v = (jagged(x, n) for x, n in zip(packed, (rows, keys, keys), strict=True))
-    options: dict[str, Any] = {"scale": 0.3, "is_causal": True, "enable_gqa": True}
+    words: dict[str, Any] = {"scale": 0.3, "is_causal": True, "enable_gqa": True}
     with compat_sdpa.scope():
-        out = F.scaled_dot_product_attention(q, k, v, **options)
-    within_budget("out", values_of(out), run(torch.float64, **options), run(torch.float32, **options))
-    options |= {"window": (2, 0), "softcap": 2.0}
-    out = scaled_dot_product_attention(q, k, v, **options)
-    within_budget("window", values_of(out), run(torch.float64, **options), run(torch.float32, **options))
+        out = F.scaled_dot_product_attention(q, k, v, **words)
+    within_budget("out", values_of(out), run(torch.float64, **words), run(torch.float32, **words))
+    words |= {"window": (2, 0), "softcap": 2.0}
+    out = scaled_dot_product_attention(q, k, v, **words)
+    within_budget("window", values_of(out), run(torch.float64, **words), run(torch.float32, **words))
 
 
-def test_dropout_mask_equals_that_of_the_padded_batch() -> None:
+def test_dropout_is_that_of_the_padded_batch() -> None:
     lengths = [5, 2, 7]
     packed, offsets = [torch.randn(14, HEADS, DIM) for _ in range(3)], offsets_of(lengths)
     out = attention(*(jagged(x, offsets) for x in packed), dropout_p=0.4, seed=5)
@@ -243,7 +243,7 @@ def test_empty_batch() -> None:
 
 
 def test_jagged_tensors_with_holes() -> None:
-    """torch.nested.narrow makes jagged tensors with holes."""
+    """torch.nested.narrow leaves them."""
     x = torch.nested.narrow(torch.randn(3, 7, 2, 8), 1, torch.tensor([1, 0, 2]), torch.tensor([3, 7, 2]), torch.jagged)
     q = x.transpose(1, 2)
     with pytest.raises(NotImplementedError, match=r"q: a jagged tensor with holes .*contiguous\(\)"):

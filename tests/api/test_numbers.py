@@ -71,9 +71,7 @@ NEITHER = [
 
 
 def kind(x: Any) -> str:
-    shown = (
-        "" if " at 0x" in repr(x) else x
-    )  # the repr of these holds an address, which differs between pytest-xdist workers
+    shown = "" if " at 0x" in repr(x) else x  # an address differs between the processes that share the tests
     return f"{type(x).__module__}.{type(x).__name__}-{getattr(x, 'dtype', '')}-{shown}"
 
 
@@ -91,14 +89,14 @@ def test_floats(x: Any) -> None:
 
 
 @pytest.mark.parametrize("x", NEITHER, ids=kind)
-def test_non_numbers_are_refused(x: Any) -> None:
+def test_values_that_are_no_numbers(x: Any) -> None:
     with pytest.raises(TypeError, match="n: expected an int, got"):
         as_int("n", x)
     with pytest.raises(TypeError, match="n: expected a float, got"):
         as_float("n", x)
 
 
-def test_numbers_that_require_grad_are_refused() -> None:
+def test_a_number_has_no_gradient() -> None:
     with pytest.raises(TypeError, match="n: expected a number, which has no gradient"):
         as_float("n", torch.tensor(3.0, requires_grad=True))
 
@@ -114,7 +112,7 @@ def test_flags(x: Any) -> None:
     [None, "false", "never", 0, 1, 0.0, [], np.int64(1), np.array([True]), torch.tensor(1), torch.tensor([True])],
     ids=kind,
 )
-def test_non_flags_are_refused(x: Any) -> None:
+def test_values_that_are_no_flags(x: Any) -> None:
     with pytest.raises(TypeError, match="flag: expected a bool, got"):
         as_bool("flag", x)
 
@@ -167,7 +165,7 @@ def warmed(**options: Any) -> Any:
 
 CALLS = {f.__name__: f for f in (dense, packed, wrapper, statistics, weights, explained, warmed)}
 ALL = ("dense", "packed", "wrapper", "statistics", "weights", "explained", "warmed")
-ACCEPTED: list[tuple[str, Any, Any, tuple[str, ...]]] = [
+GIVEN: list[tuple[str, Any, Any, tuple[str, ...]]] = [
     ("scale", 0.5, np.float32(0.5), ALL),
     ("scale", 2.0, np.int16(2), ALL),
     ("scale", 0.5, np.array(0.5), ALL),
@@ -193,8 +191,8 @@ def flat(x: Any) -> list[Any]:
     return [x.tolist() if isinstance(x, torch.Tensor) else str(x) for x in parts]
 
 
-@pytest.mark.parametrize(("name", "python", "other", "calls"), ACCEPTED, ids=lambda x: x if isinstance(x, str) else "")
-def test_numbers_of_numpy_and_torch(name: str, python: Any, other: Any, calls: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("name", "python", "other", "calls"), GIVEN, ids=lambda x: x if isinstance(x, str) else "")
+def test_numbers_of_any_kind(name: str, python: Any, other: Any, calls: tuple[str, ...]) -> None:
     always = {"seed": np.int64(3)} if name == "dropout_p" else {}
     for call in calls:
         expected = flat(CALLS[call](**{name: python}, **always | ({"seed": 3} if always else {})))
@@ -227,7 +225,7 @@ REFUSED: list[tuple[str, Any, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "calls"), REFUSED, ids=lambda x: repr(x) if not isinstance(x, tuple) else "")
-def test_values_of_wrong_types(name: str, value: Any, calls: tuple[str, ...]) -> None:
+def test_strings_of_another_type(name: str, value: Any, calls: tuple[str, ...]) -> None:
     for call in calls:
         with pytest.raises(TypeError, match=rf"^{name}\b.*: expected .*, got "):
             CALLS[call](**{name: value})
@@ -244,7 +242,7 @@ MAKERS: list[tuple[str, Any, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "make", "number"), MAKERS)
-def test_numbers_in_masks_and_scores(name: str, make: Any, number: Any) -> None:
+def test_numbers_in_objects(name: str, make: Any, number: Any) -> None:
     plain = 3 if isinstance(number, Index) else 2
     assert make(number) == make(plain) and repr(make(number)) == repr(make(plain))
     for wrong in ("2", True, [2]):
@@ -253,7 +251,7 @@ def test_numbers_in_masks_and_scores(name: str, make: Any, number: Any) -> None:
 
 
 @pytest.mark.parametrize("dynamic", (False, True))
-def test_numpy_scale_compiles(dynamic: bool) -> None:
+def test_a_scale_of_numpy_compiles(dynamic: bool) -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
         scale = 1 / np.sqrt(x.size(-1))
         out = fused_attn.scaled_dot_product_attention(x, x, x, scale=scale)

@@ -28,56 +28,56 @@ from fused_attn.api import paged_cache as module
 LAYERS, PAGES, HEADS, D, DV = 2, 12, 2, 4, 3
 
 
-def small_cache(page_size: int = 4, layers: int = LAYERS, **changed: Any) -> PagedKVCache:
+def small(page_size: int = 4, layers: int = LAYERS, **changed: Any) -> PagedKVCache:
     return PagedKVCache(PAGES, page_size, HEADS, D, DV, num_layers=layers, **changed)
 
 
-def random_kv(cache: PagedKVCache, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Random keys and values to append, (layers, batch, tokens, heads, dim); all numbers are distinct in practice."""
+def drawn(cache: PagedKVCache, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values to append, (layers, batch, tokens, heads, dim); no number comes twice, as good as surely."""
     places = (cache.k.shape[0], batch, tokens, HEADS)
     return torch.randn(*places, D, dtype=cache.k.dtype), torch.randn(*places, DV, dtype=cache.k.dtype)
 
 
 def contents(cache: PagedKVCache, sequence: int) -> tuple[Tensor, Tensor]:
-    """The keys or values of a sequence, gathered through its page table: (layers, length, heads, dim)."""
+    """(layers, length, heads, dim): what the table of a sequence leads to."""
     (pages,), (length,) = cache.batch([sequence])
     k, v = (x[:, pages.long()].flatten(1, 2)[:, :length] for x in (cache.k, cache.v))
     return k, v
 
 
-def bookkeeping(cache: PagedKVCache) -> Any:
-    """The cache's bookkeeping of pages and sequences, as a comparable value."""
+def books(cache: PagedKVCache) -> Any:
+    """All that the cache knows of its pages and sequences, as a value to compare."""
     held = {name: (tuple(x.pages), x.length) for name, x in cache._entries.items()}
     return held, tuple(cache._references), tuple(cache._free)
 
 
 def snapshot(cache: PagedKVCache) -> tuple[Any, Tensor, Tensor]:
-    return bookkeeping(cache), cache.k.clone(), cache.v.clone()
+    return books(cache), cache.k.clone(), cache.v.clone()
 
 
 def unchanged(cache: PagedKVCache, before: tuple[Any, Tensor, Tensor]) -> bool:
-    """True if the bookkeeping and every bit of the data, NaN included, equal those of the snapshot."""
+    """Bit for bit; NaN has bits too."""
     same = (
         torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in ((cache.k, before[1]), (cache.v, before[2]))
     )
-    return bookkeeping(cache) == before[0] and all(same)
+    return books(cache) == before[0] and all(same)
 
 
 # ------------------------------------------------------------------------------------------------- random operations
 
 
 class Operations(RuleBasedStateMachine):
-    """The model holds a list of token numbers for each sequence; keys and values hold one row for each number.
+    """The model is, for each sequence, the list of its tokens, by number; keys and values hold a row for each number.
 
-    Every write gets a new number, so two sequences share a number only if one was forked from the other.
+    A number is that of a writing, so two sequences share a token just if one was forked from the other.
     """
 
-    count: ClassVar[Counter[str]] = Counter()  # operations done, over all runs
+    count: ClassVar[Counter[str]] = Counter()  # of operations, over all runs
 
     @initialize(page_size=st.sampled_from((1, 2, 4)))
     def begin(self, page_size: int) -> None:
         torch.manual_seed(page_size)
-        self.cache = small_cache(page_size)
+        self.cache = small(page_size)
         self.model: dict[int, list[int]] = {}
         self.keys, self.values = torch.empty(LAYERS, 0, HEADS, D), torch.empty(LAYERS, 0, HEADS, DV)
 
@@ -87,15 +87,15 @@ class Operations(RuleBasedStateMachine):
     def some(self, data: st.DataObject, least: int = 1) -> list[int]:
         return data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=least, max_size=4, unique=True))
 
-    def record(self, sequences: list[int], k: Tensor, v: Tensor) -> None:
-        """Record written tokens in the model."""
+    def noted(self, sequences: list[int], k: Tensor, v: Tensor) -> None:
+        """The model gets what was written."""
         for b, name in enumerate(sequences):
             first = self.keys.shape[1]
             self.model[name] += range(first, first + k.shape[2])
             self.keys, self.values = torch.cat((self.keys, k[:, b]), 1), torch.cat((self.values, v[:, b]), 1)
 
-    def has_pages(self, sequences: list[int], tokens: int) -> bool:
-        """True if the pages suffice; otherwise check the error, and that a refused append changes nothing."""
+    def grown(self, sequences: list[int], tokens: int) -> bool:
+        """Whether there is room; where there is none, the error says so and nothing has changed."""
         size = self.cache.page_size
         held = {name: len(self.model[name]) for name in sequences}
         fresh = sum(-(-(n + tokens) // size) - -(-n // size) for n in held.values())
@@ -105,7 +105,7 @@ class Operations(RuleBasedStateMachine):
             return True
         before = snapshot(self.cache)
         with pytest.raises(CacheFullError) as full:
-            self.cache.append(sequences, *random_kv(self.cache, len(sequences), tokens))
+            self.cache.append(sequences, *drawn(self.cache, len(sequences), tokens))
         assert (full.value.wanted, full.value.free) == (fresh + copies, self.cache.pages_free)
         assert unchanged(self.cache, before)
         self.count["full"] += 1
@@ -124,22 +124,22 @@ class Operations(RuleBasedStateMachine):
     def append(self, data: st.DataObject, tokens: int) -> None:
         self.count["append"] += 1
         sequences = self.some(data, 0)
-        if self.has_pages(sequences, tokens):
-            k, v = random_kv(self.cache, len(sequences), tokens)
+        if self.grown(sequences, tokens):
+            k, v = drawn(self.cache, len(sequences), tokens)
             self.cache.append(sequences, k, v)
-            self.record(sequences, k, v)
+            self.noted(sequences, k, v)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), tokens=st.integers(1, 3))
     def step(self, data: st.DataObject, tokens: int) -> None:
-        """One decoding step of a model: extend once, then each layer appends and attends."""
+        """As a model does: room once, then each layer writes and attends."""
         self.count["step"] += 1
         sequences = self.some(data)
-        if self.has_pages(sequences, tokens):
+        if self.grown(sequences, tokens):
             page_table, before = self.cache.extend(sequences, tokens)
-            k, v = random_kv(self.cache, len(sequences), tokens)
+            k, v = drawn(self.cache, len(sequences), tokens)
             q = torch.randn(LAYERS, len(sequences), tokens, 2 * HEADS, D)
-            self.record(sequences, k, v)
+            self.noted(sequences, k, v)
             for i in range(LAYERS):
                 out = attention_decode(
                     q[i], self.cache.k[i], self.cache.v[i], page_table=page_table, cache_seqlens=before, k_new=k[i],
@@ -161,9 +161,10 @@ class Operations(RuleBasedStateMachine):
         assert torch.equal(out, self.dense(sequences, layer, q))
 
     def dense(self, sequences: list[int], layer: int, q: Tensor) -> Tensor:
-        """The same attention over a dense cache of the model's tokens, padded with NaN.
+        """The same attention over the model's tokens, side by side in memory, NaN behind them.
 
-        The tiled backend gathers or slices the keys of one sequence at a time, so the results are bitwise equal.
+        tiled takes one sequence after another, its keys gathered or sliced into one tensor: the same numbers in the
+        same shape, so the answer must have the same bits.
         """
         lengths = torch.tensor([len(self.model[name]) for name in sequences], dtype=torch.int32)
         k, v = (torch.full((len(sequences), int(lengths.max()), HEADS, d), torch.nan) for d in (D, DV))
@@ -202,8 +203,8 @@ class Operations(RuleBasedStateMachine):
             self.cache.length(name)
 
     @invariant()
-    def no_page_leaks(self) -> None:
-        """A page's reference count is its number of table entries; every other page is in the free list once."""
+    def nothing_leaks(self) -> None:
+        """Each page is held as often as the tables say, or is free, once."""
         cache = self.cache
         held = Counter(page for x in cache._entries.values() for page in x.pages)
         assert cache._references == [held[page] for page in range(PAGES)]
@@ -212,8 +213,8 @@ class Operations(RuleBasedStateMachine):
         assert cache.sequences == self.model.keys()
 
     @invariant()
-    def no_slot_is_aliased(self) -> None:
-        """A slot holds one token only, shared by forks alone; full pages are never copied."""
+    def nothing_is_aliased(self) -> None:
+        """Two tokens lie in one place just if they are the same writing; and full pages are never copied."""
         size = self.cache.page_size
         places: dict[tuple[int, int], int] = {}
         full: dict[tuple[int, ...], int] = {}
@@ -226,8 +227,8 @@ class Operations(RuleBasedStateMachine):
                 assert full.setdefault(tuple(numbers[i * size : (i + 1) * size]), pages[i]) == pages[i]
 
     @invariant()
-    def contents_equal_the_model(self) -> None:
-        """The keys and values reached through `batch` equal the model's, for all sequences at once."""
+    def contents_are_the_models(self) -> None:
+        """As `batch` leads to them, for all at once."""
         names, size = list(self.model), self.cache.page_size
         assert [self.cache.length(name) for name in names] == [len(self.model[name]) for name in names]
         table, lengths = (x.tolist() for x in self.cache.batch(names))
@@ -238,8 +239,8 @@ class Operations(RuleBasedStateMachine):
             assert torch.equal(data.flatten(1, 2)[:, rows], expected[:, numbers])
 
     @invariant()
-    def poison_free_pages(self) -> None:
-        """Fill free pages with NaN, so that reading a row before writing it is detected."""
+    def free_pages_are_poison(self) -> None:
+        """Whoever gets one of them and reads what it did not write reads NaN."""
         for data in (self.cache.k, self.cache.v):
             data[:, self.cache._free] = torch.nan
 
@@ -261,13 +262,13 @@ def test_random_operations(sequences: int, least: int) -> None:
     assert min(done.values()) >= least, done
 
 
-# -------------------------------------------------------------------------------------------------- single operations
+# ----------------------------------------------------------------------------------------------------- one at a time
 
 
-def test_pages_are_copied_on_write() -> None:
-    """Pages per operation; of the sequences sharing a partial page, the last writer keeps it, the others copy it."""
-    cache = small_cache(4)
-    one, prompt, more = cache.allocate(), random_kv(cache, 1, 6), random_kv(cache, 3, 1)
+def test_pages() -> None:
+    """Who takes how many; the last one to write into a shared page keeps it, and the others take what was in it."""
+    cache = small(4)
+    one, prompt, more = cache.allocate(), drawn(cache, 1, 6), drawn(cache, 3, 1)
     cache.append([one], *prompt)
     assert cache.pages_free == PAGES - 2
     two, three = cache.fork(one), cache.fork(one)
@@ -285,17 +286,15 @@ def test_pages_are_copied_on_write() -> None:
     assert cache.pages_free == PAGES - 2 and list(cache.sequences) == [three]
     cache.truncate(three, 4)
     assert cache.pages_free == PAGES - 1
-    cache.append(
-        [cache.fork(three)], *random_kv(cache, 1, 1)
-    )  # full pages are never written again, so they stay shared
+    cache.append([cache.fork(three)], *drawn(cache, 1, 1))  # a full page is written no more, so it stays shared
     assert cache.pages_free == PAGES - 2
 
 
 def test_page_tables_are_padded_with_a_valid_page() -> None:
-    cache = small_cache(4)
+    cache = small(4)
     names = [cache.allocate() for _ in range(3)]
-    cache.append(names[:1], *random_kv(cache, 1, 9))
-    cache.append(names[2:], *random_kv(cache, 1, 1))
+    cache.append(names[:1], *drawn(cache, 1, 9))
+    cache.append(names[2:], *drawn(cache, 1, 1))
     table, lengths = cache.batch(names)
     assert table.shape == (3, 3) and lengths.tolist() == [9, 0, 1]
     assert table[1].tolist() == [0, 0, 0] and table[2, 1:].tolist() == [0, 0]
@@ -304,10 +303,10 @@ def test_page_tables_are_padded_with_a_valid_page() -> None:
 
 
 def test_extend_reserves_pages() -> None:
-    """extend returns the page table and the lengths before it, and leaves the contents unchanged."""
-    cache = small_cache(4)
+    """extend says the lengths before, and where the new tokens go; what was there stays."""
+    cache = small(4)
     one = cache.allocate()
-    cache.append([one], *random_kv(cache, 1, 3))
+    cache.append([one], *drawn(cache, 1, 3))
     before = contents(cache, one)
     table, lengths = cache.extend([one], 6)
     assert lengths.tolist() == [3] and cache.length(one) == 9 and table.shape == (1, 3)
@@ -316,7 +315,7 @@ def test_extend_reserves_pages() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_single_layer_cache(dtype: torch.dtype) -> None:
+def test_one_layer(dtype: torch.dtype) -> None:
     cache = PagedKVCache(3, 2, HEADS, D, dtype=dtype)
     assert cache.k.shape == cache.v.shape == (1, 3, 2, HEADS, D) and cache.k.dtype == cache.v.dtype == dtype
     one, two = cache.allocate(), cache.allocate()
@@ -329,16 +328,16 @@ def test_single_layer_cache(dtype: torch.dtype) -> None:
 
 def test_created_in_inference_mode() -> None:
     with torch.inference_mode():
-        cache = small_cache()
+        cache = small()
         one = cache.allocate()
-        cache.append([one], *random_kv(cache, 1, 3))
-    cache.append([cache.fork(one)], *random_kv(cache, 1, 3))
+        cache.append([one], *drawn(cache, 1, 3))
+    cache.append([cache.fork(one)], *drawn(cache, 1, 3))
     with torch.inference_mode():
-        cache.append([one], *random_kv(cache, 1, 3))
+        cache.append([one], *drawn(cache, 1, 3))
 
 
 def test_keys_that_require_grad_are_refused() -> None:
-    cache, (k, v) = small_cache(), random_kv(small_cache(), 1, 2)
+    cache, (k, v) = small(), drawn(small(), 1, 2)
     one = cache.allocate()
     with pytest.raises(ValueError, match="v: a cache has no backward"):
         cache.append([one], k, v.requires_grad_())
@@ -347,20 +346,20 @@ def test_keys_that_require_grad_are_refused() -> None:
     assert not cache.v.requires_grad
 
 
-def test_cache_full_error() -> None:
-    """CacheFullError and its numbers, also when only the copy of a shared page does not fit; freeing helps."""
-    cache = small_cache(4)
+def test_a_full_cache() -> None:
+    """The named error, its numbers, and a copy that nothing is left for; then it fits."""
+    cache = small(4)
     one = cache.allocate()
-    cache.append([one], *random_kv(cache, 1, 4 * PAGES - 2))
+    cache.append([one], *drawn(cache, 1, 4 * PAGES - 2))
     two, before = cache.fork(one), snapshot(cache)
-    for grow in (lambda: cache.append([two], *random_kv(cache, 1, 1)), lambda: cache.extend([one, two], 3)):
+    for grow in (lambda: cache.append([two], *drawn(cache, 1, 1)), lambda: cache.extend([one, two], 3)):
         with pytest.raises(CacheFullError, match=r"1 pages are wanted|3 pages are wanted") as full:
             grow()
         assert full.value.free == 0 and isinstance(full.value, RuntimeError) and unchanged(cache, before)
     again = pickle.loads(pickle.dumps(full.value))
     assert str(again) == "the cache is full: 3 pages are wanted and 0 are free" and again.wanted == 3
     cache.free(one)
-    cache.append([two], *random_kv(cache, 1, 2))
+    cache.append([two], *drawn(cache, 1, 2))
     assert cache.pages_free == 0
 
 
@@ -372,7 +371,7 @@ VALUES = "(num_layers, B, T, num_kv_heads, value_dim)"
 HEADS_FIRST = "it looks heads-first: transpose(2, 3) it"
 NO_SEQUENCE = "sequence: expected one of the cache's 1 sequences, an int that allocate() or fork() returned"
 
-# operation on a cache with one sequence, 0, of 6 tokens; the error and its message
+# what is done to a cache whose one sequence is 0, of 6 tokens; the error, and what it says
 WRONG: list[tuple[Callable[[PagedKVCache], Any], type[Exception], str]] = [
     (lambda c: c.free(1), ValueError, f"{NO_SEQUENCE}, got int 1"),
     (lambda c: c.free([0, 1]), ValueError, f"{NO_SEQUENCE}, got int 1"),
@@ -417,20 +416,20 @@ WRONG: list[tuple[Callable[[PagedKVCache], Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("act", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
+@pytest.mark.parametrize(("act", "error", "said"), WRONG, ids=[said for _, _, said in WRONG])
 def test_refused_operations_change_nothing(
-    act: Callable[[PagedKVCache], Any], error: type[Exception], message: str
+    act: Callable[[PagedKVCache], Any], error: type[Exception], said: str
 ) -> None:
-    cache = small_cache()
-    cache.append([cache.allocate()], *random_kv(cache, 1, 6))
+    cache = small()
+    cache.append([cache.allocate()], *drawn(cache, 1, 6))
     before = snapshot(cache)
     with pytest.raises(error) as raised:
         act(cache)
-    assert message in str(raised.value)
+    assert said in str(raised.value)
     assert unchanged(cache, before)
 
 
-def test_heads_first_hints_of_a_single_layer_cache() -> None:
+def test_one_layer_heads_first() -> None:
     cache = PagedKVCache(4, 2, HEADS, D)
     k = torch.zeros(1, 5, HEADS, D)
     shape = r"\(B, T, num_kv_heads, head_dim\) = \(1, T, 2, 4\), got \(1, 2, 5, 4\)"
@@ -439,7 +438,7 @@ def test_heads_first_hints_of_a_single_layer_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "message"),
+    ("changed", "error", "said"),
     [
         ({"num_pages": 0}, ValueError, "num_pages: must be >= 1, got 0"),
         ({"page_size": 2.0}, TypeError, "page_size: expected an int, got float 2.0"),
@@ -449,9 +448,9 @@ def test_heads_first_hints_of_a_single_layer_cache() -> None:
         ({"dtype": "half"}, TypeError, "got 'half'"),
     ],
 )
-def test_invalid_constructor_arguments(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_sizes(changed: dict[str, Any], error: type[Exception], said: str) -> None:
     given = {"num_pages": 2, "page_size": 4, "num_kv_heads": 1, "head_dim": 8}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=said):
         PagedKVCache(**given | changed)
 
 

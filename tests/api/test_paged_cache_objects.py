@@ -1,4 +1,4 @@
-"""PagedKVCache: repr, copy, pickle; numbers of any type and lists of sequences as arguments."""
+"""PagedKVCache prints, copies and pickles; its methods take numbers and lists of any type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_attn import PagedKVCache
 
 
 def filled() -> PagedKVCache:
-    """A cache with sequence 0 of 3 tokens, and sequence 1, forked from it, with 2 more."""
+    """Sequence 0 of 3 tokens, and 1, which shares them and has 2 more."""
     torch.manual_seed(0)
     cache = PagedKVCache(6, 2, 1, 4, 3, num_layers=2)
     cache.append([cache.allocate()], torch.randn(2, 1, 3, 1, 4), torch.randn(2, 1, 3, 1, 3))
@@ -23,7 +23,7 @@ def filled() -> PagedKVCache:
     return cache
 
 
-def state(cache: PagedKVCache) -> list[Any]:
+def held(cache: PagedKVCache) -> list[Any]:
     table, lengths = cache.batch(list(cache.sequences))
     return [cache.sequences, cache.pages_free, table.tolist(), lengths.tolist(), cache.k.nan_to_num().tolist()]
 
@@ -38,16 +38,16 @@ def test_repr() -> None:
 @pytest.mark.parametrize(
     "copied", (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))), ids=("copy", "deepcopy", "pickle")
 )
-def test_copies_are_independent(copied: Callable[[PagedKVCache], PagedKVCache]) -> None:
+def test_copies_have_data_of_their_own(copied: Callable[[PagedKVCache], PagedKVCache]) -> None:
     cache = filled()
-    before = state(cache)
+    before = held(cache)
     other = copied(cache)
-    assert state(other) == before
-    assert other.allocate() == cache.allocate() == 2  # sequence ids are never reused
+    assert held(other) == before
+    assert other.allocate() == cache.allocate() == 2  # no name comes twice
     other.append([1], torch.ones(2, 1, 1, 1, 4), torch.ones(2, 1, 1, 1, 3))
     other.free(0)
     cache.free(2)
-    assert state(cache) == before and state(other) != before
+    assert held(cache) == before and held(other) != before
 
 
 def test_lists_of_sequences() -> None:
@@ -63,7 +63,7 @@ def test_lists_of_sequences() -> None:
 
 
 @pytest.mark.parametrize("kind", (np.int8, np.uint16, torch.tensor), ids=lambda kind: kind.__name__)
-def test_numbers_of_numpy_and_torch(kind: Callable[[int], Any]) -> None:
+def test_numbers_of_any_kind(kind: Callable[[int], Any]) -> None:
     cache = PagedKVCache(kind(6), kind(2), kind(1), kind(4), kind(3), num_layers=kind(2))
     assert repr(cache).startswith("PagedKVCache(num_pages=6, page_size=2, num_kv_heads=1, head_dim=4, value_dim=3")
     one = kind(cache.allocate())

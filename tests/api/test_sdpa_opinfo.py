@@ -1,6 +1,6 @@
-"""torch's OpInfo samples of scaled_dot_product_attention run through ours: forward and gradients.
+"""torch's own samples for scaled_dot_product_attention, through ours: forward and gradient.
 
-Added here, as torch's list lacks them: grouped heads with M != N, and Dv != D.
+torch's list lacks grouped heads with a length that differs and values of another width; they are added here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Sample:
         return "-".join([shapes, *words])
 
 
-def _own_samples(dtype: torch.dtype) -> list[Sample]:
-    """Samples with grouped heads and with Dv != D, of every leading rank that torch accepts."""
+def _more(dtype: torch.dtype) -> list[Sample]:
+    """Groups and Dv != D; all leading ranks that torch takes."""
 
     def make(*shapes: tuple[int, ...], **options: object) -> Sample:
         generator = torch.Generator().manual_seed(len(shapes[0]))
@@ -66,26 +66,26 @@ def _own_samples(dtype: torch.dtype) -> list[Sample]:
 
 @functools.cache
 def samples(dtype: torch.dtype) -> list[Sample]:
-    """torch's samples without dropout, whose random numbers cannot be reproduced, and ours."""
+    """torch's samples without dropout, whose numbers are not ours to repeat, and then our own."""
     found = []
     for sample in OPERATOR.sample_inputs("cpu", dtype):
         options = {k: v for k, v in sample.kwargs.items() if v is not None}
         if options.get("dropout_p", 0.0) == 0.0:
             found.append(Sample(sample.input, *sample.args, options))
-    return found + _own_samples(dtype)
+    return found + _more(dtype)
 
 
 COUNT = len(samples(torch.float32))
 
 
 def test_opinfo_has_samples() -> None:
-    kinds = {(x.query.ndim, *sorted(x.options)) for x in samples(torch.float32)[: -len(_own_samples(torch.float32))]}
+    kinds = {(x.query.ndim, *sorted(x.options)) for x in samples(torch.float32)[: -len(_more(torch.float32))]}
     assert COUNT >= 27 and {kind[0] for kind in kinds} >= {3, 4}
     assert any("attn_mask" in kind for kind in kinds) and any("is_causal" in kind for kind in kinds)
 
 
 def _folded(sample: Sample, mask_grad: bool) -> Inputs:
-    """The sample as a four-dimensional problem for the oracle, with leading dims broadcast and flattened."""
+    """The sample as a four-dimensional problem for the oracle: leading dims spelled out and folded."""
     gqa = sample.options.get("enable_gqa", False)
     tail = 3 if gqa else 2
     lead = torch.broadcast_shapes(*(x.shape[:-tail] for x in (sample.query, sample.key, sample.value)))
@@ -114,13 +114,13 @@ def _folded(sample: Sample, mask_grad: bool) -> Inputs:
 
 @pytest.mark.parametrize(
     ("dtype", "backend"),
-    # The Triton interpreter is slow, and the parity tests run it in both half types.
+    # What is interpreted takes longest, and the parity tests have it in both half types.
     [pytest.param(dtype, x, marks=pytest.mark.nightly if (x, dtype) == ("triton", torch.bfloat16) else [])
      for dtype in (torch.float32, torch.bfloat16) for x in BACKENDS],
 )  # fmt: skip
 @pytest.mark.parametrize("index", range(COUNT))
 def test_sample(index: int, dtype: torch.dtype, backend: str) -> None:
-    """Values against the float64 oracle by the tolerance rule; shapes against torch's result."""
+    """Against the float64 oracle, by the tolerance rule; the shape against torch's own answer."""
     sample = samples(dtype)[index]
     leaves = [x.detach().clone().requires_grad_() for x in (sample.query, sample.key, sample.value)]
     options = sample.options | {"backend": backend}
@@ -141,7 +141,7 @@ def test_sample(index: int, dtype: torch.dtype, backend: str) -> None:
         # which one holds the rounded output; in half precision torch's own operator misses the budget too.
         testing.compare(inputs, got, expected, str(sample))
         return
-    # The gradient of a broadcast leading dim is a sum that the tolerance rule does not cover.
+    # Where a leading dim was broadcast, its gradient is a sum that the tolerance rule knows nothing of.
     for name, leaf, grad in zip("qkv", leaves, grads, strict=True):
         assert grad.shape == leaf.shape and grad.isfinite().all()
         if leaf.numel() == inputs.tensors[name].numel():
@@ -152,7 +152,7 @@ def test_sample(index: int, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("backend", ("tiled", "reference", "triton"))
 @pytest.mark.parametrize("shape", ((5, 7), (1, 7), (3, 1, 7), (2, 1, 5, 7), (2, 3, 5, 7), (1,)), ids=str)
 def test_float_mask_gradient(shape: tuple[int, ...], backend: str) -> None:
-    """A float attn_mask is a bias, and its gradient has the mask's shape."""
+    """A float attn_mask is a bias, and its gradient comes in its own shape."""
     generator = torch.Generator().manual_seed(2)
     leaves = [torch.randn(*s, generator=generator) for s in ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4), shape)]
     leaves = [x.requires_grad_() for x in leaves]
@@ -172,7 +172,7 @@ def test_float_mask_gradient(shape: tuple[int, ...], backend: str) -> None:
 
 
 def test_broadcast_gradients() -> None:
-    """Gradients of broadcast leading dims are summed."""
+    """Leading dims that were broadcast: the gradient is summed back."""
     shapes = ((2, 1, 5, 8), (1, 3, 7, 8), (3, 7, 4))
     values = [torch.randn(s, dtype=torch.float64) for s in shapes]
 
@@ -190,8 +190,8 @@ def test_broadcast_gradients() -> None:
 
 
 @pytest.mark.parametrize("backend", ("tiled", "reference"))
-def test_dropout_samples(backend: str) -> None:
-    """torch's samples with dropout: the right shape, and the mean over many seeds is the result without dropout."""
+def test_dropout_samples_run(backend: str) -> None:
+    """torch's samples with dropout: right shape, and the expected value over many seeds is the undropped answer."""
     torch.manual_seed(0)
     seen = [x for x in OPERATOR.sample_inputs("cpu", torch.float64) if x.kwargs.get("dropout_p", 0.0) > 0]
     assert seen

@@ -64,7 +64,7 @@ def test_head_dim_of_zero(d: int, dv: int, options: dict) -> None:
 
 @pytest.mark.parametrize("lead", LEADING[:5], ids=str)
 def test_masks_of_every_rank(lead: tuple[int, ...]) -> None:
-    """attn_mask of every rank, each dim full or of size 1."""
+    """Each dim whole or of size 1, of as many of the last dims as there may be."""
     tensors = randn(*lead, 5, 8), randn(*lead, 7, 8), randn(*lead, 7, 8)
     full = (*lead, 5, 7)
     for rank in range(2, len(full) + 1):
@@ -72,7 +72,7 @@ def test_masks_of_every_rank(lead: tuple[int, ...]) -> None:
             shape = tuple(n if x else 1 for n, x in zip(full[-rank:], whole, strict=True))
             agree(*tensors, attn_mask=randn(*shape))
             agree(*tensors, attn_mask=randn(*shape) > -1)
-    for mask in (randn(7), randn(7) > 0, randn(1), randn()):  # torch refuses some of these shapes
+    for mask in (randn(7), randn(7) > 0, randn(1), randn()):  # torch refuses some of these
         wide = mask.expand(1, max(mask.numel(), 1))
         assert torch.equal(*(scaled_dot_product_attention(*tensors, x) for x in (mask, wide)))
     with pytest.raises(ValueError, match=r"attn_mask: .*does not broadcast"):
@@ -88,7 +88,7 @@ def test_masks_of_every_rank(lead: tuple[int, ...]) -> None:
     ],
     ids=str,
 )
-def test_broadcast_leading_dims(shapes: tuple) -> None:
+def test_leading_dims_that_broadcast(shapes: tuple) -> None:
     agree(*(randn(*shape, seed=i) for i, shape in enumerate(shapes)))
 
 
@@ -102,15 +102,15 @@ def test_broadcast_leading_dims(shapes: tuple) -> None:
     ],
     ids=str,
 )
-def test_grouped_heads(shapes: tuple) -> None:
-    """Grouped heads; key and value may have different numbers of heads."""
+def test_groups_of_heads(shapes: tuple) -> None:
+    """key and value may have different numbers of heads, on every backend."""
     for backend in (None, "tiled", "reference"):
         agree(*(randn(*shape, seed=i) for i, shape in enumerate(shapes)), enable_gqa=True, backend=backend)
 
 
 @pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"attn_mask": randn(7, 18)[:, ::2] > -1}), ids=str)
 def test_strides(options: dict) -> None:
-    """The last dim may be strided; a kernel that ignores its stride returns garbage."""
+    """Whatever lies in memory between the elements of the last dim; a kernel that reads past them returns garbage."""
     q, k, v = randn(2, 4, 7, 8), randn(2, 4, 9, 8), randn(2, 4, 9, 8)
     for strided in (
         (q, k, randn(2, 4, 9, 16)[..., ::2]),
@@ -123,13 +123,13 @@ def test_strides(options: dict) -> None:
             F.scaled_dot_product_attention(*(x.to(dtype) for x in plain), **options)
             for dtype in (torch.float64, torch.float32)
         )
-        for _ in range(4):  # later calls may be served by the call cache
+        for _ in range(4):  # some of which may be replayed
             within_budget("out", scaled_dot_product_attention(*strided, **options), oracle, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_without_strides_after_repeated_calls() -> None:
-    """A cached call compares strides with the next call, whose tensors may have none (sparse, mkldnn)."""
+    """A call that may be replayed is compared with the next one, whose tensors may be of any layout."""
     x = randn(2, 2, 3, 8)
     for _ in range(6):
         scaled_dot_product_attention(x, x, x)
@@ -139,7 +139,7 @@ def test_tensors_without_strides_after_repeated_calls() -> None:
 
 
 @pytest.mark.parametrize("shapes", (((5, 8), (1, 7, 8)), ((1, 5, 8), (1, 1, 7, 8)), ((1, 1, 5, 8), (7, 8))), ids=str)
-def test_repeated_calls_return_the_rank_of_their_query(shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_repeated_calls_have_the_rank_of_the_first(shapes: tuple[tuple[int, ...], ...]) -> None:
     q, k = (torch.randn(x) for x in shapes)
     wanted = F.scaled_dot_product_attention(q, k, k).shape
     assert all(scaled_dot_product_attention(q, k, k).shape == wanted for _ in range(5))

@@ -1,4 +1,4 @@
-"""Sparse tensors raise a ValueError that names the argument, in every public function."""
+"""Sparse tensors raise ValueError, which names the argument, at every function."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ SPARSE: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("function", "changed", "name"), SPARSE, ids=[f"{x[0].__name__}-{x[2]}" for x in SPARSE])
-def test_sparse_arguments_are_refused(function: Callable, changed: dict[str, Any], name: str) -> None:
+def test_sparse_tensors(function: Callable, changed: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(name)}: expected a dense tensor, got layout torch.sparse_coo"):
         function(**changed)
 
@@ -96,6 +96,6 @@ def test_sparse_arguments_are_refused(function: Callable, changed: dict[str, Any
         (lambda: Mask.blocks(sparse(2, 2, dtype=torch.bool), 4), "Mask.blocks(allowed)"),
     ),
 )
-def test_sparse_mask_tensors_are_refused(make: Callable, name: str) -> None:
+def test_sparse_masks(make: Callable, name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(name)}: expected a dense tensor, got layout torch.sparse_coo"):
         make()

@@ -44,11 +44,11 @@ def qk(m: int = 35, n: int | None = None, h: int = 2, d: int = 16, b: int = 1) -
     return randn(b, h, m, d), randn(b, h, m if n is None else n, d, seed=1)
 
 
-def available(backend: str, *q_and_k: Tensor, **message: Any) -> None:
-    """Skip the test if `why_not` gives a reason for this backend."""
+def available(backend: str, *q_and_k: Tensor, **words: Any) -> None:
+    """Skips exactly where the backend says why it cannot."""
     q, k = q_and_k or qk()
     try:
-        attention_stats(q[:, :, :1], k[:, :, :1], max_logit=True, backend=backend, **message)
+        attention_stats(q[:, :, :1], k[:, :, :1], max_logit=True, backend=backend, **words)
     except BackendError as refusal:
         pytest.skip(str(refusal))
 
@@ -75,7 +75,7 @@ def _marks(name: str, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
     return [] if daily or dtype == torch.float64 else [pytest.mark.nightly]
 
 
-PARAMETERS = [
+JUDGED = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}", marks=_marks(name, dtype))
     for name, case in CASES.items()
     for dtype in _dtypes(case)
@@ -83,9 +83,9 @@ PARAMETERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), PARAMETERS)
+@pytest.mark.parametrize(("name", "dtype"), JUDGED)
 def test_every_case(name: str, dtype: torch.dtype) -> None:
-    """Every backend supports every case, except float64 on Triton. Most cases use larger tiles in the interpreter.
+    """Each backend that takes the case; only float64 is refused. Most cases are interpreted in larger tiles.
 
     The reference is its own oracle: it is checked only where its inputs differ from the oracle's dense ones.
     """
@@ -104,7 +104,7 @@ def test_every_case(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ("key_mass", "entropy", "max_logit", "top_k_indices", "top_k_weights", "map"))
 def test_small_errors_exceed_the_budget(name: str) -> None:
-    """An error of 1/2000 in one element, or an index off by one, exceeds the budget."""
+    """One part in two thousand of one element, or one place next to the right one."""
     check = statistics.StatisticsCheck("plain")
     options = {x: y for x, y in check.inputs.kwargs.items() if x not in statistics.OUTPUT_OPTIONS} | {
         "backend": "reference"
@@ -124,18 +124,18 @@ def test_most_top_k_indices_are_unambiguous() -> None:
     assert statistics.check_statistics("plain", "tiled").rows["top_k_indices"].error < 0.01
 
 
-# --------------------------------------------------------------------------------------------------- ties and order
+# --------------------------------------------------------------------------------------------------- ties and places
 
 
 @pytest.mark.parametrize("top_k", (1, 3, 8, 33))
 @pytest.mark.parametrize("n", (40, 113, 600))
 def test_ties_take_the_first_key(backend: str, n: int, top_k: int) -> None:
-    """Small integers: all scores are exact, and most have equal scores in other tiles."""
+    """Small integers: every score is exact, and most of them have equals in other tiles."""
     if backend == "triton" and n > 113:
         pytest.skip("long for an interpreter")
     q, k = ((x * 1.5).round().clamp(-2, 2) for x in qk(17, n, d=4))
-    message = {"top_k": top_k, "scale": 0.5, "causal": True, "alignment": "bottom_right"}
-    got = attention_stats(q, k, backend=backend, **message)
+    words = {"top_k": top_k, "scale": 0.5, "causal": True, "alignment": "bottom_right"}
+    got = attention_stats(q, k, backend=backend, **words)
     s = (0.5 * q.double() @ k.double().mT).masked_fill(~Mask.causal("bottom_right").materialize((1, 2, 17, n)), -INF)
     best, places = s.sort(dim=-1, descending=True, stable=True)
     assert (best[..., :top_k].diff(dim=-1) == 0).any(-1).double().mean() > 0.3 or top_k == 1
@@ -144,9 +144,9 @@ def test_ties_take_the_first_key(backend: str, n: int, top_k: int) -> None:
 
 @pytest.mark.parametrize("value", (0.0, -3.0))
 def test_all_weights_equal(backend: str, value: float) -> None:
-    """Equal scores: the first keys with equal weights. 0.0 and -0.0 are equal."""
+    """One score for all: the first keys, and equal weights. Zeros of both signs are alike."""
     q, k = torch.full((1, 1, 5, 16), value), torch.ones(1, 1, 70, 16)
-    signs = torch.where(torch.arange(70) % 2 == 0, -0.0, 0.0)  # added to a product 0 * -1
+    signs = torch.where(torch.arange(70) % 2 == 0, -0.0, 0.0)  # added to a product of 0 * -1
     got = attention_stats(q, k, top_k=9, entropy=True, scale=-1.0, bias=signs, backend=backend)
     assert torch.equal(got.top_k_indices, torch.arange(9).expand(1, 1, 5, 9))
     for name, x in (
@@ -157,7 +157,7 @@ def test_all_weights_equal(backend: str, value: float) -> None:
         within_budget(name, found, x.double().expand_as(found), x.expand_as(found))
 
 
-def test_top_k_equals_a_stable_sort() -> None:
+def test_leading_is_a_stable_sort() -> None:
     generator = random.Random(0)
     for width, k in itertools.product((1, 2, 7, 40), (1, 2, 5, 64)):
         s = torch.tensor(
@@ -166,12 +166,12 @@ def test_top_k_equals_a_stable_sort() -> None:
         best, order = s.sort(dim=-1, descending=True, stable=True)
         values, places = leading(s, k)
         torch.testing.assert_close(values, best[:, :k], rtol=0, atol=0, equal_nan=True)
-        seen = values != -INF  # the order of NaN among themselves is unspecified
+        seen = values != -INF  # among those no order is promised
         assert torch.equal(places[seen], order[:, :k][seen])
 
 
 def test_top_k_beyond_the_number_of_keys(backend: str) -> None:
-    """Row i of a causal mask sees i + 1 keys; the remaining indices are -1, with weight 0."""
+    """Row i of a causal mask sees i + 1 keys; the places that are left are -1, with weight 0."""
     q, k = qk(9)
     got = attention_stats(q, k, top_k=9, causal=True, backend=backend)
     missing = torch.arange(9) > torch.arange(9)[:, None]
@@ -181,61 +181,61 @@ def test_top_k_beyond_the_number_of_keys(backend: str) -> None:
 
 
 def test_long_rows(backend: str) -> None:
-    """Several tiles of keys with the largest scores in the last ones, so that earlier sums are rescaled."""
+    """Several tiles of keys, the largest scores in the last ones: everything that came before is rescaled."""
     q, k = qk(5, 1200, d=8)
     k *= torch.linspace(0.1, 3, 1200)[:, None]
-    message = {"key_mass": True, "entropy": True, "max_logit": True, "top_k": 40}
-    got = attention_stats(q, k, **message, backend=backend)
-    exact, plain = (attention_stats(*x, **message, backend="reference") for x in ((q.double(), k.double()), (q, k)))
+    words = {"key_mass": True, "entropy": True, "max_logit": True, "top_k": 40}
+    got = attention_stats(q, k, **words, backend=backend)
+    exact, plain = (attention_stats(*x, **words, backend="reference") for x in ((q.double(), k.double()), (q, k)))
     assert torch.equal(got.top_k_indices, exact.top_k_indices)
     for name in ("key_mass", "entropy", "max_logit", "top_k_weights"):
         within_budget(name, getattr(got, name), getattr(exact, name), getattr(plain, name))
 
 
-def test_top_k_weights_equal_those_of_the_map(backend: str) -> None:
+def test_weights_are_those_of_the_map(backend: str) -> None:
     q, k = qk(21, 50)
-    message = {"sink": torch.ones(2), "softcap": 3.0, "backend": backend}
-    got, shown = attention_stats(q, k, **ALL, **message), attention_map(q, k, **message)
+    words = {"sink": torch.ones(2), "softcap": 3.0, "backend": backend}
+    got, shown = attention_stats(q, k, **ALL, **words), attention_map(q, k, **words)
     torch.testing.assert_close(got.top_k_weights, shown.gather(-1, got.top_k_indices))
     torch.testing.assert_close(got.key_mass, shown.sum(2))
     assert (shown.sum(-1) < 1).all()
 
 
-# ---------------------------------------------------------------------------------------- empty rows, NaN, and infinity
+# ---------------------------------------------------------------------------------------- nothing, NaN, and infinity
 
 
 def test_fully_masked_rows(backend: str) -> None:
     q, k = qk(40, 70)
     mask = torch.ones(40, 70, dtype=torch.bool)
     mask[::3] = False
-    for message in ({}, {"sink": torch.zeros(2)}, {"normalizer": "softmax1"}):
-        got = attention_stats(q, k, **ALL, mask=mask, backend=backend, **message)
+    for words in ({}, {"sink": torch.zeros(2)}, {"normalizer": "softmax1"}):
+        got = attention_stats(q, k, **ALL, mask=mask, backend=backend, **words)
         assert (got.entropy[:, :, ::3] == 0).all() and (got.entropy[:, :, 1::3] > 0).all()
         assert (got.max_logit[:, :, ::3] == -INF).all() and got.max_logit[:, :, 1::3].isfinite().all()
         assert (got.top_k_indices[:, :, ::3] == -1).all() and (got.top_k_weights[:, :, ::3] == 0).all()
-        assert (attention_map(q, k, rows=[0, 3], mask=mask, backend=backend, **message) == 0).all()
+        assert (attention_map(q, k, rows=[0, 3], mask=mask, backend=backend, **words) == 0).all()
     nothing = attention_stats(q, k, **ALL, mask=torch.zeros_like(mask), backend=backend)
     assert (nothing.key_mass == 0).all()
 
 
-def test_padding_has_no_effect(backend: str) -> None:
-    """NaN in padded queries and keys reaches no statistic."""
+def test_padding_is_not_read(backend: str) -> None:
+    """NaN in queries and keys past the lengths reaches no statistic: NaN times a weight of 0 would."""
     q, k = qk(50, 70, b=2)
     lengths, q_lengths = torch.tensor([70, 41]), torch.tensor([33, 50])
     q[0, :, 33:], k[1, :, 41:] = NAN, NAN
-    message = {"mask": Mask.lengths(lengths, q_lengths), "backend": backend}
-    got, shown = attention_stats(q, k, **ALL, **message), attention_map(q, k, **message)
+    words = {"mask": Mask.lengths(lengths, q_lengths), "backend": backend}
+    got, shown = attention_stats(q, k, **ALL, **words), attention_map(q, k, **words)
     assert not any(x.isnan().any() for x in (*got, shown))
     torch.testing.assert_close(got.key_mass.sum(-1), q_lengths[:, None].expand(2, 2).float())
     assert (got.key_mass[1, :, 41:] == 0).all() and (shown[0, :, 33:] == 0).all()
 
 
 def test_nan_propagates(backend: str) -> None:
-    """One NaN query makes its row and the key mass of the keys visible to that row NaN, and nothing else."""
+    """One NaN query poisons its row and the mass of the keys that the row may see, and nothing else."""
     q, k = qk(40, 70)
     q[0, 0, 20, 3] = NAN
-    message = {"window": (10, 2), "alignment": "top_left", "backend": backend}
-    got, shown = attention_stats(q, k, **ALL, **message), attention_map(q, k, **message)
+    words = {"window": (10, 2), "alignment": "top_left", "backend": backend}
+    got, shown = attention_stats(q, k, **ALL, **words), attention_map(q, k, **words)
     row, seen = torch.zeros(1, 2, 40, dtype=torch.bool), torch.zeros(1, 2, 70, dtype=torch.bool)
     row[0, 0, 20], seen[0, 0, 10:23] = True, True
     assert torch.equal(got.max_logit.isnan(), row) and torch.equal(got.entropy.isnan(), row)
@@ -246,7 +246,7 @@ def test_nan_propagates(backend: str) -> None:
 
 
 def test_one_nan_score(backend: str) -> None:
-    """A NaN score ranks first; the row's other weights are NaN in their order; masked weights are 0."""
+    """It ranks first; the row's other weights are NaN and keep their places; where the mask forbids there is a 0."""
     q, k = qk(3, 70, h=1)
     bias = torch.zeros(3, 70)
     bias[1, 60], bias[1, 5] = NAN, -INF
@@ -265,8 +265,8 @@ def test_one_nan_score(backend: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ((0, 2, 5, 7), (2, 0, 5, 7), (2, 3, 0, 7), (2, 3, 5, 0)))
-def test_zero_sizes(backend: str, shape: tuple[int, ...]) -> None:
-    """Batch, heads, queries or keys of size 0 give zeros and -inf."""
+def test_empty(backend: str, shape: tuple[int, ...]) -> None:
+    """A batch, heads, queries or keys of 0: zeros and -inf."""
     b, h, m, n = shape
     q, k = randn(b, h, m, 16), randn(b, h, n, 16)
     got = attention_stats(q, k, **ALL | {"top_k": min(n, 3)}, backend=backend)
@@ -278,26 +278,26 @@ def test_zero_sizes(backend: str, shape: tuple[int, ...]) -> None:
     assert attention_map(q, k, backend=backend).shape == (b, h, m, n)
 
 
-# --------------------------------------------------------------------------------------------- rows, heads, and options
+# --------------------------------------------------------------------------------------------- rows, heads, and words
 
 
 def test_rows_and_heads_in_any_order(backend: str) -> None:
-    """rows and heads index the full map as in torch: tensors, negative numbers, repeats, none."""
+    """The full map, indexed as torch would: tensors and negative numbers, repeats, nothing at all."""
     q, k = randn(2, 4, 150, 16), randn(2, 2, 70, 16, seed=1)
-    message = {"alibi_slopes": torch.rand(4), "causal": True, "alignment": "bottom_right", "backend": backend}
-    whole = attention_map(q, k, **message)
+    words = {"alibi_slopes": torch.rand(4), "causal": True, "alignment": "bottom_right", "backend": backend}
+    whole = attention_map(q, k, **words)
     assert whole.shape == (2, 4, 150, 70)
-    exact, plain = (attention_map(*x, **message | {"backend": "reference"}) for x in ((q.double(), k.double()), (q, k)))
+    exact, plain = (attention_map(*x, **words | {"backend": "reference"}) for x in ((q.double(), k.double()), (q, k)))
     within_budget("map", whole, exact, plain)
     for rows, heads in (([149, 3, 3, -150, 140], [2]), (torch.tensor([7]), (3, 0, 3)), ([], None), (range(60, 90), []),
                         (None, torch.tensor([-1], dtype=torch.int32))):  # fmt: skip
         i = list(range(150)) if rows is None else [int(x) for x in rows]
         h = list(range(4)) if heads is None else [int(x) for x in heads]
-        got = attention_map(q, k, rows=rows, heads=heads, **message)
+        got = attention_map(q, k, rows=rows, heads=heads, **words)
         torch.testing.assert_close(got, whole[:, h][:, :, i])
 
 
-def test_row_windows_hold_each_selected_row_once() -> None:
+def test_windows_hold_each_choice_once() -> None:
     generator = random.Random(1)
     for _ in range(50):
         rows = [generator.randrange(300) for _ in range(generator.randrange(60))]
@@ -333,7 +333,7 @@ def test_layout_and_autocast(backend: str) -> None:
 
 
 def test_half_is_computed_in_float32(backend: str) -> None:
-    """In half precision only q and k are rounded."""
+    """Nothing is rounded on the way but q and k themselves."""
     q, k = (x.half() for x in qk(33, 70))
     got, wide = (attention_stats(*x, **ALL, backend=backend) for x in ((q, k), (q.float(), k.float())))
     for name in ("key_mass", "entropy", "max_logit", "top_k_weights"):
@@ -348,16 +348,16 @@ def test_backward_raises(backend: str, leaf: str) -> None:
     q, k = qk()
     sink, w = torch.zeros(2), torch.eye(16)
     {"q": q, "k": k, "sink": sink, "w": w}[leaf].requires_grad_()
-    message: Any = {"sink": sink, "score": fused_attn.scores.Bilinear(w), "backend": backend}
-    got = attention_stats(q, k, **ALL, **message)
+    words: Any = {"sink": sink, "score": fused_attn.scores.Bilinear(w), "backend": backend}
+    got = attention_stats(q, k, **ALL, **words)
     for name in ("key_mass", "entropy", "max_logit", "top_k_weights"):
         with pytest.raises(NotImplementedError, match=r"attention_stats: .* no derivative"):
             getattr(got, name).sum().backward()
     assert not got.top_k_indices.requires_grad
     with pytest.raises(NotImplementedError, match=r"attention_map: .* no derivative"):
-        attention_map(q, k, rows=[0], **message).sum().backward()
+        attention_map(q, k, rows=[0], **words).sum().backward()
     with torch.no_grad():
-        assert not attention_stats(q, k, entropy=True, **message).entropy.requires_grad
+        assert not attention_stats(q, k, entropy=True, **words).entropy.requires_grad
 
 
 def test_no_graph_without_requires_grad() -> None:
@@ -367,7 +367,7 @@ def test_no_graph_without_requires_grad() -> None:
 
 @pytest.mark.parametrize("name", ("tiled", "triton"))
 def test_operators(name: str) -> None:
-    """torch.library.opcheck of both operators, and one compiled graph around them for several lengths."""
+    """torch's own examination of both, and one compiled graph around them, for other lengths too."""
     available(name)
     q, k = qk(19, 23)
     p = bind(q, k, k[..., :1], Options(sink=torch.zeros(2)))
@@ -376,8 +376,8 @@ def test_operators(name: str) -> None:
     torch.library.opcheck(torch.ops.fused_attn.weights.default, (*ops.flatten(p, name), [5, 0, 5], [1]))
 
     def seen(q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:
-        message = {"alibi_slopes": torch.ones(2), "alignment": "bottom_right", "backend": name}
-        return *attention_stats(q * 2, k, **ALL, **message), attention_map(q * 2, k, rows=[-1, 0], **message)
+        words = {"alibi_slopes": torch.ones(2), "alignment": "bottom_right", "backend": name}
+        return *attention_stats(q * 2, k, **ALL, **words), attention_map(q * 2, k, rows=[-1, 0], **words)
 
     torch._dynamo.reset()
     compiled = torch.compile(seen, backend="aot_eager", fullgraph=True)
@@ -397,7 +397,7 @@ def test_backends_without_statistics_raise(name: str, monkeypatch: pytest.Monkey
         attention_map(q, k)
 
 
-def test_tiled_is_the_default_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_is_chosen_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in (reference, triton_statistics):
         monkeypatch.setattr(other, "statistics", None)
     assert attention_stats(*qk(), entropy=True).entropy is not None
@@ -425,10 +425,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "error", "message"), WRONG, ids=range(len(WRONG)))
-def test_options_of_wrong_types(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(("changed", "error", "words"), WRONG, ids=range(len(WRONG)))
+def test_options_of_wrong_types(changed: dict[str, Any], error: type[Exception], words: str) -> None:
     q, k = qk()
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=words):
         attention_stats(**{"q": q, "k": k} | changed)
 
 
@@ -445,9 +445,9 @@ WRONG_CHOICES: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "error", "message"), WRONG_CHOICES, ids=range(len(WRONG_CHOICES)))
-def test_invalid_rows_and_heads(changed: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("changed", "error", "words"), WRONG_CHOICES, ids=range(len(WRONG_CHOICES)))
+def test_wrong_choices(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
         attention_map(*qk(), **changed)
 
 
@@ -457,15 +457,15 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="t
 
 
 @linux
-def test_statistics_memory_is_linear_in_length() -> None:
-    """All five statistics: four times the length takes about four times the memory."""
+def test_statistics_are_linear_in_length() -> None:
+    """All five of them: four times the length is about four times the memory."""
     peaks = {length: memory.peak("tiled", "statistics", length) for length in (2048, 8192)}
     assert peaks[8192] < 6 * peaks[2048]
     assert peaks[8192] < 0.1 * 4 * memory.HEADS[memory.CASE] * 8192**2
 
 
 @linux
-def test_map_memory_is_linear_in_the_requested_rows() -> None:
-    """64 rows of one head with 8192 keys take 2 MiB; all rows would take 256 MiB."""
+def test_memory_of_a_map_is_that_of_its_rows() -> None:
+    """64 rows of one head of 8192 keys are 2 MiB; every row would be 256."""
     peak = memory.peak("tiled", "map", 8192)
     assert 4 * 64 * 8192 < peak < 4 * 4 * 64 * 8192

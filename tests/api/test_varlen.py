@@ -53,7 +53,7 @@ def parts(x: Tensor, cuts: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "options",
+    "words",
     (
         {},
         {"causal": True, "alignment": "bottom_right", "softcap": 2.0},
@@ -63,17 +63,17 @@ def parts(x: Tensor, cuts: Tensor) -> list[Tensor]:
     ),
     ids=("plain", "causal", "window", "softmax1", "cosine"),
 )
-def test_each_sequence_equals_a_separate_call(backend: str, options: dict[str, Any]) -> None:
-    """Results and gradients are bitwise equal to those of a call with the sequence alone."""
+def test_each_sequence_equals_a_separate_call(backend: str, words: dict[str, Any]) -> None:
+    """Bit by bit: neighbours change nothing, in the results and in the gradients."""
     q, k, v, *cuts = packed()
-    out, lse = attention_varlen(q, k, v, *cuts, return_lse=True, backend=backend, **options)
+    out, lse = attention_varlen(q, k, v, *cuts, return_lse=True, backend=backend, **words)
     dout = torch.randn(out.shape)
     grads = torch.autograd.grad(out, (q, k, v), dout)
     by_rows = zip(*(parts(x, cuts[0]) for x in (q, out, lse, dout, grads[0])), strict=True)
     by_keys = zip(*(parts(x, cuts[1]) for x in (k, v, *grads[1:])), strict=True)
     for (own_q, own_out, own_lse, own_dout, dq), (own_k, own_v, *dkv) in zip(by_rows, by_keys, strict=True):
         leaves = [x.detach()[None].requires_grad_() for x in (own_q, own_k, own_v)]
-        alone, alone_lse = attention(*leaves, layout="bshd", return_lse=True, backend=backend, **options)
+        alone, alone_lse = attention(*leaves, layout="bshd", return_lse=True, backend=backend, **words)
         assert torch.equal(alone[0], own_out)
         assert torch.equal(alone_lse[0].T, own_lse)
         for x, own in zip(torch.autograd.grad(alone, leaves, own_dout[None]), (dq, *dkv), strict=True):
@@ -81,15 +81,15 @@ def test_each_sequence_equals_a_separate_call(backend: str, options: dict[str, A
 
 
 def test_nan_stays_in_its_sequence(backend: str) -> None:
-    """The last tile of a sequence overlaps the memory of the next one, whose NaN must not leak."""
+    """Although tiles of one sequence end in the midst of the next one's memory."""
     for which, row in (("q", 40), ("k", 40), ("v", 31)):
         tensors = packed(tuple((n, n) for n in (17, 0, 30, 20)))
-        options = {"causal": True, "alignment": "top_left", "backend": backend}
-        clean = attention_varlen(*tensors, **options)
+        words = {"causal": True, "alignment": "top_left", "backend": backend}
+        clean = attention_varlen(*tensors, **words)
         expected = torch.autograd.grad(clean.square().sum(), tensors[:3])
         with torch.no_grad():
             tensors["qkv".index(which)][row] = torch.nan
-        dirty = attention_varlen(*tensors, **options)
+        dirty = attention_varlen(*tensors, **words)
         grads = torch.autograd.grad(dirty.square().sum(), tensors[:3])
         other = torch.ones(67, dtype=torch.bool)
         other[17:47] = False
@@ -98,15 +98,15 @@ def test_nan_stays_in_its_sequence(backend: str) -> None:
             assert torch.equal(x[other], y[other])
 
 
-def test_dropout_mask_equals_that_of_the_padded_batch(backend: str) -> None:
-    """Values that are a unit matrix show which weights are kept."""
+def test_dropout_is_that_of_the_padded_batch(backend: str) -> None:
+    """Which weights live: seen through values that are a unit matrix."""
     q, k, _, *cuts = packed(((9, 12), (3, 5), (16, 16)), hkv=2, grad=False)
-    longest, options = 16, {"dropout_p": 0.5, "seed": 7, "backend": backend}
+    longest, words = 16, {"dropout_p": 0.5, "seed": 7, "backend": backend}
     v = torch.cat([torch.eye(longest)[:n, None].expand(n, 2, longest) for n in (12, 5, 16)])
-    out = attention_varlen(q, k, v, *cuts, **options)
+    out = attention_varlen(q, k, v, *cuts, **words)
     sides = zip((q, k, v), (cuts[0], cuts[1], cuts[1]), strict=True)
     dense = [padded(x.transpose(0, 1)[None], own, longest) for x, own in sides]
-    whole = attention(*dense, mask=Mask.lengths(cuts[1].diff()), **options).transpose(1, 2)
+    whole = attention(*dense, mask=Mask.lengths(cuts[1].diff()), **words).transpose(1, 2)
     for b, own in enumerate(parts(out, cuts[0])):
         assert torch.equal(own == 0, whole[b, : len(own)] == 0)
         assert 0.2 < (own[..., : cuts[1].diff()[b]] != 0).double().mean() < 0.8
@@ -126,7 +126,7 @@ def test_empty_batches(backend: str, lengths: Any) -> None:
 
 
 def test_statistics_of_short_sequences(backend: str) -> None:
-    """Top-k indices count from the start of each sequence; missing ones are -1."""
+    """Places are a sequence's own, and those that it has no keys for are missing."""
     q, k, _, *cuts = packed(((3, 2), (4, 6)), grad=False)
     cut = {"cu_seqlens_q": cuts[0], "cu_seqlens_k": cuts[1]}
     found = fused_attn.attention_stats(q, k, top_k=4, key_mass=True, **cut, backend=backend)
@@ -140,23 +140,23 @@ def test_statistics_of_short_sequences(backend: str) -> None:
         fused_attn.attention_stats(q, k, top_k=9, **cut)
 
 
-# ------------------------------------------------------------------------------- synchronization, memory, compilation
+# -------------------------------------------------------------------------------------------------- what it promises
 
-SYNCHRONIZING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item"}
+READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item"}
 
 
-class NoSynchronization(TorchDispatchMode):
-    """Raises at operators that synchronize with the device."""
+class NoReading(TorchDispatchMode):
+    """Refuses what waits for a device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.removeprefix("aten::") in SYNCHRONIZING:
+        if func._schema.name.removeprefix("aten::") in READS:
             raise AssertionError(f"{func} waits for the device")
         return func(*args, **kwargs or {})
 
 
 @pytest.fixture
-def device_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat CPU tensors as device tensors, whose values are not read, and skip kernel launches."""
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read for free, and kernels are not run."""
     if reasons := testing.why_not("ragged", "triton"):
         pytest.skip(reasons[0])
     monkeypatch.setattr(checks, "readable", lambda x: False)
@@ -181,25 +181,25 @@ ASYNCHRONOUS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
-@pytest.mark.usefixtures("device_tensors")
+@pytest.mark.usefixtures("on_a_device")
 def test_triton_does_not_synchronize(name: str) -> None:
     tensors = packed()
-    with NoSynchronization():
+    with NoReading():
         out = attention_varlen(*tensors, backend="triton", **ASYNCHRONOUS[name])
         torch.autograd.grad(out.sum(), tensors[:3])
 
 
-@pytest.mark.usefixtures("device_tensors")
+@pytest.mark.usefixtures("on_a_device")
 @pytest.mark.parametrize("name", ("prefix", "lengths", "sinks", "bias"))
-def test_bias_and_mask_need_max_seqlen(name: str) -> None:
-    options = {x: y for x, y in ASYNCHRONOUS[name].items() if x not in LONGEST}
+def test_bias_and_mask_need_the_longest_lengths(name: str) -> None:
+    words = {x: y for x, y in ASYNCHRONOUS[name].items() if x not in LONGEST}
     with pytest.raises(ValueError, match=r"max_seqlen_|broadcast"):
-        attention_varlen(*packed(), **options, backend="triton")
+        attention_varlen(*packed(), **words, backend="triton")
 
 
-@pytest.mark.usefixtures("device_tensors")
-def test_memory_does_not_grow_with_the_longest_sequence() -> None:
-    """No allocation, forward or backward, has the size of the padded batch."""
+@pytest.mark.usefixtures("on_a_device")
+def test_memory_does_not_grow_with_the_longest() -> None:
+    """Nothing is as large as the padded batch, forward or backward."""
     tensors = packed(((900, 900), *[(1, 1)] * 99), hq=1, hkv=1)
     with Largest() as largest:
         out = attention_varlen(*tensors, causal=True, alignment="bottom_right", backend="triton")
@@ -207,19 +207,19 @@ def test_memory_does_not_grow_with_the_longest_sequence() -> None:
     assert largest.elements == tensors[0].numel()
 
 
-def test_repeated_calls_are_bitwise_equal(backend: str) -> None:
+def test_the_same_bits_every_time(backend: str) -> None:
     found = []
     for _ in range(2):
         tensors = packed()
-        options = {"causal": True, "alignment": "bottom_right", "dropout_p": 0.3, "seed": 5}
-        out = attention_varlen(*tensors, **options, backend=backend)
+        words = {"causal": True, "alignment": "bottom_right", "dropout_p": 0.3, "seed": 5}
+        out = attention_varlen(*tensors, **words, backend=backend)
         found.append([out, *torch.autograd.grad(out.square().sum(), tensors[:3])])
     assert all(torch.equal(x, y) for again in found[1:] for x, y in zip(found[0], again, strict=True))
 
 
 @pytest.mark.parametrize("backend", ("triton", "tiled", None))
-def test_compile_fullgraph(backend: str | None) -> None:
-    """Only operators compile in one graph; the reference and torch's SDPA read the sequence starts."""
+def test_compiles_whole(backend: str | None) -> None:
+    """The reference does not: it is no operator, and reads where sequences begin, as torch's op would have to here."""
     if backend and testing.why_not("ragged", backend):
         pytest.skip("no triton")
 
@@ -236,7 +236,7 @@ def test_compile_fullgraph(backend: str | None) -> None:
         assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
-WRONG_LENGTHS = (
+LIES = (
     (starts([5, 2]), starts([3, 3]), "cu_seqlens_q: .* to the 9 packed rows, got 0 to 7"),
     (starts([-2, 11]), starts([3, 3]), "cu_seqlens_q: .* got one that descends"),
     (starts([4, 5]), starts([3, 3]) + 1, "cu_seqlens_k: .* got 1 to 7"),
@@ -248,12 +248,12 @@ def test_compiled_calls_check_lengths_at_run_time() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(attention_varlen, fullgraph=True, backend="aot_eager")
     q, k, v = torch.randn(9, 2, 8), *torch.randn(2, 6, 2, 8)
-    options = {"max_seqlen_q": 7, "max_seqlen_k": 6, "backend": "tiled"}
-    for *cuts, message in WRONG_LENGTHS:
+    words = {"max_seqlen_q": 7, "max_seqlen_k": 6, "backend": "tiled"}
+    for *cuts, message in LIES:
         with pytest.raises(ValueError, match=message):
-            compiled(q, k, v, *cuts, **options)
+            compiled(q, k, v, *cuts, **words)
     fine = starts([4, 5]), starts([3, 3])
-    torch.testing.assert_close(compiled(q, k, v, *fine, **options), attention_varlen(q, k, v, *fine, **options))
+    torch.testing.assert_close(compiled(q, k, v, *fine, **words), attention_varlen(q, k, v, *fine, **words))
 
 
 def test_autocast(backend: str) -> None:
@@ -269,9 +269,9 @@ def test_autocast(backend: str) -> None:
 def test_second_derivatives(backend: str) -> None:
     q, k, v, *cuts = packed(((3, 4), (0, 2), (2, 2)), hq=2, hkv=1, d=3)
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    options = {"causal": True, "alignment": "top_left", "backend": backend}
-    assert torch.autograd.gradcheck(lambda *x: attention_varlen(*x, *cuts, **options), leaves)
-    assert torch.autograd.gradgradcheck(lambda *x: attention_varlen(*x, *cuts, **options), leaves)
+    words = {"causal": True, "alignment": "top_left", "backend": backend}
+    assert torch.autograd.gradcheck(lambda *x: attention_varlen(*x, *cuts, **words), leaves)
+    assert torch.autograd.gradgradcheck(lambda *x: attention_varlen(*x, *cuts, **words), leaves)
 
 
 # ------------------------------------------------------------------------------------------------------- schedules
@@ -285,7 +285,7 @@ def problem(lengths: Any, span: Any = None, alignment: str = "bottom_right") -> 
 
 
 def unpacked(keys: Tensor) -> list[list[int]]:
-    """(sequence, tile) of each slot; -1 if the slot is empty."""
+    """(sequence, tile) of each slot; -1 for no tile."""
     none = 2**22 - 1
     return [[x >> 22 & none, -1 if x & none == none else x & none] for x in keys.tolist()]
 
@@ -309,7 +309,7 @@ def test_every_tile_has_one_slot_and_the_longest_come_first(
     assert all(0 <= b < len(lengths) for b, _ in slots)
 
     def seen(b: int, tile: int) -> int:
-        """The number of keys between the first and last visible to a tile, from the dense mask."""
+        """The width of what a tile sees, by the whole matrix."""
         m, n = lengths[b]
         far = n - m if alignment == "bottom_right" else 0
         grid = span.shifted(far).materialize(torch.arange(m), torch.arange(n), n)[0, 0]
@@ -326,7 +326,7 @@ def test_every_tile_has_one_slot_and_the_longest_come_first(
 
 
 def test_schedule_balances_one_long_sequence() -> None:
-    """Greedy scheduling on 16 programs ends within 10% of the optimum."""
+    """Turns taken by whichever of 16 programs is free end within a tenth of the best that there is."""
     tile_scheduler = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
     lengths = [(n, n) for n in [40] * 50 + [1500] + [40] * 50 + [700]]
     p = problem(lengths, fused_attn.spec.problem.Span(right=0))
@@ -339,7 +339,7 @@ def test_schedule_balances_one_long_sequence() -> None:
 
 @given(LISTS)
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_kernel_locates_sequences_and_padded_rows(lengths: Any) -> None:
+def test_locate_and_padded(lengths: Any) -> None:
     rows = [x[0] for x in lengths]
     cuts, total = starts(rows), sum(rows)
     b, i = locate(cuts, total)
@@ -354,9 +354,9 @@ def test_kernel_locates_sequences_and_padded_rows(lengths: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-def changed(**options: Any) -> dict[str, Any]:
+def changed(**words: Any) -> dict[str, Any]:
     q, k, v, cu_q, cu_k = packed(grad=False)
-    return {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k} | options
+    return {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k} | words
 
 
 CUTS = starts([x[0] for x in LENGTHS])
@@ -374,13 +374,13 @@ BAD: dict[str, tuple[dict[str, Any], type, str]] = {
     "four dims": ({"q": torch.zeros(1, 99, 2, 16)}, ValueError, r"q: expected packed \(T, H, D\)"),
     "heads": ({"k": torch.zeros(103, 3, 16), "v": torch.zeros(103, 3, 16)}, ValueError, "k: 3 key-value heads"),
     "dtype": ({"k": torch.zeros(103, 1, 16).half()}, TypeError, "k: expected q's torch.float32"),
-    "max_seqlen": ({"max_seqlen_q": 39}, ValueError, "max_seqlen_q: a sequence is 40 long, got 39"),
-    "max_seqlen, negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q: expected None or an int >= 0, got -1"),
-    "max_seqlen, of numpy": ({"max_seqlen_q": np.uint8(39)}, ValueError, "max_seqlen_q: a sequence is 40 long, got 39"),
-    "max_seqlen, of torch": ({"max_seqlen_k": torch.tensor(69)}, ValueError, "max_seqlen_k: .* 70 long, got 69"),
-    "max_seqlen, a bool": ({"max_seqlen_k": True}, TypeError, "max_seqlen_k: expected None or an int"),
-    "boolean starts": ({"cu_seqlens_k": CUTS > 0}, TypeError, "cu_seqlens_k: .* integer tensor, got torch.bool"),
-    "max_seqlen, a float": ({"max_seqlen_k": 90.0}, TypeError, "max_seqlen_k: expected None or an int"),
+    "longest": ({"max_seqlen_q": 39}, ValueError, "max_seqlen_q: a sequence is 40 long, got 39"),
+    "longest, negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q: expected None or an int >= 0, got -1"),
+    "longest, of numpy": ({"max_seqlen_q": np.uint8(39)}, ValueError, "max_seqlen_q: a sequence is 40 long, got 39"),
+    "longest, of torch": ({"max_seqlen_k": torch.tensor(69)}, ValueError, "max_seqlen_k: .* 70 long, got 69"),
+    "longest, a flag": ({"max_seqlen_k": True}, TypeError, "max_seqlen_k: expected None or an int"),
+    "starts that are flags": ({"cu_seqlens_k": CUTS > 0}, TypeError, "cu_seqlens_k: .* integer tensor, got torch.bool"),
+    "longest, a float": ({"max_seqlen_k": 90.0}, TypeError, "max_seqlen_k: expected None or an int"),
     "alignment": ({"causal": True}, ValueError, "alignment: causal or window needs"),
     "two alignments": (
         {"mask": Mask.causal("top_left"), "alignment": "bottom_right"}, ValueError, "alignment: expected that of all",
@@ -394,17 +394,17 @@ BAD: dict[str, tuple[dict[str, Any], type, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_wrong_arguments(name: str) -> None:
-    options, error, message = BAD[name]
+def test_bad_input(name: str) -> None:
+    words, error, message = BAD[name]
     if name == "hopper":
         pytest.importorskip("triton")
     with pytest.raises(error, match=message):
-        attention_varlen(**changed(**options))
+        attention_varlen(**changed(**words))
 
 
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.int64, torch.uint64))
-def test_starts_of_any_integer_dtype(backend: str, dtype: torch.dtype) -> None:
-    """One tensor passed for both starts means equal lengths, so that causal needs no alignment."""
+def test_starts_are_integers_of_any_width(backend: str, dtype: torch.dtype) -> None:
+    """Also one tensor for both, which says that they are alike, so that causal needs no alignment."""
     q, k, v, *cuts = packed(grad=False)
     expected = attention_varlen(q, k, v, *cuts, backend=backend)
     assert torch.equal(attention_varlen(q, k, v, *(x.to(dtype) for x in cuts), backend=backend), expected)
@@ -415,26 +415,26 @@ def test_starts_of_any_integer_dtype(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", (np.int8, np.uint64, torch.tensor), ids=lambda kind: kind.__name__)
 def test_max_seqlen_of_any_integer_type(kind: Any) -> None:
-    """max_seqlen gives the shape of a mask."""
-    options = {"mask": torch.rand(6, 1, 50, 90) < 0.5}
-    expected = attention_varlen(**changed(max_seqlen_q=50, max_seqlen_k=90, **options))
-    given = changed(max_seqlen_q=kind(50), max_seqlen_k=kind(90), **options)
+    """It says the shape of a mask."""
+    words = {"mask": torch.rand(6, 1, 50, 90) < 0.5}
+    expected = attention_varlen(**changed(max_seqlen_q=50, max_seqlen_k=90, **words))
+    given = changed(max_seqlen_q=kind(50), max_seqlen_k=kind(90), **words)
     assert torch.equal(attention_varlen(**given), expected)
 
 
 def test_explain() -> None:
     q, k, v, *cuts = packed(grad=False)
-    options = {"cu_seqlens_q": cuts[0], "cu_seqlens_k": cuts[1]}
-    assert fused_attn.explain(q, k, v, **options).backend == "sdpa"
-    assert fused_attn.explain(q, k, v, **options, softcap=2.0).backend == "tiled"
+    words = {"cu_seqlens_q": cuts[0], "cu_seqlens_k": cuts[1]}
+    assert fused_attn.explain(q, k, v, **words).backend == "sdpa"
+    assert fused_attn.explain(q, k, v, **words, softcap=2.0).backend == "tiled"
     with pytest.raises(ValueError, match="alignment: causal or window"):
-        fused_attn.explain(q, k, v, **options, causal=True)
+        fused_attn.explain(q, k, v, **words, causal=True)
 
 
 def test_starts_on_a_device_are_checked_under_debug() -> None:
     here = torch.zeros(1)
     with FakeTensorMode():
-        there = torch.empty(1, device="cuda")  # without debug mode only the device is checked
+        there = torch.empty(1, device="cuda")  # outside the mode, no more than its device
     assert checks.readable(here) and not checks.readable(there)
     with fused_attn.debug():
         assert checks.readable(there)
@@ -449,7 +449,7 @@ def test_alignment_is_optional_for_equal_lengths() -> None:
     assert all(torch.equal(same[0], x) for x in same)
 
 
-def test_flops_exclude_padding() -> None:
+def test_flops_count_existing_scores() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     tensors = packed()
@@ -463,11 +463,9 @@ def test_flops_exclude_padding() -> None:
 
 
 def test_pairs_of_options() -> None:
-    """Every pair of options, tiled against the reference, by `assert_within_budget`."""
-    values = {"causal": True, "softcap_tensor": True, "sink": True, "dropout_p": 0.3, "alibi": "bh", "bias": "b11n"}
-    for one, two in itertools.combinations(values, 2):
-        options = {one: values[one], two: values[two], "softcap": 3.0 if "softcap_tensor" in (one, two) else None}
-        case = testing.Case(
-            "here", lengths=((9, 12), (0, 3), (5, 0), (20, 18)), d=8, alignment="bottom_right", **options
-        )
+    """Two at a time, on tiled against the reference, through the one tolerance rule."""
+    options = {"causal": True, "softcap_tensor": True, "sink": True, "dropout_p": 0.3, "alibi": "bh", "bias": "b11n"}
+    for one, two in itertools.combinations(options, 2):
+        words = {one: options[one], two: options[two], "softcap": 3.0 if "softcap_tensor" in (one, two) else None}
+        case = testing.Case("here", lengths=((9, 12), (0, 3), (5, 0), (20, 18)), d=8, alignment="bottom_right", **words)
         testing.check_parity(case, "tiled")

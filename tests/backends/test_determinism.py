@@ -1,4 +1,4 @@
-"""Repeated runs are bitwise equal, parameter gradients included, for any order of programs and threads."""
+"""Two runs give the same bits, parameter gradients included, in any order of programs and threads."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ ALL: dict[str, Any] = {
     "scale_tensor": "h", "alibi": "h", "softcap": 2.0, "softcap_tensor": True, "sink": True, "return_lse": True,
 }  # fmt: skip
 CASES = (
-    Case("dot, dense bias", **ALL, bias="bhmn"),
-    Case("dot, shared bias, scalar scale", **ALL | {"scale_tensor": "", "alibi": "bh"}, bias="11mn"),
-    Case("bilinear, bias per head", **ALL, **SCORE_CASES["bilinear"], score="bilinear", bias="1hmn"),
-    Case("cosine, bias per key", **ALL, **SCORE_CASES["cosine"], score="cosine", bias="b11n"),
-    Case("distance, bias per row", **ALL | {"softcap": None, "softcap_tensor": False}, **SCORE_CASES["distance"],
+    Case("dot, a dense bias", **ALL, bias="bhmn"),
+    Case("dot, one bias, one scale", **ALL | {"scale_tensor": "", "alibi": "bh"}, bias="11mn"),
+    Case("bilinear, a bias for each head", **ALL, **SCORE_CASES["bilinear"], score="bilinear", bias="1hmn"),
+    Case("cosine, a bias of keys", **ALL, **SCORE_CASES["cosine"], score="cosine", bias="b11n"),
+    Case("distance, a bias of rows", **ALL | {"softcap": None, "softcap_tensor": False}, **SCORE_CASES["distance"],
          score="distance", bias="bhm1"),
-    Case("additive, bias shared by heads", **ALL | {"d": 20}, score="additive", parameter="d", bias="11mn"),
-    Case("sigmoid", **ALL | {"sink": False, "return_lse": False}, normalizer="sigmoid", bias="1h1n"),
+    Case("additive, a bias for all heads", **ALL | {"d": 20}, score="additive", parameter="d", bias="11mn"),
+    Case("a sigmoid", **ALL | {"sink": False, "return_lse": False}, normalizer="sigmoid", bias="1h1n"),
 )  # fmt: skip
 
 
 def test_every_gradient_is_requested() -> None:
-    requested = {name for case in CASES for name in testing.make_inputs(case).leaves}
-    assert requested == set(LEAVES)
+    asked = {name for case in CASES for name in testing.make_inputs(case).leaves}
+    assert asked == set(LEAVES)
 
 
 def assert_same_bits(case: Case, backend: str, repeats: int) -> None:
@@ -52,13 +52,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("threads", (1, 2), indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.usefixtures("threads")
-def test_tiled_is_deterministic(case: Case) -> None:
+def test_tiled(case: Case) -> None:
     assert_same_bits(case, "tiled", 4)
 
 
 @pytest.fixture
-def shuffled_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter runs the programs of every launch in a new random order."""
+def shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter runs the programs of a launch in another order each time."""
     pytest.importorskip("triton")
     from triton.runtime.interpreter import interpreter_builder as builder
 
@@ -74,15 +74,15 @@ def shuffled_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.usefixtures("shuffled_programs")
-def test_triton_is_deterministic(case: Case) -> None:
+@pytest.mark.usefixtures("shuffled")
+def test_triton(case: Case) -> None:
     if reasons := testing.why_not(case, "triton"):
         pytest.skip(reasons[0])
     assert_same_bits(case, "triton", 1)
 
 
-def test_unordered_sums_are_detected(shuffled_programs: None) -> None:
-    """A simulated unordered atomic addition to a gradient makes the check fail."""
+def test_unordered_sums_are_detected(shuffled: None) -> None:
+    """What an atomic would do to a gradient."""
     import triton
     import triton.language as tl
 

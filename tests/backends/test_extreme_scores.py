@@ -1,7 +1,7 @@
-"""Rows of very large or very small scores: the backward needs the maximum and the log of the sum separately.
+"""Rows whose scores are all very large or very small keep the log of their sum beside the maximum.
 
-A single float32 log-sum-exp loses the log of the sum to rounding in rows that a mask fills with a finite minimum, as in
-BERT, and for equal logits from 4e4 to 1e10.
+A mask that fills rows with a finite minimum, as BERT's does, and equal logits from 4e4 to 1e10 are where one rounded
+float32 log-sum-exp is off by more than the log of the number of keys.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fused_attn.tuning import Config, override
 BACKENDS = ("reference", "tiled", "triton")
 LOWEST = torch.finfo(torch.float32).min
 FILLED = (-1e4, -1e9, LOWEST)
-EQUAL = (100.0, 1024.0, 65536.0)  # logits are 4 x**2 = 4e4, 4e6 and 1.7e10; all products and sums are exact
+EQUAL = (100.0, 1024.0, 65536.0)  # whose squares, times 4, are 4e4, 4e6 and 1.7e10; all products and sums are exact
 TINY = {"hq": 2, "hkv": 1, "m": 5, "n": 9, "d": 16, "return_lse": True}
 Fill = float | Callable[[Tensor], Any]
 
 
-def prepared_inputs(case: Case, dtype: torch.dtype, **fills: Fill) -> testing.Inputs:
-    """A case's inputs, some filled with a number or changed in place by a function."""
+def prepared(case: Case, dtype: torch.dtype, **fills: Fill) -> testing.Inputs:
+    """A case's inputs, some of them filled with a number or changed in place."""
     inputs = testing.make_inputs(case, dtype)
     with torch.no_grad():
         for name, fill in fills.items():
@@ -37,18 +37,18 @@ def prepared_inputs(case: Case, dtype: torch.dtype, **fills: Fill) -> testing.In
     return inputs
 
 
-def check(backend: str, case: Case, dtype: torch.dtype = torch.float32, **fills: Fill) -> dict[str, Tensor]:
-    """Compare out, lse and every gradient by the tolerance rule; skip the test if `why_not` gives a reason."""
+def judge(backend: str, case: Case, dtype: torch.dtype = torch.float32, **fills: Fill) -> dict[str, Tensor]:
+    """out, lse and every gradient of a case, held to the one rule; skipped exactly where why_not speaks."""
     if reasons := testing.why_not(case, backend, dtype):
         pytest.skip(reasons[0])
-    inputs = prepared_inputs(case, dtype, **fills)
+    inputs = prepared(case, dtype, **fills)
     got = testing.run_public(inputs, backend)
     testing.compare(inputs, got, testing.expect(inputs), case.name)
     return got
 
 
-def fill_rows(value: float) -> Fill:
-    """Fill rows 1, 4, 7, ... of a bias, and rows 2, 5, 8, ... except their last two keys."""
+def rows(value: float) -> Fill:
+    """Of every three rows of a bias the second is filled, and the third but for its last two keys."""
 
     def fill(x: Tensor) -> None:
         x[..., 1::3, :] = value
@@ -60,15 +60,15 @@ def fill_rows(value: float) -> Fill:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", FILLED)
 def test_rows_filled_with_a_finite_minimum(backend: str, value: float) -> None:
-    """A bias fills some rows with a finite minimum, fully or partly; other rows are ordinary."""
-    check(backend, Case("filled", **TINY, bias="1hmn"), bias=fill_rows(value))
+    """Rows that a bias fills with a finite minimum, wholly or partly, beside ordinary ones."""
+    judge(backend, Case("filled", **TINY, bias="1hmn"), bias=rows(value))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "value"), ((torch.float64, LOWEST), (torch.bfloat16, -3e38), (torch.float16, -6e4)),
                          ids=str)  # fmt: skip
 def test_rows_filled_with_a_finite_minimum_in_other_dtypes(backend: str, dtype: torch.dtype, value: float) -> None:
-    check(backend, Case("filled", **TINY, bias="1hmn"), dtype, bias=fill_rows(value))
+    judge(backend, Case("filled", **TINY, bias="1hmn"), dtype, bias=rows(value))
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -87,32 +87,32 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("backend", ("tiled", "triton"))
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_filled_with_a_finite_minimum_beside_modifiers(backend: str, form: str) -> None:
-    """Every other user of the log-sum-exp: the backward kernels, sinks, and ragged batches."""
-    check(backend, Case(form, **TINY | FORMS[form]), bias=fill_rows(LOWEST) if form != "one_value_a_key" else LOWEST)
+    """What else reads the normaliser: every kernel of the backward, sinks, and ragged batches."""
+    judge(backend, Case(form, **TINY | FORMS[form]), bias=rows(LOWEST) if form != "one_value_a_key" else LOWEST)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", EQUAL)
 def test_equal_logits(backend: str, value: float) -> None:
-    """All weights are 1 / N, so dv is the mean of dout over the rows."""
+    """Every weight is 1 / N: each row's gradient reaches each value by that part."""
     case = Case("equal", **TINY | {"hq": 4, "hkv": 2}, dout="ones")
-    found = check(backend, case, q=value, k=value)
+    found = judge(backend, case, q=value, k=value)
     assert (found["v"] / (2 * 5 / 9) - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
 def test_equal_logits_in_other_dtypes(backend: str, dtype: torch.dtype) -> None:
-    check(backend, Case("equal", **TINY), dtype, q=100.0, k=100.0)
+    judge(backend, Case("equal", **TINY), dtype, q=100.0, k=100.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("sign", "above"), ((1, 0.0), (-1, 1.0), (1, -(2.0**22)), (-1, 2.0**22)))
 def test_equal_logits_and_a_sink(backend: str, sign: int, above: float) -> None:
-    """A sink equal to the logits, far below or far above them; and a fully masked row with a sink."""
+    """A sink as large as the logits, far below them, or far above; and a row that sees nothing but the sink."""
     logit = sign * 4 * 1024.0**2
     case = Case("sink", **TINY | {"m": 6, "n": 5}, sink=True, causal=True, alignment="bottom_right")
-    check(backend, case, q=1024.0, k=sign * 1024.0, sink=logit + above)
+    judge(backend, case, q=1024.0, k=sign * 1024.0, sink=logit + above)
 
 
 @pytest.mark.parametrize("backend", ("tiled", "triton"))
@@ -123,15 +123,15 @@ def test_equal_logits_beside_modifiers(backend: str, fields: dict) -> None:
     fills: dict[str, Fill] = {"q": 1024.0, "k": 1024.0}
     if "scale_tensor" in fields:
         fills["scale"] = 0.25
-    check(backend, Case("equal", **TINY | fields), **fills)
+    judge(backend, Case("equal", **TINY | fields), **fills)
 
 
-# ----------------------------------------------------------------------------------------------- split decoding
+# ----------------------------------------------------------------------------------------------- the parts of a decode
 
 
 @pytest.mark.parametrize(("value", "sink"), ((100.0, None), (1024.0, 0.0), (65536.0, None)))
 def test_split_decoding(value: float, sink: float | None) -> None:
-    """For any number of splits, the last one shorter, the result is the mean of the values."""
+    """However the keys are cut, the last part being shorter, the answer is the mean of the values."""
     keys = 16 * 4 + 3
     q, k = torch.full((1, 2, 2, 16), value), torch.full((1, keys, 1, 16), value)
     v = torch.randn(1, keys, 1, 8, generator=torch.Generator().manual_seed(0))
@@ -145,7 +145,7 @@ def test_split_decoding(value: float, sink: float | None) -> None:
 
 
 def test_split_decoding_with_unequal_splits() -> None:
-    """One split with small logits, others with equal large ones, and one fully masked by the window."""
+    """A part of small logits beside parts of equal large ones, and one that sees nothing: the window ends before it."""
     q, k = torch.full((1, 1, 1, 16), 1024.0), torch.full((1, 80, 1, 16), 1024.0)
     k[:, 40:60] = -1.0
     v = torch.randn(1, 80, 1, 8, generator=torch.Generator().manual_seed(0))
@@ -184,7 +184,7 @@ def test_hopper(wide: bool, sink: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(hopper, "WIDE", 16 if wide else 1024)
     case = Case("equal", **TINY | {"m": 20, "n": 23, "sink": sink}, deterministic=False)
     fills: dict[str, Fill] = {"q": 65536.0, "k": 65536.0} | ({"sink": 4 * 65536.0**2} if sink else {})
-    inputs = prepared_inputs(case, torch.bfloat16, **fills)
+    inputs = prepared(case, torch.bfloat16, **fills)
     p = inputs.problem().lower()
     tiles = {"hopper_forward": Config(16, 16, 4, 2, consumers=2), "hopper_backward": Config(16, 16, 4, 2, consumers=2)}
     with torch.no_grad(), override(**tiles), emulated():

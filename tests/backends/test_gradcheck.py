@@ -1,4 +1,4 @@
-"""PyTorch backends against numerical derivatives in float64; torch.func transforms are correct or refused."""
+"""PyTorch backends against numerical derivatives in float64; torch.func transforms are right or refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES = {
 
 
 def function_of(case: Case, backend: str | None) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """A case as a function of its differentiable tensors."""
+    """A case as a function of its differentiable tensors alone."""
     inputs = testing.make_inputs(case, torch.float64)
     names = ["alibi_slopes" if x == "slopes" else x for x in inputs.clean]
 
@@ -77,7 +77,7 @@ def test_gradgradcheck(backend: str, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------- transforms
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
@@ -113,33 +113,33 @@ def double_backward(f: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("backend", "transform"),
-    # By default dispatch may choose torch's operator, which raises only when a double backward runs.
+    # Left to itself, dispatch may take torch's own operator, which says no to a double backward only when it is asked.
     [(b, t) for b in ("tiled", "reference", None) for t in TRANSFORMS if b or t != "double_backward"],
 )
-def test_transforms_are_correct(backend: str | None, transform: str) -> None:
-    """Without backend=, dispatch chooses a backend that supports the transform."""
+def test_transforms_are_right(backend: str | None, transform: str) -> None:
+    """With no backend named, dispatch finds one that has the transform."""
     run = TRANSFORMS[transform]
     got = run(lambda q, k, v: fused_attn.attention(q, k, v, backend=backend), *qkv())
-    within_budget(transform, got, run(eager_attention, *qkv()), run(eager_attention, *qkv(torch.float32)))
+    within_budget(transform, got, run(naive, *qkv()), run(naive, *qkv(torch.float32)))
 
 
 @pytest.mark.parametrize("backend", ("triton", "sdpa"))
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_are_refused(backend: str, transform: str) -> None:
-    """A backend without the transform raises; it never returns silent zeros."""
+    """Never a silent zero: a backend without the transform raises."""
     if testing.why_not("plain", backend):
         pytest.skip(testing.why_not("plain", backend)[0])
     run, inputs = TRANSFORMS[transform], qkv(torch.float32)
     if (backend, transform) == ("sdpa", "double_backward"):  # the one that it has
         got = run(lambda q, k, v: fused_attn.attention(q, k, v, backend=backend), *inputs)
-        within_budget(transform, got, run(eager_attention, *qkv()), run(eager_attention, *inputs))
+        within_budget(transform, got, run(naive, *qkv()), run(naive, *inputs))
         return
     with pytest.raises(NotImplementedError):
         run(lambda q, k, v: fused_attn.attention(q, k, v, backend=backend), *inputs)
 
 
 def test_float64_agrees_with_torch() -> None:
-    """The reference in float64 against torch's math backend: an independent check of the oracle."""
+    """The oracle itself against torch's math backend, where that is exact: an oracle needs a witness."""
     q, k, v = (torch.randn(2, h, 9, 8, dtype=torch.float64) for h in (4, 2, 2))
     bias = torch.randn(2, 1, 9, 9, dtype=torch.float64)
     exact, plain = (

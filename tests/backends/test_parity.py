@@ -1,4 +1,4 @@
-"""Every backend on every case: forward and every gradient, by the tolerance rule `assert_within_budget`."""
+"""Every backend against every case, forward and every gradient, by the one tolerance rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_attn.testing import CASES
 
 HALF = (torch.float16, torch.bfloat16)
 BACKENDS = ("triton", "sdpa", "tiled", "reference")
-# Cases that the sdpa backend must support.
+# Cases that the sdpa backend must take.
 SDPA = (
     "plain",
     "one_query",
@@ -32,18 +32,18 @@ SDPA = (
 
 
 def varies_memory(case: testing.Case) -> bool:
-    """Cases whose memory differs from the oracle's dense tensors; only these test the reference itself."""
+    """The reference can fail here although it is its own oracle, which is given dense tensors without padding."""
     return case.unseen_nan or case.memory != "gaps" or case.layout != "bhsd"
 
 
 def _daily_half(case: testing.Case) -> list[torch.dtype]:
-    """The half type that the case runs in daily, alternating over the cases."""
+    """One of the half types that the case takes, the cases in turn."""
     halves = [x for x in HALF if x in case.dtypes]
     return halves and [halves[list(CASES).index(case.name) % len(halves)]]
 
 
 def _dtypes(backend: str, case: testing.Case) -> list[torch.dtype]:
-    """Half precision by tag; the reference only where it can differ from its oracle."""
+    """Half precision by tag. The reference computes it in float32; its oracle, and what E is taken from, do not."""
     if backend == "reference":
         wanted = [torch.float32] * varies_memory(case) + _daily_half(case) * ("half" in case.tags)
     else:
@@ -53,11 +53,11 @@ def _dtypes(backend: str, case: testing.Case) -> list[torch.dtype]:
 
 
 def _under_36(case: testing.Case, dtype: torch.dtype) -> bool:
-    """The subset that runs under triton 3.6 too: bfloat16 where the interpreter is repaired, otherwise float32."""
+    """The subset that an older triton runs as well: bfloat16 where it is repaired, everything else in float32."""
     return "core" in case.tags and (dtype == torch.float32 or (dtype == torch.bfloat16 and case.name == "everything"))
 
 
-# Slow in the interpreter, and a combination of features of other cases.
+# Long in the interpreter, and a combination of what other cases have.
 LONG = {
     "additive_bias_columns", "additive_bias_shared", "everything_tensor", "only_parameter_additive",
     "ragged_bias_bhmn", "ragged_bias_b11n", "ragged_bias_bhm1", "ragged_everything_tensor",
@@ -65,7 +65,7 @@ LONG = {
 
 
 def _marks(backend: str, case: testing.Case, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
-    """Half precision is slow in the interpreter: each case runs daily in one half type only."""
+    """Interpreted half precision costs most: each case runs daily in one of its types."""
     if backend != "triton":
         return []
     found = [pytest.mark.triton36] if _under_36(case, dtype) else []
@@ -91,7 +91,7 @@ PARAMETERS = [
 @pytest.mark.parametrize(("backend", "name", "dtype"), PARAMETERS)
 @pytest.mark.usefixtures("nan_outputs")
 def test_attention(backend: str, name: str, dtype: torch.dtype) -> None:
-    """Forward and every gradient. If `why_not` gives a reason, the call must raise with it, and the test is skipped."""
+    """Forward and every gradient; skipped exactly where why_not speaks, after the call has said the same."""
     reasons = testing.why_not(name, backend, dtype)
     if reasons:
         with pytest.raises(fused_attn.BackendError) as refusal:
@@ -103,7 +103,7 @@ def test_attention(backend: str, name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", ("tiled", "reference"))
 def test_torch_backends_support_every_case(backend: str) -> None:
-    """The PyTorch backends support every case, so that no skip above hides a backend that runs nothing."""
+    """The PyTorch backends take every case; a skip above would otherwise hide a backend that runs nothing."""
     assert {name: why for name in CASES if (why := testing.why_not(name, backend))} == {}
 
 
@@ -113,16 +113,16 @@ def test_triton_supports_every_case() -> None:
 
 
 @pytest.mark.parametrize("name", SDPA)
-def test_sdpa_supports_the_plain_cases(name: str) -> None:
+def test_sdpa_takes_the_plain_cases(name: str) -> None:
     assert testing.why_not(name, "sdpa") == []
 
 
-# ---------------------------------------------------------------------------------------- the tolerance rule can fail
+# ------------------------------------------------------------------------------------------ the rule itself can fail
 
 
 @pytest.mark.parametrize("name", ("out", "q", "k", "v", "sink", "bias", "slopes", "lse"))
 def test_small_errors_exceed_the_budget(name: str) -> None:
-    """An error of 1/2000 in one element of one float32 result exceeds the budget."""
+    """One part in two thousand of one element of one result, in float32."""
     inputs = testing.make_inputs("everything")
     expected = testing.expect(inputs)
     got = testing.run_public(inputs, "reference")
@@ -160,8 +160,8 @@ def test_writes_outside_of_outputs_are_detected() -> None:
         inputs.check_untouched()
 
 
-def test_padding_of_inputs_holds_nan() -> None:
-    """The memory around every input tensor and the masked keys hold NaN."""
+def test_inputs_hold_nan_outside() -> None:
+    """The inputs of a case hold NaN around every tensor and in unseen keys."""
     inputs = testing.make_inputs("lengths")
     assert inputs.tensors["k"].isnan().any() and not inputs.clean["k"].isnan().any()
     for name in "qkv":
@@ -176,7 +176,7 @@ def test_unknown_case() -> None:
 
 
 def test_every_modifier_has_a_case() -> None:
-    """Every keyword of `attention` except backend has a non-default value in some case."""
+    """Each keyword of `attention` but backend differs from its default in a case."""
     wanted = {
         x.name: x.default
         for x in inspect.signature(fused_attn.attention).parameters.values()
@@ -190,7 +190,7 @@ def test_every_modifier_has_a_case() -> None:
     assert used == wanted.keys()
 
 
-def test_uninitialized_outputs_hold_nan(nan_outputs: None) -> None:
+def test_memory_holds_nan(nan_outputs: None) -> None:
     assert torch.empty(3).isnan().all() and torch.ones(3).new_empty(2).isnan().all()
 
 

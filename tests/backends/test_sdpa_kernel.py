@@ -1,4 +1,4 @@
-"""torch's CPU kernel as the `sdpa` backend: supported inputs, skipped keys, and corrections of its results."""
+"""torch's CPU kernel as the `sdpa` backend: its inputs, unseen keys, and the corrections of its results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HALF = (torch.float16, torch.bfloat16)
 SMALL = {"b": 2, "hq": 4, "m": 33, "d": 16}
 QKV = ("q", "k", "v")
 SHAPES = ("bhmn", "b1mn", "1hmn", "11mn", "b11n", "1h1n", "111n", "bhm1", "11m1", "1111")
-SUPPORTED = {
+TAKEN = {
     **{f"bias {x}": Case("here", **SMALL, bias=x, needs=QKV) for x in SHAPES},
     "mask": Case("here", **SMALL, masks=("random_11mn",)),
     "mask and bias": Case("here", **SMALL, masks=("random_11mn",), bias="b11n", needs=QKV),
@@ -39,12 +39,12 @@ SUPPORTED = {
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", TAKEN)
 def test_supported_calls_go_to_torch(name: str, dtype: torch.dtype) -> None:
-    """Masks and biases of every broadcast shape, at the first call and at two cached ones."""
-    assert testing.why_not(SUPPORTED[name], "sdpa", dtype) == []
-    testing.check_parity(SUPPORTED[name], "sdpa", dtype)
-    inputs = testing.make_inputs(SUPPORTED[name], dtype)
+    """Masks and biases of every broadcast shape, each twice more, when the call is one of those made before."""
+    assert testing.why_not(TAKEN[name], "sdpa", dtype) == []
+    testing.check_parity(TAKEN[name], "sdpa", dtype)
+    inputs = testing.make_inputs(TAKEN[name], dtype)
     assert fused_attn.explain(*inputs.qkv, **inputs.kwargs).backend == "sdpa"
     expected = testing.expect(inputs)
     for _ in range(3):
@@ -61,8 +61,8 @@ def test_bias_that_requires_grad_goes_to_tiled() -> None:
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
 @pytest.mark.parametrize("grad", (False, True), ids=("inference", "training"))
 @pytest.mark.parametrize("name", QKV)
-def test_efficient_zero_tensors(name: str, grad: bool, compiled: bool) -> None:
-    """torch's zero tensors have strides of 0, which torch's kernel ignores."""
+def test_zero_tensors(name: str, grad: bool, compiled: bool) -> None:
+    """torch's dispatcher gives them strides of 0, which torch's kernel does not heed."""
     tensors = {x: torch.randn(1, 2, 5, 8) for x in QKV}
     dense = tensors | {name: torch.zeros(1, 2, 5, 8)}
     tensors[name] = torch._efficientzerotensor((1, 2, 5, 8))
@@ -81,8 +81,8 @@ def test_efficient_zero_tensors(name: str, grad: bool, compiled: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def count_scores(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the number of scores per head that each kernel call computes."""
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Scores of a head that each call of the kernel computes from here on."""
     found: list[int] = []
 
     def spy(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Any:
@@ -98,19 +98,19 @@ LENGTHS = torch.tensor([70, 41, 0, 16])
 IDS = torch.tensor([0] * 20 + [1] * 33 + [4] * 17)
 PIECES: dict[str, tuple[dict[str, Any], int]] = {
     "lengths": ({"mask": Mask.lengths(LENGTHS)}, 70 * (70 + 48 + 16)),
-    "lengths of rows and keys": ({"mask": Mask.lengths(LENGTHS, LENGTHS)}, 70 * 70 + 41 * 48 + 16 * 16),
+    "lengths of both": ({"mask": Mask.lengths(LENGTHS, LENGTHS)}, 70 * 70 + 41 * 48 + 16 * 16),
     "lengths, causal": ({"mask": Mask.lengths(LENGTHS), "causal": True}, 70 * (70 + 48 + 16)),
     "segments": ({"mask": Mask.segments(IDS)}, 4 * (20 * 32 + 33 * 48 + 17 * 17)),
     "segments, causal": ({"mask": Mask.segments(IDS), "causal": True}, 4 * (20 * 32 + 33 * 48 + 17 * 17)),
-    "segments of some rows": ({"mask": Mask.segments(IDS, IDS - 1)}, 4 * 20 * 48),
-    "segments, bool": ({"mask": Mask.segments(IDS) & (torch.rand(70, 70) > 0.3)}, 4 * (20 * 32 + 33 * 48 + 17 * 17)),
+    "segments of some": ({"mask": Mask.segments(IDS, IDS - 1)}, 4 * 20 * 48),
+    "segments, tensor": ({"mask": Mask.segments(IDS) & (torch.rand(70, 70) > 0.3)}, 4 * (20 * 32 + 33 * 48 + 17 * 17)),
 }  # fmt: skip
 
 
-def check_result(call: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> None:
-    """Compare out and gradients of a call on the default backend with the reference in float64.
+def judged(call: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> None:
+    """out and gradients of a call by no backend in particular, against the reference in float64.
 
-    The rule's A is the largest value of each result: a row with one visible key has gradients that cancel to zero.
+    A of the rule is the largest value's everywhere: a row that sees one key has gradients that cancel to zero.
     """
     leaves = [x.clone().requires_grad_() for x in tensors]
     exact = [x.double().requires_grad_() for x in tensors]
@@ -130,9 +130,9 @@ def check_result(call: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> No
 def test_invisible_keys_are_skipped(name: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     options, scores = PIECES[name]
     q, k, v = torch.randn(4, 4, 70, 16), *(torch.randn(4, 4 // group, 70, 16) for _ in range(2))
-    calls = count_scores(monkeypatch)
+    calls = counted(monkeypatch)
     assert fused_attn.explain(q, k, v, **options).backend == "sdpa"
-    check_result(lambda *x, **more: attention(*x, **options, **more), (q, k, v))
+    judged(lambda *x, **more: attention(*x, **options, **more), (q, k, v))
     assert sum(calls) == scores
 
 
@@ -145,32 +145,32 @@ def padding(lengths: Tensor, n: int, left: bool = False) -> Tensor:
 PADDED = {
     "right": padding(LENGTHS, 70)[:, None, None],
     "left": padding(LENGTHS, 70, left=True)[:, None, None],
-    "shared by batch": padding(LENGTHS[1:2], 70)[:, None, None],
+    "one for all": padding(LENGTHS[1:2], 70)[:, None, None],
     "expanded": padding(LENGTHS, 70)[:, None, None].expand(-1, 1, 70, -1),
-    "contiguous": padding(LENGTHS, 70)[:, None, None].expand(-1, 1, 70, -1).contiguous(),
+    "in full": padding(LENGTHS, 70)[:, None, None].expand(-1, 1, 70, -1).contiguous(),
 }
 
 
 @pytest.mark.parametrize("options", ({}, {"causal": True}), ids=("full", "causal"))
 @pytest.mark.parametrize("name", PADDED)
 def test_mask_padding_is_skipped(name: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bool mask that masks leading or trailing keys for all rows is as fast as lengths."""
+    """A bool mask that hides the ends of the keys from all rows costs what lengths cost."""
     monkeypatch.setattr(pieces, "PADDED", 1)
-    calls = count_scores(monkeypatch)
+    calls = counted(monkeypatch)
     q, k, v = (torch.randn(4, 2, 70, 16) for _ in range(3))
     for _ in range(3):
-        check_result(lambda *x, **more: attention(*x, mask=PADDED[name], **options, **more), (q, k, v))
+        judged(lambda *x, **more: attention(*x, mask=PADDED[name], **options, **more), (q, k, v))
     assert sum(calls) < 3 * 4 * 70 * 70
 
 
 @pytest.mark.parametrize("mask", (padding(LENGTHS, 70)[:, None, None] ^ (torch.arange(70) == 3),
                                   torch.rand(4, 1, 70, 70) > 0.5, torch.ones(4, 1, 1, 70, dtype=torch.bool)),
-                         ids=("hole", "random", "all visible"))  # fmt: skip
+                         ids=("hole", "random", "nothing"))  # fmt: skip
 def test_other_masks_are_additive(mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PADDED", 1)
-    calls = count_scores(monkeypatch)
+    calls = counted(monkeypatch)
     q, k, v = (torch.randn(4, 2, 70, 16) for _ in range(3))
-    check_result(lambda *x, **more: attention(*x, mask=mask, **more), (q, k, v))
+    judged(lambda *x, **more: attention(*x, mask=mask, **more), (q, k, v))
     assert calls == [4 * 70 * 70]
 
 
@@ -187,7 +187,7 @@ def test_small_pieces_go_to_tiled() -> None:
     assert fused_attn.explain(q, q, q, mask=Mask.segments(torch.arange(40) // 2)).backend == "tiled"
 
 
-# -------------------------------------------------------------------------------------------------- corrected results
+# ------------------------------------------------------------------------------------------------------- what is mended
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
@@ -195,7 +195,7 @@ def test_small_pieces_go_to_tiled() -> None:
 @pytest.mark.parametrize("options", ({"mask": Mask.lengths(LENGTHS)}, {"causal": True, "alignment": "top_left"}),
                          ids=("lengths", "causal"))  # fmt: skip
 def test_invisible_keys_may_hold_nan(options: dict, name: str, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys after the end of a sequence, some of which the kernel reads, and keys after the causal diagonal."""
+    """Those behind the end of a sequence, of which the kernel reads some, and those behind the last diagonal."""
     q, k, v = torch.randn(4, 2, 33, 16), torch.randn(4, 2, 70, 16), torch.randn(4, 2, 70, 16)
     assert fused_attn.explain(q, k, v, **options).backend == "sdpa"
     expected = attention(q, k, v, **options)
@@ -208,7 +208,7 @@ def test_invisible_keys_may_hold_nan(options: dict, name: str, bad: float, monke
 @pytest.mark.parametrize("again", (0, 3), ids=("first", "repeated"))
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
 def test_nan_propagates(dtype: torch.dtype, again: int) -> None:
-    """NaN in one or all rows of q, in k, and in a bias."""
+    """In any row of q, the whole of it too, in k, and in a bias."""
     q, k, v, bias = (torch.randn(s, dtype=dtype) for s in ((1, 2, 35, 16), (1, 2, 70, 16), (1, 2, 70, 16), (35, 70)))
     for _ in range(again):
         attention(q, k, v), attention(q, k, v, bias=bias)
@@ -221,14 +221,14 @@ def test_nan_propagates(dtype: torch.dtype, again: int) -> None:
 
 
 @pytest.mark.parametrize("value", (-1e4, -1e9, torch.finfo(torch.float32).min))
-def test_rows_filled_with_a_finite_minimum(value: float) -> None:
-    """Rows filled with a finite minimum have equal weights, also in the gradient."""
+def test_rows_of_a_finite_minimum(value: float) -> None:
+    """Their weights are equal, in the gradient too."""
     mask = torch.zeros(4, 4)
     mask[1] = value
     q, k, v = (torch.randn(1, 1, 4, 16) for _ in range(3))
     assert fused_attn.explain(q, k, v, bias=mask).backend == "sdpa"
     for _ in range(3):
-        check_result(lambda *x, **more: attention(*x, bias=mask.to(x[0].dtype), **more), (q, k, v))
+        judged(lambda *x, **more: attention(*x, bias=mask.to(x[0].dtype), **more), (q, k, v))
 
 
 @pytest.mark.parametrize("value", (100.0, 1000.0, 65536.0))
@@ -242,8 +242,8 @@ def test_equal_large_logits(value: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
-def test_vectorized_mask_conversion(dtype: torch.dtype) -> None:
-    """The vectorized conversion of mask bytes to 0 and -inf, for any strides and any nonzero byte."""
+def test_a_mask_in_vector_instructions(dtype: torch.dtype) -> None:
+    """Bytes of a mask become 0 and -inf, however they lie and whatever a byte that is not 0 holds."""
     dense = torch.rand(2, 1, 65, 70) > 0.5
     odd = torch.randint(0, 3, (2, 1, 65, 70), dtype=torch.uint8).view(torch.bool)
     for mask in (dense, dense.mT, dense.expand(2, 3, 65, 70), odd):
@@ -255,7 +255,7 @@ def test_vectorized_mask_conversion(dtype: torch.dtype) -> None:
 
 
 def test_fully_masked_rows() -> None:
-    """Fully masked rows return zeros and have zero gradients for any cotangent."""
+    """Zeros, and no gradient, whatever their cotangent is."""
     mask = torch.rand(6, 6) > 0.3
     mask[2] = False
     q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
@@ -272,7 +272,7 @@ def test_fully_masked_rows() -> None:
 @pytest.mark.parametrize("m", (1, 4, 17))
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
 def test_gradients_ignore_keys_after_the_last_row(compiled: bool, m: int, name: str) -> None:
-    """torch's backward multiplies keys that its forward never reads."""
+    """The kernel's backward multiplies what its forward never reads."""
     if compiled and m != 4:
         pytest.skip("one size is compiled")
 
@@ -290,7 +290,7 @@ def test_gradients_ignore_keys_after_the_last_row(compiled: bool, m: int, name: 
 
 
 @pytest.mark.parametrize("backend", (None, "sdpa", "tiled", "reference"))
-def test_zero_scale_does_not_hide_nan(backend: str | None) -> None:
+def test_a_scale_of_zero_hides_no_nan(backend: str | None) -> None:
     q, k = torch.randn(1, 1, 2, 64), torch.randn(1, 1, 5, 64)
     q[0, 0, 0, 3] = math.nan
     out = attention(q, k, k, scale=0.0, backend=backend)
@@ -302,8 +302,8 @@ def test_zero_scale_does_not_hide_nan(backend: str | None) -> None:
 
 @pytest.mark.parametrize("given", ("mask", "bias"))
 @pytest.mark.parametrize("rank", (2, 3, 4))
-def test_repeated_calls_with_masks_of_any_rank(given: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks and queries of rank 2 to 4 in the SDPA wrapper, at cached calls."""
+def test_masks_of_any_rank_are_repeated(given: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And queries without heads or batch, in the SDPA wrapper."""
     mask = torch.rand(9, 9)[(None,) * (rank - 2)]
     mask = mask > 0.3 if given == "mask" else mask
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
@@ -316,7 +316,7 @@ def test_repeated_calls_with_masks_of_any_rank(given: str, rank: int, monkeypatc
     assert torch.equal(wrapped(*fewer, mask).view_as(expected), expected)
 
 
-def test_repeated_calls_return_the_strides_of_the_first() -> None:
+def test_repeated_calls_have_the_strides_of_the_first() -> None:
     q, k = torch.randn(1, 3, 5, 7).expand(3, -1, -1, -1), torch.randn(3, 3, 2, 7)
     assert len({attention(q, k, k).stride() for _ in range(4)}) == 1
 
@@ -324,7 +324,7 @@ def test_repeated_calls_return_the_strides_of_the_first() -> None:
 @pytest.mark.parametrize("grad", (False, True), ids=("inference", "training"))
 @pytest.mark.parametrize("name", ("bias b1mn", "mask", "grouped, causal", "bshd"))
 def test_third_call_skips_binding(name: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = testing.make_inputs(replace(SUPPORTED[name], backward=grad, memory="dense"))
+    inputs = testing.make_inputs(replace(TAKEN[name], backward=grad, memory="dense"))
 
     def call() -> Tensor:
         with torch.set_grad_enabled(grad):
@@ -347,7 +347,7 @@ def heads_first(inputs: testing.Inputs, out: Tensor) -> Tensor:
 def test_repeated_calls_read_changed_values(
     how: str, grad: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cached calls read lengths and padding anew and are bitwise equal to a first call."""
+    """Lengths and padding are read at each call, which gives the bits of a first call."""
     monkeypatch.setattr(pieces, "PADDED", 1)
     bound = []
     bind = api.bind
@@ -398,7 +398,7 @@ def test_cached_calls_keep_no_tensor() -> None:
 
 @pytest.mark.parametrize("name", ("mask", "grouped, causal", "bias b1mn", "lengths", "padding"))
 def test_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's kernel has no second derivatives; ours equal the reference's, also with q is k is v."""
+    """Of calls of torch's kernel, which has none: the same as the reference's, for one tensor given three times too."""
     monkeypatch.setattr(pieces, "PADDED", 1)
     options = {
         "mask": {"mask": torch.rand(1, 1, 9, 9) > 0.3}, "grouped, causal": {"causal": True},
@@ -423,8 +423,8 @@ def test_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     testing.assert_within_budget("second", second(torch.float32), oracle, plain, absolute, torch.float32)
 
 
-def test_second_derivatives_with_starts_changed_after_the_call() -> None:
-    """A second derivative uses the sequence starts from the time of the call."""
+def test_starts_that_change_after_the_call() -> None:
+    """A second derivative is that of the sequences that there were."""
     q, k, starts = torch.randn(9, 2, 8, requires_grad=True), torch.randn(9, 2, 8), torch.tensor([0, 4, 9]).int()
     loss = attention_varlen(q, k, k, starts, starts).square().sum()
     (before,) = torch.autograd.grad(loss, q, create_graph=True)
@@ -433,8 +433,8 @@ def test_second_derivatives_with_starts_changed_after_the_call() -> None:
     assert torch.equal(before, after)
 
 
-def test_decoded_out_may_be_changed_in_place() -> None:
-    """Decoding folds grouped query heads into rows; out is no view of the folded result."""
+def test_a_decoded_out_may_be_changed_in_place() -> None:
+    """Query heads of a group are folded into rows, and what comes back is no view."""
     q, k = torch.randn(2, 4, 1, 8, requires_grad=True), torch.randn(2, 2, 9, 8)
     for _ in range(3):
         out = attention(q, k, k)
@@ -456,14 +456,14 @@ def test_batched_gradients_of_pieces() -> None:
 
 
 def test_compiled_calls_recompute_wrong_results() -> None:
-    """Under torch.compile the operator itself detects NaN and rows of a finite minimum."""
+    """The operator, which a compiler sees, finds NaN and rows of a finite minimum by itself."""
     compiled = torch.compile(lambda q, k, v, bias: attention(q, k, v, bias=bias), backend="aot_eager", fullgraph=True)
     q, k, v = (torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3))
     bias = torch.zeros(9, 9)
     bias[1] = -1e9
-    got, plain = (torch.autograd.grad(f(q, k, v, bias).sum(), (q, k, v)) for f in (compiled, eager_attention))
+    got, plain = (torch.autograd.grad(f(q, k, v, bias).sum(), (q, k, v)) for f in (compiled, plainly))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    oracle = torch.autograd.grad(eager_attention(*exact, bias.double()).sum(), exact)
+    oracle = torch.autograd.grad(plainly(*exact, bias.double()).sum(), exact)
     for name, *columns in zip(("dq", "dk", "dv"), got, oracle, plain, strict=True):
         within_budget(name, *columns)
     with torch.no_grad():
@@ -471,16 +471,16 @@ def test_compiled_calls_recompute_wrong_results() -> None:
         assert compiled(q, k, v, bias)[0, 0, 7].isnan().all()
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5 + bias, -1) @ v
 
 
 @pytest.mark.parametrize("causal", (False, True))
 def test_packed_sequences_equal_separate_calls(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bitwise equal, for any neighbours in the pack."""
-    calls = count_scores(monkeypatch)
+    """Bit for bit, whatever they are packed with."""
+    calls = counted(monkeypatch)
     x, starts = torch.randn(93, 2, 16), torch.tensor([0, 60, 60, 93], dtype=torch.int32)
-    mask = Mask.lengths(torch.tensor([60, 60, 60]))  # the second sequence has no rows
+    mask = Mask.lengths(torch.tensor([60, 60, 60]))  # bounds, of a sequence without rows too
     out = attention_varlen(x, x, x, starts, starts, causal=causal, mask=mask, max_seqlen_q=60, max_seqlen_k=60)
     assert calls == [60 * 60, 33 * 33]
     for own in (slice(0, 60), slice(60, 93)):
@@ -489,7 +489,7 @@ def test_packed_sequences_equal_separate_calls(causal: bool, monkeypatch: pytest
 
 
 def test_masks_of_packed_sequences() -> None:
-    """Masks of packed sequences count from each sequence's start, so these calls go to another backend."""
+    """They count from each sequence's first row, so the kernel is not given them."""
     x, starts, seen = torch.randn(30, 2, 16), torch.tensor([0, 17, 30], dtype=torch.int32), torch.rand(17, 17) > 0.3
     options = {"mask": seen, "max_seqlen_q": 17, "max_seqlen_k": 17}
     found = fused_attn.explain(x, x, x, cu_seqlens_q=starts, cu_seqlens_k=starts, **options)

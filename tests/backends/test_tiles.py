@@ -37,7 +37,7 @@ def test_keys_visible_to_all_batches_are_full() -> None:
     assert chunk.tiles == [tiles.Tile(0, 16, 1, 16, 3, 16)]
 
 
-def test_large_batches_are_not_joined() -> None:
+def test_large_batches_have_chunks_of_their_own() -> None:
     found = chunks(3, 2048, Mask.lengths(torch.tensor([0, 700, 2048])), heads=1)
     assert [chunk.batch for chunk in found] == [slice(0, 1), slice(1, 2), slice(2, 3)]
     assert [{(tile.last, tile.full_to) for tile in chunk.tiles} for chunk in found] == [
@@ -48,22 +48,22 @@ def test_large_batches_are_not_joined() -> None:
 
 
 def test_batches_with_equal_bounds_share_a_chunk() -> None:
-    """Batches with equal bounds skip the same tiles, so joining them costs nothing."""
+    """They skip alike, so that joining them costs nothing."""
     ids = torch.arange(512).expand(1, 512) // 100
     assert [chunk.batch for chunk in chunks(3, 512, Mask.segments(ids), heads=1)] == [
         chunk.batch for chunk in chunks(3, 512, None, heads=1)
     ]
 
 
-@pytest.mark.parametrize("per_chunk", (1, 2))
+@pytest.mark.parametrize("together", (1, 2))
 @pytest.mark.parametrize("name", ("lengths", "lengths_q", "lengths_causal", "lengths_tensor"))
-def test_chunks_of_several_batches(monkeypatch: pytest.MonkeyPatch, name: str, per_chunk: int) -> None:
-    """Three batches in chunks of one, or of two and one, give correct results."""
+def test_rounds_of_batches(monkeypatch: pytest.MonkeyPatch, name: str, together: int) -> None:
+    """Three batches one by one, or two and one: as right as all of them together."""
     case = dataclasses.replace(CASES[name], b=3)
     scores = case.hq * case.m * case.sizes()["n"]
-    monkeypatch.setattr(tiles, "_elements", lambda device: 8 * per_chunk * scores)
-    chunk_sizes = [len(range(3)[x.batch]) for x in tiles.chunks(testing.make_inputs(case).problem().lower())]
-    assert chunk_sizes == {1: [1, 1, 1], 2: [2, 1]}[per_chunk]
+    monkeypatch.setattr(tiles, "_elements", lambda device: 8 * together * scores)
+    rounds = [len(range(3)[x.batch]) for x in tiles.chunks(testing.make_inputs(case).problem().lower())]
+    assert rounds == {1: [1, 1, 1], 2: [2, 1]}[together]
     testing.check_parity(case, "tiled")
 
 
