@@ -147,7 +147,7 @@ MUTANTS = (
            "self.template.replace(q=q, k=k, v=v, bias=mask)", "self.template.replace(q=q, k=k, v=v)",
            ("backends/test_sdpa_kernel.py", "second_derivatives and mask")),
     Mutant("a negative scale is folded into the maximum", "fused_attn/backends/triton/views.py",
-           "folds = not sigmoid and 0 < scale < math.inf", "folds = not sigmoid",
+           "isinstance(p.scale, float) and 0 < p.scale < math.inf", "isinstance(p.scale, float)",
            _known_faults("test_scale and triton")),
     # extents
     Mutant("the last, shorter tile counts as full", "kernels/spans.py",

@@ -128,19 +128,6 @@ class Problem:
         return found
 
     @property
-    def plain(self) -> bool:
-        """A scaled dot product under a span: no modifier, pattern, mask, sink, dropout, LSE or other normalizer."""
-        absent = (self.softcap, self.bias, self.slopes, self.sink, self.mask, self.dropout, self.score, self.pattern,
-                  self.ragged)  # fmt: skip
-        lowered = (self.w, self.row_terms, self.key_terms)
-        return (
-            isinstance(self.scale, float)
-            and not self.return_lse
-            and self.normalizer == "softmax"
-            and all(x is None for x in (*absent, *lowered))
-        )
-
-    @property
     def sigmoid(self) -> bool:
         """True if each weight depends on its score alone: there is no denominator and no LSE."""
         return self.normalizer == "sigmoid"
@@ -157,11 +144,7 @@ class Problem:
     @property
     def differentiable(self) -> bool:
         """True if autograd is on and a tensor requires grad."""
-        operands = (
-            self.q, self.k, self.v, self.scale, self.softcap, self.bias, self.slopes, self.sink, self.w,
-            self.row_terms, self.key_terms, self.parameter,
-        )  # fmt: skip
-        return torch.is_grad_enabled() and any(x.requires_grad for x in operands if isinstance(x, Tensor))
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """The differentiable tensors, by name."""

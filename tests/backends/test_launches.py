@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,17 +31,9 @@ REPLAYED = (
 @pytest.mark.parametrize("case", REPLAYED, ids=lambda case: case.name)
 def test_replays_by_value(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that is recorded, and two that are replayed on other numbers: each within its budget."""
-    from fused_attn.backends.triton import recording
+    from tests.backends.launches.stub import replays  # imports triton
 
-    replayed: list[bool] = []
-    real = recording.Replay.__call__
-
-    def call(self: Any, given: Any) -> Any:
-        found = real(self, given)
-        replayed.append(found is not None)
-        return found
-
-    monkeypatch.setattr(recording.Replay, "__call__", call)
+    replayed = replays(monkeypatch)
     call_cache._calls.clear()
     for seed in range(5):
         testing.check_parity(case, "triton", torch.float32, seed=seed)

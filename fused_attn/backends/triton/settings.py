@@ -47,11 +47,8 @@ def precision(p: Problem) -> str:
 
 def has_modifiers(p: Problem) -> bool:
     """True if a modifier, tensor mask or dropout needs registers in the loops."""
-    span = p.span
-    absent = (
-        p.softcap is p.bias is p.slopes is p.row_terms is p.mask is p.pattern is p.dropout is span.lo is span.hi is None
-    )
-    return not absent or p.sigmoid or span.sinks > 0
+    absent = p.softcap is p.bias is p.slopes is p.row_terms is p.mask is p.dropout is p.span.lo is p.span.hi is None
+    return not absent or p.sigmoid or p.needs_block_mask
 
 
 def wave(p: Problem, heads: int) -> int:

@@ -138,8 +138,7 @@ def transposed_span(s: Interval, n: int) -> Span:
 
 
 @functools.lru_cache(64)
-def _scaled(scale: float, sigmoid: bool) -> Score:
-    folds = not sigmoid and 0 < scale < math.inf
+def _unmodified(scale: float, sigmoid: bool, folds: bool) -> Score:
     absent = (None,) * 7
     return launch_cache.keep(Score(scalar(scale), *absent, _booleans[sigmoid], _booleans[folds]))
 
@@ -147,8 +146,9 @@ def _scaled(scale: float, sigmoid: bool) -> Score:
 def score(p: Problem, additive: Additive | None) -> Score:
     """additive: see `additive.score` of this package."""
     modified = not (p.softcap is p.bias is p.slopes is p.row_terms is None)
+    folds = not (modified or p.sigmoid) and isinstance(p.scale, float) and 0 < p.scale < math.inf
     if not modified and p.key_terms is None and additive is None and isinstance(p.scale, float):
-        return _scaled(p.scale, p.sigmoid)
+        return _unmodified(p.scale, p.sigmoid, folds)
     return Score(
         scalar(p.scale),
         None if p.softcap is None else scalar(p.softcap),
@@ -159,7 +159,7 @@ def score(p: Problem, additive: Additive | None) -> Score:
         None if p.key_terms is None else p.key_terms.contiguous(),
         additive,
         _booleans[p.sigmoid],
-        _booleans[not (modified or p.sigmoid) and isinstance(p.scale, float) and 0 < p.scale < math.inf],
+        _booleans[folds],
     )
 
 
