@@ -317,7 +317,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="time limit of the whole command; later cases are not reached")
     parser.add_argument("--base", metavar="REV", help="time against another revision of the package")
     parser.add_argument("--tiny", action="store_true", help="a dry run: small sizes, two rounds, no table")
-    parser.add_argument("--out", type=Path, help="default: bench/results/<architecture>.csv, no table with --tiny")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: <architecture>.csv in $OUT or bench/results; without $OUT, a run of some cases, providers or "
+        "sizes writes no table, nor does --tiny",
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.directions or ()) - set(DIRECTIONS):
         parser.error(f"--directions: expected any of {', '.join(DIRECTIONS)}, got {', '.join(sorted(unknown))}")
@@ -335,6 +340,15 @@ def settled(args: argparse.Namespace) -> Size:
     asked = {"rounds": args.rounds, "directions": args.directions}
     turns = replace(size.turns, **{name: x for name, x in asked.items() if x})
     return replace(size, turns=turns, dims=args.dims or size.dims, dtype=args.dtype or size.dtype)
+
+
+def destination(args: argparse.Namespace, arch: str) -> Path | None:
+    """Where the table goes; None: nowhere. A run of some cases, peers or sizes does not replace the table of all."""
+    folder = os.environ.get("OUT")
+    some = args.only != "*" or args.providers or args.lengths or args.dims or args.dtype or args.directions
+    if args.out or args.tiny or (some and not folder):
+        return args.out
+    return Path(folder or table.RESULTS) / f"{arch}{'-base' if args.base else ''}.csv"
 
 
 def chosen_providers(patterns: str | None, device: str) -> list[Provider]:
@@ -356,9 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     if size.device == "cpu":
         torch.set_num_threads(args.threads[0])
     where = table.environment(size.device, args.threads[0] if size.device == "cpu" else None)
-    folder = Path(os.environ.get("OUT") or table.RESULTS)
-    name = f"{where['arch']}{'-base' if args.base else ''}.csv"
-    path = args.out or (None if args.tiny else folder / name)
+    path = destination(args, where["arch"])
     rows: list[Row] = []
 
     def keep(more: list[Row], where: Row = where) -> None:

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .backward import dropped, row_numbers, score_gradient, weights
 from .memory import (
-    decode,
+    decode_int,
     head_pointer,
     key_base,
     load_rows,
@@ -65,7 +65,7 @@ def additive_prepare_kernel(
     already.
     """
     tile = scheduled_tile(
-        ragged, tl.program_id(0), decode(blocks), LENGTH, LENGTH, HEADS, BATCHED_HEADS, BATCHED_HEADS, False
+        ragged, tl.program_id(0), decode_int(blocks), LENGTH, LENGTH, HEADS, BATCHED_HEADS, BATCHED_HEADS, False
     )
     start = tile.index * PEAKS
     rows = start + tl.arange(0, PEAKS) < tile.M  # [PEAKS]
@@ -81,7 +81,7 @@ def additive_prepare_kernel(
     tl.store(features + own + offsets, x_tile, mask=d < width)
     if PAIRS:
         tl.store(exponentials + own + offsets, tl.exp2(x_tile * (2.0 * LOG2E)), mask=d < width)
-        block = tile.memory_head.to(tl.int64) * decode(blocks) + first // PEAKS
+        block = tile.memory_head.to(tl.int64) * decode_int(blocks) + first // PEAKS
         tl.store(peaks + block, tl.max(tl.max(tl.abs(x_tile), 1), 0), mask=width > 0)
 
 
@@ -289,7 +289,7 @@ def additive_backward_kernel(
         keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         lo, hi = interval(span, tile.b, keys, tile.N, tile.M, 0 - tile.shift)  # [BLOCK_N]
         seen = lo < hi
-        reach = visit(lo, hi, tile.M, BLOCK_M)
+        visited = visit(lo, hi, tile.M, BLOCK_M)
         # [BLOCK_N, BLOCK_DV]
         v_tile = load_rows(v, start_pointer(v, tile, tile.h, tile.key), n, seen, BLOCK_N, DV, BLOCK_DV)
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -308,7 +308,7 @@ def additive_backward_kernel(
                         BLOCK_M, BLOCK_N,
                     ),
                     Reach(
-                        span, lo, hi, listed(span, reach, query_tile),
+                        span, lo, hi, listed(span, visited, query_tile),
                         pattern(span, tile.b, query_tile.h, keys, tile.N, 0 - tile.shift),
                     ),
                     gradients, DV, BLOCK_DV, PRECISION,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .decode import keys_of
-from .memory import decode, head_pointer, load_rows, pointers, row_offsets, store_rows, whole_rows
+from .memory import decode_int, head_pointer, load_rows, pointers, row_offsets, store_rows, whole_rows
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def rotated(view, head, start, live, positions, rotary, ROWS: tl.constexpr, D: t
         ptrs = pointers(view, head, start, start * 0, tl.arange(0, ROWS)[:, None], other[None, :])
         x = x.to(tl.float32)
         y = tl.load(ptrs, mask=live[:, None] & rotates[None, :], other=0.0).to(tl.float32)
-        known = (live & (positions < decode(rotary.positions)))[:, None] & rotates[None, :]  # [ROWS, BLOCK_D]
+        known = (live & (positions < decode_int(rotary.positions)))[:, None] & rotates[None, :]  # [ROWS, BLOCK_D]
         # [ROWS, 1], [1, BLOCK_D]
         row, column = tl.where(live, positions, 0)[:, None], tl.where(rotates, column, 0)[None, :]
         zero = start * 0

@@ -1,11 +1,12 @@
 """Backward: dq, dk, dv and every parameter's gradient, from q, k, v, out, dout and the saved numbers of each row.
 
-    p = exp(x - peak - log_sum)    dp = keep * (dout v^T)    dx = p * (dp - delta)    delta = sum(dout * out) - dlse
-    p = sigmoid(x)                                           dx = p * (1 - p) * dp    for sigmoid attention
+    p = exp2((x - peak) * factor - log2_sum)    dx = p * (dp - delta)    delta = sum(dout * out) - dlse
+    p = sigmoid(x)                              dx = p * (1 - p) * dp    for sigmoid attention
+    dp = keep * (dout v^T)
     du = dx * f'(u)    dq = scale * du k    dk = scale * du^T q    dv = (keep * p)^T dout
 
-Weights p are recomputed, in base 2. peak and log_sum stay apart, because their sum, lse, is rounded to the precision of
-peak, and log_sum is lost where peak is large.
+Weights p are recomputed; x and factor are those of forward.py. peak and log_sum stay apart, because their sum, lse, is
+rounded to the precision of peak, and log_sum is lost where peak is large.
 
 Four kernels without atomics:
 
@@ -14,7 +15,7 @@ Four kernels without atomics:
 - dq_kernel: dq, and all gradients that are sums over a row.
 - dbias_kernel: a bias broadcast over batch or heads; a program works on a tile of the bias.
 
-Grids are flat: tiles x heads. Row numbers and row sums are float32 (B, Hq, M).
+Grids are flat: tiles x heads. Row sums are float32 (B, Hq, M).
 """
 
 from typing import Any, NamedTuple
@@ -64,10 +65,10 @@ def row_numbers(known, tile, rows, seeing):
     else:
         own = row_base(tile) + rows
         if seeing is None:
-            peak, log2_sum = unpair(tl.load(known.normaliser + own))
+            peak, log2_sum = unpair(tl.load(known.peak_log2_sum + own))
             return peak, log2_sum, tl.load(known.delta + own)
         else:
-            peak, log2_sum = unpair(tl.load(known.normaliser + own, mask=seeing, other=FULLY_MASKED))
+            peak, log2_sum = unpair(tl.load(known.peak_log2_sum + own, mask=seeing, other=FULLY_MASKED))
             return peak, log2_sum, tl.load(known.delta + own, mask=seeing, other=0.0)
 
 
@@ -133,7 +134,7 @@ def delta_kernel(
     log = tl.load(log_sum + offs, mask=rows < M, other=0.0)
     log2_sum = tl.where(log == float("-inf"), float("inf"), log * LOG2E)  # [BLOCK_M]
     both = pair(tl.load(peak + offs, mask=rows < M, other=0.0), log2_sum)  # [BLOCK_M]
-    tl.store(known.normaliser + offs, both, mask=rows < M)
+    tl.store(known.peak_log2_sum + offs, both, mask=rows < M)
 
 
 class Keys(NamedTuple):
@@ -215,7 +216,7 @@ def dkdv_kernel(
     keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     lo, hi = interval(span, tile.b, keys, tile.N, tile.M, 0 - tile.shift)  # [BLOCK_N]
     seen = lo < hi
-    reach = visit(lo, hi, tile.M, BLOCK_M)
+    visited = visit(lo, hi, tile.M, BLOCK_M)
     k_tile = load_rows(k, start_pointer(k, tile, tile.h, tile.key), n, seen, BLOCK_N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     # [BLOCK_N, BLOCK_DV]
     v_tile = load_rows(v, start_pointer(v, tile, tile.h, tile.key), n, seen, BLOCK_N, DV, BLOCK_DV)
@@ -224,7 +225,7 @@ def dkdv_kernel(
     for index in range(GROUP):
         query_tile = member(tile, index, GROUP)
         own = parameters(score, mask, tile.b, query_tile.h)
-        tiles = listed(span, reach, query_tile)
+        tiles = listed(span, visited, query_tile)
         dk, dv, columns = sweep(
             issue_rows, absorb_rows,
             Keys(
@@ -322,7 +323,7 @@ def dq_kernel(
     m = tile.index * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     lo, hi = interval(span, tile.b, rows, tile.M, tile.N, tile.shift)  # [BLOCK_M]
-    reach = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
+    visited = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
     own = parameters(score, mask, tile.b, tile.h)
     # [BLOCK_M, BLOCK_D]
     q_tile = load_rows(q, start_pointer(q, tile, tile.h, tile.row), m, rows < tile.M, BLOCK_M, D, BLOCK_D)
@@ -340,10 +341,10 @@ def dq_kernel(
             q_tile, do_tile, m, peak, log2_sum, delta,
             k, start_pointer(k, tile, tile.h // GROUP, tile.key), v, start_pointer(v, tile, tile.h // GROUP, tile.key),
             Plane(score, own, mask, dropout, tile, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
+            Reach(span, lo, hi, visited, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
             gradients, bias_head, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
-        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros), reach, BLOCK_N, False,
+        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros), visited, BLOCK_N, False,
     )  # fmt: skip
     own_rows = row_base(tile) + rows
     if gradients.scale is not None:
@@ -382,15 +383,15 @@ def dbias_kernel(
         b = own // BIAS_HEADS + sharer // shared_heads
         tile = work_tile(ragged, b, own % BIAS_HEADS + sharer % shared_heads, index, ROWS, KEYS, HEADS)
         lo, hi = interval(span, b, rows, tile.M, tile.N, tile.shift)  # [BLOCK_M]
-        reach = visit(lo, hi, tile.N, BLOCK_N)
+        visited = visit(lo, hi, tile.N, BLOCK_N)
         visits = 1
         if ragged is not None:
-            visits = tl.minimum(reach.total, 1)  # there may be no memory that far past a sequence's end
+            visits = tl.minimum(visited.total, 1)  # there may be no memory that far past a sequence's end
         for _ in tl.range(0, visits):
             total += tile_gradient(
                 q, k, v, dout, row_numbers(known, tile, rows, lo < hi),
                 Plane(score, parameters(score, mask, b, tile.h), mask, dropout, tile, BLOCK_M, BLOCK_N),
-                Reach(span, lo, hi, reach, pattern(span, b, tile.h, rows, tile.M, tile.shift)), m, n,
+                Reach(span, lo, hi, visited, pattern(span, b, tile.h, rows, tile.M, tile.shift)), m, n,
                 GROUP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
     # [BLOCK_M, BLOCK_N]

@@ -5,14 +5,14 @@ once for all of them: row r is query r // GROUP of head r % GROUP of the group. 
 parts, which run in parallel. Each part writes the state of its own keys (types.Parts), without the sink, and combine.py
 merges them. A short sequence has fewer parts; `cut` tells both kernels how many.
 
-Grid: (B * Hkv x parts x tiles of BLOCK_M packed rows), flat. Scores are in base 2, lse is a natural logarithm.
+Grid: (B * Hkv x parts x tiles of BLOCK_M packed rows), flat. Scores and lse are in the units of forward.py.
 """
 
 import triton
 import triton.language as tl
 
 from .forward import Rows, absorb, issue
-from .memory import WorkTile, decode, head_pointer, load_whole, packed_rows, read_scalar
+from .memory import WorkTile, decode_int, head_pointer, load_whole, packed_rows, read_scalar
 from .modifiers import Parameters, Plane
 from .numerics import LOG2E
 from .softmax import finish, init, partial
@@ -25,7 +25,7 @@ def length_of(sequences, b, N):
     if sequences.lengths is None:
         return N
     else:
-        return tl.minimum(tl.maximum(tl.load(sequences.lengths + b), 0) + decode(sequences.added), N)
+        return tl.minimum(tl.maximum(tl.load(sequences.lengths + b), 0) + decode_int(sequences.added), N)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def keys_of(sequences, pages, b):
     entry = b * 0
     if pages is not None:
         cache_row = b * 0
-        entry = b.to(tl.int64) * decode(pages.stride)
+        entry = b.to(tl.int64) * decode_int(pages.stride)
     return cache_row, entry
 
 
@@ -49,7 +49,7 @@ def first_key(sequences, span, b, length, M):
     if sequences.leftpad is not None:
         first = tl.maximum(first, tl.load(sequences.leftpad + b))
     if span.left is not None:
-        first = tl.maximum(first, length - M + decode(span.left))
+        first = tl.maximum(first, length - M + decode_int(span.left))
     return first
 
 
@@ -67,7 +67,9 @@ def cut(first, length, PARTS, LEAST, BLOCK: tl.constexpr):
 def per_row(x, b, heads):
     """A Scalar as [BLOCK_M, 1], one number per packed row; or a number, if all heads share it."""
     if x.pointer:
-        return tl.load(x.value + b * decode(x.strides[0]) + heads * decode(x.strides[1])).to(tl.float32)[:, None]
+        return tl.load(x.value + b * decode_int(x.strides[0]) + heads * decode_int(x.strides[1])).to(tl.float32)[
+            :, None
+        ]
     else:
         return x.value
 
@@ -78,9 +80,9 @@ def before_tree(span, tiles, trunk, BLOCK: tl.constexpr):
     if span.tree is None:
         return tiles
     else:
-        begin = tiles.origin + tiles.head * BLOCK
+        begin = tiles.origin + tiles.leading * BLOCK
         full = tl.minimum(tiles.full, tl.maximum(trunk - begin, 0) // BLOCK)
-        return Visit(tiles.origin, tiles.head, full, tiles.total, tiles.first, tiles.last, tiles.block_mask)
+        return Visit(tiles.origin, tiles.leading, full, tiles.total, tiles.first, tiles.last, tiles.block_mask)
 
 
 @triton.jit
@@ -89,8 +91,8 @@ def tree_rows(span, b, query, M):
     if span.tree is None:
         return 0
     else:
-        rows = tl.minimum(query, M - 1).to(tl.int64) * decode(span.tree.strides[1])
-        return span.tree.ptr + b.to(tl.int64) * decode(span.tree.strides[0]) + rows
+        rows = tl.minimum(query, M - 1).to(tl.int64) * decode_int(span.tree.strides[1])
+        return span.tree.ptr + b.to(tl.int64) * decode_int(span.tree.strides[0]) + rows
 
 
 @triton.jit(do_not_specialize=["M", "N", "KV_HEADS", "PARTS", "LEAST"])
@@ -123,7 +125,7 @@ def decode_kernel(
     lo, hi = interval(span, b, query, M, length, shift)  # [BLOCK_M]
     lo = tl.maximum(lo, tl.maximum(first, begin + part * size))
     hi = tl.minimum(hi, begin + (part + 1) * size)
-    reach = before_tree(span, visit(lo, hi, length, BLOCK_N), shift, BLOCK_N)
+    visited = before_tree(span, visit(lo, hi, length, BLOCK_N), shift, BLOCK_N)
 
     cache_row, entry = keys_of(sequences, pages, b)
     zero = head * 0
@@ -151,10 +153,10 @@ def decode_kernel(
                 WorkTile(b, h, head, index, M, length, shift, cache_row, head, zero, entry, zero, zero),
                 BLOCK_M, BLOCK_N,
             ),
-            Reach(span, lo, hi, reach, Pattern(0, 0, 0, 0, tree_rows(span, b, query, M), shift)),
+            Reach(span, lo, hi, visited, Pattern(0, 0, 0, 0, tree_rows(span, b, query, M), shift)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
-        init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP,
+        init(BLOCK_M, BLOCK_DV), visited, BLOCK_N, OVERLAP,
     )  # fmt: skip
 
     columns = (tl.arange(0, BLOCK_DV) < DV)[None, :]  # [1, BLOCK_DV]

@@ -2,8 +2,9 @@
 
     s = q k^T or w . tanh(q + k)    x = modifiers(s)    p = exp(x - m), m the running maximum    out = (p v) / sum(p)
 
-Grid: (tiles of BLOCK_M rows x B * Hq), flat. Scores inside the kernels are in base 2: they are multiplied by log2(e),
-so that an exponential is a single exp2. lse is a natural logarithm.
+Grid: (tiles of BLOCK_M rows x B * Hq), flat. Scores and their maximum m stay natural logits or, where no modifier
+follows a positive scale (`folds` in types.Score), unscaled products. Only the argument of an exponential is in base 2:
+p = exp2((x - m) * factor), with factor = log2(e), times the scale if that folds. lse is a natural logarithm.
 
 Saved for the backward: the maximum of each row and the log of its sum of weights, as two numbers (types.Normaliser).
 
@@ -49,7 +50,7 @@ class Rows(NamedTuple):
     h: Any
     plane: Plane
     reach: Reach
-    factor: Any  # to base 2: scores times this
+    factor: Any  # of the exponent: p = exp2((x - m) * factor)
     D: Any
     DV: Any
     BLOCK_D: Any
@@ -107,7 +108,7 @@ def forward_kernel(
     m = tile.index * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     lo, hi = interval(span, tile.b, rows, tile.M, tile.N, tile.shift)  # [BLOCK_M]
-    reach = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
+    visited = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
 
     own = parameters(score, mask, tile.b, tile.h)
     # [BLOCK_M, BLOCK_D]
@@ -123,10 +124,10 @@ def forward_kernel(
             q_tile, m, k, start_pointer(k, tile, tile.h // GROUP, tile.key), k_desc,
             v, start_pointer(v, tile, tile.h // GROUP, tile.key), v_desc, None, tile.h // GROUP,
             Plane(score, own, mask, dropout, tile, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
+            Reach(span, lo, hi, visited, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
             scale * LOG2E, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         ),
-        init(BLOCK_M, BLOCK_DV), reach, BLOCK_N, OVERLAP,
+        init(BLOCK_M, BLOCK_DV), visited, BLOCK_N, OVERLAP,
     )  # fmt: skip
 
     logit = None

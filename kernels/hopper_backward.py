@@ -28,8 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import barriers, bulk_wait, fetch, pin_all, reduce_add, store_release, wait_for
-from .memory import decode, head_pointer, load_rows, schedule, store_rows
+from .hopper_common import barriers, bulk_wait, fetch, pin_all, reduce_add, store_release, wait_for
+from .memory import decode_int, head_pointer, load_rows, schedule, store_rows
 from .numerics import LOG2E
 from .types import Span
 
@@ -163,11 +163,11 @@ def assignment(c):
     full_first = 0
     full_last = gl.cdiv(c.M, c.BLOCK_M) * c.BLOCK_M
     if c.span.left is not None:
-        first = gl.maximum(first, n + decode(c.span.left))
-        full_first = gl.maximum(full_first, last_key + decode(c.span.left))
+        first = gl.maximum(first, n + decode_int(c.span.left))
+        full_first = gl.maximum(full_first, last_key + decode_int(c.span.left))
     if c.span.right is not None:
-        last = gl.minimum(last, last_key + decode(c.span.right) + 1)
-        full_last = gl.minimum(full_last, n + decode(c.span.right) + 1)
+        last = gl.minimum(last, last_key + decode_int(c.span.right) + 1)
+        full_last = gl.minimum(full_last, n + decode_int(c.span.right) + 1)
     if n + KEYS > c.N:
         full_last = 0  # keys past the end must not reach dq
     return Task(
@@ -212,10 +212,10 @@ def visible(c, order, n, m):
     j = n + gl.arange(0, c.KEYS, gl.SliceLayout(1, order.type.layout))  # [KEYS]
     stop = gl.where(j < c.N, c.BLOCK_M, 0)  # [KEYS]
     if c.span.right is not None:
-        stop = gl.minimum(stop, j + (decode(c.span.right) + 1 - m))
+        stop = gl.minimum(stop, j + (decode_int(c.span.right) + 1 - m))
     see = order < stop[:, None]  # [KEYS, BLOCK_M]
     if c.span.left is not None:
-        see = see & (order >= (j + (decode(c.span.left) - m))[:, None])
+        see = see & (order >= (j + (decode_int(c.span.left) - m))[:, None])
     return see
 
 
@@ -396,7 +396,7 @@ def rank_of(c, t, m):
     """The number of programs that add to the tile of dq at m before this one: those with later keys."""
     last = c.N - 1
     if c.span.left is not None:
-        last = gl.minimum(last, m + c.BLOCK_M - 1 - decode(c.span.left))
+        last = gl.minimum(last, m + c.BLOCK_M - 1 - decode_int(c.span.left))
     return (last - t.n) // (c.TILES * c.KEYS)
 
 

@@ -6,6 +6,9 @@ copies q, k and v to shared memory with TMA; keys and values use a ring of STAGE
 of the next tile, then p v of this one, and computes the softmax while both are in flight. With PING, consumers
 alternate in issuing products, so that the softmax of one overlaps with the products of the others.
 
+Layouts: S of the scores [ROWS, BLOCK_N] and ACC of the output [ROWS, D] are those of the accumulators of their matrix
+products, a warpgroup to 64 rows; ROW is that of one number a row of ACC.
+
 Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 """
 
@@ -21,9 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import barriers, fetch, pin, tile_start, visit
-from .memory import decode, pointers, row_base, schedule, work_tile
-from .modifiers import Plane, apart, capped, parameters, saturation
+from .hopper_common import barriers, fetch, pin, tile_start, visit
+from .memory import decode_int, pointers, row_base, schedule, work_tile
+from .modifiers import Plane, capped, distance_at, parameters, saturation
 from .numerics import LOG2E
 from .softmax import LOWEST, finish, store_normaliser, update
 from .types import Span
@@ -71,33 +74,33 @@ class Shared(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A consumer's tile in the program's `slot`: rows from m on, and the parameters of their scores."""
+    """A consumer's tile in the program's `turn`: rows from m on, and the parameters of their scores."""
 
     m: Any
-    slot: Any
+    turn: Any
     plane: Plane
     factor: Any
-    group: Any
+    consumer: Any
 
 
 @gluon.jit
-def assignment(c, slot):
-    """(m, b, h, visited tiles) of a program's `slot`. Every second round of slots is reversed, so that a program that
+def assignment(c, turn):
+    """(m, b, h, visited tiles) of a program's `turn`. Every second round of tiles is reversed, so that a program that
     got a long tile gets a short one next."""
     ROWS: gl.constexpr = c.ROWS * c.CONSUMERS
     programs = gl.num_programs(0)
     program = gl.program_id(0)
-    if slot % 2 == 1:
+    if turn % 2 == 1:
         program = programs - 1 - program
     tiles = gl.cdiv(c.M, ROWS)
-    tile, head = schedule(slot * programs + program, tiles, c.BATCHED_HEADS, c.WAVE)
+    tile, head = schedule(turn * programs + program, tiles, c.BATCHED_HEADS, c.WAVE)
     m = (tiles - 1 - tile) * ROWS  # last rows first: under a causal mask they take longest
     last = gl.minimum(m + ROWS, c.M) - 1
     return m, head // c.HEADS, head % c.HEADS, visit(c.span, m, last, c.N, c.BLOCK_N)
 
 
 @gluon.jit
-def slots(c):
+def turns(c):
     """The number of tiles of this program."""
     ROWS: gl.constexpr = c.ROWS * c.CONSUMERS
     total = gl.cdiv(c.M, ROWS) * c.BATCHED_HEADS
@@ -115,20 +118,20 @@ def slots(c):
 def produce(c, q, k, v, shared):
     """The producer: copy q, k and v as soon as their buffers are free. The first scores need q and the first keys."""
     count = 0
-    for slot in range(slots(c)):
-        m, b, h, seen = assignment(c, slot)
-        for i in range(seen.total):
-            n = tile_start(seen, i, c.BLOCK_N)
+    for turn in range(turns(c)):
+        m, b, h, visited = assignment(c, turn)
+        for i in range(visited.total):
+            n = tile_start(visited, i, c.BLOCK_N)
             stage = count % c.STAGES
             phase = count // c.STAGES & 1
             if i == 0:
-                mbarrier.wait(shared.q_empty.index(0), (slot & 1) ^ 1)
+                mbarrier.wait(shared.q_empty.index(0), (turn & 1) ^ 1)
                 fetch(q, [b, h, m, 0], shared.q_full.index(0), shared.q.index(0))
             mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
             fetch(k, [b, h // c.GROUP, n, 0], shared.k_full.index(stage), shared.k.index(stage))
             if i == 0:
                 for g in gl.static_range(1, c.CONSUMERS):
-                    mbarrier.wait(shared.q_empty.index(g), (slot & 1) ^ 1)
+                    mbarrier.wait(shared.q_empty.index(g), (turn & 1) ^ 1)
                     fetch(q, [b, h, m + g * c.ROWS, 0], shared.q_full.index(g), shared.q.index(g))
             mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
             fetch(v, [b, h // c.GROUP, n, 0], shared.v_full.index(stage), shared.v.index(stage))
@@ -136,29 +139,30 @@ def produce(c, q, k, v, shared):
 
 
 @gluon.jit
-def scores(c, shared, group, count, S: gl.constexpr):
+def scores(c, shared, consumer, count, S: gl.constexpr):
     """Issue q k^T [ROWS, BLOCK_N] with the count-th keys, after waiting for them."""
     stage = count % c.STAGES
     mbarrier.wait(shared.k_full.index(stage), count // c.STAGES & 1)
-    q = shared.q.index(group).reshape([c.ROWS, c.D])  # [ROWS, D]
+    q = shared.q.index(consumer).reshape([c.ROWS, c.D])  # [ROWS, D]
     k = shared.k.index(stage).reshape([c.BLOCK_N, c.D]).permute([1, 0])  # [D, BLOCK_N]
     zeros = gl.zeros((c.ROWS, c.BLOCK_N), gl.float32, S)  # [ROWS, BLOCK_N]
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def operand(e, ACC: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights e [ROWS, BLOCK_N] as the first operand of a product, in registers."""
-    return gl.convert_layout(e, gl.DotOperandLayout(0, ACC, 2)).to(DTYPE)
+def operand(p, ACC: gl.constexpr, DTYPE: gl.constexpr):
+    """Weights p [ROWS, BLOCK_N] as the first operand of a product, in registers."""
+    return gl.convert_layout(p, gl.DotOperandLayout(0, ACC, 2)).to(DTYPE)
 
 
 @gluon.jit
-def packed(c, e, ACC: gl.constexpr, DTYPE: gl.constexpr, NOW: gl.constexpr):
-    """The operand: converted when the weights are computed or, if UNPACKED, by the step that multiplies them."""
+def converted(c, p, ACC: gl.constexpr, DTYPE: gl.constexpr, NOW: gl.constexpr):
+    """The operand, if it is converted NOW: when the weights are computed or, if UNPACKED, by the step that multiplies
+    them; else p."""
     if NOW == c.UNPACKED:
-        return e
+        return p
     else:
-        return operand(e, ACC, DTYPE)
+        return operand(p, ACC, DTYPE)
 
 
 @gluon.jit
@@ -193,7 +197,7 @@ def weigh(c, t, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
         if t.plane.score.bias is not None:
             x += bias.to(gl.float32)
         if t.plane.score.slopes is not None:
-            x -= t.plane.own.slope * apart(t.plane, t.m, n, i, j)
+            x -= t.plane.own.slope * distance_at(t.plane, t.m, n, i, j)
     allowed = None
     if MASKED:
         i += t.m
@@ -201,74 +205,76 @@ def weigh(c, t, s, bias, m_i, l_i, n, MASKED: gl.constexpr):
         # [ROWS, BLOCK_N]
         allowed = j < c.N
         if c.span.left is not None:
-            allowed = allowed & (j >= i + decode(c.span.left))
+            allowed = allowed & (j >= i + decode_int(c.span.left))
         if c.span.right is not None:
-            allowed = allowed & (j <= i + decode(c.span.right))
+            allowed = allowed & (j <= i + decode_int(c.span.right))
     return update(m_i, l_i, x, allowed, t.factor)
 
 
 @gluon.jit
 def step(c, shared, t, count, n, state, MASKED: gl.constexpr):
     """One iteration: the scores of the count-th keys, at n, while p v of the values before them is in flight."""
-    m_i, l_i, acc, e = state  # [ROWS], [ROWS], [ROWS, D], [ROWS, BLOCK_N]
+    m_i, l_i, acc, p = state  # [ROWS], [ROWS], [ROWS, D], [ROWS, BLOCK_N]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_N, 16])
     ACC: gl.constexpr = acc.type.layout
-    weights = packed(c, e, ACC, shared.v.dtype, False)  # [ROWS, BLOCK_N]
+    weights = converted(c, p, ACC, shared.v.dtype, False)  # [ROWS, BLOCK_N]
     if c.PING:
         # The phase counts this consumer's steps: all but the first of each tile, which does not wait.
-        mbarrier.wait(shared.pingpong.index(t.group), (count - 1 - t.slot) & 1)
+        mbarrier.wait(shared.pingpong.index(t.consumer), (count - 1 - t.turn) & 1)
     bias = bias_tile(c, t, n, S)  # [ROWS, BLOCK_N]
-    s = scores(c, shared, t.group, count, S)  # [ROWS, BLOCK_N]
+    s = scores(c, shared, t.consumer, count, S)  # [ROWS, BLOCK_N]
     o = weighted_values(c, shared, weights, acc, count - 1)  # [ROWS, D]
     if c.PING:
-        mbarrier.arrive(shared.pingpong.index((t.group + 1) % c.CONSUMERS), count=1)
+        mbarrier.arrive(shared.pingpong.index((t.consumer + 1) % c.CONSUMERS), count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(shared.k_empty.index(count % c.STAGES), count=1)
-    e, alpha, m_i, l_i = weigh(c, t, s, bias, m_i, l_i, n, MASKED)  # [ROWS, BLOCK_N], then [ROWS] each
+    p, alpha, m_i, l_i = weigh(c, t, s, bias, m_i, l_i, n, MASKED)  # [ROWS, BLOCK_N], then [ROWS] each
     l_i = pin(l_i)
     acc = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(shared.v_empty.index((count - 1) % c.STAGES), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
-    return m_i, l_i, acc, packed(c, e, ACC, shared.v.dtype, True)
+    return m_i, l_i, acc, converted(c, p, ACC, shared.v.dtype, True)
 
 
 @gluon.jit
-def attend(c, shared, t, seen, count):
+def attend(c, shared, t, visited, count):
     """(m_i, l_i, acc) of a tile's rows over all keys that it visits. count: keys and values used by earlier tiles."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
-    mbarrier.wait(shared.q_full.index(t.group), t.slot & 1)
-    begin = tile_start(seen, 0, c.BLOCK_N)
+    mbarrier.wait(shared.q_full.index(t.consumer), t.turn & 1)
+    begin = tile_start(visited, 0, c.BLOCK_N)
     bias = bias_tile(c, t, begin, S)
-    s = warpgroup_mma_wait(0, deps=(scores(c, shared, t.group, count, S),))  # [ROWS, BLOCK_N]
+    s = warpgroup_mma_wait(0, deps=(scores(c, shared, t.consumer, count, S),))  # [ROWS, BLOCK_N]
     mbarrier.arrive(shared.k_empty.index(count % c.STAGES), count=1)
     m_i = gl.full((c.ROWS,), LOWEST, gl.float32, gl.SliceLayout(1, S))
     l_i = gl.zeros((c.ROWS,), gl.float32, gl.SliceLayout(1, S))
-    e, _, m_i, l_i = weigh(c, t, s, bias, m_i, l_i, begin, True)  # [ROWS, BLOCK_N], then [ROWS] each
+    p, _, m_i, l_i = weigh(c, t, s, bias, m_i, l_i, begin, True)  # [ROWS, BLOCK_N], then [ROWS] each
     acc = gl.zeros((c.ROWS, c.D), gl.float32, ACC)  # [ROWS, D]
-    state = m_i, l_i, acc, packed(c, e, ACC, shared.v.dtype, True)
-    partial = gl.maximum(seen.total - seen.full, 1)
+    state = m_i, l_i, acc, converted(c, p, ACC, shared.v.dtype, True)
+    partial = gl.maximum(visited.total - visited.full, 1)
     for i in range(1, partial):
-        state = step(c, shared, t, count + i, tile_start(seen, i, c.BLOCK_N), state, True)
-    for i in range(partial, seen.total):
-        state = step(c, shared, t, count + i, tile_start(seen, i, c.BLOCK_N), state, False)
-    m_i, l_i, acc, e = state
-    last = count + seen.total - 1
+        state = step(c, shared, t, count + i, tile_start(visited, i, c.BLOCK_N), state, True)
+    for i in range(partial, visited.total):
+        state = step(c, shared, t, count + i, tile_start(visited, i, c.BLOCK_N), state, False)
+    m_i, l_i, acc, p = state
+    last = count + visited.total - 1
     if c.OWN_OUT:
-        mbarrier.arrive(shared.q_empty.index(t.group), count=1)
-    acc = warpgroup_mma_wait(0, deps=(weighted_values(c, shared, packed(c, e, ACC, shared.v.dtype, False), acc, last),))
+        mbarrier.arrive(shared.q_empty.index(t.consumer), count=1)
+    acc = warpgroup_mma_wait(
+        0, deps=(weighted_values(c, shared, converted(c, p, ACC, shared.v.dtype, False), acc, last),)
+    )
     mbarrier.arrive(shared.v_empty.index(last % c.STAGES), count=1)
     return m_i, l_i, acc
 
 
 @gluon.jit
-def consume(group: gl.constexpr, c, shared, out, normaliser, score, sink):
-    """A consumer: rows m + group * ROWS of every tile of this program."""
+def consume(consumer: gl.constexpr, c, shared, out, normaliser, score, sink):
+    """A consumer: rows m + consumer * ROWS of every tile of this program."""
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16]))
     count = 0
-    for slot in range(slots(c)):
-        m, b, h, seen = assignment(c, slot)
-        m += group * c.ROWS
+    for turn in range(turns(c)):
+        m, b, h, visited = assignment(c, turn)
+        m += consumer * c.ROWS
         tile = work_tile(None, b, h, m * 0, c.M, c.N, c.HEADS)
         own = parameters(score, None, b, h)
         scale = 1.0
@@ -278,17 +284,17 @@ def consume(group: gl.constexpr, c, shared, out, normaliser, score, sink):
         # [ROWS], [ROWS], [ROWS, D]
         m_i, l_i, acc = attend(
             c, shared,
-            Task(m, slot, Plane(score, own, None, None, tile, c.ROWS, c.BLOCK_N), scale * LOG2E, group),
-            seen, count,
+            Task(m, turn, Plane(score, own, None, None, tile, c.ROWS, c.BLOCK_N), scale * LOG2E, consumer),
+            visited, count,
         )  # fmt: skip
-        count += seen.total
+        count += visited.total
 
         rows = m + gl.arange(0, c.ROWS, ROW)  # [ROWS]
         some = rows < c.M
         if c.span.left is not None:
-            some = some & (rows + decode(c.span.left) < c.N)
+            some = some & (rows + decode_int(c.span.left) < c.N)
         if c.span.right is not None:
-            some = some & (rows + decode(c.span.right) >= 0)
+            some = some & (rows + decode_int(c.span.right) >= 0)
         logit = None
         if sink is not None:
             logit = gl.load(sink + h).to(gl.float32)
@@ -299,13 +305,13 @@ def consume(group: gl.constexpr, c, shared, out, normaliser, score, sink):
         store_normaliser(normaliser, row_base(tile) + rows, lse, peak, log_sum, rows < c.M)
         if c.OWN_OUT:
             tma.store_wait(0)  # the previous tile's store
-        buffer = shared.out.index(group)
+        buffer = shared.out.index(consumer)
         buffer.reshape([c.ROWS, c.D]).store(out_tile.to(shared.out.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out, [b, h, m, 0], buffer)
         if not c.OWN_OUT:
             tma.store_wait(0)
-            mbarrier.arrive(shared.q_empty.index(group), count=1)
+            mbarrier.arrive(shared.q_empty.index(consumer), count=1)
     tma.store_wait(0)
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-BITS: tl.constexpr = tl.constexpr(22)  # of the sequence and of the tile in a sort key; see tile_scheduler.py
+BITS: tl.constexpr = tl.constexpr(22)  # of the sequence and of the tile in a schedule's entry; see tile_scheduler.py
 NONE: tl.constexpr = tl.constexpr(2**22 - 1)  # no tile
 
 
@@ -15,7 +15,7 @@ class WorkTile(NamedTuple):
     head: b * heads + h. M, N: lengths of the sequence. shift: added to the span's offsets, to move the diagonal right.
     In memory the sequence lies at batch entry `batch`, at head `memory_head` = batch * heads + h, from row `row` and
     key `key` on; `rows` and `keys` are the extents of a head in memory. In a dense batch row and key are 0, rows is
-    M and keys is N.
+    M and keys is N. In a paged cache `key` is instead the offset of the sequence's row in the page table.
     """
 
     b: Any
@@ -34,7 +34,7 @@ class WorkTile(NamedTuple):
 
 
 @triton.jit
-def decode(x):
+def decode_int(x):
     """Decode an integer; see types.py."""
     return x >> 2
 
@@ -43,7 +43,7 @@ def decode(x):
 def read_scalar(x, b, h):
     """A Scalar as float32."""
     if x.pointer:
-        return tl.load(x.value + b * decode(x.strides[0]) + h * decode(x.strides[1])).to(tl.float32)
+        return tl.load(x.value + b * decode_int(x.strides[0]) + h * decode_int(x.strides[1])).to(tl.float32)
     else:
         return x.value
 
@@ -52,15 +52,18 @@ def read_scalar(x, b, h):
 def stride(view, dim: tl.constexpr):
     """The stride of a dimension, in elements."""
     if view.wide:
-        return decode(view.strides[dim]).to(tl.int64) * view.unit
+        return decode_int(view.strides[dim]).to(tl.int64) * view.unit
     else:
-        return decode(view.strides[dim]) * view.unit
+        return decode_int(view.strides[dim]) * view.unit
 
 
 @triton.jit
 def head_pointer(view, b, h):
     """Pointer to row 0 of head (b, h). int64 before the first multiply."""
-    return view.ptr + (b.to(tl.int64) * decode(view.strides[0]) + h.to(tl.int64) * decode(view.strides[1])) * view.unit
+    return (
+        view.ptr
+        + (b.to(tl.int64) * decode_int(view.strides[0]) + h.to(tl.int64) * decode_int(view.strides[1])) * view.unit
+    )
 
 
 @triton.jit
@@ -148,7 +151,7 @@ def load_paged(view, head, pages, tile, start, live, ROWS: tl.constexpr, D: tl.c
 @triton.jit
 def page_offset(view, page):
     """The offset of a page, int64, in elements."""
-    return page.to(tl.int64) * decode(view.strides[0]) * view.unit
+    return page.to(tl.int64) * decode_int(view.strides[0]) * view.unit
 
 
 @triton.jit
@@ -180,8 +183,8 @@ def whole_rows(view, head, offsets, COLS: tl.constexpr):
 def packed_rows(view, b, h, rows, GROUP: tl.constexpr, COLS: tl.constexpr):
     """Pointers [len(rows), COLS] to rows into which a group's query heads are packed: r is query r // GROUP of head h +
     r % GROUP."""
-    of_head = (rows % GROUP).to(tl.int64) * decode(view.strides[1]) * view.unit  # [len(rows)]
-    of_index = (rows // GROUP).to(tl.int64) * decode(view.strides[2]) * view.unit  # [len(rows)]
+    of_head = (rows % GROUP).to(tl.int64) * decode_int(view.strides[1]) * view.unit  # [len(rows)]
+    of_index = (rows // GROUP).to(tl.int64) * decode_int(view.strides[2]) * view.unit  # [len(rows)]
     return whole_rows(view, head_pointer(view, b, h), of_head + of_index, COLS)
 
 
@@ -231,7 +234,7 @@ def work_tile(ragged, b, h, index, M, N, HEADS):
         m = tl.where(index == NONE, 0, tl.load(ragged.q + b + 1) - row)
         n = tl.where(index == NONE, 0, tl.load(ragged.k + b + 1) - key)
         index = tl.where(index == NONE, 0, index)
-        shift = (n - m) * decode(ragged.aligned)
+        shift = (n - m) * decode_int(ragged.aligned)
         return WorkTile(b, h, head, index, m, n, shift, zero, h, row, key, M, N)
 
 
@@ -247,9 +250,9 @@ def scheduled_tile(ragged, slot, tiles, M, N, HEADS, BATCHED_HEADS, WAVE, LAST_F
             index = tiles - 1 - index
         return work_tile(ragged, head // HEADS, head % HEADS, index, M, N, HEADS)
     else:
-        key = tl.load(ragged.schedule + slot // HEADS)
-        b = (key >> BITS).to(tl.int32) & NONE
-        return work_tile(ragged, b, slot % HEADS, key.to(tl.int32) & NONE, M, N, HEADS)
+        entry = tl.load(ragged.schedule + slot // HEADS)
+        b = (entry >> BITS).to(tl.int32) & NONE
+        return work_tile(ragged, b, slot % HEADS, entry.to(tl.int32) & NONE, M, N, HEADS)
 
 
 @triton.jit

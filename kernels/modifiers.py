@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import WorkTile, decode, head_pointer, key_base, pair_pointers, read_scalar, row_base
+from .memory import WorkTile, decode_int, head_pointer, key_base, pair_pointers, read_scalar, row_base
 from .numerics import tanh
 from .types import Score
 
@@ -55,7 +55,7 @@ def parameters(score, mask, b, h):
     plane = 0
     weights = 0
     if score.additive is not None:
-        weights = score.additive.weights + h * decode(score.additive.stride)
+        weights = score.additive.weights + h * decode_int(score.additive.stride)
     if score.softcap is not None:
         cap = read_scalar(score.softcap, b, h)
     if score.slopes is not None:
@@ -90,16 +90,16 @@ def distance(plane, m, n, TRANSPOSED: tl.constexpr):
     if plane.score.offset is None:
         return tl.abs((plane.own.position - n - j).to(tl.float32))
     else:
-        return apart(plane, m, n, i, j)
+        return distance_at(plane, m, n, i, j)
 
 
 @triton.jit
-def apart(plane, m, n, i, j):
+def distance_at(plane, m, n, i, j):
     """|row + offset - key| in float32, for rows m + i and keys n + j; i and j are tensors that broadcast.
 
     The distance between the tile's corners is converted to float once; i and j are small integers, exact in float32.
     """
-    far = 1.0 * (m - n + decode(plane.score.offset) + plane.tile.shift)
+    far = 1.0 * (m - n + decode_int(plane.score.offset) + plane.tile.shift)
     return tl.abs((far + i.to(tl.float32)) - j.to(tl.float32))
 
 

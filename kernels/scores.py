@@ -12,7 +12,7 @@ An additive product is summed feature by feature over a tile, two features at a 
 import triton
 import triton.language as tl
 
-from .memory import decode
+from .memory import decode_int
 from .numerics import dot, reciprocal, tanh
 
 PEAKS: tl.constexpr = tl.constexpr(16)  # indices per peak, and per block of a pitch
@@ -29,7 +29,7 @@ def products(q, k, PRECISION: tl.constexpr):
 @triton.jit
 def pitch(blocks):
     """Elements between two features, decoded from a number of blocks of PEAKS."""
-    return decode(blocks) * PEAKS
+    return decode_int(blocks) * PEAKS
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def peak(base, blocks, head, start, BLOCK: tl.constexpr):
     """The largest |feature| of a tile. It may skip NaN: both ways give NaN then."""
     offs = start // PEAKS + tl.arange(0, BLOCK // PEAKS)  # [BLOCK / PEAKS]
     # [BLOCK / PEAKS]
-    peaks = tl.load(base + head.to(tl.int64) * decode(blocks) + offs, mask=offs < decode(blocks), other=0.0)
+    peaks = tl.load(base + head.to(tl.int64) * decode_int(blocks) + offs, mask=offs < decode_int(blocks), other=0.0)
     return tl.max(peaks, 0)
 
 

@@ -3,7 +3,7 @@
     m' = max(m, max_j x_j)    p_j = exp2((x_j - m') factor)    alpha = exp2((m - m') factor)
     l' = l alpha + sum_j p_j    acc' = acc alpha + sum_j p_j v_j
 
-A score in base 2 is x * factor, with factor > 0.
+factor > 0 is log2(e), times the scale if x are unscaled products (`folds` in types.Score).
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
@@ -57,27 +57,27 @@ def partial(m_i, l_i, acc, scale, some):
 def finish(m_i, l_i, acc, scale, sink, some):
     """(out, lse, peak, log_sum) of rows: the output, and the numbers of types.Normaliser.
 
-    scale: m_i * scale is a natural logit (in base 2, m_i would carry the rounding error of log2(e) into lse). some
+    scale: of m_i to a natural logit: 1, or the scale that folds. some
     [BLOCK_M]: rows that see a key; the others end as if they had accumulated nothing. sink: a float32 logit, or None.
     """
     l_i = tl.where(some, l_i, 0.0)
     fully_masked = l_i == 0.0  # [BLOCK_M]
     peak = tl.where(fully_masked, 0.0, m_i)
-    c = tl.where(fully_masked, float("-inf"), m_i * scale)  # [BLOCK_M]
-    rise = 0.0  # max(peak, sink) - peak
+    logit = tl.where(fully_masked, float("-inf"), m_i * scale)  # [BLOCK_M]
+    rise = 0.0  # max(logit, sink) - logit
     if sink is not None:
         # Merge with the state of the sink: it adds to the denominator and has no value.
-        top = tl.maximum(c, sink)
-        safe = tl.where(top > float("-inf"), top, 0.0)
-        share = tl.exp2((c - safe) * LOG2E)  # [BLOCK_M]
-        l_i = l_i * share + tl.exp2((sink - safe) * LOG2E)
+        top = tl.maximum(logit, sink)
+        top = tl.where(top > float("-inf"), top, 0.0)
+        share = tl.exp2((logit - top) * LOG2E)  # [BLOCK_M]
+        l_i = l_i * share + tl.exp2((sink - top) * LOG2E)
         acc = acc * share[:, None]
-        rise = safe - tl.where(fully_masked, 0.0, c)
-        c = safe
+        rise = top - tl.where(fully_masked, 0.0, logit)
+        logit = top
     log = tl.log2(l_i) * LN2
     # [BLOCK_M, BLOCK_DV]
     out = tl.where((l_i == 0.0)[:, None] | (some == 0)[:, None], 0.0, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None])
-    return out, c + log, peak, rise + log
+    return out, logit + log, peak, rise + log
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .memory import decode
+from .memory import decode_int
 from .modifiers import allowed
 from .types import Span
 
@@ -19,13 +19,13 @@ from .types import Span
 class Visit(NamedTuple):
     """The tiles that a program visits, as ordinals 0 to total.
 
-    Without a block mask: from index `origin` on, `head` partial tiles, `full` full ones, and the other partial ones.
-    With one: block_mask points to the indices of `head` partial and `full` full tiles. first, last: no x of the program
-    sees y outside of [first, last).
+    Without a block mask: from index `origin` on, `leading` partial tiles, `full` full ones, and the other partial ones.
+    With one: block_mask points to the indices of `leading` partial and `full` full tiles. first, last: no x of the
+    program sees y outside of [first, last).
     """
 
     origin: Any
-    head: Any
+    leading: Any
     full: Any
     total: Any
     first: Any
@@ -67,17 +67,17 @@ def interval(span, b, index, length, limit, shift):
     lo = index * 0
     hi = tl.where(index < length, limit, 0)
     if (span.left is not None) and (span.sinks is None):
-        lo = tl.maximum(lo, index + (shift + decode(span.left)))
+        lo = tl.maximum(lo, index + (shift + decode_int(span.left)))
     if span.right is not None:
-        hi = tl.minimum(hi, index + (shift + decode(span.right) + 1))
+        hi = tl.minimum(hi, index + (shift + decode_int(span.right) + 1))
     if span.lo is not None:
-        ptrs = span.lo.ptr + b.to(tl.int64) * decode(span.lo.stride) + index  # [BLOCK]
+        ptrs = span.lo.ptr + b.to(tl.int64) * decode_int(span.lo.stride) + index  # [BLOCK]
         lo = tl.maximum(lo, tl.load(ptrs, mask=index < length, other=0))
     if span.hi is not None:
-        ptrs = span.hi.ptr + b.to(tl.int64) * decode(span.hi.stride) + index  # [BLOCK]
+        ptrs = span.hi.ptr + b.to(tl.int64) * decode_int(span.hi.stride) + index  # [BLOCK]
         hi = tl.minimum(hi, tl.load(ptrs, mask=index < length, other=0))
     if span.sinks is not None:
-        lo = tl.where(lo < decode(span.sinks), lo, tl.maximum(lo, index + (shift + decode(span.left))))
+        lo = tl.where(lo < decode_int(span.sinks), lo, tl.maximum(lo, index + (shift + decode_int(span.left))))
     return lo, hi
 
 
@@ -92,24 +92,24 @@ def visit(lo, hi, limit, BLOCK: tl.constexpr):
     full_first = tl.cdiv(tl.max(tl.where(some, lo, 0)), BLOCK) * BLOCK
     full_last = tl.min(tl.where(some, hi, limit)) // BLOCK * BLOCK
     full = tl.where(total > 0, tl.maximum(full_last - full_first, 0) // BLOCK, 0)
-    head = tl.where(full > 0, (full_first - origin) // BLOCK, total)
-    return Visit(origin, head, full, total, first, last, 0)
+    leading = tl.where(full > 0, (full_first - origin) // BLOCK, total)
+    return Visit(origin, leading, full, total, first, last, 0)
 
 
 @triton.jit
-def listed(span, reach, tile):
+def listed(span, visited, tile):
     """The visit of the program at a tile: that of the block mask, if there is one."""
     if span.block_mask is None:
-        return reach
+        return visited
     else:
-        head = tile.b.to(tl.int64) * decode(span.block_mask.strides[0]) + tile.h.to(tl.int64) * decode(
+        head = tile.b.to(tl.int64) * decode_int(span.block_mask.strides[0]) + tile.h.to(tl.int64) * decode_int(
             span.block_mask.strides[1]
         )
-        own = span.block_mask.ptr + head + tile.index * decode(span.block_mask.strides[2])
+        own = span.block_mask.ptr + head + tile.index * decode_int(span.block_mask.strides[2])
         some = (tile.M > 0) & (tile.N > 0)
         partial = tl.where(some, tl.load(own), 0)
         full = tl.where(some, tl.load(own + 1), 0)
-        return Visit(reach.origin, partial, full, partial + full, reach.first, reach.last, own + 2)
+        return Visit(visited.origin, partial, full, partial + full, visited.first, visited.last, own + 2)
 
 
 @triton.jit
@@ -120,15 +120,15 @@ def pattern(span, b, h, index, length, shift):
     others = 0
     blocks = 0
     if span.sinks is not None:
-        near = index + (shift + decode(span.left))  # [BLOCK]
+        near = index + (shift + decode_int(span.left))  # [BLOCK]
     if span.ids is not None:
-        ptrs = span.ids.ptr + b.to(tl.int64) * decode(span.ids.stride) + index
+        ptrs = span.ids.ptr + b.to(tl.int64) * decode_int(span.ids.stride) + index
         ids = tl.load(ptrs, mask=index < length, other=0)  # [BLOCK]
-        others = span.others.ptr + b.to(tl.int64) * decode(span.others.stride)
+        others = span.others.ptr + b.to(tl.int64) * decode_int(span.others.stride)
     if span.blocks is not None:
-        own = tl.minimum(index, length - 1) // decode(span.blocks.sizes[0])  # [BLOCK]
-        head = b.to(tl.int64) * decode(span.blocks.strides[0]) + h.to(tl.int64) * decode(span.blocks.strides[1])
-        blocks = span.blocks.ptr + head + own.to(tl.int64) * decode(span.blocks.strides[2])  # [BLOCK]
+        own = tl.minimum(index, length - 1) // decode_int(span.blocks.sizes[0])  # [BLOCK]
+        head = b.to(tl.int64) * decode_int(span.blocks.strides[0]) + h.to(tl.int64) * decode_int(span.blocks.strides[1])
+        blocks = span.blocks.ptr + head + own.to(tl.int64) * decode_int(span.blocks.strides[2])  # [BLOCK]
     return Pattern(near, ids, others, blocks, 0, 0)
 
 
@@ -141,23 +141,23 @@ def sees(reach, y):
         see = (y[None, :] >= reach.lo[:, None]) & (y[None, :] < reach.hi[:, None])  # [BLOCK, len(y)]
     inside = y < reach.visit.last  # [len(y)]
     if reach.span.sinks is not None:
-        see &= (y < decode(reach.span.sinks))[None, :] | (y[None, :] >= reach.pattern.near[:, None])
+        see &= (y < decode_int(reach.span.sinks))[None, :] | (y[None, :] >= reach.pattern.near[:, None])
     if reach.span.ids is not None:
         see &= reach.pattern.ids[:, None] == tl.load(reach.pattern.others + y, mask=inside, other=0)[None, :]
     if reach.span.blocks is not None:
-        block = (tl.where(inside, y, 0) // decode(reach.span.blocks.sizes[1])).to(tl.int64)  # [len(y)]
+        block = (tl.where(inside, y, 0) // decode_int(reach.span.blocks.sizes[1])).to(tl.int64)  # [len(y)]
         # [BLOCK, len(y)]
-        ptrs = reach.pattern.blocks[:, None] + (block * decode(reach.span.blocks.strides[3]))[None, :]
+        ptrs = reach.pattern.blocks[:, None] + (block * decode_int(reach.span.blocks.strides[3]))[None, :]
         see &= tl.load(ptrs) != 0
     if reach.span.tree is not None:
         leaf = y - reach.pattern.trunk  # [len(y)]
-        ptrs = reach.pattern.tree[:, None] + (leaf * decode(reach.span.tree.strides[2]))[None, :]  # [BLOCK, len(y)]
+        ptrs = reach.pattern.tree[:, None] + (leaf * decode_int(reach.span.tree.strides[2]))[None, :]  # [BLOCK, len(y)]
         see &= tl.load(ptrs, mask=(inside & (leaf >= 0))[None, :], other=1) != 0
     return see
 
 
 @triton.jit
-def apart(span):
+def contiguous(span):
     """True if the visible range is contiguous and bounded by scalars only, so that [first, last) is exact."""
     return (
         (span.lo is None)
@@ -178,7 +178,7 @@ def live(reach, start, BLOCK: tl.constexpr, MASKED: tl.constexpr):
         return
     else:
         y = start + tl.arange(0, BLOCK)  # [BLOCK]
-        if apart(reach.span):
+        if contiguous(reach.span):
             return (y >= reach.visit.first) & (y < reach.visit.last)
         else:
             return tl.max(sees(reach, y).to(tl.int32), 0) > 0
@@ -208,7 +208,7 @@ def visible(reach, plane, m, n, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr):
 def partial_tile(span, visit, ordinal, BLOCK: tl.constexpr):
     """The first index of a partial tile."""
     if span.block_mask is None:
-        return visit.origin + (ordinal + tl.where(ordinal < visit.head, 0, visit.full)) * BLOCK
+        return visit.origin + (ordinal + tl.where(ordinal < visit.leading, 0, visit.full)) * BLOCK
     else:
         return tl.load(visit.block_mask + ordinal) * BLOCK
 
@@ -219,7 +219,7 @@ def full_tile(span, visit, begin, ordinal, BLOCK: tl.constexpr):
     if span.block_mask is None:
         return begin + ordinal * BLOCK
     else:
-        return tl.load(visit.block_mask + visit.head + ordinal) * BLOCK
+        return tl.load(visit.block_mask + visit.leading + ordinal) * BLOCK
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def following_tile(span, visit, start, ordinal, BLOCK: tl.constexpr):
     if span.block_mask is None:
         return start + BLOCK
     else:
-        return tl.load(visit.block_mask + visit.head + ordinal + 1) * BLOCK
+        return tl.load(visit.block_mask + visit.leading + ordinal + 1) * BLOCK
 
 
 @triton.jit
@@ -244,7 +244,7 @@ def sweep(issue: tl.constexpr, absorb: tl.constexpr, context, state, visit, BLOC
     for ordinal in tl.range(0, visit.total - visit.full):
         start = partial_tile(context.reach.span, visit, ordinal, BLOCK)
         state = absorb(context, state, issue(context, start, True), start, True)
-    begin = visit.origin + visit.head * BLOCK
+    begin = visit.origin + visit.leading * BLOCK
     if AHEAD:
         if visit.full > 0:
             start = full_tile(context.reach.span, visit, begin, 0, BLOCK)

@@ -177,7 +177,7 @@ def row_statistics_kernel(
     m = tile.index * BLOCK_M
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     lo, hi = interval(span, tile.b, rows, tile.M, tile.N, tile.shift)  # [BLOCK_M]
-    reach = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
+    visited = listed(span, visit(lo, hi, tile.N, BLOCK_N), tile)
     mine = row_base(tile) + rows
     inside = rows < tile.M
     bound = None
@@ -195,11 +195,11 @@ def row_statistics_kernel(
         Rows(
             q_tile, m, k, start_pointer(k, tile, tile.h // GROUP, tile.key), None, None, tile.h // GROUP,
             Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
+            Reach(span, lo, hi, visited, pattern(span, tile.b, tile.h, rows, tile.M, tile.shift)),
             outputs, bound, D, BLOCK_D, PRECISION,
         ),
         (m_i, l_i, zero, zero + float("-inf"), tl.zeros([BLOCK_M], tl.int32), no_entries(BLOCK_M, BLOCK_K)),
-        reach, BLOCK_N, False,
+        visited, BLOCK_N, False,
     )  # fmt: skip
 
     # Full tiles have no mask, so rows that see nothing have accumulated too.
@@ -291,7 +291,7 @@ def key_mass_kernel(
     keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     lo, hi = interval(span, tile.b, keys, tile.N, tile.M, 0 - tile.shift)  # [BLOCK_N]
     seen = lo < hi
-    reach = listed(span, visit(lo, hi, tile.M, BLOCK_M), tile)
+    visited = listed(span, visit(lo, hi, tile.M, BLOCK_M), tile)
     # [BLOCK_N, BLOCK_D]
     k_tile = load_rows(k, start_pointer(k, tile, tile.h // GROUP, tile.key), n, seen, BLOCK_N, D, BLOCK_D)
     # [BLOCK_N]
@@ -300,10 +300,10 @@ def key_mass_kernel(
         Keys(
             k_tile, n, q, start_pointer(q, tile, tile.h, tile.row), shift, part,
             Plane(score, parameters(score, mask, tile.b, tile.h), mask, None, tile, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, tile.b, tile.h, keys, tile.N, 0 - tile.shift)),
+            Reach(span, lo, hi, visited, pattern(span, tile.b, tile.h, keys, tile.N, 0 - tile.shift)),
             D, BLOCK_D, PRECISION,
         ),
-        tl.zeros([BLOCK_N], tl.float32), reach, BLOCK_M, False,
+        tl.zeros([BLOCK_N], tl.float32), visited, BLOCK_M, False,
     )  # fmt: skip
     tl.store(key_mass + key_base(tile) + keys, tl.where(seen, mass, 0.0), mask=keys < tile.N)
 
@@ -360,7 +360,7 @@ def map_kernel(
     slot = tl.load(slots + entry * BLOCK_M + tl.arange(0, BLOCK_M))  # [BLOCK_M]
     rows = m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     lo, hi = interval(span, tile.b, rows, M, N, tile.shift)  # [BLOCK_M]
-    reach = listed(span, visit(lo, hi, N, BLOCK_N), tile)
+    visited = listed(span, visit(lo, hi, N, BLOCK_N), tile)
     own = parameters(score, mask, tile.b, h)
     q_tile = load_rows(q, start_pointer(q, tile, h, tile.row), m, rows < M, BLOCK_M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     k_head = start_pointer(k, tile, h // GROUP, tile.key)
@@ -374,10 +374,10 @@ def map_kernel(
             Shown(
                 q_tile, m, k, k_head, None, None, h // GROUP,
                 Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N),
-                Reach(span, lo, hi, reach, pattern(span, tile.b, h, rows, M, tile.shift)),
+                Reach(span, lo, hi, visited, pattern(span, tile.b, h, rows, M, tile.shift)),
                 shift, part, None, slot >= 0, D, BLOCK_D, PRECISION,
             ),
-            (m_i, l_i), reach, BLOCK_N, False,
+            (m_i, l_i), visited, BLOCK_N, False,
         )  # fmt: skip
         c, shift, d = denominator(m_i, l_i, sink, h)  # [BLOCK_M]
         part = tl.where(c == float("-inf"), 0.0, 1.0 / d)
@@ -387,10 +387,10 @@ def map_kernel(
         Shown(
             q_tile, m, k, k_head, None, None, h // GROUP,
             Plane(score, own, mask, None, tile, BLOCK_M, BLOCK_N),
-            Reach(span, lo, hi, reach, pattern(span, tile.b, h, rows, M, tile.shift)),
+            Reach(span, lo, hi, visited, pattern(span, tile.b, h, rows, M, tile.shift)),
             shift, part, ptrs, (slot >= 0) & (lo < hi), D, BLOCK_D, PRECISION,
         ),
-        shift, reach, BLOCK_N, False,
+        shift, visited, BLOCK_N, False,
     )  # fmt: skip
 
 

@@ -1,24 +1,25 @@
-"""Longest-first tile schedule for packed (varlen) batches: one sort key per slot, decoded by `memory.scheduled_tile`.
+"""Longest-first tile schedule for packed (varlen) batches: one entry per slot, decoded by `memory.scheduled_tile`.
 
-From the highest bits down, a key holds how many keys the tile sees, the sequence and the tile. Sorted in descending
+From the highest bits down, an entry holds how many keys the tile sees, the sequence and the tile. Sorted in descending
 order, the longest tiles come first. Entries without a tile hold sequence 0 and tile NONE.
 """
 
 import triton
 import triton.language as tl
 
-from .memory import BITS, NONE, decode
+from .memory import BITS, NONE, decode_int
 
 GRAIN: tl.constexpr = tl.constexpr(64)  # unit of the number of visible keys; 18 bits of it hold 2**24 keys
 MOST: tl.constexpr = tl.constexpr(2**18 - 1)
 
 
 @triton.jit(do_not_specialize=["SLOTS", "BATCH", "BLOCK"])
-def turns_kernel(
-    own, other, left, right, aligned, keys, SLOTS, BATCH, BLOCK, CHUNK: tl.constexpr, SEQUENCES: tl.constexpr
+def schedule_kernel(
+    own, other, left, right, aligned, entries, SLOTS, BATCH, BLOCK, CHUNK: tl.constexpr, SEQUENCES: tl.constexpr
 ):
     """own: pointer to int32 (BATCH + 1), cumulative lengths of the sequences whose tiles of BLOCK are scheduled; other:
-    of those that they attend to. left, right, aligned: as in Span and Ragged. keys: pointer to int64 (SLOTS), written.
+    of those that they attend to. left, right, aligned: as in Span and Ragged. entries: pointer to int64 (SLOTS),
+    written.
 
     Grid: (chunks of CHUNK entries).
     """
@@ -39,13 +40,13 @@ def turns_kernel(
     tile = slot - first  # [CHUNK]
     length = tl.load(own + b + 1) - tl.load(own + b)
     limit = tl.load(other + b + 1) - tl.load(other + b)
-    shift = (limit - length) * decode(aligned)
+    shift = (limit - length) * decode_int(aligned)
     lo = tile * 0
     hi = limit
     if left is not None:
-        lo = tl.maximum(tile * BLOCK + (shift + decode(left)), 0)
+        lo = tl.maximum(tile * BLOCK + (shift + decode_int(left)), 0)
     if right is not None:
-        hi = tl.minimum(hi, tl.minimum(tile * BLOCK + BLOCK, length) + (shift + decode(right)))
-    seen = tl.minimum(tl.cdiv(tl.maximum(hi - lo, 0), GRAIN), MOST)  # [CHUNK]
-    key = (((seen.to(tl.int64) << BITS) + b) << BITS) + tile  # [CHUNK]
-    tl.store(keys + slot, tl.where(slot < total, key, NONE), mask=slot < SLOTS)
+        hi = tl.minimum(hi, tl.minimum(tile * BLOCK + BLOCK, length) + (shift + decode_int(right)))
+    visible = tl.minimum(tl.cdiv(tl.maximum(hi - lo, 0), GRAIN), MOST)  # [CHUNK]
+    entry = (((visible.to(tl.int64) << BITS) + b) << BITS) + tile  # [CHUNK]
+    tl.store(entries + slot, tl.where(slot < total, entry, NONE), mask=slot < SLOTS)

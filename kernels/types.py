@@ -1,6 +1,6 @@
 """The tuples that the host passes to the kernels.
 
-An absent option is None and vanishes at compile time. Integers travel encoded, as 4 * x + 3, and `memory.decode`
+An absent option is None and vanishes at compile time. Integers travel encoded, as 4 * x + 3, and `memory.decode_int`
 decodes them. The reason: Triton specialises the integers of a tuple on being 1 and on divisibility by 16, whatever the
 kernel's do_not_specialize says, so a stride that depends on a length would compile anew for each length. 4 * x + 3 is
 never 1 and never divisible.
@@ -75,7 +75,7 @@ class BlockMask(NamedTuple):
 class Ragged(NamedTuple):
     """A packed (varlen) batch: all sequences in one batch entry, one after another.
 
-    q, k: pointers to int32 (B + 1), cumulative lengths of queries and keys. schedule: pointer to int64 sort keys, one
+    q, k: pointers to int32 (B + 1), cumulative lengths of queries and keys. schedule: pointer to int64 entries, one
     per slot and shared by all heads; see tile_scheduler.py. aligned: 1 if the diagonal of each sequence ends at its
     last row and key (bottom right), else 0; encoded.
     """
@@ -214,10 +214,10 @@ class Dropout(NamedTuple):
 class Normaliser(NamedTuple):
     """What the forward writes about each row's denominator, pointers to float32 (B, Hq, M).
 
-    lse: its natural log, the sink included. peak, log_sum: the two numbers whose sum is lse, kept apart for the
-    backward. peak is the largest score, in the units in which the loop compares scores (unscaled products if the scale
-    is folded into the exponential); log_sum is the natural log of the sum of exp(score - peak), the sink included.
-    A fully masked row has peak 0.
+    lse: its natural log, the sink included. peak, log_sum: kept apart for the backward, because one float32 loses the
+    log of the sum beside a large maximum. peak is the largest score or, if the scale folds (see Score), the largest
+    unscaled product; log_sum is the natural log of the sum of exp(score - largest score), the sink included. So lse is
+    peak + log_sum, or peak * scale + log_sum if the scale folds. A fully masked row has peak 0.
     """
 
     lse: Any
@@ -228,11 +228,11 @@ class Normaliser(NamedTuple):
 class RowNumbers(NamedTuple):
     """What the backward reads of each row, pointers to (B, Hq, M).
 
-    normaliser: int64, two float32 (see `numerics.pair`): peak, as the forward wrote it, and log_sum in base 2, +inf for
-    a fully masked row. delta: float32, subtracted from the gradient of a weight.
+    peak_log2_sum: int64, two float32 (see `numerics.pair`): peak, as the forward wrote it, and log_sum in base 2, +inf
+    for a fully masked row. delta: float32, subtracted from the gradient of a weight.
     """
 
-    normaliser: Any
+    peak_log2_sum: Any
     delta: Any
 
 

@@ -55,7 +55,7 @@ class Case:
         if self.direction in decoding.DIRECTIONS:
             return decoding.kernels(self.direction, self.feature)
         if self.direction in ("forward", "hopper_forward"):
-            return (self.direction, *(("turns",) if self.feature == "ragged" else ()))
+            return (self.direction, *(("schedule",) if self.feature == "ragged" else ()))
         if self.direction == "hopper_backward":
             others = self.feature == "plain"  # identical for every feature
             return (*(("hopper_prepare", "hopper_finish") if others else ()), "hopper_backward")
@@ -78,7 +78,10 @@ class Case:
         """The tuning-table configuration of a kernel; kernels around the one-pass backward share its configuration."""
         if self.direction in decoding.DIRECTIONS:
             return decoding.chosen(arch, getattr(torch, DTYPES[self.dtype]), self.d, self.feature)
-        kernel = {"hopper_backward": "hopper_backward"}.get(self.direction, "forward" if kernel == "turns" else kernel)
+        if self.direction == "hopper_backward":
+            kernel = self.direction
+        elif kernel == "schedule":
+            kernel = "forward"
         if self.feature.endswith("additive"):
             others = dict.fromkeys(("forward", "additive_prepare"), "additive_forward")
             kernel = (others | ADDITIVE).get(kernel, kernel)

@@ -3,6 +3,9 @@
 A row has the run (case, provider, direction, sizes), one metric (median, 10th and 90th percentile, number of samples),
 and the environment (device, versions, commit, whether the tree was modified). A row without a metric gives the reason
 in `status` and `reason`.
+
+length counts queries; the number of keys is the case's. share is the largest error of the run's outputs and gradients,
+as a share of what the tolerance rule allows (1 is the limit); error is the largest difference of out from float64.
 """
 
 from __future__ import annotations

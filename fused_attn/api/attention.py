@@ -91,7 +91,8 @@ def attention(
         (out += residual): backward needs out, and recomputes it if it was changed.
 
     Derivatives: `tiled` and `reference` support derivatives of any order, forward and backward mode, and torch.func.
-    `triton` and `hopper` have first derivatives and raise TransformError for others.
+    `triton`, `hopper` and `sdpa` have first derivatives, `sdpa` on a CPU second ones too; they raise TransformError for
+    others.
 
     Raises:
         TypeError, ValueError: an invalid argument, by name. BackendError: the chosen backend cannot run the call, with

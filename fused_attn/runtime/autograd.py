@@ -41,8 +41,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, _, *normaliser = output
     ctx.mark_non_differentiable(*normaliser)
-    ctx.save_for_backward(*inputs[: ops.TENSORS], out.data, *normaliser)
-    ctx.settings, ctx.version = inputs[ops.TENSORS :], Version(out)
+    ctx.save_for_backward(*inputs[: ops.TENSOR_COUNT], out.data, *normaliser)
+    ctx.settings, ctx.version = inputs[ops.TENSOR_COUNT :], Version(out)
     ctx.set_materialize_grads(False)
 
 
@@ -64,7 +64,7 @@ def _gradients(
         dout = _zeros(out)
     args = (*tensors, *ctx.settings)
     if by_operations(dout, dlse):
-        grads = differentiable(args, (out, peak, log_sum), dout, dlse, needs)
+        grads = differentiable_gradients(args, (out, peak, log_sum), dout, dlse, needs)
     else:
         grads = torch.ops.fused_attn.backward(*args, out, peak, log_sum, dout, dlse, needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + absent
@@ -75,7 +75,7 @@ def _zeros(out: Tensor) -> Tensor:
     return out.new_zeros(()).expand(out.shape)
 
 
-def differentiable(
+def differentiable_gradients(
     args: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients that support double backward and forward mode, or raise when either is attempted.
@@ -83,13 +83,13 @@ def differentiable(
     saved: out, peak and log_sum.
     """
     backend, count = args[-1], len(DIFFERENTIABLE)
-    attention = getattr(ops.launcher(backend), "attention", None)
+    attention = getattr(ops.backend_module(backend), "attention", None)
     if attention is not None:
         return vjp(lambda *x: attention(ops.rebuild((*x, *args[count:]))[0]), args[:count], needs, (dout, dlse))
     transform = transform_of_cotangents(dout, dlse)
     if transform is not None:
-        raise _once(backend, f"{transform} of the backward")
-    return _Once.apply(backend, *args, *saved, dout, dlse, needs)
+        raise _unsupported(backend, f"{transform} of the backward")
+    return _OnceDifferentiable.apply(backend, *args, *saved, dout, dlse, needs)
 
 
 class Attention(torch.autograd.Function):
@@ -109,7 +109,7 @@ class Attention(torch.autograd.Function):
         return None, *ctx.context.copy().run(_gradients, ctx, needs, dout, dlse)
 
 
-class _Once(torch.autograd.Function):
+class _OnceDifferentiable(torch.autograd.Function):
     """The backward operator, whose own backward raises."""
 
     @staticmethod
@@ -119,10 +119,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise _once(ctx.backend, "double backward")
+        raise _unsupported(ctx.backend, "double backward")
 
 
-def _once(backend: str, transform: str) -> TransformError:
+def _unsupported(backend: str, transform: str) -> TransformError:
     return TransformError(f'backend="{backend}" does not support {transform}; "tiled" and "reference" do')
 
 
@@ -131,7 +131,7 @@ def _once(backend: str, transform: str) -> TransformError:
 _apply = super(torch.autograd.Function, Attention).apply
 
 
-class _Again(torch.autograd.Function):
+class _RepeatedCall(torch.autograd.Function):
     """A repeated call: the `call_cache.CachedCall` and its tensors -> (out, lse)."""
 
     @staticmethod
@@ -154,10 +154,10 @@ class _Again(torch.autograd.Function):
             saved = (*tensors, out, *normaliser)
         if dout is None:
             dout = _zeros(saved[-3])
-        backward = ctx.call.again if by_operations(dout, dlse) else ctx.call.backward
+        backward = ctx.call.differentiable_backward if by_operations(dout, dlse) else ctx.call.backward
         return None, *ctx.context.copy().run(backward, (*saved, dout, dlse), needs)
 
 
-again = super(torch.autograd.Function, _Again).apply
+repeated = super(torch.autograd.Function, _RepeatedCall).apply
 
 torch.library.register_autograd("fused_attn::forward", _backward, setup_context=_setup_context)

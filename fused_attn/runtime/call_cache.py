@@ -19,17 +19,18 @@ from torch.nn import Parameter
 
 from ..backends.sdpa.kernel import Repeated
 from ..spec import checks, storage
-from ..spec.options import TENSORS as OPTIONAL
+from ..spec.options import TENSOR_COUNT as OPTIONAL
 from ..spec.options import Options
 from ..spec.problem import DIFFERENTIABLE, Mask, Problem
 from ..spec.torch_internals import any_autocast, deterministic_algorithms, float32_matmul_precision, observed
 from . import autograd, dispatch, environment, ops
 from .autocast import no_autocast
 
-# The tensors of a call, in the order of the operators: checkpoints compare what first and later calls save, one by one.
-TENSORS = ("q", "k", "v", "bias", "slopes", "sink", "mask", "q_starts", "k_starts")
-MASK = TENSORS.index("mask")
-POSITIONS = tuple(TENSORS.index(name) if name in TENSORS else None for name in ops.NAMES)
+# The names of a call's tensors, in the order of the operators: checkpoints compare what first and later calls save, one
+# by one.
+NAMES = ("q", "k", "v", "bias", "slopes", "sink", "mask", "q_starts", "k_starts")
+MASK = NAMES.index("mask")
+POSITIONS = tuple(NAMES.index(name) if name in NAMES else None for name in ops.NAMES)
 VALUE_TYPES = {int, float, bool, str, tuple, type(None)}  # of options in a key; items of tuples are checked too
 LIMIT = 4096  # of cached calls
 
@@ -80,15 +81,15 @@ def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor |
 
     @functools.wraps(bind)
     def call(
-        q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, backend: str | None, *form: Any
+        q: Tensor, k: Tensor, v: Tensor, options: Options, layout: str, backend: str | None, *extra: Any
     ) -> tuple[Tensor, Tensor | None]:
-        tensors = (q, k, v, *options[:OPTIONAL], *(form[0] if form else ()))
-        cached_call, untraced = lookup(tensors, options, layout, backend, form)
+        tensors = (q, k, v, *options[:OPTIONAL], *(extra[0] if extra else ()))
+        cached_call, untraced = lookup(tensors, options, layout, backend, extra)
         if cached_call is not None and cached_call.known:
             result = cached_call(_heads_first(tensors, layout))
             if result is not None:
                 return result
-        p = bind(q, k, v, options, layout, *form)
+        p = bind(q, k, v, options, layout, *extra)
         with no_autocast(q):
             name, p = dispatch.choose(p, backend)
             result = dispatch.run(p, name, untraced)
@@ -106,7 +107,7 @@ def _heads_first(tensors: Tensors, layout: str) -> Tensors:
 
 
 def lookup(
-    tensors: Tensors, options: Options, layout: str, backend: str | None, form: tuple[Any, ...]
+    tensors: Tensors, options: Options, layout: str, backend: str | None, extra: tuple[Any, ...]
 ) -> tuple[CachedCall | None, bool]:
     """The cached call of these tensors and options, None at the first call; and whether nothing traces the call.
 
@@ -115,10 +116,10 @@ def lookup(
     if is_compiling():
         return None, False
     requested = environment.read() if backend is None else backend
-    values = options[OPTIONAL:] + form[1:]
-    packed = bool(form and form[0])
+    values = options[OPTIONAL:] + extra[1:]
+    packed = bool(extra and extra[0])
     if packed:
-        values += (form[0][0] is form[0][1],)
+        values += (extra[0][0] is extra[0][1],)
     if type(tensors[MASK]) is Mask:
         lengths = tensors[MASK].kv_lengths
         if lengths is None:
@@ -189,7 +190,7 @@ def replayed(
         rebuilt = [next(items) if n < 0 else tuple([next(items) for _ in range(n)]) for n in lengths]
         return function(*rebuilt, backend, True)
 
-    result, _replays[key] = ops.launcher("triton").record(work, tensors)
+    result, _replays[key] = ops.backend_module("triton").record(work, tensors)
     return result
 
 
@@ -206,12 +207,12 @@ def _recorded(requested: Any, q: Any) -> bool:
 class CachedCall:
     """All calls of one key. known: `learn` has succeeded, so the call can be repeated.
 
-    Its tensors are in the order of `TENSORS`, without the absent ones at the end.
+    Its tensors are in the order of `NAMES`, without the absent ones at the end.
     """
 
     __slots__ = (
-        "_backward", "_forward", "backend", "count", "differentiable", "kernel", "known", "lengths", "settings",
-        "short",
+        "_backward", "_forward", "backend", "count", "differentiable", "fewer_dims", "kernel", "known", "settings",
+        "takes_lengths",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -224,17 +225,19 @@ class CachedCall:
         """Learn from a call of this key that was bound to p and computed by a backend."""
         self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
         if backend == "sdpa":
-            self.lengths = isinstance(tensors[MASK], Mask)
-            args = (*tensors[:3], None if self.lengths else tensors[MASK], tensors[3])
-            self.short = any(x is not None and x.ndim < 4 for x in args)
-            if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), args)) and not (self.lengths and self.short):
-                self.kernel = Repeated.of(p, self.lengths)
+            self.takes_lengths = isinstance(tensors[MASK], Mask)
+            args = (*tensors[:3], None if self.takes_lengths else tensors[MASK], tensors[3])
+            self.fewer_dims = any(x is not None and x.ndim < 4 for x in args)
+            if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), args)) and not (
+                self.takes_lengths and self.fewer_dims
+            ):
+                self.kernel = Repeated.of(p, self.takes_lengths)
             self.known = self.kernel is not None
             return
-        if not hasattr(ops.launcher(backend) if backend in ops.LAUNCHERS else None, "record"):
+        if not hasattr(ops.backend_module(backend) if backend in ops.BACKEND_MODULES else None, "record"):
             return
         flat = ops.flatten(p, backend)
-        self.backend, self.settings = backend, flat[ops.TENSORS :]
+        self.backend, self.settings = backend, flat[ops.TENSOR_COUNT :]
         self.differentiable = p.differentiable
         # Binding may have created tensors, which cannot be recreated here.
         self.known = all(map(_same, flat, self._flat(tensors))) and not p.empty
@@ -248,11 +251,11 @@ class CachedCall:
         """(out, lse); None if the contents of the tensors require binding the call again."""
         if self.kernel is not None:
             args = (*tensors[:3], tensors[MASK], tensors[3])
-            q, k, v, mask, bias = map(_four_dims, args) if self.short else args
-            out = self.kernel(q, k, v, mask.kv_lengths if self.lengths else mask, bias)
+            q, k, v, mask, bias = map(_four_dims, args) if self.fewer_dims else args
+            out = self.kernel(q, k, v, mask.kv_lengths if self.takes_lengths else mask, bias)
             return None if out is None else (out, None)
         args = tensors[: self.count]
-        return autograd.again(self, *args) if self.differentiable else self.forward(args)[:2]
+        return autograd.repeated(self, *args) if self.differentiable else self.forward(args)[:2]
 
     def forward(self, args: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(out, lse, peak, log_sum) without a derivative."""
@@ -262,11 +265,11 @@ class CachedCall:
         with torch.autocast(args[0].device.type, enabled=False):
             if self._forward is not None:
                 return torch.ops.fused_attn.forward(*self._flat(args))
-            results, self._forward = ops.launcher(self.backend).record(self._work_forward, args)
+            results, self._forward = ops.backend_module(self.backend).record(self._work_forward, args)
         return results
 
     def _work_forward(self, *args: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.launcher(self.backend).forward(ops.rebuild(self._flat(args))[0])
+        return ops.backend_module(self.backend).forward(ops.rebuild(self._flat(args))[0])
 
     def backward(self, args: Tensors, needs: tuple[bool, ...]) -> Tensors:
         """The gradients where `needs` is True. args: the tensors, out, peak, log_sum, dout, dlse."""
@@ -275,7 +278,7 @@ class CachedCall:
         results = None if replay is None else replay(args)
         if results is not None:
             return results
-        names = frozenset(name for name, need in zip(TENSORS, needs, strict=False) if need)
+        names = frozenset(name for name, need in zip(NAMES, needs, strict=False) if need)
         if key is None or replay is not None:
             wanted = [name in names for name in DIFFERENTIABLE]
             args = (*self._flat(args[: self.count]), *args[self.count :], wanted)
@@ -283,29 +286,29 @@ class CachedCall:
 
         def work(*args: Any) -> Tensors:
             p, _ = ops.rebuild(self._flat(args[: self.count]))
-            grads = ops.launcher(self.backend).backward(p, *args[self.count :], names)
-            return tuple(grads.get(name) for name in TENSORS[: self.count])
+            grads = ops.backend_module(self.backend).backward(p, *args[self.count :], names)
+            return tuple(grads.get(name) for name in NAMES[: self.count])
 
         with torch.autocast(args[0].device.type, enabled=False):
-            results, replay = ops.launcher(self.backend).record(work, args)
+            results, replay = ops.backend_module(self.backend).record(work, args)
         if replay is not None:
             if len(self._backward) >= LIMIT:
                 self._backward.clear()
             self._backward[key] = replay
         return results
 
-    def again(self, args: Tensors, needs: tuple[bool, ...]) -> Tensors:
+    def differentiable_backward(self, args: Tensors, needs: tuple[bool, ...]) -> Tensors:
         """`backward` by differentiable operations, or by ones whose backward raises."""
-        names = [name for name, need in zip(TENSORS, needs, strict=False) if need]
+        names = [name for name, need in zip(NAMES, needs, strict=False) if need]
         *saved, dout, dlse = args[self.count :]
         wanted = [name in names for name in DIFFERENTIABLE]
         flat = self._flat(args[: self.count])
-        return self._per_tensor(autograd.differentiable(flat, tuple(saved), dout, dlse, wanted), needs)
+        return self._per_tensor(autograd.differentiable_gradients(flat, tuple(saved), dout, dlse, wanted), needs)
 
     def _per_tensor(self, grads: Tensors, needs: tuple[bool, ...]) -> Tensors:
         """Gradients in the order of the call's tensors, from the order of DIFFERENTIABLE."""
         by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
-        return tuple(by_name[name] if need else None for name, need in zip(TENSORS, needs, strict=False))
+        return tuple(by_name[name] if need else None for name, need in zip(NAMES, needs, strict=False))
 
 
 def _four_dims(x: Any) -> Any:

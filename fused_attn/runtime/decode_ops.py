@@ -1,8 +1,8 @@
 """torch.library operators of decoding: `append` and `decode`.
 
 Both check index tensors when they run, not when they are traced (see `Cache.check`). `append` writes into the caches
-and returns the rotated q, or an empty tensor without rotary embedding. The Triton backend is imported when an operator
-runs, as in `ops`.
+and returns the rotated q, or an empty tensor without rotary embedding. The Triton backend is imported when it is first
+used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..backends.tiled import attention as tiled
 from ..spec import state
 from ..spec.decoding import Cache, Decode, Rotary
 
-LAUNCHER = "fused_attn.backends.triton.decode"
+TRITON_MODULE = "fused_attn.backends.triton.decode"
 SEQUENTIAL: dict[str, Any] = {"tiled": tiled.forward, "reference": reference.attention}  # one sequence after another
 
 _library = torch.library.Library("fused_attn", "FRAGMENT")
@@ -36,9 +36,9 @@ _library.define(
 )
 
 
-def launcher() -> Any:
+def triton_module() -> Any:
     """The module that launches the kernels of both operators."""
-    return importlib.import_module(LAUNCHER)
+    return importlib.import_module(TRITON_MODULE)
 
 
 # ------------------------------------------------------------------------------------------------------------ append
@@ -70,7 +70,7 @@ def _append(
     if rotary is not None:
         rotary.check(cache, max(k.shape[1], q.shape[1] if advance else 1))
     if backend == "triton":
-        return launcher().append(cache, k, v, q, rotary, advance)
+        return triton_module().append(cache, k, v, q, rotary, advance)
     if rotary is None:
         cache.append(k, v)
         return q.new_empty(0)
@@ -118,7 +118,7 @@ def _decode(*args: Any) -> tuple[Tensor, Tensor]:
 def _run(d: Decode, backend: str) -> tuple[Tensor, Tensor]:
     d.check()
     if backend == "triton" and not d.empty:
-        return launcher().decode(d)
+        return triton_module().decode(d)
     out, lse = state.empty(d.empty_out(), d.empty_lse())
     for b, p in enumerate(d.problems() if not d.empty else ()):
         found, found_lse, *_ = SEQUENTIAL[backend](p)

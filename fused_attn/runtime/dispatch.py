@@ -21,8 +21,8 @@ ON_CPU = ("sdpa", "tiled", "reference")
 TASKS = {"statistics": "computes no statistics and no map", "decoding": "does not decode from a cache"}
 WITH_TASKS = ("triton", "tiled", "reference")
 TORCH_BACKENDS = {"sdpa": sdpa, "tiled": tiled, "reference": reference}  # made of torch's differentiable operators
-for _name in ops.LAUNCHERS:
-    ops.launcher(_name)  # imported here, because a compiler that traces a call cannot import
+for _name in ops.BACKEND_MODULES:
+    ops.backend_module(_name)  # imported here, because a compiler that traces a call cannot import
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def why_not(name: str, p: Problem, by_name: bool, transform: str | None, task: s
     if transform and (task or name not in ("tiled", "reference")):
         # The only reason, because the other checks may read tensors, and transformed tensors cannot be read.
         return [f"it does not support {transform}{f' of {task}' if task else ''}"]
-    reasons = TORCH_BACKENDS[name].why_not(p) if name in TORCH_BACKENDS else ops.launcher(name).why_not(p)
+    reasons = TORCH_BACKENDS[name].why_not(p) if name in TORCH_BACKENDS else ops.backend_module(name).why_not(p)
     if name == "hopper" and not by_name and not reasons:
-        reasons = ops.launcher(name).unproven(p)
+        reasons = ops.backend_module(name).unproven(p)
     if name == "triton" and not by_name and p.q.device.type == "cpu":
         reasons = [*reasons, "on the CPU it is an interpreter, used only if named"]
     return reasons

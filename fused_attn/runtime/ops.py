@@ -1,13 +1,14 @@
 """torch.library operators of the linear-memory backends: `forward`, `backward`, `statistics` and `weights`.
 
 They take a Problem as flat arguments; only `flatten` and `rebuild` know the order. Besides out and lse, forward returns
-two numbers per row for backward, whose rounded sum would lose the second where the first is large:
+two numbers per row for backward. lse is their sum, which in one float32 would lose the second where the first is large:
 
-    peak     the row's largest score, in the backend's unit of scores; 0 for a fully masked row
-    log_sum  the natural log of sum exp(score - peak), including the sink
+    peak     the row's largest score; 0 for a fully masked row. The Triton kernels write the largest product instead
+             where they fold the scale into the exponential (`folds` in kernels/types.py), and lse is then
+             peak * scale + log_sum
+    log_sum  the natural log of sum exp(score - largest score), including the sink
 
-The backend's module is imported when the operator runs, so importing this file needs torch alone, and compilers see an
-opaque operator.
+Importing this file needs torch alone; `dispatch` imports the modules of all backends. Compilers see an opaque operator.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..spec.dropout import Dropout
 from ..spec.problem import DIFFERENTIABLE, Pattern, Problem, Ragged, Span, Statistics
 from ..spec.torch_internals import is_fake
 
-LAUNCHERS = {
+BACKEND_MODULES = {
     "hopper": "fused_attn.backends.triton.hopper",
     "triton": "fused_attn.backends.triton.portable",
     "sdpa": "fused_attn.backends.sdpa",
@@ -49,7 +50,7 @@ NAMES = (
     "q", "k", "v", "scale", "softcap", "bias", "slopes", "sink", "w", "row_terms", "key_terms", "mask", "lo", "hi",
     "q_ids", "kv_ids", "blocks", "rng", "q_starts", "k_starts",
 )  # fmt: skip
-TENSORS = len(NAMES)
+TENSOR_COUNT = len(NAMES)
 
 _library = torch.library.Library("fused_attn", "DEF")
 _library.define(f"forward({PROBLEM}) -> (Tensor out, Tensor lse, Tensor peak, Tensor log_sum)")
@@ -66,9 +67,9 @@ _library.define(f"weights({PROBLEM}, SymInt[] rows, SymInt[] heads) -> Tensor")
 _loaded: dict[str, ModuleType] = {}
 
 
-def launcher(backend: str) -> ModuleType:
+def backend_module(backend: str) -> ModuleType:
     """The module that computes forward and backward for a backend."""
-    return _module(LAUNCHERS[backend])
+    return _module(BACKEND_MODULES[backend])
 
 
 def _module(name: str) -> ModuleType:
@@ -100,8 +101,8 @@ def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
     (
         q, k, v, scale, cap, bias, slopes, sink, w, row_terms, key_terms, mask, lo, hi, q_ids, kv_ids, blocks, rng,
         q_starts, k_starts,
-    ) = args[:TENSORS]  # fmt: skip
-    scale_value, cap_value, dropout_p, left, right, sinks, height, width, *rest, backend = args[TENSORS:]
+    ) = args[:TENSOR_COUNT]  # fmt: skip
+    scale_value, cap_value, dropout_p, left, right, sinks, height, width, *rest, backend = args[TENSOR_COUNT:]
     offset, max_q, max_k, bottom_right, deterministic, normalizer = rest
     alignment = "bottom_right" if bottom_right else "top_left"
     problem = Problem(
@@ -118,7 +119,7 @@ def rebuild(args: tuple[Any, ...]) -> tuple[Problem, str]:
 def serving(p: Problem, backend: str) -> ModuleType:
     """The module that computes p for a backend."""
     # Without scores there is nothing to launch; `tiled` loops over no tiles and gives every backend's result.
-    return launcher("tiled" if p.empty else backend)
+    return backend_module("tiled" if p.empty else backend)
 
 
 def _check_ragged(p: Problem) -> None:

@@ -12,8 +12,8 @@ from .masks import Mask
 class Options(NamedTuple):
     """The keywords of `fused_attn.attention` that define the result; its docstring describes them.
 
-    The first `TENSORS` fields hold tensors or None (mask may be a `Mask`); the others hold numbers, strings and learned
-    parameters.
+    The first `TENSOR_COUNT` fields hold tensors or None (mask may be a `Mask`); the others hold numbers, strings and
+    learned parameters.
     """
 
     bias: Tensor | None = None
@@ -33,4 +33,4 @@ class Options(NamedTuple):
     deterministic: bool | None = None
 
 
-TENSORS = 4
+TENSOR_COUNT = 4

@@ -219,7 +219,7 @@ class Problem:
         """An uninitialized (B, Hq, M); (0,) for a sigmoid, which has no LSE."""
         return self.q.new_empty((0,) if self.sigmoid else self.q.shape[:3], dtype=self.lse_dtype)
 
-    def empty_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+    def empty_normaliser(self) -> tuple[Tensor, Tensor, Tensor]:
         """Three of `empty_lse`."""
         shape, dtype = (0,) if self.sigmoid else self.q.shape[:3], self.lse_dtype
         first = self.q.new_empty(shape, dtype=dtype)

@@ -50,6 +50,13 @@ class Call:
     cache_order: str = "bnhd"  # or "bhnd" or "gaps"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """A word with another spelling would select the default in silence."""
+        assert self.tree in ("", "shared", "own"), self.tree
+        assert self.rotary in ("", "halves", "pairs"), self.rotary
+        assert self.layout in ("bmhd", "bhmd", "gaps"), self.layout
+        assert self.cache_order in ("bnhd", "bhnd", "gaps"), self.cache_order
+
 
 class Given:
     """A call's tensors. `keys` and `values` are each sequence's own, (n, Hkv, D), as they must be found."""

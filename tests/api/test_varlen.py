@@ -302,7 +302,7 @@ def test_every_tile_has_one_slot_and_the_longest_come_first(
     tile_scheduler = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
     span = fused_attn.spec.problem.Span(*bounds)
     p = problem(lengths, span, alignment)
-    slots = unpacked(tile_scheduler.schedule(p, block, by_keys).schedule)
+    slots = unpacked(tile_scheduler.ragged(p, block, by_keys).schedule)
     assert len(slots) * 3 == tile_scheduler.programs(p, block, 3, by_keys)
     wanted = [(b, i) for b, x in enumerate(lengths) for i in range(-(-x[by_keys] // block))]
     assert sorted(map(tuple, (x for x in slots if x[1] >= 0))) == wanted
@@ -320,7 +320,7 @@ def test_every_tile_has_one_slot_and_the_longest_come_first(
     work = [seen(b, i) for b, i in slots if i >= 0]
     inside = [-(-x // 64) for x in work if x]
     assert inside == sorted(inside, reverse=True)
-    assert unpacked(tile_scheduler.schedule(p, block, by_keys, in_order=True).schedule)[: len(wanted)] == list(
+    assert unpacked(tile_scheduler.ragged(p, block, by_keys, in_order=True).schedule)[: len(wanted)] == list(
         map(list, wanted)
     )
 
@@ -330,7 +330,7 @@ def test_schedule_balances_one_long_sequence() -> None:
     tile_scheduler = pytest.importorskip("fused_attn.backends.triton.tile_scheduler")
     lengths = [(n, n) for n in [40] * 50 + [1500] + [40] * 50 + [700]]
     p = problem(lengths, fused_attn.spec.problem.Span(right=0))
-    work = [min(lengths[b][1], (i + 1) * 64) for b, i in unpacked(tile_scheduler.schedule(p, 64).schedule) if i >= 0]
+    work = [min(lengths[b][1], (i + 1) * 64) for b, i in unpacked(tile_scheduler.ragged(p, 64).schedule) if i >= 0]
     free = [0] * 16
     for x in work:
         free[free.index(min(free))] += x

@@ -120,6 +120,27 @@ def test_nothing_requested(capsys: pytest.CaptureFixture[str]) -> None:
     assert "causal" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "out", "path"),
+    (
+        ("", None, table.RESULTS / "cpu.csv"),
+        ("--base HEAD", None, table.RESULTS / "cpu-base.csv"),
+        ("--only causal", None, None),
+        ("--lengths 64", None, None),
+        ("--tiny", "there", None),
+        ("--only causal", "there", Path("there/cpu.csv")),
+        ("--only causal --out some.csv", None, Path("some.csv")),
+    ),
+)
+def test_a_partial_run_does_not_replace_the_table(
+    arguments: str, out: str | None, path: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    if out:
+        monkeypatch.setenv("OUT", out)
+    assert run.destination(run.arguments(arguments.split()), "cpu") == path
+
+
 # ------------------------------------------------------------------------------------------------------- what is wrong
 
 

@@ -212,7 +212,7 @@ def test_a_changed_kernel_makes_its_rows_stale_and_a_changed_comment_does_not(tm
 
 def test_a_kernel_of_several_forms_is_all_of_its_files():
     files = static.kernel_files("hopper_backward")
-    assert files == ("hopper_backward", "hopper_wide")
+    assert files == ("hopper_backward", "hopper_backward_wide")
     assert static.source_hash(files) != static.source_hash(files[:1])
 
 

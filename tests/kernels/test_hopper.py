@@ -178,7 +178,7 @@ def test_same_bits(config: Config) -> None:
 
 # -------------------------------------------------------------------------------------------------------- the mutations
 
-MUTATIONS = [m for name in ("hopper.py", "hopper_forward.py") for m in mutations(KERNELS / name)]
+MUTATIONS = [m for name in ("hopper_common.py", "hopper_forward.py") for m in mutations(KERNELS / name)]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)

@@ -94,7 +94,9 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper, "WIDE", 16 if form.wide else 1024)
-        return _gradients(case, dtype, form.config, seed, codes, "hopper_wide" if form.wide else "hopper_backward")
+        return _gradients(
+            case, dtype, form.config, seed, codes, "hopper_backward_wide" if form.wide else "hopper_backward"
+        )
 
 
 def _gradients(
@@ -158,7 +160,7 @@ def test_shipped_configuration(key: str, ordered: bool, monkeypatch: pytest.Monk
     m, n = 2 * row["BLOCK_M"] + 17, 2 * row["BLOCK_N"] + 12
     case = Case("shipped", hq=2, hkv=1, m=m, n=n, d=d - 8, alignment="top_left", window=(70, 60))
     config = replace(Config.from_row(row), ordered=ordered)
-    found = _gradients(case, torch.bfloat16, config, 0, None, "hopper_wide" if d == 256 else "hopper_backward")
+    found = _gradients(case, torch.bfloat16, config, 0, None, "hopper_backward_wide" if d == 256 else "hopper_backward")
     inputs, expected, *_ = _prepared(case, torch.bfloat16)
     testing.compare(inputs, found, expected, key)
 
@@ -198,7 +200,7 @@ def test_unordered_bits() -> None:
     assert not all(torch.equal(first["q"], other["q"]) for other in others)
 
 
-PROOFS = {"hopper_backward.py": FORMS, "hopper_wide.py": WIDE}
+PROOFS = {"hopper_backward.py": FORMS, "hopper_backward_wide.py": WIDE}
 MUTATIONS = [mutation for name in PROOFS for mutation in mutations(KERNELS / name)]
 
 

@@ -202,14 +202,14 @@ def test_block_masks_cover_exactly_the_visible_tiles(drawn: tuple[Mask, Shape], 
     seen = p.visible(torch.arange(m), torch.arange(n)).expand(shape)
     start, stop = p.span.bounds(torch.arange(m), n)
     exact = p.pattern is None or (p.pattern.q_ids is None and p.span.unbounded)
-    for transposed, span in ((False, block_mask.rows(p, c)), (True, block_mask.keys(p, c))):
+    for transposed, span in ((False, block_mask.row_span(p, c)), (True, block_mask.key_span(p, c))):
         grid = seen.mT if transposed else seen
         own, other = (n, m) if transposed else (m, n)
         size, across = sizes[::-1] if transposed else sizes
         lo, hi = (span.lo.ptr, span.hi.ptr) if transposed else (start, stop)
         live = (lo < hi).expand(b, -1)
         assert bool((grid.any(-1) <= live[:, None]).all())
-        kinds = block_mask.keys(p, c, kinds=True).block_mask if transposed else None
+        kinds = block_mask.key_span(p, c, kinds=True).block_mask if transposed else None
         for z, y, tile in itertools.product(range(b), range(h), range(-(-own // size))):
             width = -(-other // across)
             partial, full = listed(span.block_mask, tile, width, z, y)

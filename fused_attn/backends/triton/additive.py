@@ -47,7 +47,7 @@ def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
     memory, ragged, programs = x.new_empty, None, blocks * b * heads
     if starts is not None:
         blocks = -(-length // BLOCK) + (len(starts) - 1) * (GAP // BLOCK + 1)
-        memory, ragged = x.new_zeros, tile_scheduler.alone(starts, length, BLOCK)
+        memory, ragged = x.new_zeros, tile_scheduler.ragged_rows(starts, length, BLOCK)
         programs = len(ragged.schedule) * heads
     values = memory(b * heads, even(d), blocks * BLOCK, dtype=torch.float32)
     exponentials = memory(values.shape, dtype=torch.float32) if paired else values
@@ -55,7 +55,7 @@ def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
     launcher.launch(
         kernels.additive_prepare_kernel,
         programs,
-        *(views.view(x), values, exponentials, peaks, views.encode(blocks), ragged, length, heads, b * heads),
+        *(views.view(x), values, exponentials, peaks, views.encode_int(blocks), ragged, length, heads, b * heads),
         FEATURES=even(d),
         D=d,
         BLOCK_D=padded(even(d)),
@@ -65,12 +65,12 @@ def _features(x: Tensor, starts: Tensor | None, paired: bool) -> Features:
     return Features(values, exponentials, peaks)
 
 
-def view(p: Problem) -> Any:
+def score(p: Problem) -> Any:
     """The score as kernels read it; a kernel of its own prepares the features of an additive one."""
-    return views.score(p, score(p, fast=settings.architecture(p.q.device).startswith("sm_")))
+    return views.score(p, operands(p, fast=settings.architecture(p.q.device).startswith("sm_")))
 
 
-def score(p: Problem, fast: bool) -> Additive | None:
+def operands(p: Problem, fast: bool) -> Additive | None:
     """The kernels' form of q, k and w; None if the score is a dot product. fast: see `numerics.reciprocal`."""
     if p.w is None:
         return None
@@ -79,9 +79,9 @@ def score(p: Problem, fast: bool) -> Additive | None:
     q, k = (_features(x, own, paired) for x, own in zip((p.q, p.k), starts, strict=True))
     w = torch.nn.functional.pad(p.w.float(), (0, d % 2)).contiguous()
     return Additive(
-        w, views.encode(0 if w.ndim == 1 else even(d)),
+        w, views.encode_int(0 if w.ndim == 1 else even(d)),
         q.values, k.values, q.exponentials, k.exponentials, q.peaks, k.peaks,
-        *(views.encode(x.values.shape[2] // BLOCK) for x in (q, k)),
+        *(views.encode_int(x.values.shape[2] // BLOCK) for x in (q, k)),
         *(views.constant(x) for x in (even(d), paired, p.group, fast)),
     )  # fmt: skip
 
@@ -123,9 +123,9 @@ def backward(
         dout,
         known,
         planes[0],
-        block_mask.keys(p, c, kinds=True),
+        block_mask.key_span(p, c, kinds=True),
         *planes[1:],
-        tile_scheduler.schedule(p, c.BLOCK_N, True, in_order=True),
+        tile_scheduler.ragged(p, c.BLOCK_N, True, in_order=True),
         AdditiveGradients(
             zeros(1, dtype=torch.int32), zeros(b * hq, tile_scheduler.tiles(p, c.BLOCK_M), dtype=torch.int32),
             None if dv is None else views.view(dv), dbias,

@@ -19,14 +19,15 @@ from . import views
 Visited = tuple[Tensor, Tensor]  # bool: some of the tile is visible; all of it is
 
 
-def pairs(p: Problem) -> Span:
+def pair_span(p: Problem) -> Span:
     """Rows over keys, for a kernel that is given one tile per program."""
     return _patterned(views.span(p.span), p.pattern, transposed=False)
 
 
-def rows(p: Problem, c: Config) -> Span:
+def row_span(p: Problem, c: Config) -> Span:
     """Rows over keys, for a kernel that sweeps over the keys."""
-    return pairs(p)._replace(block_mask=_block_mask(*tiles_of_keys(_padded(p), c))) if p.needs_block_mask else pairs(p)
+    span = pair_span(p)
+    return span._replace(block_mask=_block_mask(*tiles_of_keys(_padded(p), c))) if p.needs_block_mask else span
 
 
 def _padded(p: Problem) -> Problem:
@@ -34,7 +35,7 @@ def _padded(p: Problem) -> Problem:
     return p if p.ragged is None else p.replace(span=padded_span(p.span, p.ragged))
 
 
-def keys(p: Problem, c: Config, kinds: bool = False) -> Span:
+def key_span(p: Problem, c: Config, kinds: bool = False) -> Span:
     """Keys over rows, for a kernel that sweeps over the rows. kinds: for one that goes through all tiles in order."""
     if not p.needs_block_mask:
         return views.transposed_span(p.span, p.shape[3])
@@ -54,8 +55,8 @@ def _patterned(span: Span, pattern: Pattern | None, transposed: bool) -> Span:
     if pattern.blocks is not None:
         size = pattern.height, pattern.width
         blocks, size = (pattern.blocks.mT, size[::-1]) if transposed else (pattern.blocks, size)
-        strides = tuple(map(views.encode, views.strides_of(blocks.shape, blocks.stride())))
-        span = span._replace(blocks=Blocks(blocks, strides, tuple(map(views.encode, size))))
+        strides = tuple(map(views.encode_int, views.strides_of(blocks.shape, blocks.stride())))
+        span = span._replace(blocks=Blocks(blocks, strides, tuple(map(views.encode_int, size))))
     return span
 
 
@@ -128,4 +129,6 @@ def _block_mask(some: Tensor, whole: Tensor, kinds: bool = False) -> BlockMask:
     body = some.int() + whole if kinds else torch.where(some, whole.int(), 2).argsort(dim=-1, stable=True)
     counts = (x.sum(-1, keepdim=True) for x in (partial, whole))
     block_mask = torch.cat((*counts, body), -1).int()
-    return BlockMask(block_mask, tuple(map(views.encode, views.strides_of(block_mask.shape, block_mask.stride())[:3])))
+    return BlockMask(
+        block_mask, tuple(map(views.encode_int, views.strides_of(block_mask.shape, block_mask.stride())[:3]))
+    )

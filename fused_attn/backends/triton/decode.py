@@ -63,12 +63,12 @@ def _pages(cache: Cache) -> types.Pages | None:
     if cache.table is None:
         return None
     table = cache.table.contiguous()
-    return types.Pages(table, views.encode(table.stride(0)), views.constant(cache.page))
+    return types.Pages(table, views.encode_int(table.stride(0)), views.constant(cache.page))
 
 
 def _sequences(cache: Cache, leftpad: Tensor | None = None) -> types.Sequences:
     pointers = (None if x is None else x.contiguous() for x in (cache.lengths, cache.index, leftpad))
-    return types.Sequences(*pointers, views.encode(cache.added))
+    return types.Sequences(*pointers, views.encode_int(cache.added))
 
 
 def _span(d: Decode) -> types.Span:
@@ -79,7 +79,7 @@ def _span(d: Decode) -> types.Span:
     if d.tree is None:
         return span
     strides = views.strides_of(d.tree.shape, d.tree.stride())
-    return span._replace(tree=types.Tree(d.tree, tuple(map(views.encode, strides))))
+    return span._replace(tree=types.Tree(d.tree, tuple(map(views.encode_int, strides))))
 
 
 def _problem(d: Decode) -> Problem:
@@ -150,7 +150,7 @@ def append(cache: Cache, k: Tensor, v: Tensor, q: Tensor, rotary: Rotary | None,
     tables = None
     if rotary is not None:
         tables = types.Rotary(
-            *(views.view(x[None, None]) for x in (rotary.cos, rotary.sin)), views.encode(len(rotary.cos)),
+            *(views.view(x[None, None]) for x in (rotary.cos, rotary.sin)), views.encode_int(len(rotary.cos)),
             views.constant(rotary.cos.shape[1]), views.constant(rotary.interleaved),
         )  # fmt: skip
     tokens = t if rotary is None else max(t, m)

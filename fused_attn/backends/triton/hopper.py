@@ -27,14 +27,14 @@ def _device_code() -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from ...kernels import hopper_backward, hopper_forward, hopper_wide, types
+    from ...kernels import hopper_backward, hopper_backward_wide, hopper_forward, types
     from . import views
 
     return SimpleNamespace(
         forward=hopper_forward.hopper_forward_kernel,
         prepare=hopper_backward.hopper_prepare_kernel,
         backward=hopper_backward.hopper_backward_kernel,
-        wide=hopper_wide.hopper_backward_kernel,
+        wide=hopper_backward_wide.hopper_backward_kernel,
         finish=hopper_backward.hopper_finish_kernel,
         Descriptor=TensorDescriptor,
         layout=gl.NVMMASharedLayout.get_default_for,
@@ -134,7 +134,7 @@ def _moved(span: Span, by: int) -> Span:
 
 
 def _has_modifiers(p: Problem) -> bool:
-    """True if a modifier, tensor mask or dropout needs registers in the loops."""
+    """True if the tuning table's rows for modified scores apply. Masks and dropout never reach these kernels."""
     return any(x is not None for x in (p.softcap, p.bias, p.slopes)) or not isinstance(p.scale, float)
 
 
@@ -187,6 +187,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             STAGES=c.num_stages,
             PING=c.pingpong,
             OWN_OUT=2 * _bytes(c.consumers * c.BLOCK_M, d) + 2 * _bytes(c.num_stages * c.BLOCK_N, d) <= TILE_MEMORY,
+            # The tiles at which registers hold the float32 weights without spills, as in the static table.
             UNPACKED=c.consumers == 2 and c.BLOCK_N + d // 2 <= (96 if _has_modifiers(p) else 160),
             num_warps=c.num_warps,
         )

@@ -7,7 +7,7 @@ The reverse must not happen: it would run a kernel compiled for other arguments.
 
 `launch_context` holds everything else that a launch depends on (hooks, debugging, the driver, the device). It is read
 at each launch, and so is the stream. Triton handles the whole launch if a hook is set, if kernels are interpreted, or
-if its version is not in READ.
+if its version is not in VERSIONS.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from triton.language import constexpr
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-READ = ("3.6.", "3.7.")  # versions whose JITFunction.run and CompiledKernel this file was written for
-KNOWN = triton.__version__.startswith(READ) and not knobs.runtime.interpret
+VERSIONS = ("3.6.", "3.7.")  # versions whose JITFunction.run and CompiledKernel this file was written for
+ENABLED = triton.__version__.startswith(VERSIONS) and not knobs.runtime.interpret
 LIMIT = 4096  # entries
 CONSTANTS = {int, float, bool, str, type(None)}  # types of compile-time arguments
 DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
@@ -61,7 +61,7 @@ def launch_context() -> tuple[Any, ...] | None:
 
     Empty if Triton handles every launch.
     """
-    if not KNOWN:
+    if not ENABLED:
         return ()
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook

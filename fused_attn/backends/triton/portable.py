@@ -102,7 +102,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     views, tile_scheduler = code.views, code.tile_scheduler
     b, hq = p.shape[:2]
     out = p.empty_out()
-    found = p.empty_rows()
+    found = p.empty_normaliser()
     c, descriptors = _forward_config(p)
     with settings.device_of(p.q):
         launcher.launch(
@@ -110,12 +110,12 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             tile_scheduler.programs(p, c.BLOCK_M, hq),
             *(views.view(x) for x in (p.q, p.k, p.v, out)),
             None if p.sigmoid else code.types.Normaliser(*found),
-            code.additive.view(p),
-            code.block_mask.rows(p, c),
+            code.additive.score(p),
+            code.block_mask.row_span(p, c),
             views.plane_view(p.mask, p.shape),
             None if p.sink is None else p.sink.contiguous(),
             views.dropout(p),
-            tile_scheduler.schedule(p, c.BLOCK_M),
+            tile_scheduler.ragged(p, c.BLOCK_M),
             *descriptors,
             *tile_scheduler.lengths(p),
             *(hq, b * hq, settings.wave(p, hq)),
@@ -235,12 +235,12 @@ class _Backward:
     @functools.cached_property
     def _planes(self) -> tuple[Any, Any, Any]:
         p = self.p
-        return _device_code().additive.view(p), self.views.plane_view(p.mask, p.shape), self.views.dropout(p)
+        return _device_code().additive.score(p), self.views.plane_view(p.mask, p.shape), self.views.dropout(p)
 
-    def _inputs(self, span: Any, schedule: Any) -> tuple[Any, ...]:
+    def _inputs(self, span: Any, ragged: Any) -> tuple[Any, ...]:
         """The first arguments of the kernels that recompute weights."""
         score, mask, dropout = self._planes
-        return *self._operands, self.known, score, span, mask, dropout, schedule
+        return *self._operands, self.known, score, span, mask, dropout, ragged
 
     def _wanted(self, name: str) -> Any:
         return self.views.view(self.grads[name]) if name in self.needs else None
@@ -251,7 +251,7 @@ class _Backward:
         of_keys = p.q.shape[0], hq, p.k.shape[2]
         sums = self.column_sums = p.q.new_empty(of_keys, dtype=torch.float32) if columns else None
         c = settings.config("dkdv", p)
-        inputs = self._inputs(self.code.block_mask.keys(p, c), self.tile_scheduler.schedule(p, c.BLOCK_N, True))
+        inputs = self._inputs(self.code.block_mask.key_span(p, c), self.tile_scheduler.ragged(p, c.BLOCK_N, True))
         dk, dv = self._wanted("k"), self._wanted("v")
         both = dv is not None and (dk is not None or columns)
         for outputs in ((dk, None, sums), (None, dv, None)) if c.split and both else ((dk, dv, sums),):
@@ -276,7 +276,7 @@ class _Backward:
         launcher.launch(
             self.code.dq,
             self.tile_scheduler.programs(p, c.BLOCK_M, hq),
-            *self._inputs(self.code.block_mask.rows(p, c), self.tile_scheduler.schedule(p, c.BLOCK_M)),
+            *self._inputs(self.code.block_mask.row_span(p, c), self.tile_scheduler.ragged(p, c.BLOCK_M)),
             self.code.types.RowGradients(self._wanted("q"), bias, *(sums.get(x) for x in per_row), self.row_sums),
             *self.tile_scheduler.lengths(p),
             *(hq, b * hq, settings.wave(p, hq)),
@@ -326,7 +326,7 @@ class _Backward:
         launcher.launch(
             self.code.dbias,
             -(-m // c.BLOCK_M) * -(-n // c.BLOCK_N) * shared.numel(),
-            *self._inputs(self.code.block_mask.pairs(p), self.tile_scheduler.schedule(p, c.BLOCK_M, in_order=True)),
+            *self._inputs(self.code.block_mask.pair_span(p), self.tile_scheduler.ragged(p, c.BLOCK_M, in_order=True)),
             self.views.plane_output(self.grads["bias"], p.shape),
             *(m, n, *self.tile_scheduler.lengths(p), b, hq, *shared),
             **settings.constants(c, p),

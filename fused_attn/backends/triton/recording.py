@@ -4,6 +4,16 @@ Work that never reads values does the same for tensors that differ only in conte
 that sees every torch operator, and writes it as a Python function whose arguments are the tensors. Work that writes to
 tensors other than by launches, or whose results depend on values, cannot be recorded and runs again at every call.
 
+The recording of a forward, with constants by value and most arguments of the launch left out:
+
+    def work(stream, given_0, given_1, given_2):                  # q, k, v
+        if kernel.pre_run_hooks: return None
+        made_0 = empty_strided((2, 8, 256, 64), (131072, 16384, 64, 1), dtype=bfloat16, device=cuda)
+        made_1 = empty_strided((2, 8, 256), (2048, 256, 1), dtype=float32, device=cuda)
+        if (made_0.data_ptr() | made_1.data_ptr()) & 15: return None
+        run(32, 1, 1, stream, function, metadata, None, None, None, (given_0, ...), ..., (made_0, ...), (made_1,), ...)
+        return made_0, made_1,
+
 A replay compares `launch_cache.launch_context` with that of the recording, each time, and refuses if they differ.
 """
 

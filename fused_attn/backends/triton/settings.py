@@ -12,7 +12,7 @@ import torch
 
 from ...spec.problem import HALF, Problem
 from ...tuning import Config, architecture
-from ...tuning import config as select
+from ...tuning import config as tuned
 from ...tuning.select import padded
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -61,7 +61,7 @@ def wave(p: Problem, heads: int) -> int:
 def config(kernel: str, p: Problem, with_modifiers: bool = False) -> Config:
     dv = p.v.shape[3]
     d = dv if kernel.startswith("additive") else p.q.shape[3]
-    return select(kernel, architecture(p.q.device), p.q.dtype, d, dv, with_modifiers=with_modifiers or has_modifiers(p))
+    return tuned(kernel, architecture(p.q.device), p.q.dtype, d, dv, with_modifiers=with_modifiers or has_modifiers(p))
 
 
 def constants(c: Config, p: Problem) -> dict[str, Any]:

@@ -20,13 +20,23 @@ ADDITIVE = {"row_statistics": "additive_forward", "map": "additive_forward", "ke
 
 
 @functools.cache
-def _kernels() -> tuple[Any, ...]:
-    """The row-major, key-major and map kernels, and the modules of views; imported on first use."""
+def _device_code() -> Any:
+    """The kernels and their views; imported on first use, because they import triton."""
+    from types import SimpleNamespace
+
     from ...kernels import statistics, types
     from . import additive, block_mask, tile_scheduler, views
 
-    rows, keys, maps = statistics.row_statistics_kernel, statistics.key_mass_kernel, statistics.map_kernel
-    return rows, keys, maps, views, block_mask, types, tile_scheduler, additive
+    return SimpleNamespace(
+        rows=statistics.row_statistics_kernel,
+        key_mass=statistics.key_mass_kernel,
+        map=statistics.map_kernel,
+        types=types,
+        additive=additive,
+        block_mask=block_mask,
+        tile_scheduler=tile_scheduler,
+        views=views,
+    )
 
 
 def _constants(c: Config, p: Problem) -> dict[str, Any]:
@@ -49,8 +59,9 @@ def _tiles(kernel: str, p: Problem) -> Config:
 
 def _planes(p: Problem) -> tuple[Any, ...]:
     """q, k, the score and the mask, as all three kernels take them."""
-    views, score = _kernels()[3], _kernels()[7].view(p)
-    return views.view(p.q), views.view(p.k), score, views.plane_view(p.mask, p.shape)
+    code = _device_code()
+    views = code.views
+    return views.view(p.q), views.view(p.k), code.additive.score(p), views.plane_view(p.mask, p.shape)
 
 
 def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k: int) -> Statistics:
@@ -70,10 +81,10 @@ def statistics(p: Problem, key_mass: bool, entropy: bool, max_logit: bool, top_k
 
 
 def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor | None, part: Tensor | None) -> None:
-    kernel, _, _, views, block_mask, types, tile_scheduler, _ = _kernels()
+    code = _device_code()
     (b, hq, _, _), (q, k, score, mask) = p.shape, planes
     c = _tiles("row_statistics", p)
-    span, schedule = block_mask.rows(p, c), tile_scheduler.schedule(p, c.BLOCK_M)
+    span, ragged = code.block_mask.row_span(p, c), code.tile_scheduler.ragged(p, c.BLOCK_M)
     top_k = 0 if found.top_k_indices is None else found.top_k_indices.shape[3]
     # If top_k is larger than a launch can rank, further launches rank the scores below its last one.
     size = max(2, min(MOST, c.BLOCK_N, 1 << (top_k - 1).bit_length())) if top_k else 2
@@ -83,13 +94,13 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
         following = p.q.new_empty(p.q.shape[:3], dtype=torch.int64) if first + size < top_k else None
         ranked = (found.top_k_indices, found.top_k_weights, bound, following)
         launcher.launch(
-            kernel,
-            tile_scheduler.programs(p, c.BLOCK_M, hq),
+            code.rows,
+            code.tile_scheduler.programs(p, c.BLOCK_M, hq),
             *(q, k, score, span, mask),
             None if p.sink is None else p.sink.contiguous(),
-            schedule,
-            types.RowStatistics(*others, *ranked, views._booleans[weighs]),
-            *tile_scheduler.lengths(p),
+            ragged,
+            code.types.RowStatistics(*others, *ranked, code.views._booleans[weighs]),
+            *code.tile_scheduler.lengths(p),
             *(hq, b * hq, settings.wave(p, hq), first, top_k),
             **_constants(c, p),
             BLOCK_K=size,
@@ -100,15 +111,15 @@ def _rows(p: Problem, planes: tuple[Any, ...], found: Statistics, shift: Tensor 
 def _mass(
     p: Problem, planes: tuple[Any, ...], key_mass: Tensor | None, shift: Tensor | None, part: Tensor | None
 ) -> None:
-    _, kernel, _, _, block_mask, _, tile_scheduler, _ = _kernels()
+    code = _device_code()
     (b, hq, _, _), (q, k, score, mask) = p.shape, planes
     c = _tiles("key_mass", p)
     launcher.launch(
-        kernel,
-        tile_scheduler.programs(p, c.BLOCK_N, hq, True),
-        *(q, k, score, block_mask.keys(p, c), mask),
-        *(shift, part, tile_scheduler.schedule(p, c.BLOCK_N, True), key_mass),
-        *tile_scheduler.lengths(p),
+        code.key_mass,
+        code.tile_scheduler.programs(p, c.BLOCK_N, hq, True),
+        *(q, k, score, code.block_mask.key_span(p, c), mask),
+        *(shift, part, code.tile_scheduler.ragged(p, c.BLOCK_N, True), key_mass),
+        *code.tile_scheduler.lengths(p),
         *(hq, b * hq, settings.wave(p, hq)),
         **_constants(c, p),
     )
@@ -116,7 +127,7 @@ def _mass(
 
 def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
     """(B, len(heads), len(rows), N); call under no_grad."""
-    _, _, kernel, _, block_mask, *_ = _kernels()
+    code = _device_code()
     b, hq, m, n = p.shape
     once, back = torch.unique(torch.tensor(rows, dtype=torch.int64), return_inverse=True)
     out = p.q.new_zeros((b, len(heads), len(once), n), dtype=torch.float32)
@@ -129,9 +140,9 @@ def weights(p: Problem, rows: list[int], heads: list[int]) -> Tensor:
         with settings.device_of(p.q):
             q, k, score, mask = _planes(p)
             launcher.launch(
-                kernel,
+                code.map,
                 len(tiles) * len(heads) * b,
-                *(q, k, score, block_mask.rows(p, c), mask),
+                *(q, k, score, code.block_mask.row_span(p, c), mask),
                 None if p.sink is None else p.sink.contiguous(),
                 *(*chosen, out),
                 *(m, n, hq, len(once), len(heads), len(tiles)),

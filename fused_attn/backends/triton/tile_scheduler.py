@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.tile_scheduler import turns_kernel
+from ...kernels.tile_scheduler import schedule_kernel
 from ...kernels.types import Ragged
 from ...spec.problem import Problem
 from . import launcher, views
@@ -34,7 +34,7 @@ def programs(p: Problem, block: int, heads: int, by_keys: bool = False) -> int:
     return tiles(p, block, by_keys) * heads * (p.shape[0] if p.ragged is None else 1)
 
 
-def schedule(p: Problem, block: int, by_keys: bool = False, in_order: bool = False) -> Ragged | None:
+def ragged(p: Problem, block: int, by_keys: bool = False, in_order: bool = False) -> Ragged | None:
     """A packed batch as the kernels read it, with the schedule of tiles of rows, or of keys; None for a dense batch.
 
     The longest tiles come first, so that no long sequence is left for the end. in_order: as they are in memory.
@@ -45,28 +45,29 @@ def schedule(p: Problem, block: int, by_keys: bool = False, in_order: bool = Fal
     left, right = None if p.span.sinks else p.span.left, p.span.right
     if by_keys:
         left, right = (None if x is None else -x for x in (right, left))
-    left, right, aligned = views._bound(left), views._bound(right), views.encode(int(p.ragged.bottom_right))
-    keys = _keys(starts[by_keys], starts[not by_keys], tiles(p, block, by_keys), block, left, right, aligned)
-    return Ragged(*starts, keys if in_order else keys.sort(descending=True).values, aligned)
+    left, right, aligned = views._bound(left), views._bound(right), views.encode_int(int(p.ragged.bottom_right))
+    entries = _schedule(starts[by_keys], starts[not by_keys], tiles(p, block, by_keys), block, left, right, aligned)
+    return Ragged(*starts, entries if in_order else entries.sort(descending=True).values, aligned)
 
 
-def alone(starts: Tensor, total: int, block: int) -> Ragged:
+def ragged_rows(starts: Tensor, total: int, block: int) -> Ragged:
     """The same for a single tensor, in order."""
     starts = starts.contiguous()
     count = total // block + len(starts) - 1
-    return Ragged(starts, starts, _keys(starts, starts, count, block, None, None, views.encode(0)), views.encode(0))
+    aligned = views.encode_int(0)
+    return Ragged(starts, starts, _schedule(starts, starts, count, block, None, None, aligned), aligned)
 
 
-def _keys(
+def _schedule(
     own: Tensor, other: Tensor, count: int, block: int, left: int | None, right: int | None, aligned: int
 ) -> Tensor:
-    keys = torch.empty(count, dtype=torch.int64, device=own.device)
+    entries = torch.empty(count, dtype=torch.int64, device=own.device)
     launcher.launch(
-        turns_kernel,
+        schedule_kernel,
         -(-count // CHUNK),
-        *(own, other, left, right, aligned, keys, count, len(own) - 1, block),
+        *(own, other, left, right, aligned, entries, count, len(own) - 1, block),
         CHUNK=CHUNK,
         SEQUENCES=SEQUENCES,
         num_warps=4,
     )
-    return keys
+    return entries

@@ -21,8 +21,8 @@ LONGEST_TILE = 512
 FAR = 2**28
 
 
-def encode(x: int) -> int:
-    """4 * x + 3: never 1 and never divisible by 16, so Triton never specialises on it. Inverse of `memory.decode`."""
+def encode_int(x: int) -> int:
+    """4 * x + 3: never 1 and never divisible by 16, so Triton never specialises on it. See `memory.decode_int`."""
     return 4 * x + 3
 
 
@@ -53,7 +53,7 @@ def _layout(
     per = 16 // size
     unit = per if aligned and columns == 1 and all(s % per == 0 for s in strides[:3]) else 1
     wide = max(strides[2:]) * LONGEST_TILE >= 2**31
-    encoded = tuple(encode(s // unit) for s in strides)
+    encoded = tuple(encode_int(s // unit) for s in strides)
     return encoded, _constants[unit], _constants[rows], _constants[columns], _booleans[wide]
 
 
@@ -103,8 +103,8 @@ def plane_output(x: Tensor, shape: tuple[int, ...]) -> View:
 def scalar(x: float | Tensor) -> Scalar:
     """A float, or a tensor (), (H,) or (B, H)."""
     if not isinstance(x, Tensor):
-        return Scalar(float(x), (encode(0), encode(0)), _booleans[False])
-    return Scalar(x, tuple(encode(s) for s in (0, 0, *strides_of(x.shape, x.stride()))[-2:]), _booleans[True])
+        return Scalar(float(x), (encode_int(0), encode_int(0)), _booleans[False])
+    return Scalar(x, tuple(encode_int(s) for s in (0, 0, *strides_of(x.shape, x.stride()))[-2:]), _booleans[True])
 
 
 def vector(x: Tensor | None) -> Vector | None:
@@ -112,11 +112,11 @@ def vector(x: Tensor | None) -> Vector | None:
     if x is None:
         return None
     x = x.contiguous()
-    return Vector(x, encode(0 if x.shape[0] == 1 else x.shape[1]))
+    return Vector(x, encode_int(0 if x.shape[0] == 1 else x.shape[1]))
 
 
 def _bound(x: int | None) -> int | None:
-    return None if x is None else encode(max(-FAR, min(FAR, x)))
+    return None if x is None else encode_int(max(-FAR, min(FAR, x)))
 
 
 # Intervals without a left bound, by their right one.
@@ -144,7 +144,7 @@ def _unmodified(scale: float, sigmoid: bool, folds: bool) -> Score:
 
 
 def score(p: Problem, additive: Additive | None) -> Score:
-    """additive: see `additive.score` of this package."""
+    """additive: see `additive.operands` of this package."""
     modified = not (p.softcap is p.bias is p.slopes is p.row_terms is None)
     folds = not (modified or p.sigmoid) and isinstance(p.scale, float) and 0 < p.scale < math.inf
     if not modified and p.key_terms is None and additive is None and isinstance(p.scale, float):
@@ -154,7 +154,7 @@ def score(p: Problem, additive: Additive | None) -> Score:
         None if p.softcap is None else scalar(p.softcap),
         plane_view(p.bias, p.shape),
         None if p.slopes is None else scalar(p.slopes),
-        None if p.slopes is None else encode(p.offset),
+        None if p.slopes is None else encode_int(p.offset),
         None if p.row_terms is None else p.row_terms.contiguous(),
         None if p.key_terms is None else p.key_terms.contiguous(),
         additive,

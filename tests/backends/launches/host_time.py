@@ -19,8 +19,9 @@ def test_new_lengths_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(replayed) >= 12 * len(host.KINDS)
 
 
-# An idle machine measures 2.4, 3.9 and 5.1. On a busy one another run may be better.
-LIMITS = {"inference": 3.0, "autograd forward": 4.7, "backward": 6.5}
+# Idle machines measure 2.3 to 2.5, 3.9 to 5.0 and 5.1 to 6.3: how much autograd costs beside an operator depends on the
+# processor. On a busy one another run may be better. A call that is bound again measures 17 and more.
+LIMITS = {"inference": 3.0, "autograd forward": 5.8, "backward": 7.0}
 
 
 def test_host_time_of_a_call() -> None:

@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import barriers, pin_all
 from .hopper_backward import Plan, add, advance, assignment, produce, visible
+from .hopper_common import barriers, pin_all
 
 
 class Shared(NamedTuple):

@@ -13,15 +13,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .memory import decode
+from .memory import decode_int
 
 
 class Visit(NamedTuple):
-    """The tiles that a program visits, from `origin` on: `head` partial ones, `full` full ones, then the other partial
-    ones; `total` in all, at least one."""
+    """The tiles that a program visits, from `origin` on: `leading` partial ones, `full` full ones, then the other
+    partial ones; `total` in all, at least one."""
 
     origin: Any
-    head: Any
+    leading: Any
     full: Any
     total: Any
 
@@ -50,32 +50,32 @@ def visit(span, first_row, last_row, limit, BLOCK: gl.constexpr):
     full_first = 0
     full_last = limit
     if span.left is not None:
-        first = gl.maximum(first, first_row + decode(span.left))
-        full_first = gl.maximum(full_first, last_row + decode(span.left))
+        first = gl.maximum(first, first_row + decode_int(span.left))
+        full_first = gl.maximum(full_first, last_row + decode_int(span.left))
     if span.right is not None:
-        last = gl.minimum(last, last_row + decode(span.right) + 1)
-        full_last = gl.minimum(full_last, first_row + decode(span.right) + 1)
+        last = gl.minimum(last, last_row + decode_int(span.right) + 1)
+        full_last = gl.minimum(full_last, first_row + decode_int(span.right) + 1)
     origin = gl.minimum(first, limit - 1) // BLOCK * BLOCK
     # Fully masked rows visit one tile, fully masked.
     total = gl.maximum(gl.cdiv(gl.maximum(last - origin, 0), BLOCK), 1)
     begin = gl.cdiv(full_first, BLOCK)
     full = gl.maximum(gl.maximum(full_last, 0) // BLOCK - begin, 0)
-    head = total
+    leading = total
     if full > 0:
-        head = begin - origin // BLOCK
-    return Visit(origin, head, full, total)
+        leading = begin - origin // BLOCK
+    return Visit(origin, leading, full, total)
 
 
 @gluon.jit
-def tile_start(seen, i, BLOCK: gl.constexpr):
+def tile_start(visited, i, BLOCK: gl.constexpr):
     """The first index of the i-th visited tile: the partial ones of both ends come first, then the full ones."""
-    partial = seen.total - seen.full
-    ordinal = i + seen.full
-    if i < seen.head:
+    partial = visited.total - visited.full
+    ordinal = i + visited.full
+    if i < visited.leading:
         ordinal = i
     if i >= partial:
-        ordinal = i - partial + seen.head
-    return seen.origin + ordinal * BLOCK
+        ordinal = i - partial + visited.leading
+    return visited.origin + ordinal * BLOCK
 
 
 @gluon.jit
