@@ -11,6 +11,9 @@ consumers: they leave it in shared memory, and each computes half of ds k. A fou
 float32 accumulator in global memory with TMA: in any order or, if ORDERED, in the order of tickets, which makes the
 result deterministic. The exponentials overlap with the product dp.
 
+Layouts: S of the scores [KEYS, BLOCK_M] and A of dk and dv [KEYS, D] are those of the accumulators of their matrix
+products.
+
 Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 """
 
