@@ -128,7 +128,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     p: Problem, out: Tensor, peak: Tensor, log_sum: Tensor, dout: Tensor, dlse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients that needs names; call under no_grad. Deterministic: no atomics, and every sum in a fixed order."""
+    """The gradients that needs names; call under no_grad. Deterministic: every sum is in a fixed order."""
     with settings.device_of(p.q):
         return _Backward(p, out, peak, log_sum, dout, dlse, needs).run()
 
