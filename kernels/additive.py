@@ -86,7 +86,7 @@ def additive_prepare_kernel(
 
 
 class Keys(NamedTuple):
-    """The context of the sweep: a tile of keys at n, and all that a step over one head's rows reads. row_slots,
+    """Context c of the sweep: a tile of keys at n, and all that a step over one head's rows reads. row_slots,
     key_slots: tiles per head for which a packed batch has memory; None for a dense one."""
 
     v: Any  # [BLOCK_N, BLOCK_DV]

@@ -138,7 +138,7 @@ def delta_kernel(
 
 
 class Keys(NamedTuple):
-    """The context of dkdv_kernel's sweep: a tile of keys at n, and all that a step over one head's rows reads."""
+    """Context c of dkdv_kernel's sweep: a tile of keys at n, and all that a step over one head's rows reads."""
 
     k: Any  # [BLOCK_N, BLOCK_D]
     v: Any  # [BLOCK_N, BLOCK_DV]
@@ -254,7 +254,7 @@ def dkdv_kernel(
 
 
 class Rows(NamedTuple):
-    """The context of dq_kernel's sweep: a tile of query rows at m, and all that a step over the keys reads."""
+    """Context c of dq_kernel's sweep: a tile of query rows at m, and all that a step over the keys reads."""
 
     q: Any  # [BLOCK_M, BLOCK_D]
     do: Any  # [BLOCK_M, BLOCK_DV]

@@ -36,7 +36,7 @@ from .types import View
 
 
 class Rows(NamedTuple):
-    """The context of the forward's sweep: a tile of query rows at m, and all that a step over keys of head h reads."""
+    """Context c of the forward's sweep: a tile of query rows at m, and all that a step over keys of head h reads."""
 
     q: Any  # [BLOCK_M, BLOCK_D]
     m: Any

@@ -88,7 +88,7 @@ def hopper_finish_kernel(
 
 
 class Plan(NamedTuple):
-    """What every partition reads. From GROUP on all are constants.
+    """c: what every partition reads. From GROUP on all are constants.
 
     span: transposed, of keys over rows. HEADS, BATCHED_HEADS: of keys. ROWS, LEAD: layout of the row numbers. ticket:
     the program's. KEYS: keys per tile; TILES: tiles of keys per program.
@@ -115,7 +115,7 @@ class Plan(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A program's work: keys from n on of head (b, h), or `head` = b * HEADS + h, and the rows first to last that see
+    """t: a program's work, keys from n on of head (b, h), `head` = b * HEADS + h, and the rows first to last that see
     them, in whole tiles. Rows full_first to full_last need no mask."""
 
     n: Any

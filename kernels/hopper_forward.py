@@ -33,7 +33,7 @@ from .types import Span
 
 
 class Plan(NamedTuple):
-    """What every partition reads. From GROUP on all are constants.
+    """c: what every partition reads. From GROUP on all are constants.
 
     GROUP: query heads per key-value head. ROWS: rows per consumer. PING: consumers alternate in issuing products.
     OWN_OUT, UNPACKED: see the kernel.
@@ -74,7 +74,7 @@ class Shared(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A consumer's tile in the program's `turn`: rows from m on, and the parameters of their scores."""
+    """t: a consumer's tile in the program's `turn`, rows from m on, and the parameters of their scores."""
 
     m: Any
     turn: Any

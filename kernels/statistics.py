@@ -35,7 +35,7 @@ FAR: tl.constexpr = tl.constexpr(1000.0)  # exp(-FAR) is 0, and FAR times 0 is 0
 
 
 class Rows(NamedTuple):
-    """The context of row_statistics_kernel's sweep: a tile of query rows at m, and all that a step over keys of head h
+    """Context c of row_statistics_kernel's sweep: a tile of query rows at m, and all that a step over keys of head h
     reads."""
 
     q: Any  # [BLOCK_M, BLOCK_D]
@@ -239,7 +239,7 @@ def row_statistics_kernel(
 
 
 class Keys(NamedTuple):
-    """The context of key_mass_kernel's sweep: a tile of keys at n, and all that a step over one head's rows reads."""
+    """Context c of key_mass_kernel's sweep: a tile of keys at n, and all that a step over one head's rows reads."""
 
     k: Any  # [BLOCK_N, BLOCK_D]
     n: Any
@@ -312,7 +312,7 @@ def key_mass_kernel(
 
 
 class Shown(NamedTuple):
-    """The context of map_kernel's sweeps: a tile of rows at m, their shift and 1 / d, the pointers to their weights,
+    """Context c of map_kernel's sweeps: a tile of rows at m, their shift and 1 / d, the pointers to their weights,
     and all that a step over the keys reads."""
 
     q: Any  # [BLOCK_M, BLOCK_D]
