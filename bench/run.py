@@ -1,7 +1,7 @@
 """Benchmark fused_attn against its peers on named cases, into one CSV table.
 
     python -m bench.run                                every case, on a GPU if there is one, else on the CPU
-    python -m bench.run --only 'causal,bias_*' --providers 'fused_attn,naive' --lengths 1024,4096
+    python -m bench.run --only 'causal,bias_*' --providers 'fused_attn,naive' --lengths 1024,4096 --out some.csv
     python -m bench.run --base HEAD~3                  against another revision, in interleaved rounds
     python -m bench.run --tiny --device cpu            a dry run in seconds
 
@@ -320,8 +320,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help="default: <architecture>.csv in $OUT or bench/results; without $OUT, a run of some cases, providers or "
-        "sizes writes no table, nor does --tiny",
+        help="default: <architecture>.csv in $OUT or bench/results; without $OUT, a run of some cases, providers, "
+        "sizes, dtypes or directions writes no table, nor does --tiny",
     )
     args = parser.parse_args(argv)
     if unknown := set(args.directions or ()) - set(DIRECTIONS):

@@ -91,8 +91,8 @@ def attention(
         (out += residual): backward needs out, and recomputes it if it was changed.
 
     Derivatives: `tiled` and `reference` support derivatives of any order, forward and backward mode, and torch.func.
-    `triton`, `hopper` and `sdpa` have first derivatives, `sdpa` on a CPU second ones too; they raise TransformError for
-    others.
+    `triton`, `hopper` and `sdpa` have first derivatives, `sdpa` on a CPU also higher ones in backward mode. Others
+    raise TransformError (`sdpa` on CUDA may raise torch's own error).
 
     Raises:
         TypeError, ValueError: an invalid argument, by name. BackendError: the chosen backend cannot run the call, with
