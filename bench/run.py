@@ -320,8 +320,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help="default: <architecture>.csv in $OUT or bench/results; without $OUT, a run of some cases, providers, "
-        "sizes, dtypes or directions writes no table, nor does --tiny",
+        help="default: <architecture>.csv in $OUT or bench/results; without $OUT, a run with other options than "
+        "--base and --device writes no table, nor does --tiny",
     )
     args = parser.parse_args(argv)
     if unknown := set(args.directions or ()) - set(DIRECTIONS):
@@ -343,10 +343,11 @@ def settled(args: argparse.Namespace) -> Size:
 
 
 def destination(args: argparse.Namespace, arch: str) -> Path | None:
-    """Where the table goes; None: nowhere. A run of some cases, peers or sizes does not replace the table of all."""
+    """Where the table goes; None: nowhere. Only a run with the defaults replaces the table in bench/results."""
     folder = os.environ.get("OUT")
-    some = args.only != "*" or args.providers or args.lengths or args.dims or args.dtype or args.directions
-    if args.out or args.tiny or (some and not folder):
+    changed = vars(args).items() - vars(arguments([])).items()
+    partial = not {name for name, _ in changed} <= {"base", "device"}
+    if args.out or args.tiny or (partial and not folder):
         return args.out
     return Path(folder or table.RESULTS) / f"{arch}{'-base' if args.base else ''}.csv"
 
