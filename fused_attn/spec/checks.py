@@ -276,7 +276,8 @@ def check_starts(side: str, x: Any, total: int | None, device: torch.device, mos
     if starts[0] != 0 or total not in (None, starts[-1]) or falls:
         end = "any number of rows" if total is None else f"the {total} packed rows"
         got = "one that descends" if falls else f"{starts[0]} to {starts[-1]}"
-        raise ValueError(f"{name}: expected starts that ascend from 0 to {end}, got {got}")
+        hint = "; if these are lengths, pass [0, *their cumulative sums]" if sum(starts) == total else ""
+        raise ValueError(f"{name}: expected starts that ascend from 0 to {end}, got {got}{hint}")
     longest = max(lengths, default=0)
     if most is not None and longest > most:
         raise ValueError(f"max_seqlen_{side}: a sequence is {longest} long, got {most}")

@@ -239,7 +239,8 @@ def test_compiles_whole(backend: str | None) -> None:
 LIES = (
     (starts([5, 2]), starts([3, 3]), "cu_seqlens_q: .* to the 9 packed rows, got 0 to 7"),
     (starts([-2, 11]), starts([3, 3]), "cu_seqlens_q: .* got one that descends"),
-    (starts([4, 5]), starts([3, 3]) + 1, "cu_seqlens_k: .* got 1 to 7"),
+    (starts([4, 5]), starts([3, 3]) + 1, "cu_seqlens_k: .* got 1 to 7$"),
+    (torch.tensor([4, 5], dtype=torch.int32), starts([6]), "cu_seqlens_q: .* got 4 to 5; if these are lengths, pass"),
     (starts([8, 1]), starts([3, 3]), "max_seqlen_q: a sequence is 8 long, got 7"),
 )
 
