@@ -369,6 +369,8 @@ MUTANTS = (
     Mutant("cached packed batches are not checked", "fused_attn/runtime/call_cache.py",
            "if packed and (tensors[0] is None or checks.readable(tensors[0])):", "if False:",
            ("runtime/test_call_cache.py", "packed")),
+    Mutant("torch's kernel is run again after it was wrong", "fused_attn/runtime/call_cache.py",
+           '"tiled" if known else name', "name", ("runtime/test_call_cache.py", "kernel_got_wrong")),
     Mutant("a replay ignores tuning.override", "fused_attn/backends/triton/recording.py",
            "self.work is None or launcher.launch is not launcher.LAUNCH or overrides()",
            "self.work is None or launcher.launch is not launcher.LAUNCH", _launches),

@@ -85,15 +85,17 @@ def cached(bind: Callable[..., Problem]) -> Callable[..., tuple[Tensor, Tensor |
     ) -> tuple[Tensor, Tensor | None]:
         tensors = (q, k, v, *options[:OPTIONAL], *(extra[0] if extra else ()))
         cached_call, untraced = lookup(tensors, options, layout, backend, extra)
-        if cached_call is not None and cached_call.known:
+        known = cached_call is not None and cached_call.known
+        if cached_call is not None and known:
             result = cached_call(_heads_first(tensors, layout))
             if result is not None:
                 return result
         p = bind(q, k, v, options, layout, *extra)
         with no_autocast(q):
             name, p = dispatch.choose(p, backend)
-            result = dispatch.run(p, name, untraced)
-        if cached_call is not None and not cached_call.known:
+            # Torch's kernel, which was wrong here, does not run again: a checkpoint would count what it saves twice.
+            result = dispatch.run(p, "tiled" if known else name, untraced)
+        if cached_call is not None and not known:
             cached_call.learn(_heads_first(tensors, layout), p, name)
         return result
 
@@ -248,7 +250,7 @@ class CachedCall:
         return *(tensors[i] if i is not None and i < count else None for i in POSITIONS), *self.settings
 
     def __call__(self, tensors: Tensors) -> tuple[Tensor, Tensor | None] | None:
-        """(out, lse); None if the contents of the tensors require binding the call again."""
+        """(out, lse); None if the contents of the tensors are invalid or need the backend `tiled`."""
         if self.kernel is not None:
             args = (*tensors[:3], tensors[MASK], tensors[3])
             q, k, v, mask, bias = map(_four_dims, args) if self.fewer_dims else args

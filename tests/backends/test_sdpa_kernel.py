@@ -380,6 +380,16 @@ def test_repeated_calls_read_changed_values(
             call(x)
 
 
+def test_a_repeated_call_by_name_does_not_fall_back() -> None:
+    """Lengths that give too many small pieces are refused, as by the first call of their shape."""
+    q, k, lengths = torch.randn(32, 1, 128, 16), torch.randn(32, 1, 64, 16), torch.full((32,), 64)
+    for _ in range(3):
+        attention(q, k, k, mask=Mask.lengths(lengths), backend="sdpa")
+    lengths.copy_(1 + torch.arange(32) % 2)
+    with pytest.raises(fused_attn.BackendError, match="only full and top-left causal"):
+        attention(q, k, k, mask=Mask.lengths(lengths), backend="sdpa")
+
+
 def test_cached_calls_keep_no_tensor() -> None:
     import gc
     import weakref

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_attn
 from fused_attn import attention, attention_decode, attention_varlen, testing
 from fused_attn.api import varlen
+from fused_attn.backends.sdpa.kernel import Kernel
 from fused_attn.runtime import call_cache
 from fused_attn.spec import checks, decoding
 from tests.parity import randn
@@ -55,6 +56,38 @@ def test_a_checkpoint_recomputes_what_it_saved(name: str, backend: str) -> None:
     found = gradient(lambda x: checkpoint(lambda y: attention(y, y, y, **options), x, use_reentrant=False))
     torch.manual_seed(0)
     assert torch.equal(found, gradient(lambda x: attention(x, x, x, **options)))
+
+
+UNSOUND: dict[str, dict[str, Any]] = {
+    "large scores": {"scale": 1000.0},
+    "NaN": {"scale": 1.0},
+    "a bias of -1e9": {"bias": torch.full((1, 1, 1, 16), -1e9)},
+    "lengths": {"mask": fused_attn.Mask.lengths(torch.tensor([16, 9])), "scale": 1000.0},
+    "padding": {"mask": (torch.arange(16) < torch.tensor([16, 9])[:, None])[:, None, None], "scale": 1000.0},
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_a_checkpoint_recomputes_what_torch_s_kernel_got_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer saves the tensors of torch's kernel once, then those of `tiled`, whatever the stage of its key."""
+    runs = []
+    forward = Kernel.forward
+    monkeypatch.setattr(Kernel, "forward", lambda self, *args: runs.append(0) or forward(self, *args))
+
+    def gradient(layer: Any) -> tuple[Tensor, int]:
+        torch.manual_seed(0)
+        x = leaf = randn(2, 2, 16, 16).requires_grad_()
+        if name == "NaN":
+            leaf.data[0, 0, 3, 5] = torch.nan
+        runs.clear()
+        for _ in range(4):
+            x = layer(x)
+        return torch.autograd.grad(x.nan_to_num().sum(), leaf)[0], len(runs)
+
+    found, count = gradient(lambda x: checkpoint(lambda y: attention(y, y, y, **UNSOUND[name]), x, use_reentrant=False))
+    expected, once = gradient(lambda x: attention(x, x, x, **UNSOUND[name]))
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert (count, once) == (8, 4)  # forward and recomputation of four layers
 
 
 def packed(starts_q: Tensor, starts_k: Tensor) -> Any:
