@@ -39,6 +39,7 @@ from bench import ROOT
 from bench.evidence.configs import GLUON
 from bench.evidence.parts import PARTS
 from bench.evidence.setting import STAGES, TINY, Refused, Setting
+from bench.harness import argtypes
 from bench.harness.rounds import DIRECTIONS
 from bench.harness.table import source
 from bench.harness.workers import Pool
@@ -308,9 +309,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all but tune")
     parser.add_argument("--only", default="*", metavar="PATTERNS", help='shell patterns of case names, or "core"')
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of the whole command")
+    parser.add_argument("--seconds", type=argtypes.seconds, default=SECONDS, help="time limit of the whole command")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench" / "results"))
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that run checks")
+    parser.add_argument(
+        "--workers", type=argtypes.count, default=min(16, os.cpu_count() or 1), help="processes that run checks"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a dry run: the same parts at tiny sizes")
     parser.add_argument("--write-tables", action="store_true", help="write the result of tune into the tuning table")

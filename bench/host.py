@@ -39,7 +39,7 @@ from triton.runtime import driver
 
 import fused_attn
 from bench import ROOT
-from bench.harness import first_call, table
+from bench.harness import argtypes, first_call, table
 from fused_attn.api import varlen
 from fused_attn.backends.triton import hopper, settings
 from fused_attn.spec import checks, decoding
@@ -347,7 +347,7 @@ def main() -> None:
         prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", nargs="?", choices=PARTS)
-    parser.add_argument("count", nargs="?", type=int, help="calls of each kind, lengths, or processes")
+    parser.add_argument("count", nargs="?", type=argtypes.count, help="calls of each kind, lengths, or processes")
     args = parser.parse_args()
     if args.count is not None:
         print(json.dumps(PARTS[args.part][0](args.count)))

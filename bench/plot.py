@@ -24,7 +24,7 @@ import seaborn.objects as so
 from matplotlib.figure import Figure
 
 from bench import labels
-from bench.harness import table
+from bench.harness import argtypes, table
 from bench.harness.clock import DIRECTIONS
 from bench.harness.providers import OURS
 from bench.harness.samples import ADDITIVE, GRID, MODIFIED
@@ -217,17 +217,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tables", nargs="*", type=Path, default=[table.RESULTS / "cpu.csv"], metavar="FILE")
+    parser.add_argument("tables", nargs="*", type=argtypes.file, default=[table.RESULTS / "cpu.csv"], metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="STEM", help="default: the first table's path without suffix")
     args = parser.parse_args(argv)
-    rows = framed(table.read(*args.tables))
+    rows = table.read(*args.tables)
+    figures = {name: draw(framed(rows)) for name, draw in PICTURES.items()} if rows else {}
     stem = args.out or args.tables[0].with_suffix("")
-    for name, draw in PICTURES.items():
-        if (figure := draw(rows)) is not None:
+    for name, figure in figures.items():
+        if figure is not None:
             target = stem.with_name(f"{stem.name}_{name}.png")
             figure.savefig(target, dpi=150, bbox_inches="tight")
             plt.close(figure)
             print(target)
+    if not any(figures.values()):
+        parser.error(f"FILE: no data for any plot in {', '.join(map(str, args.tables))}")
     return 0
 
 

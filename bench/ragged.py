@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 import torch
 
-from bench.harness import table
+from bench.harness import argtypes, table
 from bench.harness.clock import directed, gradients, milliseconds
 from bench.harness.kv_caches import caches, judged
 from bench.harness.packed import Padded, ragged_case
@@ -152,7 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tiny", action="store_true", help="a dry run in seconds, without a table")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads for batches; decoding steps use one"
+        "--threads",
+        type=argtypes.count,
+        nargs="+",
+        default=[1, 2],
+        help="numbers of threads for batches; decoding steps use one",
     )
     parser.add_argument("--out", type=Path, help="default: bench/results/ragged.csv, no table with --tiny")
     args = parser.parse_args(argv)

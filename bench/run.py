@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 import fused_attn
-from bench.harness import memory, peers, providers, revisions, rounds, table
+from bench.harness import argtypes, memory, peers, providers, revisions, rounds, table
 from bench.harness.clock import DIRECTIONS, milliseconds
 from bench.harness.providers import Provider
 from bench.harness.rounds import Turns
@@ -287,10 +287,6 @@ def summary(rows: list[Row]) -> Iterator[str]:
             yield f"{x['status'].upper()} {who} {x.get('reason', '')[:300]}"
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in text.split(","))
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -301,20 +297,26 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATTERNS",
         help="likewise of provider names; default: without the slower ones of equal results",
     )
-    parser.add_argument("--lengths", type=numbers, default=(), metavar="N,N", help="sequence lengths of every case")
-    parser.add_argument("--dims", type=numbers, metavar="D,D", help="head dims")
+    parser.add_argument(
+        "--lengths", type=argtypes.counts, default=(), metavar="N,N", help="sequence lengths of every case"
+    )
+    parser.add_argument("--dims", type=argtypes.counts, metavar="D,D", help="head dims")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--directions", type=lambda x: tuple(x.split(",")), help=f"any of {', '.join(DIRECTIONS)}")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=argtypes.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument(
         "--threads",
-        type=numbers,
+        type=argtypes.counts,
         default=(1, 2),
         metavar="N,N",
         help="numbers of threads for everyday cases on a CPU; others use the first",
     )
-    parser.add_argument("--rounds", type=int, help="interleaved rounds of each case")
-    parser.add_argument("--seconds", type=float, help="time limit of the whole command; later cases are not reached")
+    parser.add_argument("--rounds", type=argtypes.count, help="interleaved rounds of each case")
+    parser.add_argument(
+        "--seconds", type=argtypes.seconds, help="time limit of the whole command; later cases are not reached"
+    )
     parser.add_argument("--base", metavar="REV", help="time against another revision of the package")
     parser.add_argument("--tiny", action="store_true", help="a dry run: small sizes, two rounds, no table")
     parser.add_argument(
@@ -326,8 +328,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := set(args.directions or ()) - set(DIRECTIONS):
         parser.error(f"--directions: expected any of {', '.join(DIRECTIONS)}, got {', '.join(sorted(unknown))}")
-    if args.rounds is not None and args.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     return args
 
 

@@ -40,6 +40,7 @@ from bench import ROOT
 from bench.compiler.aot import Pool, triton_version
 from bench.compiler.cases import cases
 from bench.compiler.device_model import DEVICES
+from bench.harness import argtypes
 from fused_attn.tuning.select import STATISTICS, padded
 
 TABLE = ROOT / "bench" / "results" / "static.csv"
@@ -313,8 +314,10 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", metavar="WORD", help="rows whose target/kernel/dtype/d/feature contains WORD"
     )
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=argtypes.count, default=2)
     args = parser.parse_args()
+    if not requests(args.only):
+        parser.error(f"--only: no row contains {args.only!r}")
     problems = [] if args.check else build(args.only, args.workers)
     problems += check(args.only)
     for problem in problems:

@@ -27,6 +27,7 @@ from bench import ROOT, static
 from bench.compiler.aot import Pool, triton_version
 from bench.compiler.cases import DIMS, Case
 from bench.compiler.device_model import DEVICES, Clocks
+from bench.harness import argtypes
 from fused_attn.tuning import Config, key
 
 TABLES = ROOT / "fused_attn" / "tuning" / "tables"
@@ -246,8 +247,10 @@ def main() -> int:
         "--only", default="", metavar="WORD", help="rows whose architecture/kernel/class/D contains WORD"
     )
     parser.add_argument("--show", action="store_true", help="print every candidate, best first")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=argtypes.count, default=2)
     args = parser.parse_args()
+    if not rows_to_make(args.only):
+        parser.error(f"--only: no row contains {args.only!r}")
     if (version := triton_version()) != static.TRITON:
         raise SystemExit(
             f"triton: expected version {static.TRITON}, got {version}. Put {static.TRITON} first on PYTHONPATH."

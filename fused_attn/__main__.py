@@ -106,12 +106,23 @@ def timing(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _device(text: str) -> torch.device:
+    """A device of this machine that holds values."""
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"no such device here, {text!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_attn", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=_device, default=default, help="default: %(default)s")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     if os.environ.pop("FUSED_ATTN_BACKEND", None) is not None:
         print("FUSED_ATTN_BACKEND is ignored: every backend is checked.", file=sys.stderr)
 

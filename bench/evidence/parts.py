@@ -70,7 +70,7 @@ class Parity:
         return {"rows": judged(s, found, backend, getattr(torch, dtype))}
 
 
-class Seeing(Parity):
+class Statistics(Parity):
     """attention_stats and attention_map by `triton`: the core cases, and larger ones."""
 
     shares = seconds(check=40)
@@ -271,7 +271,7 @@ def clocked() -> tuple[int, float]:
 
 
 PARTS: dict[str, Any] = {
-    "parity": Parity(), "seeing": Seeing(), "configs": Configs(), "races": Races(), "overlap": Overlap(),
+    "parity": Parity(), "statistics": Statistics(), "configs": Configs(), "races": Races(), "overlap": Overlap(),
     "costs": Costs(), "timing": Timing(), "modifiers": Modifiers(), "additive": AdditiveScores(),
     "ragged": RaggedBatches(), "decoding": Steps(),
     "tune": Tune(),

@@ -68,7 +68,7 @@ def by_name(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 # At least one case of each part; all that are core would take minutes in the interpreter.
 ASKED = (
     "parity/scale_heads/float32", "parity/everything/float32", "parity/large_causal_16/float32",
-    "seeing/scale_heads/float32", "seeing/everything/float32", "seeing/large_causal_16/float32",
+    "statistics/scale_heads/float32", "statistics/everything/float32", "statistics/large_causal_16/float32",
     "configs/chosen/single/16", "configs/forward/16/64x32w1s1", "races/full_64/float32",
     "overlap/forward/16/64x32w1s1", "costs/first_call/16", "timing/d16/causal/48", "modifiers/softcap/16",
     "additive/additive/16", "ragged/heavy/d16/causal", "decoding/d16/page_16",

@@ -102,19 +102,6 @@ def test_time_limit(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    (
-        (["--directions", "sideways"], "--directions: expected any of forward, "),
-        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
-    ),
-)
-def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        run.main([*CPU, *arguments])
-    assert message in capsys.readouterr().err
-
-
 def test_nothing_requested(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main([*CPU, "--only", "casual"]) == 2
     assert "causal" in capsys.readouterr().out
