@@ -20,6 +20,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "setup.py").is_file():
     _spec.submodule_search_locations = [str(_here.parent / "kernels")]
     kernels = _sys.modules.setdefault(_spec.name, _module_from_spec(_spec))
 
+from . import deprecated as _deprecated  # noqa: E402
 from . import scores  # noqa: E402
 from .api.attention import attention, explain, merge_states, warmup  # noqa: E402
 from .api.decode import attention_decode  # noqa: E402
@@ -30,6 +31,7 @@ from .api.varlen import attention_varlen  # noqa: E402
 from .runtime.dispatch import BACKENDS, Explanation  # noqa: E402
 from .spec.problem import BackendError, Mask, TransformError, debug  # noqa: E402
 
+_deprecated.install()
 __version__ = "0.1.0"
 __all__ = [
     "BACKENDS",

@@ -369,6 +369,8 @@ MUTANTS = (
     Mutant("cached packed batches are not checked", "fused_attn/runtime/call_cache.py",
            "if packed and (tensors[0] is None or checks.readable(tensors[0])):", "if False:",
            ("runtime/test_call_cache.py", "packed")),
+    Mutant("old module paths are gone", "fused_attn/deprecated.py",
+           "sys.meta_path.append(_Finder())", "pass", ("test_deprecated.py", "old_path or old_mask")),
     Mutant("torch's kernel is run again after it was wrong", "fused_attn/runtime/call_cache.py",
            '"tiled" if known else name', "name", ("runtime/test_call_cache.py", "kernel_got_wrong")),
     Mutant("a replay ignores tuning.override", "fused_attn/backends/triton/recording.py",

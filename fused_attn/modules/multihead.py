@@ -23,6 +23,9 @@ def _no_fast_path(module: nn.Module, args: Any) -> None:
     """
 
 
+_here = _no_fast_path  # its name in modules that were saved before it was renamed
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` with fused attention: the same constructor, parameters and forward.
 

@@ -8,6 +8,7 @@ gradient of a backend with float64. A project that depends on fused_attn can run
 causal
 """
 
+from ..deprecated import names_of
 from .cases import CASES, Case
 from .inputs import Inputs, make_inputs
 from .parity import Expected, Parity, check_parity, compare, expect, run_module, run_public, why_not
@@ -29,3 +30,5 @@ __all__ = [
     "run_public",
     "why_not",
 ]
+
+__getattr__ = names_of(__name__, "parity", "tolerance", "cases")

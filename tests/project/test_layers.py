@@ -12,6 +12,7 @@ from tests import KERNELS, PACKAGE, ROOT
 
 # From the bottom up: a module imports from its own package and from those of lower layers.
 LAYERS = (
+    ("deprecated",),
     ("spec",),
     ("scores", "tuning"),
     ("backends",),
