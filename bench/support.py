@@ -4,7 +4,8 @@
 
 No kernel runs. tests/bench/test_support.py checks the answers: its rows hold every pair that a backend takes, and each
 row is held to the tolerance rule, forward and every gradient. A GPU is not needed either: `triton` is asked as its
-interpreter would be, and `hopper` as if the GPU were there; no row tests the answers of that one.
+interpreter would be, with bfloat16 repaired, and `hopper` as if the GPU were there; no row tests the answers of that
+one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from bench.harness.table import RESULTS
 from fused_attn import testing
-from fused_attn.backends.triton import hopper
+from fused_attn.backends.triton import hopper, settings
 from fused_attn.runtime import dispatch
 from fused_attn.spec.problem import DTYPES, NORMALIZERS
 from fused_attn.testing import Case
@@ -102,7 +103,11 @@ def answers(row: dict[str, str]) -> dict[str, str]:
     except ValueError as refusal:
         return dict.fromkeys(BACKENDS, str(refusal))
     lowered = p.lower()
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(hopper, "_machine", lambda device: []):
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.object(settings, "multiplies_bit_patterns", lambda: False),
+        mock.patch.object(hopper, "_machine", lambda device: []),
+    ):
         reasons = {name: dispatch.why_not(name, dispatch.taken(name, p, lowered), True, None) for name in BACKENDS}
     return {name: "; ".join(why) or YES for name, why in reasons.items()}
 

@@ -531,3 +531,21 @@ def test_offsets_beyond_int32() -> None:
     program = "from tests import interpreter\ninterpreter.install()\n" + FAR
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert "all right" in done.stdout, f"exit {done.returncode}, {done.stdout.splitlines()[-1:]}: {done.stderr[-2000:]}"
+
+
+STOCK = """
+import torch, fused_attn
+for dtype in (torch.float16, torch.bfloat16):
+    ones = torch.ones(1, 1, 16, 16, dtype=dtype)
+    refused = fused_attn.explain(ones, ones, ones, backend="triton").reasons
+    assert not refused or (dtype == torch.bfloat16 and "interpreter computes bfloat16 wrongly" in str(refused)), refused
+    assert refused or torch.equal(fused_attn.attention(ones, ones, ones, backend="triton"), ones), dtype
+print("all right")
+"""
+
+
+def test_bfloat16_in_an_unrepaired_interpreter() -> None:
+    """It is refused by an interpreter that multiplies bit patterns as integers, and otherwise right."""
+    available("triton")
+    done = subprocess.run([sys.executable, "-c", STOCK], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "all right" in done.stdout, done.stderr[-2000:]

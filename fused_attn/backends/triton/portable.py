@@ -49,6 +49,8 @@ def why_not(p: Problem) -> list[str]:
     if device.type == "cpu":
         if not settings.interpreted():
             reasons.append("tensors are on the CPU, and TRITON_INTERPRET is not 1")
+        elif p.q.dtype == torch.bfloat16 and settings.INSTALLED and settings.multiplies_bit_patterns():
+            reasons.append("this Triton's interpreter computes bfloat16 wrongly (triton issue 11584); float16 is right")
     elif device.type != "cuda":
         reasons.append(f"no kernels for {device.type} devices")
     elif not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 8:

@@ -25,6 +25,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@torch.compiler.assume_constant_result
+def multiplies_bit_patterns() -> bool:
+    """True if Triton's interpreter multiplies bfloat16 as the integers that store it (triton issue 11584)."""
+    import numpy as np
+    import triton.language as tl
+    from triton import knobs
+    from triton.runtime import interpreter
+
+    one = interpreter.TensorHandle(np.array([0x3F80], np.uint16), tl.bfloat16)
+    product = interpreter.interpreter_builder.create_fmul(one, one)
+    return knobs.runtime.interpret and product.data.item() == 0x3F80 * 0x3F80 % 2**16
+
+
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """x's device as the current one, which launches go to."""
     device = x.device
