@@ -30,6 +30,7 @@ from .autocast import no_autocast
 # by one.
 NAMES = ("q", "k", "v", "bias", "slopes", "sink", "mask", "q_starts", "k_starts")
 MASK = NAMES.index("mask")
+FOUR_DIMS = (*range(NAMES.index("bias") + 1), MASK)  # of these tensors
 POSITIONS = tuple(NAMES.index(name) if name in NAMES else None for name in ops.NAMES)
 VALUE_TYPES = {int, float, bool, str, tuple, type(None)}  # of options in a key; items of tuples are checked too
 LIMIT = 4096  # of cached calls
@@ -226,13 +227,15 @@ class CachedCall:
     def learn(self, tensors: Tensors, p: Problem, backend: str) -> None:
         """Learn from a call of this key that was bound to p and computed by a backend."""
         self.count = max(i for i, x in enumerate(tensors) if x is not None) + 1
+        self.takes_lengths = isinstance(tensors[MASK], Mask)
+        self.fewer_dims = any(isinstance(tensors[i], Tensor) and tensors[i].ndim < 4 for i in FOUR_DIMS)
+        if self.fewer_dims:
+            if self.takes_lengths:
+                return
+            tensors = _four_dims(tensors)
         if backend == "sdpa":
-            self.takes_lengths = isinstance(tensors[MASK], Mask)
             args = (*tensors[:3], None if self.takes_lengths else tensors[MASK], tensors[3])
-            self.fewer_dims = any(x is not None and x.ndim < 4 for x in args)
-            if all(map(_is_view, (p.q, p.k, p.v, p.mask, p.bias), args)) and not (
-                self.takes_lengths and self.fewer_dims
-            ):
+            if all(map(_same, (p.q, p.k, p.v, p.mask, p.bias), args)):
                 self.kernel = Repeated.of(p, self.takes_lengths)
             self.known = self.kernel is not None
             return
@@ -251,9 +254,10 @@ class CachedCall:
 
     def __call__(self, tensors: Tensors) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse); None if the contents of the tensors are invalid or need the backend `tiled`."""
+        if self.fewer_dims:
+            tensors = _four_dims(tensors)
         if self.kernel is not None:
-            args = (*tensors[:3], tensors[MASK], tensors[3])
-            q, k, v, mask, bias = map(_four_dims, args) if self.fewer_dims else args
+            q, k, v, bias, mask = *tensors[:4], tensors[MASK]
             out = self.kernel(q, k, v, mask.kv_lengths if self.takes_lengths else mask, bias)
             return None if out is None else (out, None)
         args = tensors[: self.count]
@@ -313,14 +317,13 @@ class CachedCall:
         return tuple(by_name[name] if need else None for name, need in zip(NAMES, needs, strict=False))
 
 
-def _four_dims(x: Any) -> Any:
-    """x with leading dims of 1, or None."""
-    return x if x is None or x.ndim == 4 else x[(None,) * (4 - x.ndim)]
-
-
-def _is_view(bound: Tensor | None, x: Tensor | None) -> bool:
-    """True if binding used the tensor unchanged, or with leading dims of 1."""
-    return _same(bound, _four_dims(x))
+def _four_dims(tensors: Tensors) -> Tensors:
+    """The tensors, with leading dims of 1 where binding adds them: a mask (M, N) is (1, 1, M, N)."""
+    found = list(tensors)
+    for i in FOUR_DIMS:
+        if found[i] is not None:
+            found[i] = found[i][(None,) * (4 - found[i].ndim)]
+    return tuple(found)
 
 
 def _same(x: Any, y: Any) -> bool:

@@ -21,6 +21,9 @@ VARIANTS: dict[str, Callable[..., dict[str, Any]]] = {
     "left": lambda b, h, m, n: {"window": (7, None), "alignment": "bottom_right"},
     "scale": lambda b, h, m, n: {"scale": 0.5, "softcap": 3.0},
     "mask": lambda b, h, m, n: {"mask": torch.ones(b, 1, m, n, dtype=torch.bool)},
+    "mask (M, N)": lambda b, h, m, n: {"mask": torch.ones(m, n, dtype=torch.bool)},
+    "bias (M, N)": lambda b, h, m, n: {"bias": torch.zeros(m, n, requires_grad=True)},
+    "bias (H, M, N)": lambda b, h, m, n: {"bias": torch.zeros(h, m, n, requires_grad=True)},
     "bias": lambda b, h, m, n: {"bias": torch.zeros(1, h, m, n, requires_grad=True)},
     "full bias": lambda b, h, m, n: {"bias": torch.zeros(b, h, m, n, requires_grad=True)},
     "column bias": lambda b, h, m, n: {"bias": torch.zeros(b, 1, 1, n, requires_grad=True)},
@@ -31,7 +34,10 @@ VARIANTS: dict[str, Callable[..., dict[str, Any]]] = {
     "dropout": lambda b, h, m, n: {"dropout_p": 0.5, "seed": 1},
     "nondeterministic": lambda b, h, m, n: {"deterministic": False},
 }
-RECORDED = {"plain", "causal", "window", "left", "scale", "mask", "bias", "full bias", "nondeterministic"}
+RECORDED = {
+    "plain", "causal", "window", "left", "scale", "mask", "mask (M, N)", "bias", "bias (M, N)", "bias (H, M, N)",
+    "full bias", "nondeterministic",
+}  # fmt: skip
 FORWARD_ONLY = {"column bias", "alibi", "sink"}  # the backward adds up in torch
 
 
@@ -39,7 +45,7 @@ SIZES: tuple[dict[str, Any], ...] = (
     {}, {"m": 7, "n": 130}, {"d": 40, "dtype": torch.float16}, {"dtype": torch.float32}, {"d": 256},
     {"d": 64, "backend": "hopper"},
 )  # fmt: skip
-LACKING = {"mask", "lengths", "dropout"}  # of the Hopper kernels
+LACKING = {"mask", "mask (M, N)", "lengths", "dropout"}  # of the Hopper kernels
 
 
 @pytest.mark.parametrize(
