@@ -1,6 +1,6 @@
 """Module paths before the layers: importing one gives the module that replaced it, with a DeprecationWarning.
 
-None was documented as public, but older pickles name them: those of `Mask`, `PagedKVCache` and the errors.
+None was documented as public, but older pickles name them: those of `Mask` and of the errors.
 """
 
 import functools

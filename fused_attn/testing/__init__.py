@@ -8,6 +8,8 @@ gradient of a backend with float64. A project that depends on fused_attn can run
 causal
 """
 
+from typing import TYPE_CHECKING
+
 from ..deprecated import names_of
 from .cases import CASES, Case
 from .inputs import Inputs, make_inputs
@@ -31,4 +33,5 @@ __all__ = [
     "why_not",
 ]
 
-__getattr__ = names_of(__name__, "parity", "tolerance", "cases")
+if not TYPE_CHECKING:
+    __getattr__ = names_of(__name__, "parity", "tolerance", "cases")
