@@ -8,11 +8,12 @@ The recording of a forward, with constants by value and most arguments of the la
 
     def work(stream, given_0, given_1, given_2):                  # q, k, v
         if kernel.pre_run_hooks: return None
-        made_0 = empty_strided((2, 8, 256, 64), (131072, 16384, 64, 1), dtype=bfloat16, device=cuda)
+        made_0 = empty_like(given_0)                              # out; faster than empty_strided
         made_1 = empty_strided((2, 8, 256), (2048, 256, 1), dtype=float32, device=cuda)
-        if (made_0.data_ptr() | made_1.data_ptr()) & 15: return None
+        made_2 = empty_like(made_1)
+        if (made_0.data_ptr() | made_1.data_ptr() | made_2.data_ptr()) & 15: return None
         run(32, 1, 1, stream, function, metadata, None, None, None, (given_0, ...), ..., (made_0, ...), (made_1,), ...)
-        return made_0, made_1,
+        return made_0, made_1, made_2,
 
 A replay compares `launch_cache.launch_context` with that of the recording, each time, and refuses if they differ.
 """
@@ -67,6 +68,10 @@ class Recorder(TorchDispatchMode):
         self.context = context
         self.given = [f"given_{i}" for i in range(len(given))]
         self.names = {id(x): name for x, name in zip(given, self.given, strict=True) if x is not None}
+        # The tensor of which empty_like makes one with this metadata.
+        self.templates = {
+            _metadata(torch.empty_like(x, device="meta"), x.device): self.names[id(x)] for x in given if x is not None
+        }
         self.bases: dict[str, str] = {}  # arguments of the work by the names of views at their addresses
         self.made: dict[str, Tensor] = {}
         self.alive: list[Tensor] = []  # no id may be reused
@@ -203,14 +208,18 @@ class Recorder(TorchDispatchMode):
         for name, x in self.made.items():
             if x.layout != torch.strided or not _dense(x):
                 raise NotRecordable("an allocation that empty_strided does not make")
-            shape, strides = self._constant(tuple(x.shape)), self._constant(x.stride())
-            kind = f"dtype={self._constant(x.dtype)}, device={self._constant(x.device)}"
-            lines.append(f"    {name} = empty_strided({shape}, {strides}, {kind})")
+            template = self.templates.setdefault(_metadata(x, x.device), name)
+            if template == name:
+                shape, strides, dtype, device = map(self._constant, _metadata(x, x.device))
+                lines.append(f"    {name} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})")
+            else:
+                lines.append(f"    {name} = empty_like({template})")
         if self.made:
             lines.append(f"    if ({' | '.join(f'{name}.data_ptr()' for name in self.made)}) & 15: return None")
         lines += [f"    {line.text}" for line in work]
         lines.append(f"    return {', '.join(answers)},")
-        space = {"launch": launch_cache.launch, "empty_strided": torch.empty_strided, **self.constants}
+        space = {"launch": launch_cache.launch, **self.constants}
+        space |= {"empty_like": torch.empty_like, "empty_strided": torch.empty_strided}
         exec("\n".join(lines), space)
         return space["work"]
 
@@ -223,6 +232,10 @@ def _without_tensors(x: Any) -> bool:
 
 def _at(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr()
+
+
+def _metadata(x: Tensor, device: torch.device) -> tuple[Any, ...]:
+    return tuple(x.shape), x.stride(), x.dtype, device
 
 
 def _dense(x: Tensor) -> bool:

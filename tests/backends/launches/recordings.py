@@ -41,6 +41,33 @@ def test_work_that_cannot_be_recorded() -> None:
         assert kept is not None and kept((q,)) is None
 
 
+@pytest.mark.parametrize("name", ("dense", "transposed", "gaps", "expanded", "one row", "requires grad"))
+def test_allocations_have_the_same_metadata(name: str) -> None:
+    """Also those that a replay makes like an argument, or like each other."""
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "dense": lambda x: x,
+        "transposed": lambda x: x.transpose(1, 2),
+        "gaps": lambda x: x[:, :, ::2],
+        "expanded": lambda x: x[:1, :1].expand(3, 5, -1, -1),
+        "one row": lambda x: x.transpose(1, 2)[:, :1],
+        "requires grad": lambda x: x.clone().requires_grad_(),
+    }
+
+    def work(x: Tensor) -> tuple[Tensor, ...]:
+        made = [torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape), x.new_empty(x.shape)]
+        made += [x.new_empty(x.shape, dtype=torch.float64), torch.empty_like(x, dtype=torch.float64)]
+        return *made, x.new_empty(x.shape[:3]), x.new_empty(x.shape[::-1]).permute(3, 2, 1, 0) * 1
+
+    x, y = (layouts[name](tensors()[0]) for _ in range(2))
+    _, kept = recording.record(work, (x,))
+    assert kept is not None
+    found, expected = kept((y,)), work(y)
+    assert found is not None
+    for a, b in zip(found, expected, strict=True):
+        assert (a.shape, a.stride(), a.dtype, a.requires_grad) == (b.shape, b.stride(), b.dtype, False)
+    assert len({a.data_ptr() for a in (y, *found)}) == 1 + len(found)
+
+
 def test_operators_are_replayed_on_new_tensors() -> None:
     q, k, _ = tensors()
 
