@@ -16,7 +16,6 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -158,7 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         default=[1, 2],
         help="numbers of threads for batches; decoding steps use one",
     )
-    parser.add_argument("--out", type=Path, help="default: bench/results/ragged.csv, no table with --tiny")
+    parser.add_argument(
+        "--out", type=argtypes.output, metavar="FILE", help="default: bench/results/ragged.csv; with --tiny: no table"
+    )
     args = parser.parse_args(argv)
     size = TINY if args.tiny else Size()
     path = args.out or (None if args.tiny else table.RESULTS / "ragged.csv")

@@ -318,12 +318,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--seconds", type=argtypes.seconds, help="time limit of the whole command; later cases are not reached"
     )
     parser.add_argument("--base", metavar="REV", help="time against another revision of the package")
-    parser.add_argument("--tiny", action="store_true", help="a dry run: small sizes, two rounds, no table")
+    parser.add_argument("--tiny", action="store_true", help="a dry run: small sizes, two rounds, no table unless --out")
     parser.add_argument(
         "--out",
-        type=Path,
-        help="default: <architecture>.csv in $OUT or bench/results; without $OUT, a run with other options than "
-        "--base and --device writes no table, nor does --tiny",
+        type=argtypes.output,
+        metavar="FILE",
+        help="default: <architecture>.csv in $OUT or bench/results; without --out and $OUT, a run with other options "
+        "than --base and --device writes no table, nor does --tiny without --out",
     )
     args = parser.parse_args(argv)
     if unknown := set(args.directions or ()) - set(DIRECTIONS):

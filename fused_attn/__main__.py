@@ -7,11 +7,11 @@ gradient of each backend with float64, and the time of a call beside torch's. Ex
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +23,8 @@ import torch.utils.benchmark
 
 import fused_attn
 from fused_attn import testing
+
+ROUNDS = 5  # of the timing
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -83,23 +85,29 @@ def timing(device: torch.device) -> dict[str, Any]:
     q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
     dout = torch.randn_like(q)
 
-    def milliseconds(call: Callable[[], Any]) -> float:
-        return 1e3 * torch.utils.benchmark.Timer("call()", globals={"call": call}).blocked_autorange().median
-
     def ours() -> torch.Tensor:
         return fused_attn.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def torchs() -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+    @torch.no_grad()
+    def forward(call: Callable[[], torch.Tensor]) -> None:
+        call()
+
     def backward(call: Callable[[], torch.Tensor]) -> None:
         torch.autograd.grad(call(), (q, k, v), dout)
 
-    figures: dict[str, Any] = {}
-    for name, call in (("fused_attn", ours), ("torch", torchs)):
-        with torch.no_grad():
-            figures[name] = {"forward": milliseconds(call)}
-        figures[name]["forward and backward"] = milliseconds(functools.partial(backward, call))
+    timers = {
+        (name, label): torch.utils.benchmark.Timer("task(call)", globals={"task": task, "call": call})
+        for name, call in (("fused_attn", ours), ("torch", torchs))
+        for label, task in (("forward", forward), ("forward and backward", backward))
+    }
+    # In turns, so that other processes slow all of them alike.
+    rounds = [{name: timer.blocked_autorange().median for name, timer in timers.items()} for _ in range(ROUNDS)]
+    figures: dict[str, Any] = {"fused_attn": {}, "torch": {}}
+    for name, label in timers:
+        figures[name][label] = 1e3 * statistics.median(x[name, label] for x in rounds)
     chosen = fused_attn.explain(q, k, v, causal=True)
     return {
         "shape": shape, "dtype": str(dtype).removeprefix("torch."), "backend": chosen.backend, "milliseconds": figures,

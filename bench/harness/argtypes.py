@@ -38,6 +38,14 @@ def file(text: str) -> Path:
     return Path(text)
 
 
+def output(text: str) -> Path:
+    """A file to write, whose folder exists."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return path
+
+
 def device(text: str) -> str:
     """A type of device on which this machine's torch computes."""
     if text not in ("cpu", "cuda"):

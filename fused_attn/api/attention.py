@@ -197,6 +197,10 @@ def warmup(
     >>> fused_attn.warmup([(1, 8, 2, 64, 64, 32)], dtypes=[torch.float32], device="cpu", causal=True)
     """
     backward = as_bool("backward", backward)
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device: torch has no {device} here: {str(error).splitlines()[0]}") from None
     for shape in shapes:
         if not isinstance(shape, (list, tuple)) or len(shape) not in (6, 7):
             raise ValueError(f"shapes: expected (B, Hq, Hkv, M, N, D) or (..., D, Dv), got {describe(shape)}")

@@ -221,7 +221,10 @@ def _check_caches(q: Any, k: Any, v: Any, paged: bool, indexed: bool) -> None:
     if paged and k.shape[1] == 0:
         raise ValueError(f"k_cache: a page must hold at least 1 key, got shape {tuple(k.shape)}")
     if not paged and not indexed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k_cache: expected q's batch size {q.shape[0]} in {expected}, got shape {tuple(k.shape)}")
+        raise ValueError(
+            f"k_cache: expected q's batch size {q.shape[0]} in {expected}, got shape {tuple(k.shape)}; for pages, "
+            "pass page_table"
+        )
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads and (kv_heads == 0 or heads % kv_heads):
         where = "(B, M, Hq, D), k_cache " + expected

@@ -106,7 +106,8 @@ def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[
         lead = leads[0] if leads[0] == leads[1] == leads[2] else torch.broadcast_shapes(*leads)
     except RuntimeError:
         shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("query", query), ("key", key), ("value", value)))
-        raise ValueError(f"query, key, value: leading dims do not broadcast: {shapes}") from None
+        hint = "" if enable_gqa or query.ndim < 3 else "; key and value with fewer heads need enable_gqa=True"
+        raise ValueError(f"query, key, value: leading dims do not broadcast: {shapes}{hint}") from None
     if not enable_gqa:
         return tuple(lead)
     heads = query.shape[-3]

@@ -115,7 +115,9 @@ def check_parameter(name: str, x: Tensor, q: Tensor, *shapes: tuple[int, ...]) -
     if shapes and not one_of(tuple(x.shape), shapes):
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
     if x.dtype not in (torch.float32, q.dtype):
-        raise TypeError(f"{name}: expected float32 or q's {q.dtype}, got {x.dtype}")
+        expected = "float32" if q.dtype == torch.float32 else f"float32 or q's {q.dtype}"
+        hint = "; pass it as mask=" if name == "bias" and x.dtype == torch.bool else ""
+        raise TypeError(f"{name}: expected {expected}, got {x.dtype}{hint}")
     if x.device != q.device:
         raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
     return x

@@ -157,6 +157,8 @@ class Mask:
         """A bool tensor broadcastable to (B, Hq, M, N), True where a row may attend."""
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
             advice = "; pass mask != 0" if is_integers(allowed) else ""
+            if advice and allowed.ndim == 1:
+                advice = "; if it holds the number of keys of each batch, pass fused_attn.Mask.lengths(mask)"
             if isinstance(allowed, Tensor) and allowed.is_floating_point():
                 advice = "; pass values added to the scores as bias="
             raise TypeError(f"mask: expected a bool tensor, got {describe(allowed)}{advice}")

@@ -26,7 +26,10 @@ def diagonal_offset(alignment: str | None, m: int, n: int, what: Any, ragged: Ra
     if ragged is not None:
         own = ragged.alignment
         if own is None and not ragged.square:
-            raise ValueError(f'alignment: {what} needs "top_left" or "bottom_right", got None')
+            raise ValueError(
+                f'alignment: {what} needs "top_left" or "bottom_right", got None; without, queries and keys must share '
+                "one tensor of starts"
+            )
         if not ragged.square and alignment not in (None, own):
             raise ValueError(f"alignment: expected that of all sequences, {own!r}, for {what}, got {alignment!r}")
         return 0

@@ -57,7 +57,7 @@ ATTENTION = [
     ("scale", "big", TypeError, "expected a float or a tensor, got str 'big'"),
     ("scale", True, TypeError, "expected a float or a tensor, got bool True"),
     ("scale", zeros(3), ValueError, "expected shape () or (4,), got (3,)"),
-    ("scale", zeros(4, dtype=torch.float64), TypeError, "expected float32 or q's torch.float32, got torch.float64"),
+    ("scale", zeros(4, dtype=torch.float64), TypeError, "expected float32, got torch.float64"),
     ("scale", zeros(4, device="meta"), ValueError, "expected q's device cpu, got meta"),
     ("softcap", 0.0, ValueError, "must be None (off) or > 0, got 0.0"),
     ("softcap", -3, ValueError, "must be None (off) or > 0, got -3"),
@@ -67,7 +67,7 @@ ATTENTION = [
     ("bias", 1.0, TypeError, "expected a tensor, got float 1.0"),
     ("bias", zeros(M, N + 1), ValueError, "shape (5, 8) does not broadcast to (B, Hq, M, N) = (2, 4, 5, 7)"),
     ("bias", zeros(1, B, HQ, M, N), ValueError, "does not broadcast"),
-    ("bias", zeros(M, N, dtype=torch.bool), TypeError, "got torch.bool"),
+    ("bias", zeros(M, N, dtype=torch.bool), TypeError, "got torch.bool; pass it as mask="),
     ("bias", zeros(M, N, device="meta"), ValueError, "got meta"),
     ("sink", zeros(HKV), ValueError, "expected shape (4,), got (2,)"),
     ("sink", 0.0, TypeError, "expected a tensor, got float 0.0"),
@@ -80,6 +80,12 @@ ATTENTION = [
         "expected a bool tensor, got torch.int64 tensor of shape (5, 7)",
     ),
     ("mask", zeros(B, N, dtype=torch.uint8), TypeError, "got torch.uint8 tensor of shape (2, 7); pass mask != 0"),
+    (
+        "mask",
+        torch.tensor([7, 4]),
+        TypeError,
+        "got torch.int64 tensor of shape (2,); if it holds the number of keys of ",
+    ),
     ("mask", zeros(B, N, dtype=torch.bool), ValueError, "if it is (B, N), pass mask[:, None, None]"),
     ("mask", zeros(B, M, N, dtype=torch.bool), ValueError, "if it is (B, M, N), pass mask[:, None]"),
     ("mask", zeros(B, 1, N, dtype=torch.bool), ValueError, "if it is (B, M, N), pass mask[:, None]"),
@@ -162,7 +168,7 @@ COMBINED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("a temperature for each key-value head", {"score": scores.Cosine(zeros(HKV))}, ValueError,
      r"score.t: expected shape \(\) or \(4,\), got \(2,\)"),
     ("a temperature of another type", {"score": scores.Cosine(zeros(HQ, dtype=torch.float16))}, TypeError,
-     "score.t: expected float32 or q's torch.float32, got torch.float16"),
+     "score.t: expected float32, got torch.float16"),
     ("a bandwidth elsewhere", {"score": scores.Distance(zeros(HQ, device="meta"))}, ValueError,
      "score.h: expected q's device cpu, got meta"),
     ("a distance with a softcap", {"score": scores.Distance(1.0), "softcap": 2.0}, ValueError,
@@ -246,6 +252,8 @@ SDPA: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "attn_mask: must be None when is_causal"),
     ("lengths of key and value", {"value": zeros(B, HQ, N - 1, DV)}, ValueError,
      r"value: expected key's length 7, got shape \(2, 4, 6, 6\)"),
+    ("grouped heads", {"key": zeros(B, HKV, N, D), "value": zeros(B, HKV, N, DV)}, ValueError,
+     "query, key, value: leading dims do not broadcast: .*; key and value with fewer heads need enable_gqa=True"),
     ("a mask on meta", {"attn_mask": zeros(M, N, dtype=torch.bool, device="meta")}, ValueError,
      "attn_mask: expected query's device cpu, got meta"),
     ("a mask of integers", {"attn_mask": zeros(M, N, dtype=torch.int32)}, TypeError,
@@ -410,6 +418,8 @@ def test_merge_states() -> None:
 def test_warmup() -> None:
     with pytest.raises(ValueError, match=r"shapes: .*got tuple \(1, 2, 3\)"):
         fused_attn.warmup([(1, 2, 3)], device="cpu")
+    with pytest.raises(ValueError, match=r"^device: torch has no nowhere here: "):
+        fused_attn.warmup([(1, 1, 1, 1, 1, 1)], device="nowhere")
     with pytest.raises(TypeError, match="dtypes: expected torch's dtypes, got str 'float32'"):
         fused_attn.warmup([(1, 1, 1, 1, 1, 1)], device="cpu", dtypes=["float32"])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="backward: expected a bool, got str 'no'"):

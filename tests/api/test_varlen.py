@@ -382,7 +382,7 @@ BAD: dict[str, tuple[dict[str, Any], type, str]] = {
     "longest, a flag": ({"max_seqlen_k": True}, TypeError, "max_seqlen_k: expected None or an int"),
     "starts that are flags": ({"cu_seqlens_k": CUTS > 0}, TypeError, "cu_seqlens_k: .* integer tensor, got torch.bool"),
     "longest, a float": ({"max_seqlen_k": 90.0}, TypeError, "max_seqlen_k: expected None or an int"),
-    "alignment": ({"causal": True}, ValueError, "alignment: causal or window needs"),
+    "alignment": ({"causal": True}, ValueError, "alignment: causal or window needs .*one tensor of starts"),
     "two alignments": (
         {"mask": Mask.causal("top_left"), "alignment": "bottom_right"}, ValueError, "alignment: expected that of all",
     ),
