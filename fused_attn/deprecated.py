@@ -67,7 +67,7 @@ MOVED = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Old paths as modules without names of their own: attributes are those of the module that replaced them."""
+    """Old paths as other names of the modules that replaced them. `launch`, a package then, forwards attributes."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, old = name.partition(".")
@@ -78,7 +78,10 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = f"{__package__}.{MOVED[module.__name__.partition('.')[2]]}"
         warnings.warn(f"{module.__name__} is {new} now", DeprecationWarning, stacklevel=2)
-        module.__getattr__ = functools.partial(getattr, import_module(new))  # type: ignore[method-assign]
+        if module.__spec__ and module.__spec__.submodule_search_locations is not None:
+            module.__getattr__ = functools.partial(getattr, import_module(new))  # type: ignore[method-assign]
+        else:
+            sys.modules[module.__name__] = import_module(new)
 
 
 def names_of(package: str, *modules: str) -> Callable[[str], Any]:
@@ -96,4 +99,5 @@ def names_of(package: str, *modules: str) -> Callable[[str], Any]:
 
 def install() -> None:
     """Make the old paths importable."""
-    sys.meta_path.append(_Finder())
+    if not any(isinstance(x, _Finder) for x in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -9,12 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import fused_attn
 from fused_attn import Mask, deprecated, modules, spec, testing
+from fused_attn.runtime import dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +42,23 @@ def test_an_old_path_is_the_new_module(old: str) -> None:
     with pytest.warns(DeprecationWarning) as caught:
         module = importlib.import_module(f"fused_attn.{old}")
     assert str(caught[-1].message) == f"fused_attn.{old} is {new.__name__} now"
+    assert module is new or old == "launch"
     names = [name for name in vars(new) if not name.startswith("__")]
     assert names and all(getattr(module, name) is getattr(new, name) for name in names)
+
+
+@pytest.mark.filterwarnings("ignore:fused_attn.:DeprecationWarning")
+def test_what_is_replaced_through_an_old_path_is_replaced() -> None:
+    with mock.patch("fused_attn.dispatch.run", 5):
+        assert dispatch.run == 5
+    names: dict[str, Any] = {}
+    exec("from fused_attn.masks import *", names)
+    assert names["Mask"] is Mask
+
+
+def test_the_finder_is_installed_once() -> None:
+    deprecated.install()
+    assert sum(type(x).__name__ == "_Finder" for x in sys.meta_path) == 1
 
 
 def test_the_warning_points_at_the_import() -> None:
